@@ -1,0 +1,245 @@
+"""The typed form of the Hydra block `darts:`.
+
+Contract: pure; a mapping in, frozen dataclasses out. Every field states its rule; `DartsConfig.from_block` refuses
+unknown keys, wrong types and values outside their rule with one `ConfigError` that names the key, the value, the rule
+and the fix. What must hold between this block and the rest of verl's configuration is checked in `darts.checks`.
+"""
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+ALLOCATION_MODES = ("uniform", "off")
+SELECTION_MODES = ("auto", "dual_end", "shortest_only")
+NO_VALID_POLICIES = ("fill", "fail")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work. The message names the key, the value, the rule and the fix."""
+
+    def __init__(self, key: str, value: object, rule: str, fix: str) -> None:
+        super().__init__(f"{key}={value!r}: {rule} Fix: {fix}")
+        self.key = key
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AllocationConfig:
+    """How many candidates M'_i a prompt gets."""
+
+    mode: str = field(default="uniform", metadata={"help": "uniform: the same number for all; off: exactly M"})
+    mean_candidates: float = field(default=12.0, metadata={"help": "mean of M'_i over the batch, in [low, high]"})
+    low: int = field(default=8, metadata={"help": "M_low, fewest candidates of a prompt, at least rollout.n"})
+    high: int = field(default=16, metadata={"help": "M_up, most candidates of a prompt, at least low"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectionConfig:
+    """Which M candidates of a prompt are trained on."""
+
+    mode: str = field(
+        default="auto",
+        metadata={"help": "auto: dual-end, shortest-only where M'_i = high; dual_end, shortest_only: for all prompts"},
+    )
+    num_long: int = field(default=1, metadata={"help": "L, longest kept per prompt, in [0, rollout.n)"})
+    on_no_valid: str = field(
+        default="fill",
+        metadata={"help": "a prompt whose candidates were all truncated: fill its group with them, or fail the step"},
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardConfig:
+    """Which candidates are scored."""
+
+    pool: bool = field(default=False, metadata={"help": "score every finished candidate, not the kept alone"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DartsConfig:
+    """The block `darts:`, complete and valid for one group size.
+
+    Example:
+        >>> DartsConfig.from_block({"selection": {"num_long": 2}}, group_size=8).num_short
+        6
+    """
+
+    group_size: int = field(metadata={"help": "M = actor_rollout_ref.rollout.n; not a key of this block"})
+    enable: bool = field(default=True, metadata={"help": "false: plain verl"})
+    allocation: AllocationConfig = field(default_factory=AllocationConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    seed: int | None = field(
+        default=None, metadata={"help": "an integer gives every candidate a seed of its own; null: the engine's stream"}
+    )
+    timeout_s: float = field(default=3600.0, metadata={"help": "seconds after which a rollout fails"})
+    progress_s: float = field(default=30.0, metadata={"help": "seconds between progress lines of a rollout; 0: none"})
+
+    @property
+    def num_short(self) -> int:
+        """K = M - L."""
+        return self.group_size - self.selection.num_long
+
+    def num_long_for(self, budget: int) -> int:
+        """L for a prompt with `budget` candidates; 0 where it is shortest-only (saturated, or forced by the mode)."""
+        saturated = self.selection.mode == "auto" and budget >= self.allocation.high
+        if saturated or self.selection.mode == "shortest_only":
+            return 0
+        return self.selection.num_long
+
+    @classmethod
+    def from_block(cls, block: Mapping[str, Any] | None, group_size: int) -> "DartsConfig":
+        """Builds and checks the configuration.
+
+        Args:
+            block: the content of `darts:`; nested mappings, missing keys take their default. `low`, `high` and
+                `mean_candidates` default to M, 2 M and the middle of the two bounds.
+            group_size: M, `actor_rollout_ref.rollout.n`.
+
+        Raises:
+            ConfigError: see the module's contract.
+        """
+        block = {} if block is None else block
+        _refuse_unknown("darts", block, [f.name for f in fields(cls) if f.name != "group_size"])
+        _require(
+            "actor_rollout_ref.rollout.n",
+            group_size,
+            _is_int(group_size) and group_size >= 2,
+            "DARTS compares the candidates of a prompt, so a group needs at least 2 responses.",
+            "set actor_rollout_ref.rollout.n=8.",
+        )
+        enable = block.get("enable", True)
+        _require("darts.enable", enable, isinstance(enable, bool), "must be true or false.", "set darts.enable=true.")
+        return cls(
+            group_size=group_size,
+            enable=enable,
+            allocation=_allocation(_section(block, "allocation", AllocationConfig), group_size),
+            selection=_selection(_section(block, "selection", SelectionConfig), group_size),
+            reward=_reward(_section(block, "reward", RewardConfig)),
+            seed=_seed(block.get("seed")),
+            timeout_s=_seconds("darts.timeout_s", block.get("timeout_s"), 3600.0, positive=True),
+            progress_s=_seconds("darts.progress_s", block.get("progress_s"), 30.0, positive=False),
+        )
+
+
+def _allocation(section: Mapping[str, Any], group_size: int) -> AllocationConfig:
+    mode = _choice("darts.allocation.mode", section.get("mode"), "uniform", ALLOCATION_MODES)
+    low = _default(section.get("low"), group_size)
+    _require(
+        "darts.allocation.low",
+        low,
+        _is_int(low) and low >= group_size,
+        f"M_low must be an integer of at least rollout.n={group_size}, or a group could not be filled.",
+        f"set darts.allocation.low={group_size}, or null for rollout.n.",
+    )
+    high = _default(section.get("high"), max(2 * group_size, low))
+    _require(
+        "darts.allocation.high",
+        high,
+        _is_int(high) and high >= low,
+        f"M_up must be an integer of at least M_low={low}.",
+        f"set darts.allocation.high={max(2 * group_size, low)}, or null for twice rollout.n.",
+    )
+    mean = _default(section.get("mean_candidates"), (low + high) / 2)
+    _require(
+        "darts.allocation.mean_candidates",
+        mean,
+        _is_number(mean) and low <= mean <= high,
+        f"the mean number of candidates must lie in [low={low}, high={high}].",
+        f"set darts.allocation.mean_candidates={(low + high) / 2:g}, or widen darts.allocation.low and .high.",
+    )
+    return AllocationConfig(mode=mode, mean_candidates=float(mean), low=low, high=high)
+
+
+def _selection(section: Mapping[str, Any], group_size: int) -> SelectionConfig:
+    num_long = _default(section.get("num_long"), 1)
+    _require(
+        "darts.selection.num_long",
+        num_long,
+        _is_int(num_long) and 0 <= num_long < group_size,
+        f"L must be an integer in [0, rollout.n={group_size}), because K = rollout.n - L shortest are kept and K >= 1.",
+        "set darts.selection.num_long=1 (the paper's choice for groups of 8).",
+    )
+    return SelectionConfig(
+        mode=_choice("darts.selection.mode", section.get("mode"), "auto", SELECTION_MODES),
+        num_long=num_long,
+        on_no_valid=_choice("darts.selection.on_no_valid", section.get("on_no_valid"), "fill", NO_VALID_POLICIES),
+    )
+
+
+def _reward(section: Mapping[str, Any]) -> RewardConfig:
+    pool = _default(section.get("pool"), False)
+    _require(
+        "darts.reward.pool", pool, isinstance(pool, bool), "must be true or false.", "set darts.reward.pool=false."
+    )
+    return RewardConfig(pool=pool)
+
+
+def _seed(seed: object) -> int | None:
+    _require(
+        "darts.seed",
+        seed,
+        seed is None or (_is_int(seed) and seed >= 0),
+        "must be null or an integer that is not negative.",
+        "set darts.seed=0, or null for the engine's own random stream.",
+    )
+    return seed
+
+
+def _seconds(key: str, value: object, default: float, *, positive: bool) -> float:
+    seconds = _default(value, default)
+    _require(
+        key,
+        seconds,
+        _is_number(seconds) and (seconds > 0 if positive else seconds >= 0),
+        f"must be a finite number of seconds {'above 0' if positive else 'of at least 0'}.",
+        f"set {key}={default:g}.",
+    )
+    return float(seconds)
+
+
+def _section(block: Mapping[str, Any], name: str, section_type: type) -> Mapping[str, Any]:
+    section = _default(block.get(name), {})
+    names = [f.name for f in fields(section_type)]
+    _require(
+        f"darts.{name}",
+        section,
+        isinstance(section, Mapping),
+        f"must be a block with the keys {', '.join(names)}.",
+        f"write darts.{name}.{names[0]}=...",
+    )
+    _refuse_unknown(f"darts.{name}", section, names)
+    return section
+
+
+def _refuse_unknown(prefix: str, block: Mapping[str, Any], known: list[str]) -> None:
+    for key in block:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            fix = f"did you mean {prefix}.{near[0]}?" if near else "remove it."
+            raise ConfigError(f"{prefix}.{key}", block[key], f"unknown key; known are {', '.join(known)}.", fix)
+
+
+def _choice(key: str, value: object, default: str, choices: tuple[str, ...]) -> str:
+    # YAML reads a bare `off` as false.
+    choice = "off" if value is False and "off" in choices else _default(value, default)
+    _require(key, choice, choice in choices, f"must be one of {', '.join(choices)}.", f"set {key}={default}.")
+    return choice
+
+
+def _require(key: str, value: object, holds: bool, rule: str, fix: str) -> None:
+    if not holds:
+        raise ConfigError(key, value, rule, fix)
+
+
+def _default(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

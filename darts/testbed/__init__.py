@@ -1,0 +1,34 @@
+"""A testbed that runs anywhere: a synthetic task and a tiny model that really has long tails.
+
+`overthink`: responses carry needless re-checks, so their lengths have a long tail that hardly
+matters for the reward (Pattern I on easy problems, Pattern II on hard ones). `depth`: every step
+that is carried out makes the answer more often right (Pattern II throughout).
+
+The checkpoints and data under ``assets/`` are what ``python -m darts.testbed.make`` gives.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """The lengths that a testbed is measured and trained with, in tokens (one byte each)."""
+
+    prompt: int
+    """Longest prompt, chat template included."""
+    response: int
+    """Longest response, end-of-sequence token included."""
+
+
+LIMITS: dict[str, Limits] = {
+    "overthink": Limits(prompt=48, response=256),
+    "depth": Limits(prompt=48, response=128),
+}
+
+
+def assets_dir(name: str) -> Path:
+    """The folder of the committed testbed `name`: ``model/``, ``train.parquet``, ``val.parquet``."""
+    if name not in LIMITS:
+        raise ValueError(f"testbed name={name!r} must be one of {sorted(LIMITS)}")
+    return Path(__file__).parent / "assets" / name

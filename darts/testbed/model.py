@@ -1,0 +1,71 @@
+"""The tokenizer and the untrained model of the testbeds; both load offline with the Auto classes.
+
+The tokenizer is byte-level without merges: one byte is one token, the newline included, as verl's
+continuous tokens require. Token ids: 0-255 the bytes, then the three ChatML specials.
+"""
+
+import torch
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+MAX_POSITIONS = 512
+
+
+def build_tokenizer() -> Qwen2Tokenizer:
+    """Builds the byte-level tokenizer with its chat template (no default system message)."""
+    # Sorted by the byte-level alphabet's code points: any fixed order does.
+    vocab = {symbol: index for index, symbol in enumerate(sorted(ByteLevel.alphabet()))}
+    return Qwen2Tokenizer(
+        vocab=vocab | {token: len(vocab) + index for index, token in enumerate((PAD, START, END))},
+        merges=[],
+        unk_token=None,
+        eos_token=END,
+        pad_token=PAD,
+        additional_special_tokens=[START],
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=MAX_POSITIONS,
+    )
+
+
+def build_model(tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2ForCausalLM:
+    """Builds the untrained model: Qwen2 with 0.8 million parameters in float32."""
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=320,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=MAX_POSITIONS,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+    torch.manual_seed(seed)
+    model = Qwen2ForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return model
+
+
+def prompt_tokens(tokenizer: Qwen2Tokenizer, question: str) -> list[int]:
+    """The tokens of one user message and the assistant's opening, as the rollout renders them."""
+    message = [{"role": "user", "content": question}]
+    return list(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False))

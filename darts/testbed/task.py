@@ -1,0 +1,194 @@
+"""The synthetic task of the testbeds: problems, demonstrations, answers.
+
+A problem is a sum such as ``37+8+2``: one number of two digits, then numbers of one digit; its
+difficulty is how many numbers there are, and every total has two digits. A response is a list of
+lines and a final answer::
+
+    37+8=45          one step: the running total plus the next number
+    45+2=47
+    wait, 47         a re-check: says the running total again, which normally changes nothing
+    #47.             the answer, always last
+
+``guess 47`` may stand in place of the remaining steps, and is then often wrong. A `Mix` says how
+often demonstrations step, guess and re-check, and so what a model warm-started on them will do.
+
+Pure Python; everything random comes from the generator that is passed in. One byte is one token.
+"""
+
+import random
+import re
+from dataclasses import dataclass
+
+_LINE = re.compile(r"(?P<step>\d+\+\d+=\d+)|(?P<guess>guess \d+)|(?P<wait>wait, \d+)")
+_ANSWER = re.compile(r"#(\d{1,3})\.")
+_TOTALS = range(10, 100)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """A sum, e.g. ``Problem(numbers=(37, 8, 2))``."""
+
+    numbers: tuple[int, ...]
+
+    @property
+    def difficulty(self) -> int:
+        """How many numbers are added."""
+        return len(self.numbers)
+
+    @property
+    def question(self) -> str:
+        """The user's message, e.g. ``37+8+2``."""
+        return "+".join(map(str, self.numbers))
+
+    @property
+    def total(self) -> int:
+        """The right answer."""
+        return sum(self.numbers)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mix:
+    """What the warm-start demonstrations of a testbed look like.
+
+    All shares and chances are in [0, 1]; those per class are in the order of `classes`.
+    """
+
+    classes: tuple[int, ...]
+    """Difficulties, equally frequent."""
+    first: tuple[int, int]
+    """Smallest and largest first number."""
+    stepwise: tuple[float, ...]
+    """Per class, the share that carries out every step; the rest guesses."""
+    guess_midway: bool
+    """Whether a guess comes after a uniform number of steps (else always at once)."""
+    guess_right: tuple[float, ...]
+    """Chance that a guess over 1, 2, ... missing steps is right; the last value serves beyond."""
+    wait_start: tuple[float, ...]
+    """Per class, the chance of a first re-check."""
+    wait_again: float
+    """Chance of one more re-check after each: memoryless, so their number is geometric."""
+    wait_corrupts: float
+    """Chance that a re-check changes the total, which is then kept."""
+
+    def __post_init__(self) -> None:
+        low, high = self.first
+        largest = high + 9 * (max(self.classes) - 1)
+        if low < _TOTALS.start or largest >= _TOTALS.stop or min(self.classes) < 2:
+            raise ValueError(
+                f"classes={self.classes} and first={self.first} give sums outside {_TOTALS}, or less than two numbers"
+            )
+        for name in ("stepwise", "wait_start"):
+            if len(getattr(self, name)) != len(self.classes):
+                raise ValueError(f"{name}={getattr(self, name)} must have one value per class of {self.classes}")
+        chances = (*self.stepwise, *self.guess_right, *self.wait_start, self.wait_corrupts)
+        if not all(0 <= chance <= 1 for chance in chances) or not 0 <= self.wait_again < 1:
+            raise ValueError(f"shares and chances must be in [0, 1], and wait_again below 1: {self}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """What a response does, e.g. ``Trace(steps=2, guessed=False, waits=1, answer=47)``."""
+
+    steps: int
+    guessed: bool
+    waits: int
+    answer: int | None
+    """The final answer; None if there is none at the very end (cut off, or garbled)."""
+
+
+MIXES: dict[str, Mix] = {
+    "overthink": Mix(
+        classes=(2, 3, 4, 5),
+        first=(10, 59),
+        stepwise=(0.5, 0.4, 0.3, 0.25),
+        guess_midway=False,
+        guess_right=(0.94, 0.5, 0.2, 0.15),
+        wait_start=(0.45, 0.45, 0.45, 0.45),
+        wait_again=0.885,
+        wait_corrupts=0.005,
+    ),
+    "depth": Mix(
+        classes=(3, 5, 7, 9),
+        first=(10, 27),
+        stepwise=(0.35, 0.35, 0.35, 0.35),
+        guess_midway=True,
+        guess_right=(0.7, 0.3, 0.15, 0.1),
+        wait_start=(0.0, 0.0, 0.0, 0.0),
+        wait_again=0.0,
+        wait_corrupts=0.0,
+    ),
+}
+
+
+def draw_problem(rng: random.Random, difficulty: int, first: tuple[int, int]) -> Problem:
+    """Draws one problem of `difficulty` numbers, the first of them in `first` (both ends in)."""
+    rest = (rng.randint(1, 9) for _ in range(difficulty - 1))
+    return Problem(numbers=(rng.randint(*first), *rest))
+
+
+def split_problems(mix: Mix, seed: int, train: int, val: int) -> tuple[list[Problem], list[Problem]]:
+    """Draws `train` and `val` different problems per class, disjoint, each list shuffled."""
+    rng = random.Random(f"problems-{seed}")
+    parts: tuple[list[Problem], list[Problem]] = ([], [])
+    for difficulty in mix.classes:
+        space = (mix.first[1] - mix.first[0] + 1) * 9 ** (difficulty - 1)
+        if train + val > space:
+            raise ValueError(f"train={train} and val={val} exceed the {space} problems of {difficulty} numbers")
+        unique: dict[Problem, None] = {}
+        while len(unique) < train + val:
+            unique[draw_problem(rng, difficulty, mix.first)] = None
+        drawn = list(unique)
+        parts[0].extend(drawn[:train])
+        parts[1].extend(drawn[train:])
+    for part in parts:
+        rng.shuffle(part)
+    return parts
+
+
+def demonstrate(rng: random.Random, problem: Problem, mix: Mix) -> str:
+    """Writes one demonstration response to `problem` (without the end-of-sequence token)."""
+    place = mix.classes.index(problem.difficulty)
+    all_steps = problem.difficulty - 1
+    steps = all_steps
+    if rng.random() >= mix.stepwise[place]:
+        steps = rng.randrange(all_steps) if mix.guess_midway else 0
+    total, lines = problem.numbers[0], []
+    for number in problem.numbers[1 : steps + 1]:
+        lines.append(f"{total}+{number}={total + number}")
+        total += number
+    missing = all_steps - steps
+    if missing:
+        right = rng.random() < mix.guess_right[min(missing, len(mix.guess_right)) - 1]
+        total = problem.total if right else _miss(rng, problem.total)
+        lines.append(f"guess {total}")
+    chance = mix.wait_start[place]
+    while rng.random() < chance:
+        if rng.random() < mix.wait_corrupts:
+            total = _miss(rng, total)
+        lines.append(f"wait, {total}")
+        chance = mix.wait_again
+    return "\n".join([*lines, f"#{total}."])
+
+
+def read_trace(response: str) -> Trace:
+    """Reads what a response does. Never raises: lines of no known form count as nothing."""
+    *lines, last = response.split("\n")
+    kinds = [found.lastgroup for line in lines if (found := _LINE.fullmatch(line))]
+    answer = _ANSWER.fullmatch(last)
+    return Trace(
+        steps=kinds.count("step"),
+        guessed="guess" in kinds,
+        waits=kinds.count("wait"),
+        answer=int(answer[1]) if answer else None,
+    )
+
+
+def score(response: str, total: int) -> float:
+    """1.0 if the response ends in the right answer, else 0.0 (wrong, cut off, garbled or empty)."""
+    return float(read_trace(response).answer == total)
+
+
+def _miss(rng: random.Random, total: int) -> int:
+    """A wrong total of two digits, at most 4 away."""
+    near = [other for other in range(total - 4, total + 5) if other != total and other in _TOTALS]
+    return rng.choice(near)

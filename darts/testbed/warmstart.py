@@ -1,0 +1,148 @@
+"""Warm start: supervised training of the tiny model on demonstrations, drawn as it goes.
+
+Demonstrations are packed into rows of one fixed length. Within a row each attends to itself only
+and counts its positions from 0, so packing changes nothing but the speed.
+"""
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
+
+from darts.testbed import Limits
+from darts.testbed.model import prompt_tokens
+from darts.testbed.task import Mix, Problem, demonstrate, draw_problem
+
+_IGNORED = -100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """How long and how fast to train. The number of steps is fixed, so that a seed decides all."""
+
+    steps: int = 3000
+    """Optimizer steps."""
+    rows: int = 16
+    """Rows per step, each of prompt limit + response limit tokens."""
+    peak_rate: float = 2e-3
+    """Learning rate after `warmup` steps; then it falls to 0 along a half cosine."""
+    warmup: int = 100
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+
+    def rate(self, step: int) -> float:
+        """The learning rate of `step`, counted from 0."""
+        if step < self.warmup:
+            return self.peak_rate * (step + 1) / self.warmup
+        progress = torch.tensor((step - self.warmup) / max(1, self.steps - self.warmup))
+        return float(self.peak_rate * 0.5 * (1 + torch.cos(torch.pi * progress)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packed:
+    """One batch; all tensors are (rows, length), and the padding of a row is segment -1."""
+
+    tokens: Tensor
+    labels: Tensor
+    """The token to predict at each place; `_IGNORED` in prompts and padding."""
+    positions: Tensor
+    segments: Tensor
+
+
+def examples(
+    tokenizer: Qwen2Tokenizer, mix: Mix, limits: Limits, seed: int, excluded: frozenset[Problem]
+) -> Iterator[tuple[list[int], int]]:
+    """Yields (tokens, number of prompt tokens) without end, never of an `excluded` problem.
+
+    A demonstration beyond the response limit is cut there and gets no end-of-sequence token, so
+    that the chance of one more re-check does not fall near the limit.
+    """
+    rng = random.Random(f"demonstrations-{seed}")
+    while True:
+        problem = draw_problem(rng, rng.choice(mix.classes), mix.first)
+        response = demonstrate(rng, problem, mix)
+        if problem in excluded:
+            continue
+        prompt = prompt_tokens(tokenizer, problem.question)
+        answer = [*tokenizer.encode(response), tokenizer.eos_token_id]
+        yield prompt + answer[: limits.response], len(prompt)
+
+
+class Packer:
+    """Packs a stream of examples into batches; an example that does not fit opens the next row."""
+
+    def __init__(self, stream: Iterator[tuple[list[int], int]], length: int, pad: int) -> None:
+        self._stream = stream
+        self._length = length
+        self._pad = pad
+        self._next = next(stream)
+
+    def batch(self, rows: int) -> Packed:
+        """The next batch of `rows` rows."""
+        shape = (rows, self._length)
+        tokens = torch.full(shape, self._pad)
+        labels = torch.full(shape, _IGNORED)
+        positions = torch.zeros(shape, dtype=torch.long)
+        segments = torch.full(shape, -1)
+        for row in range(rows):
+            start, segment = 0, 0
+            while start + len(self._next[0]) <= self._length:
+                ids, prompt = torch.tensor(self._next[0]), self._next[1]
+                end = start + len(ids)
+                tokens[row, start:end] = ids
+                labels[row, start + prompt - 1 : end - 1] = ids[prompt:]
+                positions[row, start:end] = torch.arange(len(ids))
+                segments[row, start:end] = segment
+                start, segment, self._next = end, segment + 1, next(self._stream)
+        return Packed(tokens=tokens, labels=labels, positions=positions, segments=segments)
+
+
+def loss_of(model: Qwen2ForCausalLM, batch: Packed) -> Tensor:
+    """Mean cross-entropy in nats over the response tokens of `batch`."""
+    length = batch.tokens.shape[1]
+    same = batch.segments[:, None, :, None] == batch.segments[:, None, None, :]
+    mask = same & torch.ones(length, length, dtype=torch.bool).tril()
+    logits = model(batch.tokens, attention_mask=mask, position_ids=batch.positions, use_cache=False).logits
+    return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=_IGNORED)
+
+
+def train(
+    model: Qwen2ForCausalLM,
+    packer: Packer,
+    schedule: Schedule,
+    report: Callable[[str], None] = print,
+) -> None:
+    """Trains `model` in place and reports loss, speed and remaining time every 100 steps."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": schedule.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(0.9, 0.98),
+    )
+    model.train()
+    started, losses, tokens = time.monotonic(), [], 0
+    for step in range(schedule.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.rate(step)
+        batch = packer.batch(schedule.rows)
+        loss = loss_of(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.clip_norm)
+        optimizer.step()
+        losses.append(loss.item())
+        tokens += int((batch.segments >= 0).sum())
+        if (step + 1) % 100 == 0 or step + 1 == schedule.steps:
+            passed = time.monotonic() - started
+            left = passed / (step + 1) * (schedule.steps - step - 1)
+            recent = sum(losses[-100:]) / len(losses[-100:])
+            report(
+                f"step {step + 1}/{schedule.steps}  loss {recent:.4f}  {tokens / passed:,.0f} tokens/s"
+                f"  {passed / 60:.1f} min passed, {left / 60:.1f} min left"
+            )
+    model.eval()

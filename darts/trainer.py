@@ -1,0 +1,101 @@
+"""verl's PPO trainer with DARTS: `RayDartsTrainer`.
+
+Contract.
+1. The trainer refuses to start if the plugin is not active or the rollout manager is not DARTS's.
+2. With `darts.enable=false` it runs `RayPPOTrainer.init_workers` and `RayPPOTrainer.fit`: plain verl.
+3. With DARTS on, a step is verl's own, by the `_fit_*` methods of `SeparateRayPPOTrainer` (one per phase). Workers and
+   servers are those of `RayPPOTrainer.init_workers` (colocated). Where the two trainers of verl differ, the colocated
+   order is restored: a checkpoint is saved while the engines sleep, engines are woken also during critic warm-up, and
+   rollout dump and replay (`skip.rollout`) works. Not restored: GDPO's per-component reward metrics.
+4. The manager decides, the trainer only reports: `darts/*` metrics are added to verl's.
+"""
+
+from typing import Any
+
+from omegaconf import DictConfig
+from verl.experimental.separation.ray_trainer import SeparateRayPPOTrainer
+from verl.protocol import DataProto
+from verl.trainer.ppo.ray_trainer import RayPPOTrainer, compute_spec_decode_metrics
+from verl.utils.debug import marked_timer
+from verl.utils.skip import SkipManager
+
+import verl_patches.register
+from darts.checks import check_run
+from darts.rollout import DartsAgentLoopManager
+
+
+class RayDartsTrainer(SeparateRayPPOTrainer):
+    """A `RayPPOTrainer` whose rollouts are shaped by DARTS. Arguments as `RayPPOTrainer`."""
+
+    async_rollout_manager: DartsAgentLoopManager
+
+    def __init__(self, config: DictConfig, *args: Any, **kwargs: Any) -> None:
+        verl_patches.register.assert_active()
+        self.darts = check_run(config)
+        super().__init__(config, *args, **kwargs)
+
+    def init_workers(self) -> None:
+        """Colocated workers, servers and managers, exactly as `RayPPOTrainer` makes them."""
+        RayPPOTrainer.init_workers(self)
+        if self.darts.enable and not isinstance(self.async_rollout_manager, DartsAgentLoopManager):
+            raise RuntimeError(
+                f"the rollout manager is {type(self.async_rollout_manager).__name__}, not DartsAgentLoopManager: "
+                "DARTS would do nothing."
+            )
+        print(self.banner(), flush=True)
+
+    def banner(self) -> str:
+        """One line that says whether DARTS is on, and with which settings."""
+        if not self.darts.enable:
+            return "[darts] plugin active, darts.enable=false: plain verl"
+        allocation, selection = self.darts.allocation, self.darts.selection
+        mean = allocation.mean_candidates if allocation.mode == "uniform" else self.darts.group_size
+        return (
+            f"[darts] plugin active: M={self.darts.group_size} of {mean:g} candidates ({allocation.mode}, "
+            f"{allocation.low} to {allocation.high}), selection {selection.mode}: K={self.darts.num_short} shortest "
+            f"and L={selection.num_long} longest"
+        )
+
+    def fit(self) -> None:
+        """Trains: plain verl's loop with `darts.enable=false`, else the loop of `SeparateRayPPOTrainer`."""
+        if not self.darts.enable:
+            return RayPPOTrainer.fit(self)
+        if self._dump_executor._shutdown:
+            self._init_dump_executor()
+        SkipManager.init(self.config)
+        try:
+            super().fit()
+        finally:
+            self._shutdown_dump_executor()
+
+    def _fit_prepare_step(self) -> None:
+        SkipManager.set_step(self.global_steps)
+        super()._fit_prepare_step()
+
+    def _fit_generate(self, batch: DataProto = None) -> DataProto:
+        batch = super()._fit_generate(batch)
+        self.metrics.update(self.async_rollout_manager.pop_metrics())
+        return batch
+
+    def _fit_update_weights(self) -> None:
+        """Saves while the engines sleep, then wakes them with the new weights; as in `RayPPOTrainer.fit`."""
+        super()._fit_save_checkpoint()
+        if self.config.trainer.critic_warmup <= self.global_steps:
+            super()._fit_update_weights()
+        else:
+            with marked_timer("update_weights", self.timing_raw, color="red"):
+                self.checkpoint_manager.update_weights(self.global_steps)
+
+    def _fit_save_checkpoint(self) -> None:
+        """Done in `_fit_update_weights`."""
+
+    def _fit_collect_metrics(self, batch: DataProto) -> None:
+        super()._fit_collect_metrics(batch)
+        columns = batch.non_tensor_batch
+        self.metrics.update(
+            compute_spec_decode_metrics(
+                columns.get("spec_num_draft_tokens"),
+                columns.get("spec_num_accepted_tokens"),
+                columns.get("spec_num_verify_steps"),
+            )
+        )

@@ -1,0 +1,86 @@
+"""Entry point: `python -m recipe.darts.main_darts [hydra overrides]`, from any directory.
+
+Contract: composes `configs/darts_trainer.yaml` (or `--config-name quickstart`), checks it before anything expensive
+starts, and trains with `RayDartsTrainer` through verl's own `run_ppo`. A setting that cannot work is one line on stderr
+and exit code 2.
+"""
+
+import os
+import socket
+import sys
+from pprint import pprint
+
+import hydra
+import ray
+from omegaconf import DictConfig, OmegaConf
+from verl.trainer.main_ppo import run_ppo
+from verl.trainer.main_ppo_v0 import BaseTaskRunner
+from verl.trainer.ppo.utils import create_rl_dataset, create_rl_sampler, need_critic, need_reference_policy
+from verl.utils.config import omega_conf_to_dataclass, validate_config
+from verl.utils.device import auto_set_device
+
+import verl_patches.register
+from darts import CONFIG_DIR
+from darts.checks import check_run
+from darts.config import ConfigError
+from darts.testbed import assets_dir
+
+# ${darts_testbed:overthink} is the folder of the embedded testbed, wherever the package is installed.
+OmegaConf.register_new_resolver("darts_testbed", lambda name: str(assets_dir(name)), replace=True)
+
+
+class DartsTaskRunner(BaseTaskRunner):
+    """verl's legacy task runner (`verl.trainer.main_ppo_v0.TaskRunner`, 0.9.1) with `RayDartsTrainer` as the trainer."""
+
+    def run(self, config: DictConfig) -> None:
+        """Sets up roles, data and trainer as `TaskRunner.run` does, and trains."""
+        from darts.trainer import RayDartsTrainer
+
+        print(f"DartsTaskRunner hostname: {socket.gethostname()}, PID: {os.getpid()}")
+        pprint(OmegaConf.to_container(config, resolve=True))
+        _, ray_worker_group_cls = self.add_actor_rollout_worker(config)
+        self.add_critic_worker(config)
+        self.add_reward_model_resource_pool(config)
+        self.add_teacher_model_resource_pool(config)
+        validate_config(config, need_reference_policy(config), need_critic(config))
+        model = omega_conf_to_dataclass(config.actor_rollout_ref.model)
+        data = config.data
+        train, val = (
+            create_rl_dataset(files, data, model.tokenizer, model.processor, is_train=is_train, max_samples=limit)
+            for files, is_train, limit in (
+                (data.train_files, True, data.get("train_max_samples", -1)),
+                (data.val_files, False, data.get("val_max_samples", -1)),
+            )
+        )
+        trainer = RayDartsTrainer(
+            config=config,
+            tokenizer=model.tokenizer,
+            processor=model.processor,
+            role_worker_mapping=self.role_worker_mapping,
+            resource_pool_manager=self.init_resource_pool_mgr(config),
+            ray_worker_group_cls=ray_worker_group_cls,
+            train_dataset=train,
+            val_dataset=val,
+            train_sampler=create_rl_sampler(data, train),
+        )
+        trainer.init_workers()
+        trainer.fit()
+
+
+@hydra.main(config_path=str(CONFIG_DIR), config_name="darts_trainer", version_base=None)
+def main(config: DictConfig) -> None:
+    """Checks the configuration, starts Ray and trains."""
+    verl_patches.register.assert_active()
+    auto_set_device(config)
+    OmegaConf.resolve(config)
+    try:
+        check_run(config)
+    except ConfigError as error:
+        print(f"[darts] {error}", file=sys.stderr)
+        sys.exit(2)
+    validate_config(config, need_reference_policy(config), need_critic(config))
+    run_ppo(config, task_runner_class=ray.remote(DartsTaskRunner))
+
+
+if __name__ == "__main__":
+    main()

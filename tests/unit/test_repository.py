@@ -1,0 +1,207 @@
+"""Rules of the repository that no linter knows: borders between the rings, packaging, files for people and machines."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import pytest
+import yaml
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[2]
+PURE_METHOD = ("selection", "group", "allocation", "history", "latency", "config", "metrics", "simulation")
+NOT_IN_THE_METHOD = {"ray", "vllm", "verl", "verl_patches", "torch", "transformers", "tensordict"}
+MAX_LINES = 500
+ENTRY_POINTS = {
+    "verl.plugins": {"darts": "verl_patches.register"},
+    "vllm.general_plugins": {"darts": "verl_patches.vllm_plugin:register"},
+}
+
+
+def repository_files() -> list[Path]:
+    """What git tracks or would track; without git, everything outside hidden folders."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        names = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout.split("\0")
+    except (OSError, subprocess.CalledProcessError):
+        skipped = {".git", ".venv", ".uv"}
+        folders = ((Path(folder), names) for folder, _, names in os.walk(ROOT))
+        names = [str((folder / name).relative_to(ROOT)) for folder, found in folders for name in found]
+        names = [name for name in names if not skipped & set(Path(name).parts) and "__pycache__" not in name]
+    return [path for name in names if name and (path := ROOT / name).is_file()]
+
+
+FILES = repository_files()
+PYTHON_FILES = [path for path in FILES if path.suffix == ".py"]
+
+
+@pytest.fixture(scope="module")
+def pyproject() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+# --- code ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_python_file_is_under_500_lines() -> None:
+    lengths = {name_of(path): len(path.read_text().splitlines()) for path in PYTHON_FILES}
+    assert {name: lines for name, lines in lengths.items() if lines >= MAX_LINES} == {}
+
+
+def imported_packages(path: Path) -> set[str]:
+    """Top-level names of every absolute import in a file, also those inside functions."""
+    packages = set()
+    for node in ast.walk(ast.parse(path.read_text(), filename=str(path))):
+        if isinstance(node, ast.Import):
+            packages |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            packages.add(node.module.split(".")[0])
+    return packages
+
+
+@pytest.mark.parametrize("module", PURE_METHOD)
+def test_the_method_is_pure(module: str) -> None:
+    path = ROOT / "darts" / f"{module}.py"
+    if not path.exists():
+        pytest.skip(f"{name_of(path)} does not exist")
+    assert imported_packages(path) & NOT_IN_THE_METHOD == set()
+
+
+def test_importing_the_method_loads_nothing_heavy() -> None:
+    """Catches what imports of imports bring in, which the test above cannot see."""
+    modules = [f"darts.{module}" for module in PURE_METHOD if (ROOT / "darts" / f"{module}.py").exists()]
+    code = (
+        f"import importlib, sys; [importlib.import_module(name) for name in {modules!r}]; "
+        f"print(*sorted(set(sys.modules) & {NOT_IN_THE_METHOD!r}))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == []
+
+
+@pytest.mark.parametrize("package", ["recipe", "tests", "scripts"])
+def test_shared_names_stay_namespaces(package: str) -> None:
+    """verl's wheel installs `tests` and `scripts`, and other recipes live in `recipe`: ours must not shadow them."""
+    assert not (ROOT / package / "__init__.py").exists()
+
+
+def test_nothing_imports_our_tests_or_scripts() -> None:
+    offenders = {
+        name_of(path): found for path in PYTHON_FILES if (found := imported_packages(path) & {"tests", "scripts"})
+    }
+    assert offenders == {}
+
+
+# --- packaging -------------------------------------------------------------------------------------------------------
+
+
+def test_entry_points_are_declared(pyproject: dict) -> None:
+    assert pyproject["project"]["entry-points"] == ENTRY_POINTS
+
+
+def test_installed_entry_points_are_the_declared_ones() -> None:
+    try:
+        installed = distribution("verl-darts").entry_points
+    except PackageNotFoundError:
+        pytest.skip("verl-darts is not installed: run scripts/setup.sh")
+    for group, points in ENTRY_POINTS.items():
+        assert {point.name: point.value for point in installed.select(group=group)} == points
+
+
+def test_only_our_packages_are_in_the_wheel(pyproject: dict) -> None:
+    wheel = pyproject["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert set(wheel["packages"]) == {"darts", "verl_patches", "recipe/darts"}
+    assert set(wheel["force-include"].values()) == {"darts/configs"}
+
+
+def test_gpu_extra_repeats_the_pins_of_verl(pyproject: dict) -> None:
+    try:
+        pins = distribution("verl").requires or []
+    except PackageNotFoundError:
+        pytest.skip("verl is not installed: run scripts/setup.sh")
+    upstream = {pin.split(";")[0].strip() for pin in pins if "extra == 'vllm'" in pin.replace('"', "'")}
+    ours = set(pyproject["project"]["optional-dependencies"]["gpu"]) - {"verl[vllm]==0.9.1"}
+    assert ours <= upstream
+
+
+# --- files for people and machines -----------------------------------------------------------------------------------
+
+
+def test_env_yml_is_short_and_agrees_with_pyproject(pyproject: dict) -> None:
+    text = (ROOT / "env.yml").read_text()
+    assert len(text.splitlines()) < 25
+    dependencies = yaml.safe_load(text)["dependencies"]
+
+    (python,) = (entry for entry in dependencies if str(entry).startswith("python="))
+    major, minor = map(int, python.removeprefix("python=").split("."))
+    low, high = re.fullmatch(r">=3\.(\d+),<3\.(\d+)", pyproject["project"]["requires-python"]).groups()
+    assert major == 3
+    assert int(low) <= minor < int(high)
+
+    (pip,) = (entry["pip"] for entry in dependencies if isinstance(entry, dict))
+    extras = re.fullmatch(r"-e \.\[(.+)\]", pip[0]).group(1).split(",")
+    assert set(extras) <= set(pyproject["project"]["optional-dependencies"])
+
+
+def test_citation_names_the_paper_and_the_version(pyproject: dict) -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert citation["version"] == pyproject["project"]["version"]
+    paper = citation["preferred-citation"]
+    assert paper["title"].startswith("DARTS: Distribution-Aware Active Rollout Trajectory Shaping")
+    assert paper["url"].endswith("2605.30859")
+
+
+def test_license_is_apache_2(pyproject: dict) -> None:
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text
+    assert "END OF TERMS AND CONDITIONS" in text
+    assert pyproject["project"]["license"] == "Apache-2.0"
+
+
+def shell_scripts() -> list[Path]:
+    return [path for path in FILES if path.suffix == ".sh"] + [ROOT / ".ci" / "run"]
+
+
+@pytest.mark.parametrize("script", shell_scripts(), ids=name_of)
+def test_shell_scripts_parse(script: Path) -> None:
+    run = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("name", ["scripts/setup.sh", "scripts/test.sh", ".ci/run"])
+def test_commands_are_executable(name: str) -> None:
+    assert os.access(ROOT / name, os.X_OK)
+
+
+def test_no_file_knows_the_machine_it_was_written_on() -> None:
+    """No home folders, no working folders, no hosts of package registries."""
+    folders = ("home", "root", "Users", "workspace", "work", "data1", "mnt")
+    hosts = ("pypi" + ".org", "pythonhosted" + ".org", "download.pytorch" + ".org")
+    machine = re.compile(rf"(?<![\w.$}}/-])/(?:{'|'.join(folders)})/\w|" + "|".join(map(re.escape, hosts)))
+    found = []
+    for path in FILES:
+        try:
+            lines = path.read_text().splitlines()
+        except UnicodeDecodeError:
+            continue
+        found += [
+            f"{name_of(path)}:{number}: {line.strip()[:80]}"
+            for number, line in enumerate(lines, 1)
+            if machine.search(line)
+        ]
+    assert found == []

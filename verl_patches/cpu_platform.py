@@ -1,0 +1,198 @@
+"""verl 0.9.1 on a machine without an accelerator.
+
+Contract:
+1. ``activate()`` registers the platform ``cpu`` and applies the patches below; it runs where ``is_cpu_only()`` holds
+   and nowhere else, and before the first ``get_platform()`` of the process (it raises if it came too late).
+2. Environment variables are defaults: what the user has set stays.
+3. A logical GPU is a Ray resource, no device: start Ray with ``num_gpus`` (``ray_kwargs.ray_init.num_gpus``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import psutil
+import torch
+from verl.plugin.platform import PlatformBase, PlatformRegistry, platform_manager
+
+from verl_patches.patching import replace
+
+# Set in every process that imports verl, if absent, and inherited by what it starts.
+PROCESS_ENV = {
+    "VERL_PLATFORM": "cpu",
+    # verl's own switch: look engines up as on CUDA. Its FSDP engines name no device themselves, but are registered for cuda
+    # and npu only.
+    "VERL_ENGINE_DEVICE": "cuda",
+}
+# Handed to the vLLM server actors and inherited by their engine processes, if absent.
+ROLLOUT_ENV = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; without it vLLM takes gpu_memory_utilization of the whole memory
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer runs on the same cores
+}
+
+
+def _cpu_device_module() -> ModuleType:
+    """``torch.cpu`` completed by the members that verl 0.9.1 uses of ``torch.cuda``.
+
+    ``torch.cpu`` itself stays as it is. ``is_available`` says False: verl asks it whether accelerator memory can be
+    measured, seeded or snapshotted.
+    """
+    module = ModuleType("verl_patches.cpu_device", "torch.cpu with the memory and RNG members of torch.cuda")
+    for name in ("Event", "Stream", "current_stream", "device_count", "set_device", "stream", "synchronize"):
+        setattr(module, name, getattr(torch.cpu, name))
+    process = psutil.Process()
+
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    def resident_bytes(device: Any = None) -> int:
+        return process.memory_info().rss
+
+    def mem_get_info(device: Any = None) -> tuple[int, int]:
+        memory = psutil.virtual_memory()
+        return memory.available, memory.total
+
+    module.is_available = lambda: False
+    module.current_device = lambda: "cpu"
+    module.get_device_name = lambda device=None: "cpu"
+    module.mem_get_info = mem_get_info
+    for name in ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"):
+        setattr(module, name, resident_bytes)
+    for name in ("empty_cache", "ipc_collect", "set_per_process_memory_fraction"):
+        setattr(module, name, nothing)
+    for name in ("reset_peak_memory_stats", "reset_accumulated_memory_stats"):
+        setattr(module, name, nothing)
+    module.get_rng_state = lambda device=None: torch.get_rng_state()
+    module.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+    return module
+
+
+class CpuPlatform(PlatformBase):
+    """verl's platform interface for CPU: gloo, no memory pool, logical GPUs as the Ray resource."""
+
+    _module = _cpu_device_module()
+
+    device_name = "cpu"
+    vendor_name = "cpu"
+
+    @property
+    def device_module(self) -> ModuleType:
+        return self._module
+
+    def is_available(self) -> bool:
+        return True
+
+    def current_device(self) -> str:
+        """A device for ``tensor.to``: an index would mean a GPU to torch."""
+        return "cpu"
+
+    def device_count(self) -> int:
+        return 1
+
+    def set_device(self, device_index: int) -> None:
+        pass
+
+    def synchronize(self, device_index: int | None = None) -> None:
+        pass
+
+    def manual_seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def manual_seed_all(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def set_allocator_settings(self, settings: str) -> None:
+        pass
+
+    def empty_cache(self) -> None:
+        pass
+
+    def get_device_capability(self, device_index: int = 0) -> tuple[int | None, int | None]:
+        return None, None
+
+    def communication_backend_name(self) -> str:
+        return "gloo"
+
+    def visible_devices_envvar(self) -> str:
+        return "CUDA_VISIBLE_DEVICES"
+
+    def ray_resource_name(self) -> str:
+        """``GPU``: verl's ``ResourcePoolManager`` counts only GPU and NPU resources."""
+        return "GPU"
+
+    def ray_noset_envvars(self) -> list[str]:
+        return []
+
+    def is_ipc_supported(self) -> bool:
+        """False: weights travel to vLLM through shared memory."""
+        return False
+
+    def rollout_env_vars(self) -> dict[str, str]:
+        return {name: os.environ.get(name, default) for name, default in ROLLOUT_ENV.items()}
+
+    @contextmanager
+    def nvtx_range(self, msg: str) -> Iterator[None]:
+        yield
+
+    def profiler_start(self) -> None:
+        pass
+
+    def profiler_stop(self) -> None:
+        pass
+
+    def cudart(self) -> None:
+        return None
+
+
+def set_process_env() -> None:
+    """Set the defaults of ``PROCESS_ENV``."""
+    for name, value in PROCESS_ENV.items():
+        os.environ.setdefault(name, value)
+
+
+def register_platform() -> None:
+    """Register ``CpuPlatform`` as verl's platform ``cpu``.
+
+    Symptom: verl falls back to ``nvidia`` and fails in ``torch.cuda``.
+    Upstream: ``verl.plugin.platform.PlatformRegistry`` (verl 0.9.1) has nvidia, huawei and amd only.
+    Delete: when verl ships a CPU platform.
+    """
+    current = platform_manager._current_platform
+    if current is not None and not isinstance(current, CpuPlatform):
+        raise RuntimeError(
+            f"verl has settled on {type(current).__name__} before the CPU platform was registered; "
+            f"set VERL_PLATFORM=cpu in the environment, or import verl before anything that calls get_platform()"
+        )
+    PlatformRegistry.register(platform="cpu")(CpuPlatform)
+
+
+def patch_process_group_backend() -> bool:
+    """Initialise the process group of a Ray worker with ``cpu:gloo``.
+
+    Symptom: ``ValueError: Duplicate device type cpu in backend string: cpu:gloo,cpu:gloo`` in torch.
+    Upstream: ``verl.utils.distributed.initialize_global_process_group_ray`` (verl 0.9.1), which writes
+    ``cpu:gloo,<device>:<backend>`` unless it is given a backend.
+    Delete: when verl leaves the second entry out for the device ``cpu``.
+    """
+    import verl.utils.distributed as target
+
+    return replace(target, "initialize_global_process_group_ray", ("timeout_second", "backend"), _with_gloo_backend)
+
+
+def _with_gloo_backend(upstream: Callable[..., None]) -> Callable[..., None]:
+    def initialize_global_process_group_ray(timeout_second: float | None = None, backend: str | None = None) -> None:
+        return upstream(timeout_second=timeout_second, backend=backend or "cpu:gloo")
+
+    return initialize_global_process_group_ray
+
+
+def activate() -> tuple[str, ...]:
+    """Register and patch; return the names of what is in force."""
+    set_process_env()
+    register_platform()
+    patch_process_group_backend()
+    return ("cpu platform", "process group backend")

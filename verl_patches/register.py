@@ -1,0 +1,86 @@
+"""Entry point of the group ``verl.plugins``: verl imports this module in every process that imports verl.
+
+Contract:
+1. The import does the registrations, once per process. It is cheap: no vLLM, no Ray beyond what verl has imported.
+2. verl logs a plugin's exception at DEBUG and goes on, so nothing is raised here: the exception is kept in
+   ``plugin_state()``, its traceback goes to stderr, and ``assert_active()`` raises it. Entry programs call that.
+3. verl calls this at the end of ``verl/__init__.py``: only submodules of verl that need no more than that are used.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+
+GROUP = "verl.plugins"
+
+
+class PluginNotActive(RuntimeError):
+    """verl would run without this plugin."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PluginState:
+    """What ``register`` did in this process, e.g. ``PluginState(applied=("cpu platform",), error=None)``."""
+
+    applied: tuple[str, ...] = ()
+    error: Exception | None = None
+
+
+_state: PluginState | None = None
+
+
+def register() -> PluginState:
+    """Register everything for this process; a second call returns the first answer."""
+    global _state
+    if _state is None:
+        try:
+            _state = PluginState(applied=_apply())
+        except Exception as error:
+            _state = PluginState(error=error)
+            print(f"verl_patches: the plugin failed in process {os.getpid()}", file=sys.stderr)
+            traceback.print_exception(error, file=sys.stderr)
+    return _state
+
+
+def _apply() -> tuple[str, ...]:
+    """Every registration of the project, in order; returns their names."""
+    from verl_patches.device import is_cpu_only
+
+    applied: tuple[str, ...] = ()
+    if is_cpu_only():
+        from verl_patches import cpu_platform
+
+        applied += cpu_platform.activate()
+    # DARTS's own registrations (streaming vLLM server, overlapped engine) are added here.
+    return applied
+
+
+def plugin_state() -> PluginState:
+    """What happened in this process."""
+    return register()
+
+
+def assert_active() -> PluginState:
+    """Raise ``PluginNotActive`` if registration failed here or if verl would not load the plugin in other processes."""
+    state = register()
+    if state.error is not None:
+        raise PluginNotActive(f"verl_patches failed to register: {state.error!r}") from state.error
+    if __name__ in os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(","):
+        return state
+    names = {point.name for point in entry_points(group=GROUP) if point.value.split(":")[0] == __name__}
+    if not names:
+        raise PluginNotActive(
+            f"no entry point {GROUP!r} names {__name__}: verl's workers would run without it. "
+            f"Install the project (uv pip install -e .)."
+        )
+    policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto").strip().lower()
+    if policy != "auto" and not names & {name.strip() for name in policy.split(",")}:
+        raise PluginNotActive(f"VERL_USE_EXTERNAL_PLUGINS={policy!r} switches the plugin {sorted(names)} off")
+    return state
+
+
+register()

@@ -215,7 +215,8 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         """Whether the response filled its budget without ending by itself.
 
         The budget is `response_length`, or what `max_model_len` leaves beside the prompt, over all turns. It ended by
-        itself if its last token was generated and is an end token.
+        itself if its last token was generated and is an end token. A loop that stops because a tool's answer would not
+        fit has not filled the budget; verl does not tell such a stop from another, and it counts as ended.
         """
         config = self.rollout_config
         filled = len(output.response_ids) >= config.response_length or (

@@ -36,12 +36,15 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
 
     def init_workers(self) -> None:
         """Colocated workers, servers and managers, exactly as `RayPPOTrainer` makes them."""
+        print("[darts] starting workers, engines and reward loop", flush=True)
         RayPPOTrainer.init_workers(self)
         if self.darts.enable and not isinstance(self.async_rollout_manager, DartsAgentLoopManager):
             raise RuntimeError(
                 f"the rollout manager is {type(self.async_rollout_manager).__name__}, not DartsAgentLoopManager: "
                 "DARTS would do nothing."
             )
+        # SeparateRayPPOTrainer asks the rollout manager to start the servers' profilers, RayPPOTrainer the server manager.
+        self.async_rollout_manager.start_profile = lambda global_step: self.llm_server_manager.start_profile()
         print(self.banner(), flush=True)
 
     def banner(self) -> str:
@@ -99,3 +102,22 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
                 columns.get("spec_num_verify_steps"),
             )
         )
+
+    def _fit_postprocess_step(self) -> None:
+        print(f"[darts] {progress_line(self.metrics, self.global_steps, self.total_training_steps)}", flush=True)
+        super()._fit_postprocess_step()
+
+
+def progress_line(metrics: dict[str, Any], step: int, total: int) -> str:
+    """One readable line about a step; a figure that the step did not measure is left out."""
+    figures = (
+        ("timing_s/step", "{:.1f} s"),
+        ("timing_s/gen", "rollout {:.1f} s"),
+        ("darts/length/pool_mean", "mean length {:.0f}"),
+        ("darts/length/pool_max", "longest {:.0f}"),
+        ("darts/reward/kept_mean", "reward kept {:.2f}"),
+        ("darts/reward/pool_mean", "pool {:.2f}"),
+        ("darts/candidates/kept", "kept {:.0f}"),
+        ("darts/candidates/launched", "of {:.0f}"),
+    )
+    return f"step {step}/{total}: " + ", ".join(text.format(metrics[key]) for key, text in figures if key in metrics)

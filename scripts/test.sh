@@ -43,12 +43,13 @@ end_own_processes() {
   for round in {1..50}; do
     pids=$(own_processes) || true
     [[ -z $pids ]] && break
-    if ((round == 1 || round == 20)); then
-      say "still running: $(echo "$pids" | wc -l) processes of this run; ending them"
-    fi
     # Ray takes a moment to end by itself: 2 s untouched, then SIGTERM, after 4 s SIGKILL.
-    if ((round == 20)); then echo "$pids" | xargs -r kill -TERM 2>/dev/null || true; fi
-    if ((round == 40)); then echo "$pids" | xargs -r kill -KILL 2>/dev/null || true; fi
+    if ((round == 20)); then
+      say "ending $(wc -w <<<"$pids") processes that the tests left behind"
+      xargs -r kill -TERM <<<"$pids" 2>/dev/null || true
+    elif ((round == 40)); then
+      xargs -r kill -KILL <<<"$pids" 2>/dev/null || true
+    fi
     sleep 0.1
   done
   kill -KILL -- "-$group" 2>/dev/null || true
@@ -57,9 +58,9 @@ end_own_processes() {
 interrupted=
 trap 'interrupted=1; [[ -n $group ]] && kill -INT "$group" 2>/dev/null' INT TERM HUP
 
-# Job control gives pytest a process group of its own, and leaves SIGINT to it, which ends fixtures in order.
+# Job control gives pytest a process group of its own. SIGINT makes it end its fixtures in order.
 set -m
-env "$mark" timeout --signal=INT --kill-after=60 "$limit" \
+env --default-signal=INT "$mark" timeout --signal=INT --kill-after=60 "$limit" \
   "$PYTHON" -m pytest --durations=10 --junitxml="$work/junit.xml" "$@" </dev/null &
 group=$!
 set +m

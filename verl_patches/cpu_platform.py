@@ -24,14 +24,17 @@ from verl_patches.patching import replace
 # Set in every process that imports verl, if absent, and inherited by what it starts.
 PROCESS_ENV = {
     "VERL_PLATFORM": "cpu",
-    # verl's own switch: look engines up as on CUDA. Its FSDP engines name no device themselves, but are registered for cuda
-    # and npu only.
+    # verl's own switch: look engines up as on CUDA. Its FSDP engines take the device from the platform, but are
+    # registered for cuda and npu only.
     "VERL_ENGINE_DEVICE": "cuda",
 }
 # Handed to the vLLM server actors and inherited by their engine processes, if absent.
 ROLLOUT_ENV = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; without it vLLM takes gpu_memory_utilization of the whole memory
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer runs on the same cores
+    # lets engine_kwargs.vllm.distributed_executor_backend=uni stand: one process, and one import of vLLM, less
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
 }
 
 

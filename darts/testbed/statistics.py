@@ -60,18 +60,7 @@ def group_correlations(lengths: Array, correct: Array) -> Array:
 
 def length_gap(lengths: Array, correct: Array, rng: np.random.Generator) -> Estimate:
     """E[length | wrong] - E[length | correct] in tokens; NaN where one outcome never occurs."""
-    wrong = 1 - correct
-    columns = [(lengths * wrong), wrong, (lengths * correct), correct]
-    sums = np.stack([column.sum(axis=1) for column in columns], axis=1).astype(float)
-    drawn = _weights(len(lengths), rng) @ sums
-    with np.errstate(divide="ignore", invalid="ignore"):
-        gaps = drawn[:, 0] / drawn[:, 1] - drawn[:, 2] / drawn[:, 3]
-        total = sums.sum(axis=0)
-        value = total[0] / total[1] - total[2] / total[3]
-    gaps = gaps[np.isfinite(gaps)]
-    if not np.isfinite(value) or not len(gaps):
-        return Estimate(value=float("nan"), low=float("nan"), high=float("nan"))
-    return _interval(float(value), gaps)
+    return _gap(lengths, correct, _weights(len(lengths), rng))
 
 
 def verdict(gap: Estimate) -> Verdict:
@@ -81,16 +70,31 @@ def verdict(gap: Estimate) -> Verdict:
     return "II" if gap.high < 0 else "undecided"
 
 
-def false_verdicts(lengths: Array, correct: Array, rng: np.random.Generator, shuffles: int = 200) -> float:
+def false_verdicts(lengths: Array, correct: Array, rng: np.random.Generator, shuffles: int) -> float:
     """The control: share of shuffles of correctness over responses that still show a pattern.
 
     Shuffled outcomes carry no pattern, so an honest 95 % interval gives about 0.05.
     """
-    found = 0
+    weights, found = _weights(len(lengths), rng), 0
     for _ in range(shuffles):
         shuffled = rng.permutation(correct.ravel()).reshape(correct.shape)
-        found += verdict(length_gap(lengths, shuffled, rng)) != "undecided"
+        found += verdict(_gap(lengths, shuffled, weights)) != "undecided"
     return found / shuffles
+
+
+def _gap(lengths: Array, correct: Array, weights: Array) -> Estimate:
+    """`length_gap` with resamples given as how often each group is drawn, (resamples, groups)."""
+    wrong = 1 - correct
+    columns = (lengths * wrong, wrong, lengths * correct, correct)
+    sums = np.stack([column.sum(axis=1) for column in columns], axis=1).astype(float)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value, gaps = (
+            rows[0] / rows[1] - rows[2] / rows[3] for rows in (sums.sum(axis=0), np.einsum("rg,gc->cr", weights, sums))
+        )
+    finite = gaps[np.isfinite(gaps)]
+    if not np.isfinite(value) or not len(finite):
+        return Estimate(value=float("nan"), low=float("nan"), high=float("nan"))
+    return _interval(float(value), finite)
 
 
 def _weights(groups: int, rng: np.random.Generator) -> Array:

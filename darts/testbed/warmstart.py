@@ -25,9 +25,9 @@ _IGNORED = -100
 class Schedule:
     """How long and how fast to train. The number of steps is fixed, so that a seed decides all."""
 
-    steps: int = 3000
+    steps: int = 2000
     """Optimizer steps."""
-    rows: int = 16
+    rows: int = 8
     """Rows per step, each of prompt limit + response limit tokens."""
     peak_rate: float = 2e-3
     """Learning rate after `warmup` steps; then it falls to 0 along a half cosine."""
@@ -69,7 +69,7 @@ def examples(
         if problem in excluded:
             continue
         prompt = prompt_tokens(tokenizer, problem.question)
-        answer = [*tokenizer.encode(response), tokenizer.eos_token_id]
+        answer = [*tokenizer.encode(response[: limits.response]), tokenizer.eos_token_id]
         yield prompt + answer[: limits.response], len(prompt)
 
 

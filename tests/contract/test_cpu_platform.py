@@ -24,7 +24,7 @@ cpu_only = pytest.mark.skipif(not is_cpu_only(), reason="there is an accelerator
 def source_of(module: str) -> str:
     """Source of an installed module, without importing it."""
     spec = importlib.util.find_spec(module.rpartition(".")[0])
-    assert spec is not None and spec.submodule_search_locations, f"{module} is not installed"
+    assert spec is not None, f"{module} is not installed"
     return (Path(spec.submodule_search_locations[0]) / f"{module.rpartition('.')[2]}.py").read_text()
 
 
@@ -254,7 +254,7 @@ def test_torch_refuses_the_backend_that_verl_builds():
     assert 'f"cpu:gloo,{get_device_name()}:{get_nccl_backend()}"' in inspect.getsource(
         original(target.initialize_global_process_group_ray)
     )
-    with pytest.raises(ValueError, match="[Dd]uplicate"):
+    with pytest.raises(ValueError, match=r"[Dd]uplicate"):
         torch.distributed.distributed_c10d.BackendConfig(torch.distributed.Backend("cpu:gloo,cpu:gloo"))
 
 

@@ -1,0 +1,124 @@
+"""A readable end of a run: `python -m darts.summary METRICS.jsonl --before MODEL --after MODEL`.
+
+Contract: reads what verl's file logger wrote and the two checkpoints (safetensors), prints a summary, and exits 1 if the
+run did not do what DARTS is for: nothing was dropped, no prompt was saturated, no reward differed within a group, or the
+weights did not move.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+
+def read_steps(path: Path) -> list[dict[str, float]]:
+    """The metrics of each training step, in order; validation before the first step is not one.
+
+    Raises:
+        ValueError: the file holds no training step.
+    """
+    records = [json.loads(line)["data"] for line in path.read_text().splitlines()]
+    steps = [record for record in records if "timing_s/step" in record]
+    if not steps:
+        raise ValueError(f"{path}: no training step was logged; did the run end early?")
+    return steps
+
+
+def read_validation(path: Path) -> list[float]:
+    """Validation accuracies in the order in which they were logged."""
+    records = [json.loads(line)["data"] for line in path.read_text().splitlines()]
+    return [
+        value
+        for record in records
+        for key, value in record.items()
+        if key.startswith("val-core/") and "/acc/mean@" in key
+    ]
+
+
+def weight_change(before: Path, after: Path) -> float:
+    """Largest absolute difference between two checkpoints' parameters.
+
+    Raises:
+        ValueError: a folder without safetensors, or no parameter in common.
+    """
+    old, new = _parameters(before), _parameters(after)
+    common = old.keys() & new.keys()
+    if not common:
+        raise ValueError(f"{before} and {after} have no parameter in common.")
+    return max((old[name].float() - new[name].float()).abs().max().item() for name in common)
+
+
+def _parameters(folder: Path) -> dict[str, torch.Tensor]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder}: no *.safetensors file.")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def failures(steps: list[dict[str, float]], moved: float) -> list[str]:
+    """What the run did not do, one line each; empty if all is well."""
+    checks = {
+        "no candidate was dropped": sum(step.get("darts/candidates/dropped", 0) for step in steps) > 0,
+        "no prompt was saturated": any(step.get("darts/group/saturated_share", 0) > 0 for step in steps),
+        "no reward differed within a group": any(step.get("darts/group/mixed_reward_share", 0) > 0 for step in steps),
+        "the weights did not move": moved > 0,
+    }
+    return [text for text, holds in checks.items() if not holds]
+
+
+def summarise(steps: list[dict[str, float]], validation: list[float], moved: float) -> str:
+    """The summary as text, first to last step."""
+
+    def total(key: str) -> float:
+        return sum(step.get(key, 0.0) for step in steps)
+
+    def mean(key: str, of: list[dict[str, float]]) -> float:
+        return sum(step.get(key, float("nan")) for step in of) / len(of)
+
+    def first_to_last(key: str, form: str) -> str:
+        return f"{form.format(steps[0].get(key, float('nan')))} -> {form.format(steps[-1].get(key, float('nan')))}"
+
+    warm = steps[1:] or steps
+    launched, dropped = total("darts/candidates/launched"), total("darts/candidates/dropped")
+    generated, wasted = total("darts/tokens/generated"), total("darts/tokens/dropped")
+    rows = [
+        ("steps", f"{len(steps)}"),
+        ("seconds a step", f"{mean('timing_s/step', warm):.1f}, of which rollout {mean('timing_s/gen', warm):.1f}"),
+        ("mean length", first_to_last("darts/length/pool_mean", "{:.0f}") + " tokens, all candidates"),
+        ("", first_to_last("darts/length/kept_mean", "{:.0f}") + " tokens, the kept"),
+        ("accuracy in training", first_to_last("darts/reward/pool_mean", "{:.2f}") + ", all candidates"),
+        ("", first_to_last("darts/reward/kept_mean", "{:.2f}") + ", the kept"),
+        ("validation accuracy", " -> ".join(f"{value:.2f}" for value in validation) or "not measured"),
+        ("dropped", f"{dropped:.0f} of {launched:.0f} candidates, {wasted:.0f} of {generated:.0f} tokens"),
+        ("saturated", f"{mean('darts/group/saturated_share', steps):.0%} of the groups (shortest-only)"),
+        ("groups that teach", f"{mean('darts/group/mixed_reward_share', steps):.0%} (rewards differ)"),
+        ("weights moved", f"by at most {moved:.1e}"),
+    ]
+    return "\n".join(f"  {name:<22}{value}" for name, value in rows)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the summary; the exit code says whether the run did its work."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("metrics", type=Path, help="JSON lines of verl's file logger")
+    parser.add_argument("--before", type=Path, required=True, help="folder of the model the run started from")
+    parser.add_argument("--after", type=Path, required=True, help="folder of the model it ended with")
+    options = parser.parse_args(arguments)
+    try:
+        steps, moved = read_steps(options.metrics), weight_change(options.before, options.after)
+    except (OSError, ValueError) as error:
+        print(f"no summary: {error}", file=sys.stderr)
+        return 1
+    print("DARTS: summary of the run")
+    print(summarise(steps, read_validation(options.metrics), moved))
+    problems = failures(steps, moved)
+    for problem in problems:
+        print(f"FAILED: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

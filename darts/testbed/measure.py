@@ -1,0 +1,111 @@
+"""Measures a testbed: ``python -m darts.testbed.measure --testbed overthink``.
+
+Samples groups of responses to train prompts with the committed (or another) model, prints a table
+with 95 % intervals, writes it as JSON, and checks the testbed's bounds; exit code 1 if one fails.
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from darts.testbed import LIMITS, assets_dir
+from darts.testbed.model import prompt_tokens
+from darts.testbed.reward import compute_score
+from darts.testbed.sampling import sample
+from darts.testbed.summary import Samples, checks, pool, summarize, table
+
+
+def collect(
+    folder: Path, limit: int, groups: int, size: int, seed: int, split: str = "train", batch: int = 256
+) -> dict[int, Samples]:
+    """Samples `size` responses to the first `groups` prompts of each difficulty class.
+
+    Args:
+        folder: A testbed's folder, as `darts.testbed.make` writes it.
+        limit: Response limit in tokens.
+        groups: Prompts per class; fewer if the split has fewer.
+        size: Responses per prompt.
+        seed: Seed of the sampling.
+        split: ``train`` or ``val``.
+        batch: Responses sampled at a time.
+
+    Returns:
+        The samples by difficulty.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
+    rows = pyarrow.parquet.read_table(folder / f"{split}.parquet").to_pylist()
+    generator = torch.Generator().manual_seed(seed)
+    result = {}
+    for difficulty in sorted({row["extra_info"]["difficulty"] for row in rows}):
+        chosen = [row for row in rows if row["extra_info"]["difficulty"] == difficulty][:groups]
+        lengths, correct, truncated = [], [], []
+        started = time.monotonic()
+        for first in range(0, len(chosen), max(1, batch // size)):
+            part = [row for row in chosen[first : first + max(1, batch // size)] for _ in range(size)]
+            prompts = [prompt_tokens(tokenizer, row["prompt"][0]["content"]) for row in part]
+            for row, response in zip(part, sample(model, prompts, limit, generator), strict=True):
+                text = tokenizer.decode(response, skip_special_tokens=True)
+                truth = row["reward_model"]["ground_truth"]
+                correct.append(compute_score(row["data_source"], text, truth)["score"])
+                lengths.append(len(response))
+                truncated.append(response[-1] != tokenizer.eos_token_id)
+        shape = (len(chosen), size)
+        result[difficulty] = Samples(
+            lengths=np.array(lengths).reshape(shape),
+            correct=np.array(correct).reshape(shape),
+            truncated=np.array(truncated, dtype=int).reshape(shape),
+        )
+        speed = sum(lengths) / (time.monotonic() - started)
+        print(f"{difficulty} numbers: {len(lengths)} responses, {speed:,.0f} tokens/s", flush=True)
+    return result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--testbed", choices=sorted(LIMITS), required=True)
+    parser.add_argument("--dir", type=Path, help="folder that `make` wrote (default: the committed one)")
+    parser.add_argument("--groups", type=int, default=160, help="prompts per class (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=16, help="responses per prompt (default: %(default)s)")
+    parser.add_argument("--split", choices=("train", "val"), default="train")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2, help="torch threads (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="where to write the numbers (default: nowhere)")
+    options = parser.parse_args(arguments)
+
+    torch.set_num_threads(options.threads)
+    folder = options.dir or assets_dir(options.testbed)
+    limit = LIMITS[options.testbed].response
+    samples = collect(folder, limit, options.groups, options.size, options.seed, options.split)
+    classes = {difficulty: summarize(part, options.seed) for difficulty, part in samples.items()}
+    overall = summarize(pool(samples), options.seed)
+    required = checks(options.testbed, overall, classes)
+
+    print(f"\n{options.testbed}, limit {limit} tokens, {options.split} prompts, seed {options.seed}\n")
+    print(table(overall, classes), end="\n\n")
+    print("\n".join(map(str, required)))
+    if options.json:
+        document = {
+            "testbed": options.testbed,
+            "response_limit": limit,
+            "split": options.split,
+            "seed": options.seed,
+            "overall": asdict(overall),
+            "classes": {str(difficulty): asdict(summary) for difficulty, summary in classes.items()},
+            "checks": [asdict(check) | {"passed": check.passed} for check in required],
+        }
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
+    return 0 if all(check.passed for check in required) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""A plain batched sampler for the tiny model: temperature 1, all tokens, no engine."""
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, Qwen2ForCausalLM
+
+
+@torch.inference_mode()
+def sample(
+    model: Qwen2ForCausalLM, prompts: list[list[int]], limit: int, generator: torch.Generator
+) -> list[list[int]]:
+    """Samples one response per prompt, at temperature 1 and top_p 1.
+
+    Finished rows leave the batch, so a long tail costs little.
+
+    Args:
+        model: The model; its generation config names the end-of-sequence token.
+        prompts: Prompt tokens, all of one length (so that nothing has to be padded).
+        limit: Most tokens of a response, the end-of-sequence token included.
+        generator: Source of all randomness.
+
+    Returns:
+        Response tokens in the order of `prompts`; a response that reached `limit` without an
+        end-of-sequence token simply ends.
+    """
+    if len({len(prompt) for prompt in prompts}) > 1:
+        raise ValueError(f"prompt lengths {sorted({len(p) for p in prompts})} must be equal")
+    end = model.generation_config.eos_token_id
+    responses: list[list[int]] = [[] for _ in prompts]
+    rows = torch.arange(len(prompts))
+    tokens: Tensor = torch.tensor(prompts)
+    cache = DynamicCache(config=model.config)
+    for _ in range(limit):
+        logits = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        tokens = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)
+        for row, token in zip(rows.tolist(), tokens[:, 0].tolist(), strict=True):
+            responses[row].append(token)
+        running = (tokens[:, 0] != end).nonzero()[:, 0]
+        if not len(running):
+            break
+        if len(running) < len(rows):
+            cache.batch_select_indices(running)
+            rows, tokens = rows[running], tokens[running]
+    return responses

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Sets up .venv and trains the embedded testbed with DARTS: real verl, Ray and vLLM, on the CPU if there is no GPU.
+#
+#   scripts/quickstart.sh                                        ten steps
+#   scripts/quickstart.sh darts.enable=false                     the same with plain verl
+#   scripts/quickstart.sh trainer.total_training_steps=30        any Hydra override
+#
+# DARTS_OUT=folder             where metrics, log and checkpoint go; default outputs/quickstart
+# DARTS_QUICKSTART_TIMEOUT=s   limit for the training; default 1200
+set -Eeuo pipefail
+# shellcheck source=scripts/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+"$ROOT/scripts/setup.sh"
+
+out=$(realpath -m "${DARTS_OUT:-$ROOT/outputs/quickstart}")
+mkdir -p "$out"
+rm -rf "$out/metrics.jsonl" "$out/checkpoints"
+cd "$out"
+export VERL_FILE_LOGGER_PATH="$out/metrics.jsonl" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+platform=$("$PYTHON" -c 'from verl_patches.device import is_cpu_only; print("cpu" if is_cpu_only() else "gpu")')
+
+say "training; the full log is $out/run.log"
+set +e
+timeout --signal=INT --kill-after=60 "${DARTS_QUICKSTART_TIMEOUT:-1200}" \
+  "$PYTHON" -m recipe.darts.main_darts --config-name quickstart platform="$platform" \
+  hydra.run.dir="$out/hydra" trainer.default_local_dir="$out/checkpoints" "$@" 2>&1 </dev/null |
+  tee run.log | grep --line-buffered -oE '\[darts\] .*'
+status=${PIPESTATUS[0]}
+set -e
+if ((status != 0)); then
+  tail -n 25 run.log >&2
+  die "the training ended with exit code $status; the full log is $out/run.log"
+fi
+model=$("$PYTHON" -c 'from darts.testbed import assets_dir; print(assets_dir("overthink") / "model")')
+last=$(cat checkpoints/latest_checkpointed_iteration.txt)
+status=0
+"$PYTHON" -m darts.summary metrics.jsonl --before "$model" \
+  --after "checkpoints/global_step_$last/actor/huggingface" || status=$?
+say "$([[ $status == 0 ]] && echo done || echo failed) in $SECONDS s; metrics, log and trained model in $out"
+exit "$status"

@@ -1,0 +1,66 @@
+"""The block `darts:`: defaults follow the group size; a bad value gives one error with key, value, rule and fix."""
+
+import pytest
+
+from darts.config import ConfigError, DartsConfig
+
+
+def test_defaults_follow_the_group_size():
+    config = DartsConfig.from_block({}, group_size=4)
+    assert (config.allocation.low, config.allocation.high, config.allocation.mean_candidates) == (4, 8, 6)
+    assert (config.num_short, config.selection.num_long) == (3, 1)
+    assert config.enable
+    assert DartsConfig.from_block(None, group_size=4) == config
+
+
+def test_null_means_default():
+    block = {"allocation": {"low": None, "high": None, "mean_candidates": None}, "selection": None, "seed": None}
+    assert DartsConfig.from_block(block, group_size=8) == DartsConfig.from_block({}, group_size=8)
+
+
+def test_saturated_prompts_are_shortest_only():
+    config = DartsConfig.from_block({"allocation": {"high": 11}}, group_size=8)
+    assert [config.num_long_for(budget) for budget in (8, 10, 11)] == [1, 1, 0]
+    forced = DartsConfig.from_block({"selection": {"mode": "shortest_only"}}, group_size=8)
+    assert forced.num_long_for(8) == 0
+    dual = DartsConfig.from_block({"selection": {"mode": "dual_end", "num_long": 2}}, group_size=8)
+    assert dual.num_long_for(16) == 2
+
+
+def test_yaml_off_is_the_word_off():
+    assert DartsConfig.from_block({"allocation": {"mode": False}}, group_size=8).allocation.mode == "off"
+
+
+BAD = [
+    ({"lambda": 1}, 8, "darts.lambda=1: unknown key"),
+    ({"selection": {"numlong": 1}}, 8, "did you mean darts.selection.num_long?"),
+    ({"selection": {"num_long": -1}}, 8, "darts.selection.num_long=-1: L must be an integer in [0, rollout.n=8)"),
+    ({"selection": {"num_long": 8}}, 8, "darts.selection.num_long=8: L must"),
+    ({"selection": {"num_long": True}}, 8, "darts.selection.num_long=True"),
+    ({"selection": {"mode": "both"}}, 8, "darts.selection.mode='both': must be one of auto, dual_end, shortest_only"),
+    ({"selection": {"on_no_valid": "skip"}}, 8, "darts.selection.on_no_valid='skip'"),
+    ({"selection": 3}, 8, "darts.selection=3: must be a block"),
+    ({"allocation": {"low": 7}}, 8, "darts.allocation.low=7: M_low must be an integer of at least rollout.n=8"),
+    ({"allocation": {"low": 10, "high": 9}}, 8, "darts.allocation.high=9: M_up must be an integer of at least M_low=10"),
+    ({"allocation": {"mean_candidates": 17}}, 8, "darts.allocation.mean_candidates=17: the mean number"),
+    ({"allocation": {"mean_candidates": 7.5}}, 8, "must lie in [low=8, high=16]"),
+    ({"allocation": {"mean_candidates": float("nan")}}, 8, "darts.allocation.mean_candidates=nan"),
+    ({"allocation": {"mean_candidates": "12"}}, 8, "darts.allocation.mean_candidates='12'"),
+    ({"allocation": {"mode": "adaptiv"}}, 8, "darts.allocation.mode='adaptiv': must be one of uniform, off"),
+    ({"reward": {"pool": 1}}, 8, "darts.reward.pool=1"),
+    ({"enable": "yes"}, 8, "darts.enable='yes'"),
+    ({"seed": -1}, 8, "darts.seed=-1"),
+    ({"timeout_s": 0}, 8, "darts.timeout_s=0"),
+    ({"timeout_s": float("inf")}, 8, "darts.timeout_s=inf"),
+    ({"progress_s": -1}, 8, "darts.progress_s=-1"),
+    ({}, 1, "actor_rollout_ref.rollout.n=1: DARTS compares the candidates of a prompt"),
+]
+
+
+@pytest.mark.parametrize(("block", "group_size", "message"), BAD, ids=[message[:40] for *_, message in BAD])
+def test_bad_values_name_key_value_rule_and_fix(block, group_size, message):
+    with pytest.raises(ConfigError) as error:
+        DartsConfig.from_block(block, group_size)
+    assert message in str(error.value)
+    assert " Fix: " in str(error.value)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,162 @@
+"""The testbeds' tokenizer, model, packing and sampler (torch on CPU, no training)."""
+
+import random
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM, Qwen2Tokenizer
+
+from darts.testbed import LIMITS, assets_dir
+from darts.testbed.model import END, PAD, build_model, build_tokenizer, prompt_tokens
+from darts.testbed.sampling import sample
+from darts.testbed.task import MIXES, Problem, demonstrate, draw_problem
+from darts.testbed.warmstart import Packer, Schedule, examples, loss_of, train
+
+TESTBEDS = sorted(MIXES)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Qwen2Tokenizer:
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
+    return build_model(tokenizer, seed=0).eval()
+
+
+@pytest.fixture(scope="module", params=TESTBEDS)
+def committed(request) -> tuple[str, Qwen2Tokenizer]:
+    return request.param, AutoTokenizer.from_pretrained(assets_dir(request.param) / "model")
+
+
+def test_every_byte_is_one_token_and_text_round_trips(tokenizer: Qwen2Tokenizer):
+    for text in ("37+8=45\nwait, 45\n#45.", " spaces  and\ttabs\n\n", "é ß 漢 🙂"):
+        ids = tokenizer.encode(text)
+        assert len(ids) == len(text.encode())
+        assert max(ids) < 256
+        assert tokenizer.decode(ids) == text
+    assert len(tokenizer) == 259
+
+
+def test_newline_is_one_token_and_verl_accepts_the_tokenizer(tokenizer: Qwen2Tokenizer):
+    assert len(tokenizer.encode("\n", add_special_tokens=False)) == 1
+    continuous = pytest.importorskip("verl.utils.tokenizer.continuous_token")
+    builder = continuous.QwenContinuousTokenBuilder(tokenizer)
+    message = [{"role": "user", "content": "37+8"}]
+    assert builder.build_initial_tokens(message) == prompt_tokens(tokenizer, "37+8")
+
+
+def test_prompt_is_chatml_without_a_system_message(tokenizer: Qwen2Tokenizer):
+    rendered = tokenizer.decode(prompt_tokens(tokenizer, "37+8"))
+    assert rendered == "<|im_start|>user\n37+8<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_same_seed_same_weights(tokenizer: Qwen2Tokenizer, model: Qwen2ForCausalLM):
+    again, other = build_model(tokenizer, seed=0), build_model(tokenizer, seed=1)
+    assert torch.equal(model.lm_head.weight, again.lm_head.weight)
+    assert not torch.equal(model.lm_head.weight, other.lm_head.weight)
+    assert model.num_parameters() < 1_000_000
+
+
+@pytest.mark.parametrize("testbed", TESTBEDS)
+def test_prompts_of_every_class_fit_their_limit(testbed: str, tokenizer: Qwen2Tokenizer):
+    mix = MIXES[testbed]
+    longest = Problem(numbers=(mix.first[1], *[9] * (max(mix.classes) - 1)))
+    assert len(prompt_tokens(tokenizer, longest.question)) <= LIMITS[testbed].prompt
+
+
+def test_examples_are_cut_at_the_limit_without_an_end_token(tokenizer: Qwen2Tokenizer):
+    stream = examples(tokenizer, MIXES["overthink"], LIMITS["overthink"], 0, frozenset())
+    for _ in range(300):
+        ids, prompt = next(stream)
+        assert len(ids) - prompt <= 256
+        assert (ids[-1] == tokenizer.eos_token_id) == (tokenizer.eos_token_id in ids[prompt:])
+        if ids[-1] != tokenizer.eos_token_id:
+            assert len(ids) - prompt == 256
+
+
+def test_examples_are_never_of_excluded_problems(tokenizer: Qwen2Tokenizer):
+    mix = MIXES["overthink"]
+    rng = random.Random(0)
+    kept = draw_problem(rng, 2, mix.first)
+    first = range(mix.first[0], mix.first[1] + 1)
+    excluded = frozenset(Problem(numbers=(a, b)) for a in first for b in range(1, 10)) - {kept}
+    stream = examples(tokenizer, mix, LIMITS["overthink"], 0, excluded)
+    prompts = [tokenizer.decode(ids[:prompt]) for ids, prompt in (next(stream) for _ in range(300))]
+    of_two = {text for text in prompts if text.count("+") == 1}
+    assert of_two <= {tokenizer.decode(prompt_tokens(tokenizer, kept.question))}
+
+
+def test_packing_changes_no_loss(tokenizer: Qwen2Tokenizer, model: Qwen2ForCausalLM):
+    """The mean over one packed row equals the token-weighted mean over its examples alone."""
+    mix, rng = MIXES["depth"], random.Random(0)
+    problems = [draw_problem(rng, difficulty, mix.first) for difficulty in (3, 5)]
+    pairs = []
+    for problem in problems:
+        prompt = prompt_tokens(tokenizer, problem.question)
+        pairs.append(([*prompt, *tokenizer.encode(demonstrate(rng, problem, mix))], len(prompt)))
+    filler = ([0] * 200, 1)
+    packed = Packer(iter([*pairs, filler]), length=190, pad=tokenizer.pad_token_id).batch(1)
+    assert packed.segments.max() == 1
+    total, count = 0.0, 0
+    for pair in pairs:
+        alone = Packer(iter([pair, filler]), length=len(pair[0]), pad=tokenizer.pad_token_id).batch(1)
+        answers = len(pair[0]) - pair[1]
+        total, count = total + loss_of(model, alone).item() * answers, count + answers
+    assert loss_of(model, packed).item() == pytest.approx(total / count, abs=1e-5)
+
+
+def test_training_is_deterministic_and_lowers_the_loss(tokenizer: Qwen2Tokenizer):
+    def run() -> tuple[Qwen2ForCausalLM, list[str]]:
+        lines: list[str] = []
+        trained = build_model(tokenizer, seed=0)
+        stream = examples(tokenizer, MIXES["depth"], LIMITS["depth"], 0, frozenset())
+        packer = Packer(stream, length=176, pad=tokenizer.pad_token_id)
+        train(trained, packer, Schedule(steps=4, rows=1, warmup=1), report=lines.append)
+        return trained, lines
+
+    (first, lines), (second, _) = run(), run()
+    assert torch.equal(first.lm_head.weight, second.lm_head.weight)
+    assert "step 4/4" in lines[-1]
+    assert float(lines[-1].split()[3]) < 5.55
+
+
+def test_sampler_respects_limit_and_order(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer):
+    prompts = [prompt_tokens(tokenizer, question) for question in ("37+8", "10+1", "20+5")]
+    runs = [sample(model, prompts, 5, torch.Generator().manual_seed(7)) for _ in range(2)]
+    assert runs[0] == runs[1]
+    assert all(1 <= len(response) <= 5 for response in runs[0])
+    with pytest.raises(ValueError, match="must be equal"):
+        sample(model, [[1, 2], [1]], 5, torch.Generator())
+
+
+def test_sampler_drops_finished_rows_and_keeps_the_others_context(
+    model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    """With the likeliest token always drawn, each row equals a run of that row alone."""
+    monkeypatch.setattr(torch, "multinomial", lambda p, n, generator: p.argmax(-1, keepdim=True))
+    prompts = [prompt_tokens(tokenizer, question) for question in ("37+8", "10+1", "20+5")]
+    alone = [sample(model, [prompt], 6, torch.Generator())[0] for prompt in prompts]
+    monkeypatch.setattr(model.generation_config, "eos_token_id", alone[0][2])
+    together = sample(model, prompts, 6, torch.Generator())
+    for whole, cut in zip(alone, together, strict=True):
+        end = whole.index(alone[0][2]) + 1 if alone[0][2] in whole else 6
+        assert cut == whole[:end]
+
+
+def test_committed_tokenizer_is_the_one_that_is_built(committed, tokenizer: Qwen2Tokenizer):
+    _, loaded = committed
+    assert loaded.get_vocab() == tokenizer.get_vocab()
+    assert (loaded.eos_token, loaded.pad_token) == (END, PAD)
+    assert prompt_tokens(loaded, "37+8") == prompt_tokens(tokenizer, "37+8")
+
+
+def test_committed_model_loads_and_stops_at_im_end(committed):
+    name, loaded = committed
+    trained = AutoModelForCausalLM.from_pretrained(assets_dir(name) / "model")
+    assert trained.config.model_type == "qwen2"
+    assert trained.dtype == torch.float32
+    assert trained.generation_config.eos_token_id == loaded.eos_token_id
+    heads = trained.config.hidden_size // trained.config.num_attention_heads
+    assert heads == 32

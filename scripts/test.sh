@@ -40,14 +40,14 @@ own_processes() { grep -lszx "$mark" /proc/[0-9]*/environ 2>/dev/null | cut -d/ 
 end_own_processes() {
   local pids round
   [[ -n $group ]] || return 0
-  for round in {1..50}; do
+  for round in {1..80}; do
     pids=$(own_processes) || true
     [[ -z $pids ]] && break
-    # Ray takes a moment to end by itself: 2 s untouched, then SIGTERM, after 4 s SIGKILL.
-    if ((round == 20)); then
-      say "ending $(wc -w <<<"$pids") processes that the tests left behind"
+    # Ray takes a moment to end by itself: 4 s untouched, then SIGTERM, after 3 s more SIGKILL.
+    if ((round == 40)); then
+      say "ending what the tests left running: $(ps -o comm= -p "$(paste -sd, <<<"$pids")" | paste -sd ' ')"
       xargs -r kill -TERM <<<"$pids" 2>/dev/null || true
-    elif ((round == 40)); then
+    elif ((round == 70)); then
       xargs -r kill -KILL <<<"$pids" 2>/dev/null || true
     fi
     sleep 0.1

@@ -4,6 +4,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, Qwen2ForCausalLM
 
+_COMPACT_BELOW = 0.9
+"""Share of running rows below which the finished ones leave the batch: leaving copies the cache."""
+
 
 @torch.inference_mode()
 def sample(
@@ -28,17 +31,19 @@ def sample(
     end = model.generation_config.eos_token_id
     responses: list[list[int]] = [[] for _ in prompts]
     rows = torch.arange(len(prompts))
+    running = torch.ones(len(prompts), dtype=torch.bool)
     tokens: Tensor = torch.tensor(prompts)
     cache = DynamicCache(config=model.config)
     for _ in range(limit):
         logits = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         tokens = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)
-        for row, token in zip(rows.tolist(), tokens[:, 0].tolist(), strict=True):
-            responses[row].append(token)
-        running = (tokens[:, 0] != end).nonzero()[:, 0]
-        if not len(running):
+        for row, token, runs in zip(rows.tolist(), tokens[:, 0].tolist(), running.tolist(), strict=True):
+            if runs:
+                responses[row].append(token)
+        running &= tokens[:, 0] != end
+        if not running.any():
             break
-        if len(running) < len(rows):
-            cache.batch_select_indices(running)
-            rows, tokens = rows[running], tokens[running]
+        if running.float().mean() < _COMPACT_BELOW:
+            cache.batch_select_indices(running.nonzero()[:, 0])
+            rows, tokens, running = rows[running], tokens[running], running[running]
     return responses

@@ -29,16 +29,18 @@ ENTRY_POINTS = {
 
 
 def repository_files() -> list[Path]:
-    """What git tracks or would track; without git, everything outside hidden folders."""
+    """What git tracks or would track; outside a git checkout, everything but hidden and built folders."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    try:
-        names = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout.split("\0")
-    except (OSError, subprocess.CalledProcessError):
-        skipped = {".git", ".venv", ".uv"}
-        folders = ((Path(folder), names) for folder, _, names in os.walk(ROOT))
-        names = [str((folder / name).relative_to(ROOT)) for folder, found in folders for name in found]
-        names = [name for name in names if not skipped & set(Path(name).parts) and "__pycache__" not in name]
-    return [path for name in names if name and (path := ROOT / name).is_file()]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True) if (ROOT / ".git").exists() else None
+    if run is not None and run.returncode == 0:
+        paths = [ROOT / name for name in run.stdout.split("\0") if name]
+        return [path for path in paths if path.is_file()]
+    built = {"__pycache__", "outputs", "build", "dist"}
+    paths = []
+    for folder, folders, names in os.walk(ROOT):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in built]
+        paths += [Path(folder) / name for name in names]
+    return paths
 
 
 FILES = repository_files()
@@ -124,8 +126,10 @@ def test_installed_entry_points_are_the_declared_ones() -> None:
 
 def test_only_our_packages_are_in_the_wheel(pyproject: dict) -> None:
     wheel = pyproject["tool"]["hatch"]["build"]["targets"]["wheel"]
-    assert set(wheel["packages"]) == {"darts", "verl_patches", "recipe/darts"}
-    assert set(wheel["force-include"].values()) == {"darts/configs"}
+    assert "packages" not in wheel, "it would rename recipe/darts to darts, on top of the other one"
+    assert "force-include" not in wheel, "it would copy files into site-packages also in an editable install"
+    assert set(wheel["only-include"]) == {"darts", "verl_patches", "recipe/darts", "configs"}
+    assert wheel["sources"] == {"configs": "darts/configs"}
 
 
 def test_gpu_extra_repeats_the_pins_of_verl(pyproject: dict) -> None:

@@ -1,0 +1,105 @@
+"""A weight update that fails in vLLM ends the run instead of hanging it. For GPU and CPU alike.
+
+Contract:
+1. Importing this module applies the patches in this process. verl does so in every actor worker where
+   ``actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module=verl_patches.weight_sync``; not sooner, since the
+   patched modules import vLLM.
+2. While the trainer waits for vLLM to take a bucket of weights, an exception of the receiving engine or the death of
+   its server is raised in the trainer within ``POLL_S``.
+3. What cannot be seen so (an engine process that was killed leaves its call open) ends after ``TIMEOUT_S`` without an
+   answer, as ``TimeoutError``.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import ray
+import zmq
+from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightSender
+from verl.workers.rollout.vllm_rollout.vllm_rollout import ServerAdapter
+
+from verl_patches.patching import replace
+
+POLL_S = 1.0
+TIMEOUT_S = float(os.environ.get("VERL_PATCHES_WEIGHT_TIMEOUT_S", "600"))
+
+# The call in which vLLM receives the weights that this task sends; None on ranks without a server.
+_receiver: ContextVar[ray.ObjectRef | None] = ContextVar("weight_receiver", default=None)
+
+
+class WatchedSocket:
+    """A REQ socket whose ``recv`` gives up when the peer cannot answer any more; the rest is the socket's."""
+
+    def __init__(self, socket: zmq.Socket, receiver: ray.ObjectRef | None, timeout_s: float = TIMEOUT_S) -> None:
+        self._socket = socket
+        self._receiver = receiver
+        self._timeout_s = timeout_s
+        socket.setsockopt(zmq.LINGER, 0)  # close() must not wait for a peer that is gone
+
+    def recv(self, *args: Any, **kwargs: Any) -> bytes:
+        deadline = time.monotonic() + self._timeout_s
+        while not self._socket.poll(POLL_S * 1000):
+            self._raise_failure_of_receiver()
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"vLLM did not acknowledge a bucket of weights within {self._timeout_s:g} s "
+                    f"(VERL_PATCHES_WEIGHT_TIMEOUT_S): its engine process is dead or stuck, see its log"
+                )
+        return self._socket.recv(*args, **kwargs)
+
+    def _raise_failure_of_receiver(self) -> None:
+        if self._receiver is not None and ray.wait([self._receiver], timeout=0)[0]:
+            ray.get(self._receiver)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._socket, name)
+
+
+def patch_server_adapter() -> bool:
+    """Remember the call in which vLLM receives weights.
+
+    Symptom: see ``patch_weight_sender``, which needs it.
+    Upstream: ``verl.workers.rollout.vllm_rollout.vllm_rollout.ServerAdapter._execute_method`` (verl 0.9.1).
+    Delete: with ``patch_weight_sender``.
+    """
+    parameters = ("self", "method", "non_block", "timeout", "args", "kwargs")
+    return replace(ServerAdapter, "_execute_method", parameters, _remembering_receiver)
+
+
+def _remembering_receiver(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    async def _execute_method(self: ServerAdapter, method: str, non_block: bool = False, **kwargs: Any) -> Any:
+        result = await upstream(self, method, non_block=non_block, **kwargs)
+        if method == "update_weights_from_ipc":
+            _receiver.set(result if non_block else None)
+        return result
+
+    return _execute_method
+
+
+def patch_weight_sender() -> bool:
+    """Watch the receiver while waiting for its answer.
+
+    Symptom: an exception of vLLM in ``update_weights_from_ipc`` leaves the actor worker in a ``recv`` without time
+    limit, the driver in ``update_weights``, and the run hanging for ever with the error in the log of the engine only.
+    Upstream: ``verl.workers.rollout.vllm_rollout.bucketed_weight_transfer.BucketedWeightSender`` (verl 0.9.1): a
+    blocking REQ socket inside ``async_send_weights``; the call's result is awaited after it.
+    Delete: when verl waits for the answer and the call together.
+    """
+    return replace(BucketedWeightSender, "_init_socket", ("self",), _with_watched_socket)
+
+
+def _with_watched_socket(upstream: Callable[..., None]) -> Callable[..., None]:
+    def _init_socket(self: BucketedWeightSender) -> None:
+        upstream(self)
+        self.socket = WatchedSocket(self.socket, _receiver.get())
+
+    return _init_socket
+
+
+patch_server_adapter()
+patch_weight_sender()

@@ -57,8 +57,8 @@ def check_run(config: DictConfig) -> DartsConfig:
         )
     if estimator == "gae":
         warnings.warn(
-            "algorithm.adv_estimator=gae: DARTS shapes lengths through the group's mean reward (a group baseline, as in "
-            "GRPO); with a critic the kept responses are a length-biased sample without that effect.",
+            "algorithm.adv_estimator=gae: DARTS shapes lengths through the group's mean reward (a group baseline, as "
+            "in GRPO); with a critic the kept responses are a length-biased sample without that effect.",
             stacklevel=2,
         )
     if config.trainer.get("use_v1", True):

@@ -81,7 +81,9 @@ class CandidateGroup:
             RuntimeError: the group is not complete.
         """
         if self._kept is None:
-            raise RuntimeError(f"{len(self._arrival)} of {len(self._lengths)} candidates have finished; not decided yet.")
+            raise RuntimeError(
+                f"{len(self._arrival)} of {len(self._lengths)} candidates have finished; not decided yet."
+            )
         return list(self._kept)
 
     @property

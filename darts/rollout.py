@@ -128,7 +128,9 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         rows.non_tensor_batch["priority"] = rows.non_tensor_batch["priority"] + candidates
         self._step = prompts.meta_info.get("global_steps", -1)
         self._groups = {
-            uid: _RunningGroup(uid, int(prompt), int(budget), self.darts.group_size, self.darts.num_long_for(int(budget)))
+            uid: _RunningGroup(
+                uid, int(prompt), int(budget), self.darts.group_size, self.darts.num_long_for(int(budget))
+            )
             for uid, prompt, budget in zip(
                 prompts.non_tensor_batch["uid"], prompts.non_tensor_batch[PROMPT], budgets, strict=True
             )
@@ -312,7 +314,9 @@ class DartsAgentLoopManager(AgentLoopManager):
             if not pending:
                 break
             finished, launched, waiting = await self._progress(workers)
-            print(f"[darts] rollout: {finished}/{launched} candidates finished, {len(waiting)} prompts wait", flush=True)
+            print(
+                f"[darts] rollout: {finished}/{launched} candidates finished, {len(waiting)} prompts wait", flush=True
+            )
             if time.monotonic() >= deadline:
                 for ref in refs:
                     ray.cancel(ref)

@@ -1,8 +1,8 @@
 """A readable end of a run: `python -m darts.summary METRICS.jsonl --before MODEL --after MODEL`.
 
-Contract: reads what verl's file logger wrote and the two checkpoints (safetensors), prints a summary, and exits 1 if the
-run did not do what DARTS is for: nothing was dropped, no prompt was saturated, no reward differed within a group, or the
-weights did not move.
+Contract: reads what verl's file logger wrote and the two checkpoints (safetensors), prints a summary, and exits 1 if
+the run did not do what DARTS is for: nothing was dropped, no prompt was saturated, no reward differed within a group,
+or the weights did not move.
 """
 
 import argparse

@@ -43,7 +43,7 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
                 f"the rollout manager is {type(self.async_rollout_manager).__name__}, not DartsAgentLoopManager: "
                 "DARTS would do nothing."
             )
-        # SeparateRayPPOTrainer asks the rollout manager to start the servers' profilers, RayPPOTrainer the server manager.
+        # SeparateRayPPOTrainer asks the rollout manager to start the servers' profilers; it is the server manager's.
         self.async_rollout_manager.start_profile = lambda global_step: self.llm_server_manager.start_profile()
         print(self.banner(), flush=True)
 

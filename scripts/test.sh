@@ -11,30 +11,6 @@ set -Eeuo pipefail
 # shellcheck source=scripts/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-limit=1800
-tiers="fast tiers"
-for argument in "$@"; do
-  if [[ $argument == --full ]]; then limit=7200 tiers="all tiers"; fi
-done
-limit=${DARTS_TEST_TIMEOUT:-$limit}
-junit=${DARTS_JUNIT:+$(realpath -m "$DARTS_JUNIT")}
-
-"$ROOT/scripts/setup.sh"
-cd "$ROOT"
-
-export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1
-export RAY_USAGE_STATS_ENABLED=0 VLLM_NO_USAGE_STATS=1 WANDB_MODE=disabled
-export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0 TOKENIZERS_PARALLELISM=false
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-
-# Short, because Ray puts Unix sockets below it, whose paths may have 107 characters.
-work=$(mktemp -d /tmp/darts.XXXXXX)
-export RAY_TMPDIR="$work"
-
-# What belongs to this run carries this mark in its environment, wherever it was moved in the process tree.
-mark="DARTS_TEST_RUN=$$.$RANDOM"
-group=
-
 own_processes() { grep -lszx "$mark" /proc/[0-9]*/environ 2>/dev/null | cut -d/ -f3; }
 
 end_own_processes() {
@@ -55,36 +31,66 @@ end_own_processes() {
   kill -KILL -- "-$group" 2>/dev/null || true
 }
 
-interrupted=
-trap 'interrupted=1; [[ -n $group ]] && kill -INT "$group" 2>/dev/null' INT TERM HUP
-
-# Job control gives pytest a process group of its own. SIGINT makes it end its fixtures in order.
-set -m
-env --default-signal=INT "$mark" timeout --signal=INT --kill-after=60 "$limit" \
-  "$PYTHON" -m pytest --durations=10 --junitxml="$work/junit.xml" "$@" </dev/null &
-group=$!
-set +m
-
-status=0
-wait "$group" || status=$?
-while kill -0 "$group" 2>/dev/null; do status=0; wait "$group" || status=$?; done
-end_own_processes
-
 count() { sed -nE "1,3s/.*<testsuite [^>]*\b$1=\"([0-9]+)\".*/\1/p" "$work/junit.xml" 2>/dev/null | head -n 1; }
-counts=
-if [[ -s $work/junit.xml ]]; then
-  counts=" ($(count tests) tests, $(count failures) failed, $(count errors) errors, $(count skipped) skipped)"
-  if [[ -n $junit ]]; then mkdir -p "$(dirname "$junit")" && cp "$work/junit.xml" "$junit"; fi
-fi
 
-kept=
-if ((status == 0)); then rm -rf "$work"; else kept="; Ray's logs: $work"; fi
-case $status in
-  0) verdict=passed ;;
-  5) verdict="failed: no test was selected" ;;
-  124 | 137) verdict="failed: over $limit s" ;;
-  *) verdict=failed ;;
-esac
-if [[ -n $interrupted ]]; then verdict=interrupted; ((status == 0)) && status=130; fi
-say "$verdict: $tiers$counts in $SECONDS s$kept"
-exit "$status"
+# One function, so that bash has read all of this file before a `git pull` may change it.
+main() {
+  limit=1800
+  tiers="fast tiers"
+  for argument in "$@"; do
+    if [[ $argument == --full ]]; then limit=7200 tiers="all tiers"; fi
+  done
+  limit=${DARTS_TEST_TIMEOUT:-$limit}
+  junit=${DARTS_JUNIT:+$(realpath -m "$DARTS_JUNIT")}
+
+  "$ROOT/scripts/setup.sh"
+  cd "$ROOT"
+
+  export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1
+  export RAY_USAGE_STATS_ENABLED=0 VLLM_NO_USAGE_STATS=1 WANDB_MODE=disabled
+  export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0 TOKENIZERS_PARALLELISM=false
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+  # Short, because Ray puts Unix sockets below it, whose paths may have 107 characters.
+  work=$(mktemp -d /tmp/darts.XXXXXX)
+  export RAY_TMPDIR="$work"
+
+  # What belongs to this run carries this mark in its environment, wherever it was moved in the process tree.
+  mark="DARTS_TEST_RUN=$$.$RANDOM"
+  group=
+
+  interrupted=
+  trap 'interrupted=1; [[ -n $group ]] && kill -INT "$group" 2>/dev/null' INT TERM HUP
+
+  # Job control gives pytest a process group of its own. SIGINT makes it end its fixtures in order.
+  set -m
+  env --default-signal=INT "$mark" timeout --signal=INT --kill-after=60 "$limit" \
+    "$PYTHON" -m pytest --durations=10 --junitxml="$work/junit.xml" "$@" </dev/null &
+  group=$!
+  set +m
+
+  status=0
+  wait "$group" || status=$?
+  while kill -0 "$group" 2>/dev/null; do status=0; wait "$group" || status=$?; done
+  end_own_processes
+
+  counts=
+  if [[ -s $work/junit.xml ]]; then
+    counts=" ($(count tests) tests, $(count failures) failed, $(count errors) errors, $(count skipped) skipped)"
+    if [[ -n $junit ]]; then mkdir -p "$(dirname "$junit")" && cp "$work/junit.xml" "$junit"; fi
+  fi
+
+  kept=
+  if ((status == 0)); then rm -rf "$work"; else kept="; Ray's logs: $work"; fi
+  case $status in
+    0) verdict=passed ;;
+    5) verdict="failed: no test was selected" ;;
+    124 | 137) verdict="failed: over $limit s" ;;
+    *) verdict=failed ;;
+  esac
+  if [[ -n $interrupted ]]; then verdict=interrupted; ((status == 0)) && status=130; fi
+  say "$verdict: $tiers$counts in $SECONDS s$kept"
+  exit "$status"
+}
+
+main "$@"

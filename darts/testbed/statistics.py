@@ -58,6 +58,16 @@ def group_correlations(lengths: Array, correct: Array) -> Array:
     return ((x * y).sum(axis=1)[defined] / scale[defined])[:, None]
 
 
+def wrong_is_longer(lengths: Array, correct: Array) -> Array:
+    """Per group with both outcomes, 1 if its wrong responses are on average no shorter; (n, 1)."""
+    right = correct.sum(axis=1)
+    both = (right > 0) & (right < correct.shape[1])
+    lengths, correct, right = lengths[both], correct[both], right[both]
+    mean_right = (lengths * correct).sum(axis=1) / right
+    mean_wrong = (lengths * (1 - correct)).sum(axis=1) / (correct.shape[1] - right)
+    return (mean_wrong >= mean_right).astype(float)[:, None]
+
+
 def length_gap(lengths: Array, correct: Array, rng: np.random.Generator) -> Estimate:
     """E[length | wrong] - E[length | correct] in tokens; NaN where one outcome never occurs."""
     return _gap(lengths, correct, _weights(len(lengths), rng))

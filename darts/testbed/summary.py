@@ -42,6 +42,8 @@ class Summary:
     have both outcomes and lengths that vary."""
     correlated_groups: int
     """How many groups that is."""
+    verbose_groups: Estimate
+    """Share of the groups with both outcomes whose wrong responses are on average no shorter."""
     gap: Estimate
     """E[length | wrong] - E[length | correct]; NaN without both outcomes."""
     pattern: Verdict
@@ -74,6 +76,7 @@ def summarize(samples: Samples, seed: int = 0, shuffles: int = 200) -> Summary:
     spreads = statistics.longest_over_median(lengths)
     correlations = statistics.group_correlations(lengths, correct)
     gap = statistics.length_gap(lengths, correct, rng)
+    verbose = statistics.wrong_is_longer(lengths, correct)
     nothing = Estimate(value=math.nan, low=math.nan, high=math.nan)
     return Summary(
         groups=lengths.shape[0],
@@ -87,6 +90,7 @@ def summarize(samples: Samples, seed: int = 0, shuffles: int = 200) -> Summary:
         spread_p90=statistics.quantile(spreads, 0.9, rng),
         correlation=statistics.mean(correlations, rng) if len(correlations) else nothing,
         correlated_groups=len(correlations),
+        verbose_groups=statistics.mean(verbose, rng) if len(verbose) else nothing,
         gap=gap,
         pattern=statistics.verdict(gap),
         false_patterns=statistics.false_verdicts(lengths, correct, rng, shuffles),
@@ -121,6 +125,7 @@ def table(overall: Summary, classes: Mapping[int, Summary]) -> str:
         "longest/median, p50 of groups": lambda s: format(s.spread_p50, ".2f"),
         "longest/median, p90 of groups": lambda s: format(s.spread_p90, ".2f"),
         "correlation length, correct": lambda s: f"{s.correlation:.3f} ({s.correlated_groups} groups)",
+        "groups whose wrong responses are no shorter": lambda s: format(s.verbose_groups, ".2f"),
         "E[len, wrong] - E[len, correct]": lambda s: format(s.gap, ".1f"),
         "pattern": lambda s: s.pattern,
         "control: shuffles with a pattern": lambda s: f"{s.false_patterns:.3f}",

@@ -19,8 +19,8 @@ import random
 import re
 from dataclasses import dataclass
 
-_LINE = re.compile(r"(?P<step>\d+\+\d+=\d+)|(?P<guess>guess \d+)|(?P<wait>wait, \d+)")
-_ANSWER = re.compile(r"#(\d{1,3})\.")
+_LINE = re.compile(r"(?P<step>\d+\+\d+=\d+)|(?P<guess>guess \d+)|(?P<wait>wait, \d+)", re.ASCII)
+_ANSWER = re.compile(r"#(\d{1,3})\.", re.ASCII)
 _TOTALS = range(10, 100)
 
 
@@ -96,6 +96,8 @@ class Trace:
     """The final answer; None if there is none at the very end (cut off, or garbled)."""
 
 
+# `overthink` is tuned to resemble a recorded RL run on math prompts: length and correctness correlate
+# at about -0.07 within a group, and wrong responses are the longer ones on about 60 % of the prompts.
 MIXES: dict[str, Mix] = {
     "overthink": Mix(
         classes=(2, 3, 4, 5),
@@ -103,9 +105,9 @@ MIXES: dict[str, Mix] = {
         stepwise=(0.5, 0.4, 0.3, 0.25),
         guess_midway=False,
         guess_right=(0.94, 0.5, 0.2, 0.15),
-        wait_start=(0.45, 0.45, 0.45, 0.45),
+        wait_start=(0.55, 0.5, 0.4, 0.3),
         wait_again=0.885,
-        wait_corrupts=0.005,
+        wait_corrupts=0.03,
     ),
     "depth": Mix(
         classes=(3, 5, 7, 9),

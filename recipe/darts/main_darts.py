@@ -30,7 +30,7 @@ OmegaConf.register_new_resolver("darts_testbed", lambda name: str(assets_dir(nam
 
 
 class DartsTaskRunner(BaseTaskRunner):
-    """verl's legacy task runner (`verl.trainer.main_ppo_v0.TaskRunner`, 0.9.1) with `RayDartsTrainer` as the trainer."""
+    """verl's legacy task runner (`verl.trainer.main_ppo_v0.TaskRunner`, 0.9.1) with `RayDartsTrainer`."""
 
     def run(self, config: DictConfig) -> None:
         """Sets up roles, data and trainer as `TaskRunner.run` does, and trains."""

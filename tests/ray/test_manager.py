@@ -53,7 +53,9 @@ def test_any_number_of_prompts_gives_m_rows_each_in_order(cluster, num_prompts):
     batch = prompts([f"{number}+2=" for number in range(num_prompts)], GROUP_SIZE, step=num_prompts)
     output = manager.generate_sequences(batch)
     budgets = uniform_budgets(num_prompts, 5.5, GROUP_SIZE, 2 * GROUP_SIZE)
-    assert output.non_tensor_batch["uid"].tolist() == [f"uid-{n}" for n in range(num_prompts) for _ in range(GROUP_SIZE)]
+    assert output.non_tensor_batch["uid"].tolist() == [
+        f"uid-{n}" for n in range(num_prompts) for _ in range(GROUP_SIZE)
+    ]
     expected = [c for budget in budgets for c in sorted(select([3] * budget, GROUP_SIZE, 1))]
     assert output.non_tensor_batch[CANDIDATE].tolist() == expected
     records = served(servers)

@@ -139,7 +139,7 @@ def test_a_response_that_ends_exactly_at_the_limit_is_valid_and_one_that_does_no
 
 
 def test_the_limit_is_what_max_model_len_leaves(bench):
-    """A context of 40 leaves less than the response length: a response that fills it without an end token is truncated."""
+    """A context of 40 leaves less than the response length; filling it without an end token is truncated."""
     test = bench("actor_rollout_ref.rollout.max_model_len=40")
     prompt = test.worker.tokenizer.apply_chat_template(
         [{"role": "user", "content": "0+1="}], add_generation_prompt=True, return_dict=False
@@ -167,7 +167,7 @@ def test_no_valid_candidate_fills_or_fails_as_asked(bench):
     assert len(output) == 4
     fail = bench("darts.selection.on_no_valid=fail")
     fail.script(cut)
-    with pytest.raises(CandidateError, match="uid=uid-0 .*none of the 5 candidates ended within the response budget"):
+    with pytest.raises(CandidateError, match=r"uid=uid-0 .*none of the 5 candidates ended within the response budget"):
         fail.run([5])
 
 
@@ -176,7 +176,7 @@ def test_a_failing_agent_loop_fails_the_rollout_at_once_with_uid_and_cause(bench
     test = bench()
     test.script([[Turn(5)] * 4, [Turn(5, delay=60), Turn(5), Turn(5, error="CUDA says no"), Turn(5)]])
     start = time.monotonic()
-    with pytest.raises(CandidateError, match="candidate 2 of prompt uid=uid-1 .*RuntimeError: CUDA says no"):
+    with pytest.raises(CandidateError, match=r"candidate 2 of prompt uid=uid-1 .*RuntimeError: CUDA says no"):
         test.run([4, 4])
     assert time.monotonic() - start < 20
     assert test.server.running == 0
@@ -187,7 +187,7 @@ def test_a_failing_agent_loop_fails_the_rollout_at_once_with_uid_and_cause(bench
 def test_an_empty_response_is_a_failure_not_a_shorter_batch(bench):
     test = bench()
     test.script([[Turn(5), Turn(5), Turn(0), Turn(5)]])
-    with pytest.raises(CandidateError, match="candidate 2 of prompt uid=uid-0 .*returned no token"):
+    with pytest.raises(CandidateError, match=r"candidate 2 of prompt uid=uid-0 .*returned no token"):
         test.run([4])
 
 
@@ -199,7 +199,7 @@ def test_a_failing_reward_names_the_candidate(bench):
         raise ValueError("no such ground truth")
 
     test.worker.reward_loop_worker_handles[0].compute_score.remote = compute_score
-    with pytest.raises(CandidateError, match="of prompt uid=uid-0 .*ValueError: no such ground truth"):
+    with pytest.raises(CandidateError, match=r"of prompt uid=uid-0 .*ValueError: no such ground truth"):
         test.run([4])
 
 

@@ -13,7 +13,6 @@ import ray
 from verl.protocol import DataProto
 from verl.workers.rollout.replica import TokenOutput
 
-
 ANY_TOKEN = 5
 
 
@@ -65,10 +64,10 @@ class ScriptedServer:
             raise RuntimeError(turn.error)
         record["ended"] = True
         tokens = turn.tokens
-        if tokens is None and turn.length == 0:
-            tokens = []
-        elif tokens is None:
-            tokens = [ANY_TOKEN] * turn.length if turn.cut else [ANY_TOKEN] * (turn.length - 1) + [self.script.end_token]
+        if tokens is None:
+            tokens = [ANY_TOKEN] * turn.length
+            if tokens and not turn.cut:
+                tokens[-1] = self.script.end_token
         return TokenOutput(
             token_ids=tokens, log_probs=[-0.5] * len(tokens), stop_reason="completed", extra_fields={"global_steps": 0}
         )

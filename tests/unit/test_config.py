@@ -41,7 +41,11 @@ BAD = [
     ({"selection": {"on_no_valid": "skip"}}, 8, "darts.selection.on_no_valid='skip'"),
     ({"selection": 3}, 8, "darts.selection=3: must be a block"),
     ({"allocation": {"low": 7}}, 8, "darts.allocation.low=7: M_low must be an integer of at least rollout.n=8"),
-    ({"allocation": {"low": 10, "high": 9}}, 8, "darts.allocation.high=9: M_up must be an integer of at least M_low=10"),
+    (
+        {"allocation": {"low": 10, "high": 9}},
+        8,
+        "darts.allocation.high=9: M_up must be an integer of at least M_low=10",
+    ),
     ({"allocation": {"mean_candidates": 17}}, 8, "darts.allocation.mean_candidates=17: the mean number"),
     ({"allocation": {"mean_candidates": 7.5}}, 8, "must lie in [low=8, high=16]"),
     ({"allocation": {"mean_candidates": float("nan")}}, 8, "darts.allocation.mean_candidates=nan"),

@@ -13,16 +13,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def pool(**changes):
     """Two prompts, M = 2: prompt 0 dual-end with 3 candidates, prompt 1 shortest-only with 3, one truncated."""
-    columns = dict(
-        prompt=[0, 0, 0, 1, 1, 1],
-        candidate=[0, 1, 2, 0, 1, 2],
-        length=[10, 40, 20, 30, 30, 64],
-        truncated=[False, False, False, False, False, True],
-        kept=[True, True, False, True, True, False],
-        arrival=[0, 2, 1, 1, 0, 2],
-        num_long=[1, 1, 1, 0, 0, 0],
-        reward=[1.0, 0.0, np.nan, 1.0, 1.0, np.nan],
-    )
+    columns = {
+        "prompt": [0, 0, 0, 1, 1, 1],
+        "candidate": [0, 1, 2, 0, 1, 2],
+        "length": [10, 40, 20, 30, 30, 64],
+        "truncated": [False, False, False, False, False, True],
+        "kept": [True, True, False, True, True, False],
+        "arrival": [0, 2, 1, 1, 0, 2],
+        "num_long": [1, 1, 1, 0, 0, 0],
+        "reward": [1.0, 0.0, np.nan, 1.0, 1.0, np.nan],
+    }
     return CandidatePool(**{name: np.array(value) for name, value in (columns | changes).items()})
 
 

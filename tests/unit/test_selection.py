@@ -36,7 +36,9 @@ def test_kept_are_the_shortest_and_the_longest_valid(group):
     short = [lengths[index] for index in kept[:num_short]]
     long = [lengths[index] for index in kept[num_short:]]
     best_short = min(sorted(lengths[i] for i in some) for some in itertools.combinations(valid, num_short))
-    best_long = max(sorted((lengths[i] for i in some), reverse=True) for some in itertools.combinations(valid, num_long))
+    best_long = max(
+        sorted((lengths[i] for i in some), reverse=True) for some in itertools.combinations(valid, num_long)
+    )
     assert sorted(short) == best_short
     assert sorted(long, reverse=True) == best_long
 
@@ -71,15 +73,15 @@ def test_keeping_all_keeps_all():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(lengths=[1, 2], num_keep=3, num_long=0), "2 candidates, num_keep=3"),
-        (dict(lengths=[], num_keep=1, num_long=0), "0 candidates, num_keep=1"),
-        (dict(lengths=[1, 2], num_keep=0, num_long=0), "num_keep=0"),
-        (dict(lengths=[1, 2], num_keep=2, num_long=2), r"num_long=2: must lie in \[0, num_keep=2\)"),
-        (dict(lengths=[1, 2], num_keep=2, num_long=-1), "num_long=-1"),
-        (dict(lengths=[1, -2], num_keep=2, num_long=0), r"lengths\[1\]=-2"),
-        (dict(lengths=[1, float("nan")], num_keep=2, num_long=0), r"lengths\[1\]=nan"),
-        (dict(lengths=[float("inf"), 1], num_keep=2, num_long=0), r"lengths\[0\]=inf"),
-        (dict(lengths=[1, 2], num_keep=1, num_long=0, truncated=[True]), "1 truncation flags for 2 lengths"),
+        ({"lengths": [1, 2], "num_keep": 3, "num_long": 0}, "2 candidates, num_keep=3"),
+        ({"lengths": [], "num_keep": 1, "num_long": 0}, "0 candidates, num_keep=1"),
+        ({"lengths": [1, 2], "num_keep": 0, "num_long": 0}, "num_keep=0"),
+        ({"lengths": [1, 2], "num_keep": 2, "num_long": 2}, r"num_long=2: must lie in \[0, num_keep=2\)"),
+        ({"lengths": [1, 2], "num_keep": 2, "num_long": -1}, "num_long=-1"),
+        ({"lengths": [1, -2], "num_keep": 2, "num_long": 0}, r"lengths\[1\]=-2"),
+        ({"lengths": [1, float("nan")], "num_keep": 2, "num_long": 0}, r"lengths\[1\]=nan"),
+        ({"lengths": [float("inf"), 1], "num_keep": 2, "num_long": 0}, r"lengths\[0\]=inf"),
+        ({"lengths": [1, 2], "num_keep": 1, "num_long": 0, "truncated": [True]}, "1 truncation flags for 2 lengths"),
     ],
 )
 def test_nonsense_is_refused_with_name_value_and_rule(arguments, message):

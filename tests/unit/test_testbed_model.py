@@ -1,6 +1,7 @@
 """The testbeds' tokenizer, model, packing and sampler (torch on CPU, no training)."""
 
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,6 +14,15 @@ from darts.testbed.task import MIXES, Problem, demonstrate, draw_problem
 from darts.testbed.warmstart import Packer, Schedule, examples, loss_of, train
 
 TESTBEDS = sorted(MIXES)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny tensors: more threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -131,10 +141,12 @@ def test_sampler_respects_limit_and_order(model: Qwen2ForCausalLM, tokenizer: Qw
         sample(model, [[1, 2], [1]], 5, torch.Generator())
 
 
-def test_sampler_drops_finished_rows_and_keeps_the_others_context(
-    model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("compact_below", [0.0, 1.0])
+def test_sampler_keeps_the_context_of_rows_when_others_finish(
+    model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, monkeypatch: pytest.MonkeyPatch, compact_below: float
 ):
     """With the likeliest token always drawn, each row equals a run of that row alone."""
+    monkeypatch.setattr("darts.testbed.sampling._COMPACT_BELOW", compact_below)
     monkeypatch.setattr(torch, "multinomial", lambda p, n, generator: p.argmax(-1, keepdim=True))
     prompts = [prompt_tokens(tokenizer, question) for question in ("37+8", "10+1", "20+5")]
     alone = [sample(model, [prompt], 6, torch.Generator())[0] for prompt in prompts]

@@ -56,6 +56,12 @@ def test_correlation_skips_groups_where_it_is_undefined():
     assert result[0, 0] == pytest.approx(np.corrcoef(lengths[0], correct[0])[0, 1])
 
 
+def test_groups_whose_wrong_responses_are_no_shorter_by_hand():
+    lengths = np.array([[1, 2, 3, 4], [4, 3, 2, 1], [1, 1, 1, 1]])
+    correct = np.array([[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]])
+    assert statistics.wrong_is_longer(lengths, correct).tolist() == [[1.0], [0.0]]
+
+
 def test_gap_without_both_outcomes_is_undecided_and_not_a_number():
     samples = make(30)
     gap = statistics.length_gap(samples.lengths, np.ones_like(samples.correct), RNG(0))

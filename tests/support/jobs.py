@@ -1,0 +1,72 @@
+"""Whole runs as users start them, each in a folder of its own, with verl, Ray and vLLM as they are."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SUPPORT = ROOT / "tests" / "support"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left behind."""
+
+    out: Path
+    returncode: int
+    output: str
+    seconds: float
+    ended: float
+
+    def records(self) -> list[dict]:
+        return read_lines(self.out / "requests.jsonl")
+
+    def metrics(self) -> list[dict]:
+        """verl's metrics by line of its file logger: validation before training, then each step."""
+        return [record["data"] for record in read_lines(self.out / "metrics.jsonl")]
+
+    def rows(self, step: int) -> list[dict]:
+        """The rows that were trained on in a step, as verl dumps them."""
+        return read_lines(self.out / "rollouts" / f"{step}.jsonl")
+
+    def trained_model(self) -> Path:
+        last = (self.out / "checkpoints" / "latest_checkpointed_iteration.txt").read_text()
+        return self.out / "checkpoints" / f"global_step_{last}" / "actor" / "huggingface"
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run_job(command: list[str], out: Path, limit: float, **environment: str) -> Run:
+    """Runs a command in `out` with the tests' modules importable in Ray's workers, within `limit` seconds."""
+    out.mkdir(parents=True, exist_ok=True)
+    overrides = [
+        f"+ray_kwargs.ray_init.runtime_env.env_vars.PYTHONPATH={SUPPORT}",
+        "+ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES=recording",
+        f"trainer.rollout_data_dir={out / 'rollouts'}",
+    ]
+    settings = {
+        "DARTS_TEST_RECORD": str(out / "requests.jsonl"),
+        "VERL_FILE_LOGGER_PATH": str(out / "metrics.jsonl"),
+        "DARTS_OUT": str(out),
+        "HYDRA_FULL_ERROR": "1",
+        **environment,
+    }
+    start = time.time()
+    with open(out / "output.log", "w") as log:
+        process = subprocess.Popen(
+            [*command, *overrides], cwd=out, env=os.environ | settings, stdout=log, stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        try:
+            process.wait(timeout=limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    output = (out / "output.log").read_text(errors="replace")
+    return Run(out, process.returncode, output, time.time() - start, time.time())

@@ -24,6 +24,8 @@ SHARED = [
     "actor_rollout_ref.rollout.n=4",
     "data.train_batch_size=4",
     "actor_rollout_ref.actor.ppo_mini_batch_size=4",
+    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=16",
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=16",
     # Enough for float32 to show it.
     "actor_rollout_ref.actor.optim.lr=1e-3",
     "data.shuffle=false",

@@ -1,0 +1,145 @@
+"""Every YAML composes with verl's own, in any directory; what cannot work is refused before anything starts."""
+
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from verl.trainer.ppo.utils import need_critic, need_reference_policy
+from verl.utils.config import validate_config
+
+import recipe.darts.main_darts  # noqa: F401  (registers the resolver that quickstart.yaml uses)
+from darts import CONFIG_DIR, checks
+from darts.checks import check_run
+from darts.config import ConfigError, DartsConfig
+from darts.testbed import LIMITS
+
+PRIMARY = sorted(path.stem for path in CONFIG_DIR.glob("*.yaml") if "searchpath" in path.read_text())
+PLATFORMS = sorted(path.stem for path in (CONFIG_DIR / "platform").glob("*.yaml"))
+
+
+def composed(name: str, *overrides: str):
+    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+        config = compose(name, overrides=list(overrides))
+    OmegaConf.resolve(config)
+    return config
+
+
+def trainable(*overrides: str):
+    """`darts_trainer` with the few keys that verl itself wants a user to set."""
+    return composed(
+        "darts_trainer",
+        "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=1",
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
+        *overrides,
+    )
+
+
+def test_the_primary_files():
+    assert PRIMARY == ["darts_trainer", "quickstart"]
+    assert PLATFORMS == ["cpu", "gpu"]
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_the_quickstart_composes_and_is_valid_for_verl(platform):
+    config = composed("quickstart", f"platform={platform}")
+    check_run(config)
+    validate_config(config, need_reference_policy(config), need_critic(config))
+    limits = LIMITS["overthink"]
+    assert (config.data.max_prompt_length, config.data.max_response_length) == (limits.prompt, limits.response)
+    assert config.actor_rollout_ref.rollout.max_model_len == limits.prompt + limits.response
+
+
+def test_the_trainer_composes_and_is_valid_for_verl():
+    config = trainable()
+    assert check_run(config).enable
+    validate_config(config, need_reference_policy(config), need_critic(config))
+
+
+def test_the_yaml_block_is_the_typed_block():
+    """The same keys, and null or the default as values."""
+    block = yaml.safe_load((CONFIG_DIR / "darts_base.yaml").read_text())["darts"]
+    typed = DartsConfig(group_size=8)
+    for section in ("allocation", "selection", "reward"):
+        fields = set(typed.__dataclass_fields__[section].default_factory.__dataclass_fields__)
+        assert set(block[section]) == fields
+    assert set(block) == set(typed.__dataclass_fields__) - {"group_size"}
+    assert DartsConfig.from_block(block, 8) == typed == DartsConfig.from_block({}, 8)
+
+
+@pytest.mark.parametrize("name", ["darts_base.yaml", "platform/cpu.yaml"])
+def test_a_comment_stands_above_every_key_of_ours(name):
+    lines = (CONFIG_DIR / name).read_text().splitlines()
+    block = lines[lines.index("darts:") :] if "darts:" in lines else []
+    block = block[: next((i for i, line in enumerate(block[1:], 1) if line and not line.startswith(" ")), len(block))]
+    for number, line in enumerate(block):
+        if re.match(r"^ +\w+: \S", line):
+            assert block[number - 1].lstrip().startswith("#"), line
+
+
+BAD = [
+    (["+darts.lambda=1"], "darts.lambda=1: unknown key"),
+    (["darts.selection.num_long=-1"], "darts.selection.num_long=-1"),
+    (["darts.selection.num_long=8"], "in [0, rollout.n=8)"),
+    (["darts.allocation.low=7"], "darts.allocation.low=7"),
+    (["darts.allocation.low=12", "darts.allocation.high=11"], "darts.allocation.high=11"),
+    (["darts.allocation.mean_candidates=20"], "darts.allocation.mean_candidates=20"),
+    (["actor_rollout_ref.rollout.n=1"], "actor_rollout_ref.rollout.n=1"),
+    (["algorithm.adv_estimator=remax"], "algorithm.adv_estimator='remax'"),
+    (["actor_rollout_ref.rollout.name=sglang"], "actor_rollout_ref.rollout.name='sglang'"),
+    (["trainer.use_v1=true"], "trainer.use_v1=True"),
+    (["actor_rollout_ref.rollout.agent.agent_loop_manager_class=null"], "agent_loop_manager_class=None"),
+    (["darts.reward.pool=true", "reward.reward_model.enable=true"], "darts.reward.pool=True"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), BAD, ids=[message for _, message in BAD])
+def test_bad_input_is_one_error_with_key_value_rule_and_fix(overrides, message):
+    with pytest.raises(ConfigError) as error:
+        check_run(trainable(*overrides))
+    assert message in str(error.value)
+    assert " Fix: " in str(error.value)
+
+
+def test_off_refuses_nothing_that_plain_verl_takes():
+    config = trainable("darts.enable=false", "algorithm.adv_estimator=remax", "actor_rollout_ref.rollout.name=sglang")
+    assert not check_run(config).enable
+
+
+def test_gae_is_a_warning():
+    with pytest.warns(UserWarning, match="algorithm.adv_estimator=gae: DARTS shapes lengths through the group's mean"):
+        check_run(trainable("algorithm.adv_estimator=gae"))
+
+
+def test_a_missing_block_is_refused():
+    config = OmegaConf.create({key: value for key, value in trainable().items() if key != "darts"})
+    with pytest.raises(ConfigError, match="the block `darts:` is missing"):
+        check_run(config)
+
+
+def test_another_verl_is_refused_and_can_be_allowed(monkeypatch):
+    assert version("verl") == checks.VERL_VERSION
+    monkeypatch.setattr(checks, "version", lambda name: "0.9.2")
+    with pytest.raises(ConfigError, match="verl='0.9.2': .*verl 0.9.1.* Fix: .*DARTS_ALLOW_OTHER_VERL=1"):
+        check_run(trainable())
+    monkeypatch.setenv("DARTS_ALLOW_OTHER_VERL", "1")
+    check_run(trainable())
+
+
+def test_the_command_refuses_in_one_line_before_ray_starts_from_any_directory(tmp_path: Path):
+    result = subprocess.run(
+        [sys.executable, "-m", "recipe.darts.main_darts", "--config-name", "quickstart", "darts.selection.num_long=8",
+         "hydra.run.dir=."],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 2
+    lines = [line for line in result.stderr.splitlines() if line.startswith("[darts]")]
+    assert len(lines) == 1
+    assert lines[0].startswith("[darts] darts.selection.num_long=8: L must be an integer in [0, rollout.n=8)")
+    assert "ray init" not in result.stdout
+    assert "Traceback" not in result.stderr

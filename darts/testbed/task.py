@@ -107,7 +107,7 @@ MIXES: dict[str, Mix] = {
         guess_right=(0.94, 0.5, 0.2, 0.15),
         wait_start=(0.55, 0.5, 0.4, 0.3),
         wait_again=0.885,
-        wait_corrupts=0.03,
+        wait_corrupts=0.015,
     ),
     "depth": Mix(
         classes=(3, 5, 7, 9),

@@ -20,6 +20,7 @@ from darts.config import ConfigError, DartsConfig
 from darts.testbed import LIMITS
 
 PRIMARY = sorted(path.stem for path in CONFIG_DIR.glob("*.yaml") if "searchpath" in path.read_text())
+TESTBEDS = sorted(path.stem for path in (CONFIG_DIR / "testbed").glob("*.yaml"))
 PLATFORMS = sorted(path.stem for path in (CONFIG_DIR / "platform").glob("*.yaml"))
 
 
@@ -43,14 +44,16 @@ def trainable(*overrides: str):
 def test_the_primary_files():
     assert PRIMARY == ["darts_trainer", "quickstart"]
     assert PLATFORMS == ["cpu", "gpu"]
+    assert sorted(LIMITS) == TESTBEDS
 
 
+@pytest.mark.parametrize("testbed", TESTBEDS)
 @pytest.mark.parametrize("platform", PLATFORMS)
-def test_the_quickstart_composes_and_is_valid_for_verl(platform):
-    config = composed("quickstart", f"platform={platform}")
+def test_the_quickstart_composes_and_is_valid_for_verl(platform, testbed):
+    config = composed("quickstart", f"platform={platform}", f"testbed={testbed}")
     check_run(config)
     validate_config(config, need_reference_policy(config), need_critic(config))
-    limits = LIMITS["overthink"]
+    limits = LIMITS[testbed]
     assert (config.data.max_prompt_length, config.data.max_response_length) == (limits.prompt, limits.response)
     assert config.actor_rollout_ref.rollout.max_model_len == limits.prompt + limits.response
 
@@ -125,7 +128,7 @@ def test_a_missing_block_is_refused():
 def test_another_verl_is_refused_and_can_be_allowed(monkeypatch):
     assert version("verl") == checks.VERL_VERSION
     monkeypatch.setattr(checks, "version", lambda name: "0.9.2")
-    with pytest.raises(ConfigError, match="verl='0.9.2': .*verl 0.9.1.* Fix: .*DARTS_ALLOW_OTHER_VERL=1"):
+    with pytest.raises(ConfigError, match=r"verl='0.9.2': .*verl 0.9.1.* Fix: .*DARTS_ALLOW_OTHER_VERL=1"):
         check_run(trainable())
     monkeypatch.setenv("DARTS_ALLOW_OTHER_VERL", "1")
     check_run(trainable())

@@ -1,0 +1,71 @@
+"""README: every path exists, every command is one that runs, the table of keys is the configuration."""
+
+import re
+import shlex
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from jobs import ROOT
+from omegaconf import OmegaConf
+
+import recipe.darts.main_darts  # noqa: F401  (registers the resolver that quickstart.yaml uses)
+from darts import CONFIG_DIR
+from darts.checks import check_run
+from darts.metrics import METRICS
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line.split("#")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.S)
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.split("#")[0].strip()
+] + re.findall(r"`(bash scripts/[^`]+)`", README)
+
+
+def test_readme_is_about_a_page():
+    assert len(README.splitlines()) < 140
+
+
+def test_the_commands_are_the_ones_that_are_tested():
+    """quickstart.sh: tests/e2e/test_quickstart.py. test.sh, setup.sh: this run. main_darts: composed below."""
+    programs = {command.split()[1] for command in COMMANDS if command.startswith("bash ")}
+    assert programs == {"scripts/quickstart.sh", "scripts/test.sh", "scripts/setup.sh"}
+    for command in COMMANDS:
+        words = shlex.split(command)
+        assert words[0] == "bash" or words[:3] == [".venv/bin/python", "-m", "recipe.darts.main_darts"], command
+        if words[0] == "bash":
+            assert (ROOT / words[1]).is_file(), command
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "main_darts" in c or "quickstart.sh " in c])
+def test_overrides_in_commands_compose(command):
+    words = shlex.split(command)
+    name = "quickstart" if words[0] == "bash" else "darts_trainer"
+    overrides = [word.replace("...", "/some/path") for word in words if "=" in word]
+    assert overrides
+    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+        config = compose(name, overrides=overrides)
+    OmegaConf.resolve(config)
+    check_run(config)
+
+
+def test_every_file_that_is_named_exists():
+    names = set(re.findall(r"`((?:darts|verl_patches|recipe|configs|docs|scripts|tests)/[\w./-]*)`", README))
+    names |= set(re.findall(r"\]\((?!http)([^)]+)\)", README))
+    assert len(names) > 8
+    missing = [name for name in names if not (ROOT / name).exists() and name not in METRICS]
+    assert missing == []
+
+
+def test_every_key_of_the_block_is_in_the_table():
+    block = yaml.safe_load((CONFIG_DIR / "darts_base.yaml").read_text())["darts"]
+    keys = {
+        f"darts.{name}" if not isinstance(value, dict) else f"darts.{name}.{key}"
+        for name, value in block.items()
+        for key in (value if isinstance(value, dict) else [None])
+    }
+    table = "".join(line for line in README.splitlines() if line.startswith("| `"))
+    named = set(re.findall(r"`(darts\.[\w.]+)`", table))
+    named |= {"darts.allocation.high"} if "`darts.allocation.low`, `.high`" in table else set()
+    assert named == keys

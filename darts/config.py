@@ -94,7 +94,8 @@ class DartsConfig:
 
         Args:
             block: the content of `darts:`; nested mappings, missing keys take their default. `low`, `high` and
-                `mean_candidates` default to M, 2 M and the middle of the two bounds.
+                `mean_candidates` default to M, 2 M and the middle of the two bounds. With `enable: false` the rest is
+                not read: plain verl takes any group size.
             group_size: M, `actor_rollout_ref.rollout.n`.
 
         Raises:
@@ -102,6 +103,10 @@ class DartsConfig:
         """
         block = {} if block is None else block
         _refuse_unknown("darts", block, [f.name for f in fields(cls) if f.name != "group_size"])
+        enable = block.get("enable", True)
+        _require("darts.enable", enable, isinstance(enable, bool), "must be true or false.", "set darts.enable=true.")
+        if not enable:
+            return cls(group_size=group_size, enable=False)
         _require(
             "actor_rollout_ref.rollout.n",
             group_size,
@@ -109,11 +114,8 @@ class DartsConfig:
             "DARTS compares the candidates of a prompt, so a group needs at least 2 responses.",
             "set actor_rollout_ref.rollout.n=8.",
         )
-        enable = block.get("enable", True)
-        _require("darts.enable", enable, isinstance(enable, bool), "must be true or false.", "set darts.enable=true.")
         return cls(
             group_size=group_size,
-            enable=enable,
             allocation=_allocation(_section(block, "allocation", AllocationConfig), group_size),
             selection=_selection(_section(block, "selection", SelectionConfig), group_size),
             reward=_reward(_section(block, "reward", RewardConfig)),

@@ -86,6 +86,14 @@ class CandidateGroup:
             )
         return list(self._kept)
 
+    def keeps(self, index: int) -> bool:
+        """Whether candidate `index` is kept.
+
+        Raises:
+            RuntimeError: the group is not complete.
+        """
+        return index in self.kept
+
     @property
     def num_valid(self) -> int:
         """Finished candidates that ended by themselves."""

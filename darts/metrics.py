@@ -29,7 +29,11 @@ METRICS: dict[str, tuple[str, str]] = {
     "darts/length/kept_max": ("tokens", "longest kept response"),
     "darts/group/max_over_mean": ("ratio", "longest over mean length within a group, mean over groups; 1 is no tail"),
     "darts/group/max_over_median": ("ratio", "longest over median length within a group, median over groups"),
-    "darts/group/saturated_share": ("share", "groups that were shortest-only (budget at M_up, or forced)"),
+    "darts/group/saturated_share": (
+        "share",
+        "groups with a budget at M_up; about 5 % in the paper",
+    ),
+    "darts/group/shortest_only_share": ("share", "groups without a long response: the saturated, or as the mode says"),
     "darts/group/filled": ("count", "truncated candidates that filled a group; 0 unless the limit is too tight"),
     "darts/group/no_valid": ("count", "groups in which every candidate was truncated; 0 unless the limit is too tight"),
     "darts/group/mixed_reward_share": ("share", "groups whose kept rewards differ; only these teach GRPO anything"),
@@ -57,6 +61,7 @@ class CandidatePool:
     kept: NDArray[np.bool_]
     arrival: NDArray[np.int64]  # 0 for the first to finish within its prompt
     num_long: NDArray[np.int64]  # L of the candidate's prompt; 0 where it is shortest-only
+    saturated: NDArray[np.bool_]  # whether the prompt's budget is M_up
     reward: NDArray[np.float64]  # NaN where the candidate was not scored
 
     def __len__(self) -> int:
@@ -108,7 +113,8 @@ def rollout_metrics(pool: CandidatePool, num_keep: int, seconds: float) -> dict[
         "darts/length/kept_max": length[kept].max(),
         "darts/group/max_over_mean": np.mean([length[rows].max() / length[rows].mean() for rows in groups]),
         "darts/group/max_over_median": np.median([length[rows].max() / np.median(length[rows]) for rows in groups]),
-        "darts/group/saturated_share": np.mean([pool.num_long[rows[0]] == 0 for rows in groups]),
+        "darts/group/saturated_share": np.mean([pool.saturated[rows[0]] for rows in groups]),
+        "darts/group/shortest_only_share": np.mean([pool.num_long[rows[0]] == 0 for rows in groups]),
         "darts/group/filled": (kept & pool.truncated).sum(),
         "darts/group/no_valid": sum(pool.truncated[rows].all() for rows in groups),
         "darts/selection/arrival_disagreement": np.mean([_arrival_disagrees(pool, rows, num_keep) for rows in groups]),

@@ -15,8 +15,8 @@ agent loops, each as a request of its own, and owns the decision which M of a pr
 
 import asyncio
 import contextvars
-import logging
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,13 +25,13 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopManager, AgentLoopO
 from verl.protocol import DataProto
 from verl.utils.ray_utils import auto_await
 from verl.utils.skip import SkipManager
+from verl.workers.rollout.utils import get_max_position_embeddings
 
 from darts.allocation import contiguous_parts, uniform_budgets
 from darts.checks import darts_config
+from darts.config import DartsConfig
 from darts.group import CandidateGroup
 from darts.metrics import CandidatePool, rollout_metrics
-
-logger = logging.getLogger(__name__)
 
 # Columns of the batch between manager and worker. Agent loops never see them.
 BUDGET, PROMPT, CANDIDATE = "darts_budget", "darts_prompt", "darts_candidate"
@@ -51,20 +51,24 @@ DROPPED = _Dropped()
 class _RunningGroup:
     """One prompt's group while its candidates run: the state machine, and the wait for its decision."""
 
-    def __init__(self, uid: str, prompt: int, budget: int, group_size: int, num_long: int) -> None:
+    def __init__(self, uid: str, prompt: int, budget: int, darts: DartsConfig) -> None:
         self.uid = uid
         self.prompt = prompt
-        self.state = CandidateGroup(budget, group_size, num_long)
+        self.saturated = budget >= darts.allocation.high
+        self.state = CandidateGroup(budget, darts.group_size, darts.num_long_for(budget))
         self.rewards = np.full(budget, np.nan)
         self._decided = asyncio.Event()
 
-    async def finish(self, candidate: int, length: int, truncated: bool) -> bool:
-        """Records a candidate and waits until the group is complete. Returns whether the candidate is kept."""
+    def finish(self, candidate: int, length: int, truncated: bool) -> None:
+        """Records that a candidate ended; the last one decides."""
         self.state.finish(candidate, length, truncated)
         if self.state.complete:
             self._decided.set()
+
+    async def keeps(self, candidate: int) -> bool:
+        """Waits for the decision. Returns whether the candidate is kept."""
         await self._decided.wait()
-        return candidate in self.state.kept
+        return self.state.keeps(candidate)
 
     def pool(self) -> CandidatePool:
         """The group's candidates, for metrics."""
@@ -81,6 +85,7 @@ class _RunningGroup:
             kept=kept,
             arrival=arrival,
             num_long=np.full(budget, self.state.num_long),
+            saturated=np.full(budget, self.saturated),
             reward=self.rewards,
         )
 
@@ -90,7 +95,10 @@ _current: contextvars.ContextVar[tuple[_RunningGroup, int] | None] = contextvars
 
 
 def candidate_seed(seed: int, step: int, prompt: int, candidate: int) -> int:
-    """The sampling seed of one candidate: 32 bits, the same whatever the other prompts' budgets are (our choice)."""
+    """The sampling seed of one candidate: 32 bits, the same whatever the other prompts' budgets are (our choice).
+
+    All turns of a multi-turn candidate have it.
+    """
     return int(np.random.SeedSequence([seed, max(step, 0), prompt, candidate]).generate_state(1)[0])
 
 
@@ -104,6 +112,8 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         self._tasks: set[asyncio.Task] = set()
         self._step = -1
         self._end_tokens = _end_tokens(self.model_config)
+        # Without max_model_len the server takes the model's, in a copy of the configuration that only it sees.
+        self._context = self.rollout_config.max_model_len or get_max_position_embeddings(self.model_config.hf_config)
         self._seed = self.darts.seed
         if self._seed is None and self.rollout_config.full_determinism:
             self._seed = self.rollout_config.seed  # verl's server gives every request of a replica the same seed
@@ -120,7 +130,10 @@ class DartsAgentLoopWorker(AgentLoopWorker):
 
         Raises:
             CandidateError: a candidate failed.
+            RuntimeError: another call has not ended.
         """
+        if self._groups:
+            raise RuntimeError(f"this worker still runs {len(self._groups)} prompts of another rollout.")
         budgets = prompts.non_tensor_batch[BUDGET].astype(np.int64)
         rows = prompts.select_idxs(np.repeat(np.arange(len(prompts)), budgets))
         candidates = np.concatenate([np.arange(budget) for budget in budgets])
@@ -128,11 +141,9 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         rows.non_tensor_batch["priority"] = rows.non_tensor_batch["priority"] + candidates
         self._step = prompts.meta_info.get("global_steps", -1)
         self._groups = {
-            uid: _RunningGroup(
-                uid, int(prompt), int(budget), self.darts.group_size, self.darts.num_long_for(int(budget))
-            )
+            uid: _RunningGroup(uid, int(prompt), budget, self.darts)
             for uid, prompt, budget in zip(
-                prompts.non_tensor_batch["uid"], prompts.non_tensor_batch[PROMPT], budgets, strict=True
+                prompts.non_tensor_batch["uid"], prompts.non_tensor_batch[PROMPT], budgets.tolist(), strict=True
             )
         }
         try:
@@ -144,15 +155,14 @@ class DartsAgentLoopWorker(AgentLoopWorker):
             self._tasks.clear()
             self._groups = {}
 
-    async def progress(self) -> tuple[int, int, list[str]]:
-        """Candidates finished, candidates launched, and the uids of the prompts that are not complete."""
+    async def progress(self) -> tuple[int, list[str]]:
+        """Of the rollout that runs: finished candidates, and the uids of the prompts that are not complete."""
         groups = self._groups.values()
         finished = sum(len(group.state.arrival) for group in groups)
-        launched = sum(len(group.state.lengths) for group in groups)
-        return finished, launched, [group.uid for group in groups if not group.state.complete]
+        return finished, [group.uid for group in groups if not group.state.complete]
 
     async def _run_agent_loop(self, sampling_params: dict[str, Any], trajectory: dict[str, Any], **kwargs: Any) -> Any:
-        """Replaces nothing: sets which candidate this task runs, and gives a failure its uid."""
+        """verl's method, told which candidate this task runs; a failure gets its uid."""
         candidate = kwargs.pop(CANDIDATE, None)
         if candidate is None:
             return await super()._run_agent_loop(sampling_params, trajectory, **kwargs)
@@ -167,7 +177,7 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         except Exception as cause:
             raise CandidateError(
                 f"candidate {candidate} of prompt uid={group.uid} (row {group.prompt} of the batch, step {self._step}) "
-                f"failed: {type(cause).__name__}: {cause}"
+                f"failed: {_reason(cause)}"
             ) from cause
         finally:
             self._tasks.discard(asyncio.current_task())
@@ -181,11 +191,12 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         length = int(sum(output.response_mask))
         if length == 0:
             raise RuntimeError("the server returned no token: the request was aborted or rejected.")
+        group.finish(candidate, length, self._is_truncated(output))
         if self.darts.reward.pool:
             output.extra_fields["raw_prompt"] = kwargs["raw_prompt"]  # as verl does before it scores
             await self._compute_score([output], kwargs=kwargs)
             group.rewards[candidate] = output.reward_score
-        kept = await group.finish(candidate, length, self._is_truncated(output))
+        kept = await group.keeps(candidate)
         if self.darts.selection.on_no_valid == "fail" and group.state.num_valid == 0:
             raise RuntimeError(
                 f"none of the {len(group.state.lengths)} candidates ended within the response budget "
@@ -216,15 +227,12 @@ class DartsAgentLoopWorker(AgentLoopWorker):
     def _is_truncated(self, output: AgentLoopOutput) -> bool:
         """Whether the response filled its budget without ending by itself.
 
-        The budget is `response_length`, or what `max_model_len` leaves beside the prompt, over all turns. It ended by
+        The budget is `response_length`, or what the context leaves beside the prompt, over all turns. It ended by
         itself if its last token was generated and is an end token. A loop that stops because a tool's answer would not
         fit has not filled the budget; verl does not tell such a stop from another, and it counts as ended.
         """
-        config = self.rollout_config
-        filled = len(output.response_ids) >= config.response_length or (
-            config.max_model_len is not None
-            and len(output.prompt_ids) + len(output.response_ids) >= config.max_model_len
-        )
+        budget = min(self.rollout_config.response_length, self._context - len(output.prompt_ids))
+        filled = len(output.response_ids) >= budget
         ended = bool(output.response_mask[-1]) and output.response_ids[-1] in self._end_tokens
         return filled and not ended
 
@@ -241,20 +249,24 @@ class DartsAgentLoopManager(AgentLoopManager):
         self.darts = darts_config(self.config)
         self._metrics: dict[str, float] = {}
 
-    def generate_sequences(self, prompts: DataProto) -> DataProto:
+    @auto_await
+    async def generate_sequences(self, prompts: DataProto) -> DataProto:
         """verl's entry point: validation and plain runs as verl does it, training batches with redundant candidates."""
         if not self.darts.enable or prompts.meta_info.get("validate", False):
-            return super().generate_sequences(prompts)
-        return self._generate_groups(prompts)
+            return await super().generate_sequences(prompts)
+        output = await self._generate_groups(prompts)
+        # Here and not below, since a replayed rollout (verl's `skip.rollout`) has the uids of the run that was dumped.
+        output.non_tensor_batch["uid"] = prompts.non_tensor_batch["uid"]
+        return output
 
     def pop_metrics(self) -> dict[str, float]:
         """The metrics of the last training rollout (`darts.metrics.METRICS`); empty if there was none since."""
         metrics, self._metrics = self._metrics, {}
         return metrics
 
-    @auto_await
     @SkipManager.annotate(role="rollout")
     async def _generate_groups(self, prompts: DataProto) -> DataProto:
+        """The kept rows in the batch's order, without `uid`; ends as `AgentLoopManager.generate_sequences` (0.9.1)."""
         start = time.monotonic()
         uids = self._group_uids(prompts)
         budgets = self._budgets(len(uids))
@@ -263,24 +275,22 @@ class DartsAgentLoopManager(AgentLoopManager):
         groups.non_tensor_batch[PROMPT] = np.arange(len(uids))
         groups.non_tensor_batch["priority"] = np.cumsum(budgets) - budgets
         parts = contiguous_parts(budgets, len(self.agent_loop_workers))
-        workers = self.agent_loop_workers[: len(parts)]
-        results = await self._gather(
-            workers,
-            [worker.generate_groups.remote(groups[part]) for worker, part in zip(workers, parts, strict=True)],
-        )
+        jobs = [
+            _Job(worker, worker.generate_groups.remote(groups[part]), uids[part].tolist(), int(budgets[part].sum()))
+            for worker, part in zip(self.agent_loop_workers, parts, strict=False)
+        ]
+        results = await self._gather(jobs)
         outputs = [output for output, _ in results]
         metrics = [output.meta_info.pop("metrics") for output in outputs]
         output = DataProto.concat(outputs)
-        expected = np.repeat(uids, self.darts.group_size)
-        if not np.array_equal(output.non_tensor_batch["uid"], expected):
+        if not np.array_equal(output.non_tensor_batch.pop("uid"), np.repeat(uids, self.darts.group_size)):
             raise RuntimeError(
                 f"the rollout returned {len(output)} rows that are not {self.darts.group_size} for each of the "
                 f"{len(uids)} prompts in their order; this is a bug in darts.rollout."
             )
         output.meta_info = {"timing": self._performance_metrics(metrics, output), **outputs[0].meta_info}
-        self._metrics = rollout_metrics(
-            CandidatePool.concat([pool for _, pool in results]), self.darts.group_size, time.monotonic() - start
-        )
+        pool = CandidatePool.concat([pool for _, pool in results])
+        self._metrics = rollout_metrics(pool, self.darts.group_size, time.monotonic() - start)
         return output
 
     def _group_uids(self, prompts: DataProto) -> np.ndarray:
@@ -300,45 +310,74 @@ class DartsAgentLoopManager(AgentLoopManager):
             return np.full(num_prompts, self.darts.group_size)
         return uniform_budgets(num_prompts, allocation.mean_candidates, allocation.low, allocation.high)
 
-    async def _gather(self, workers: list[Any], refs: list[ray.ObjectRef]) -> list[tuple[DataProto, CandidatePool]]:
-        """Waits for the workers, with progress lines and `darts.timeout_s`; the first failure ends the wait."""
+    async def _gather(self, jobs: list["_Job"]) -> list[tuple[DataProto, CandidatePool]]:
+        """Waits for the workers, with progress lines and a time limit; the first failure ends the wait, and them."""
         deadline = time.monotonic() + self.darts.timeout_s
-        futures = [asyncio.wrap_future(ref.future()) for ref in refs]
+        futures = {asyncio.wrap_future(job.ref.future()): job for job in jobs}
         pending = set(futures)
-        while pending:
-            left = deadline - time.monotonic()
-            wait = min(left, self.darts.progress_s or left)
-            done, pending = await asyncio.wait(pending, timeout=max(wait, 0.0), return_when=asyncio.FIRST_EXCEPTION)
-            for future in done:
-                future.result()
-            if not pending:
-                break
-            finished, launched, waiting = await self._progress(workers)
-            print(
-                f"[darts] rollout: {finished}/{launched} candidates finished, {len(waiting)} prompts wait", flush=True
+        try:
+            while pending:
+                left = deadline - time.monotonic()
+                wait = max(min(left, self.darts.progress_s or left), 0.0)
+                done, pending = await asyncio.wait(pending, timeout=wait, return_when=asyncio.FIRST_EXCEPTION)
+                for future in done:
+                    futures[future].raise_failure(future)
+                if pending:
+                    expired = time.monotonic() >= deadline
+                    await self._report(list(futures.values()), [futures[future] for future in pending], expired)
+            return [future.result() for future in futures]
+        finally:
+            for future in pending:
+                ray.cancel(futures[future].ref)
+
+    async def _report(self, jobs: list["_Job"], running: list["_Job"], expired: bool) -> None:
+        """Prints how far the rollout is; raises if its time is over."""
+        answers = await asyncio.gather(*[job.progress() for job in running])
+        launched = sum(job.candidates for job in jobs)
+        finished = launched - sum(job.candidates for job in running) + sum(answer[0] for answer in answers)
+        waiting = [uid for answer in answers for uid in answer[1]]
+        print(f"[darts] rollout: {finished}/{launched} candidates finished, {len(waiting)} prompts wait", flush=True)
+        if expired:
+            raise TimeoutError(
+                f"darts.timeout_s={self.darts.timeout_s:g}: the rollout did not end in this time. {len(waiting)} "
+                f"prompts are not complete, uids {_some(waiting)}. Raise darts.timeout_s if responses may take this "
+                "long, else look at the rollout servers' logs."
             )
-            if time.monotonic() >= deadline:
-                for ref in refs:
-                    ray.cancel(ref)
-                raise TimeoutError(
-                    f"darts.timeout_s={self.darts.timeout_s:g}: the rollout did not end in this time. {len(waiting)} "
-                    f"prompts are not complete, uids {', '.join(waiting[:8])}{' ...' if len(waiting) > 8 else ''}. "
-                    "Raise darts.timeout_s if responses may take this long, else look at the rollout servers' logs."
-                )
-        return [future.result() for future in futures]
 
-    @staticmethod
-    async def _progress(workers: list[Any]) -> tuple[int, int, list[str]]:
-        """Sums of the workers' progress; a worker that does not answer within 10 s counts as nothing."""
 
-        async def ask(worker: Any) -> tuple[int, int, list[str]]:
-            try:
-                return await asyncio.wait_for(asyncio.wrap_future(worker.progress.remote().future()), timeout=10)
-            except asyncio.TimeoutError:
-                return 0, 0, ["(a worker does not answer)"]
+@dataclass(frozen=True, slots=True, eq=False)
+class _Job:
+    """The part of a rollout that one worker runs."""
 
-        answers = await asyncio.gather(*[ask(worker) for worker in workers])
-        return sum(a[0] for a in answers), sum(a[1] for a in answers), [uid for a in answers for uid in a[2]]
+    worker: Any
+    ref: ray.ObjectRef
+    uids: list[str]
+    candidates: int
+
+    def raise_failure(self, future: asyncio.Future) -> None:
+        """Raises what the worker raised; that a worker died is said with the uids it had."""
+        try:
+            future.result()
+        except ray.exceptions.RayActorError as cause:
+            raise RuntimeError(f"an agent-loop worker died with prompts uid={_some(self.uids)}: {cause}") from cause
+
+    async def progress(self) -> tuple[int, list[str]]:
+        """As `DartsAgentLoopWorker.progress`; a worker that does not answer within 10 s has finished nothing."""
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(self.worker.progress.remote().future()), timeout=10)
+        except (asyncio.TimeoutError, ray.exceptions.RayError):
+            return 0, self.uids
+
+
+def _reason(error: Exception) -> str:
+    """Type and text of an exception; of one that another Ray process raised, without that process's traceback."""
+    cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+    return f"{type(cause).__name__}: {cause}"
+
+
+def _some(uids: list[str]) -> str:
+    """The first few of many uids."""
+    return ", ".join(uids[:8]) + (" ..." if len(uids) > 8 else "")
 
 
 def _end_tokens(model_config: Any) -> frozenset[int]:

@@ -5,8 +5,10 @@ Contract.
 2. With `darts.enable=false` it runs `RayPPOTrainer.init_workers` and `RayPPOTrainer.fit`: plain verl.
 3. With DARTS on, a step is verl's own, by the `_fit_*` methods of `SeparateRayPPOTrainer` (one per phase). Workers and
    servers are those of `RayPPOTrainer.init_workers` (colocated). Where the two trainers of verl differ, the colocated
-   order is restored: a checkpoint is saved while the engines sleep, engines are woken also during critic warm-up, and
-   rollout dump and replay (`skip.rollout`) works. Not restored: GDPO's per-component reward metrics.
+   order is restored: a checkpoint is saved while the engines sleep (and not during critic warm-up), engines are woken
+   also during critic warm-up, the profiler's finish command runs after the last profiled step, and rollout dump and
+   replay (`skip.rollout`) works; a replayed step has no `darts/*` metrics. Not restored: GDPO's per-component reward
+   metrics, and that the dataset's `on_batch_end` is not called after the last step.
 4. The manager decides, the trainer only reports: `darts/*` metrics are added to verl's.
 """
 
@@ -82,8 +84,8 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
 
     def _fit_update_weights(self) -> None:
         """Saves while the engines sleep, then wakes them with the new weights; as in `RayPPOTrainer.fit`."""
-        super()._fit_save_checkpoint()
         if self.config.trainer.critic_warmup <= self.global_steps:
+            super()._fit_save_checkpoint()
             super()._fit_update_weights()
         else:
             with marked_timer("update_weights", self.timing_raw, color="red"):
@@ -91,6 +93,11 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
 
     def _fit_save_checkpoint(self) -> None:
         """Done in `_fit_update_weights`."""
+
+    def _stop_profiling(self, do_profile: bool, run_command: bool = False) -> None:
+        steps = self.config.global_profiler.steps
+        last = bool(steps) and (self.global_steps == max(steps) or self.is_last_step)
+        super()._stop_profiling(do_profile, run_command=run_command or last)
 
     def _fit_collect_metrics(self, batch: DataProto) -> None:
         super()._fit_collect_metrics(batch)

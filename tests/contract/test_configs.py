@@ -96,6 +96,8 @@ BAD = [
     (["algorithm.adv_estimator=remax"], "algorithm.adv_estimator='remax'"),
     (["actor_rollout_ref.rollout.name=sglang"], "actor_rollout_ref.rollout.name='sglang'"),
     (["trainer.use_v1=true"], "trainer.use_v1=True"),
+    (["trainer.use_v1=true", "darts.enable=false"], "trainer.use_v1=True"),
+    (["actor_rollout_ref.hybrid_engine=false"], "actor_rollout_ref.hybrid_engine=False"),
     (["actor_rollout_ref.rollout.agent.agent_loop_manager_class=null"], "agent_loop_manager_class=None"),
     (["darts.reward.pool=true", "reward.reward_model.enable=true"], "darts.reward.pool=True"),
 ]
@@ -110,13 +112,29 @@ def test_bad_input_is_one_error_with_key_value_rule_and_fix(overrides, message):
 
 
 def test_off_refuses_nothing_that_plain_verl_takes():
-    config = trainable("darts.enable=false", "algorithm.adv_estimator=remax", "actor_rollout_ref.rollout.name=sglang")
-    assert not check_run(config).enable
+    for n in (1, 8):
+        config = trainable(
+            "darts.enable=false",
+            "darts.selection.num_long=99",
+            "algorithm.adv_estimator=remax",
+            "actor_rollout_ref.rollout.name=sglang",
+            f"actor_rollout_ref.rollout.n={n}",
+        )
+        assert not check_run(config).enable
 
 
-def test_gae_is_a_warning():
-    with pytest.warns(UserWarning, match="algorithm.adv_estimator=gae: DARTS shapes lengths through the group's mean"):
-        check_run(trainable("algorithm.adv_estimator=gae"))
+@pytest.mark.parametrize("estimator", ["gae", "reinforce_plus_plus"])
+def test_no_group_baseline_is_a_warning(estimator):
+    with pytest.warns(
+        UserWarning, match=f"algorithm.adv_estimator={estimator}: DARTS shapes lengths through the group"
+    ):
+        check_run(trainable(f"algorithm.adv_estimator={estimator}"))
+
+
+@pytest.mark.parametrize("value", ["null", "5"])
+def test_a_block_that_is_none_is_refused(value):
+    with pytest.raises(ConfigError, match="the block `darts:` is missing"):
+        check_run(trainable(f"darts={value}"))
 
 
 def test_a_missing_block_is_refused():

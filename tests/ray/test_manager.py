@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import re
 import time
 
 import numpy as np
@@ -10,6 +11,7 @@ import ray
 import torch
 from fakes import CountingReward, Script, ScriptedServer, Turn, balancer, prompts
 from tensordict import TensorDict
+from verl.utils.skip import SkipManager
 from verl.workers.rollout.llm_server import LLMServerClient
 
 from darts.allocation import uniform_budgets
@@ -94,26 +96,111 @@ def test_a_batch_that_is_not_interleaved_groups_is_refused(cluster):
         manager.generate_sequences(shuffled)
 
 
+def test_lengths_decide_across_workers(cluster):
+    """Random lengths and delays; expected by brute force from the script."""
+    manager, servers = cluster
+    rng = np.random.default_rng(1)
+    budgets = uniform_budgets(7, 5.5, GROUP_SIZE, 2 * GROUP_SIZE)
+    groups = [
+        [Turn(int(rng.integers(1, 33)), delay=float(rng.uniform(0, 0.2))) for _ in range(budget)] for budget in budgets
+    ]
+    turns = {
+        candidate_seed(0, 50, prompt, candidate): [turn]
+        for prompt, group in enumerate(groups)
+        for candidate, turn in enumerate(group)
+    }
+    ray.get([server.load.remote(turns) for server in servers])
+    output = manager.generate_sequences(prompts([f"{number}+3=" for number in range(7)], GROUP_SIZE, step=50))
+    expected = [
+        (f"uid-{number}", candidate, group[candidate].length)
+        for number, group in enumerate(groups)
+        for candidate in sorted(select([turn.length for turn in group], GROUP_SIZE, 1))
+    ]
+    rows = output.non_tensor_batch
+    lengths = output.batch["response_mask"].sum(dim=1).tolist()
+    assert list(zip(rows["uid"], rows[CANDIDATE], lengths, strict=True)) == expected
+    assert output.batch["rm_scores"].sum(dim=1).tolist() == lengths
+
+
+def test_it_can_be_awaited_as_verls_asynchronous_trainers_do(cluster):
+    manager, _ = cluster
+
+    async def await_it():
+        return await manager.generate_sequences(prompts(["1+1="], GROUP_SIZE))
+
+    assert len(asyncio.run(await_it())) == GROUP_SIZE
+
+
+def test_a_dumped_rollout_is_replayed_into_a_batch_with_other_uids(cluster, make_config, tmp_path):
+    """verl's `skip.rollout`: the second call generates nothing and joins the new batch."""
+    manager, servers = cluster
+    SkipManager.init(
+        make_config("skip.rollout.enable=true", f"skip.rollout.dump_dir={tmp_path}", "skip.rollout.steps=[3]")
+    )
+    try:
+        SkipManager.set_step(3)
+        first = manager.generate_sequences(prompts(["1+1=", "2+2="], GROUP_SIZE))
+        manager.pop_metrics()
+        served(servers)
+        batch = prompts(["1+1=", "2+2="], GROUP_SIZE)
+        batch.non_tensor_batch["uid"] = np.array([f"new-{uid}" for uid in batch.non_tensor_batch["uid"]], dtype=object)
+        again = manager.generate_sequences(batch)
+        assert served(servers) == []
+        assert manager.pop_metrics() == {}
+        assert torch.equal(again.batch["responses"], first.batch["responses"])
+        batch.batch = TensorDict({"dummy_tensor": torch.zeros(len(batch), 1)}, batch_size=len(batch))
+        assert len(batch.union(again)) == 2 * GROUP_SIZE
+    finally:
+        SkipManager.skip_instances = {}
+
+
+def test_progress_counts_up_and_a_finished_worker_counts_as_finished(cluster, monkeypatch, capsys):
+    manager, servers = cluster
+    monkeypatch.setattr(manager, "darts", dataclasses.replace(manager.darts, progress_s=1))
+    slow = {candidate_seed(0, 60, 0, candidate): [Turn(3, delay=4)] for candidate in range(8)}
+    ray.get([server.load.remote(slow) for server in servers])
+    manager.generate_sequences(prompts([f"{number}+4=" for number in range(6)], GROUP_SIZE, step=60))
+    lines = re.findall(
+        r"\[darts\] rollout: (\d+)/(\d+) candidates finished, (\d+) prompts wait", capsys.readouterr().out
+    )
+    assert len(lines) >= 2
+    assert {int(total) for _, total, _ in lines} == {33}
+    finished = [int(count) for count, *_ in lines]
+    assert finished == sorted(finished)
+    assert 20 < finished[-1] < 33
+    assert int(lines[-1][2]) == 1
+
+
 def test_a_rollout_that_outlasts_its_limit_fails_with_the_uids_and_stops(cluster, monkeypatch):
     manager, servers = cluster
-    hurried = dataclasses.replace(manager.darts, timeout_s=3, progress_s=1)
-    monkeypatch.setattr(manager, "darts", hurried)
+    monkeypatch.setattr(manager, "darts", dataclasses.replace(manager.darts, timeout_s=3, progress_s=1))
     ray.get([server.load.remote({}, Turn(3, delay=120)) for server in servers])
     start = time.monotonic()
     with pytest.raises(TimeoutError, match=r"darts.timeout_s=3.*2 prompts are not complete, uids uid-0, uid-1"):
         manager.generate_sequences(prompts(["1+1=", "2+2="], GROUP_SIZE))
     assert time.monotonic() - start < 30
-    assert asyncio.run(_progress(manager)) == (0, 0, []), "the workers have let go of the batch"
+    assert_idle(manager)
     ray.get([server.load.remote({}, Turn(3)) for server in servers])
 
 
-async def _progress(manager) -> tuple[int, int, list[str]]:
+def test_a_failure_in_one_worker_stops_the_others(cluster):
+    manager, servers = cluster
+    turns = {candidate_seed(0, 70, number, 1): [Turn(3, delay=120)] for number in range(1, 6)}
+    turns[candidate_seed(0, 70, 0, 1)] = [Turn(3, error="CUDA says no")]
+    ray.get([server.load.remote(turns) for server in servers])
+    with pytest.raises(
+        ray.exceptions.RayTaskError, match=r"candidate 1 of prompt uid=uid-0 .* failed: RuntimeError: CUDA says no"
+    ):
+        manager.generate_sequences(prompts([f"{number}+5=" for number in range(6)], GROUP_SIZE, step=70))
+    assert_idle(manager)
+
+
+def assert_idle(manager) -> None:
+    """Every worker lets go of its prompts within some seconds."""
     deadline = time.monotonic() + 20
-    while True:
-        answer = await manager._progress(manager.agent_loop_workers)
-        if answer[1] == 0 or time.monotonic() > deadline:
-            return answer
-        await asyncio.sleep(0.5)
+    while any(uids for _, uids in ray.get([worker.progress.remote() for worker in manager.agent_loop_workers])):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def test_a_server_that_dies_fails_the_rollout_within_a_minute_with_uid_and_cause(cluster, make_config):
@@ -133,3 +220,11 @@ def test_a_server_that_dies_fails_the_rollout_within_a_minute_with_uid_and_cause
     with pytest.raises(ray.exceptions.RayTaskError, match=r"prompt uid=uid-0 .*ActorDied"):
         asyncio.run(kill_then_wait())
     assert time.monotonic() - start < 60
+
+
+def test_a_worker_that_dies_fails_the_rollout_with_its_uids(cluster):
+    """After the servers died, so the very last."""
+    manager, _ = cluster
+    ray.kill(manager.agent_loop_workers[0])
+    with pytest.raises(RuntimeError, match="an agent-loop worker died with prompts uid=uid-0"):
+        manager.generate_sequences(prompts(["1+1="], GROUP_SIZE))

@@ -63,9 +63,10 @@ def test_kept_are_the_k_shortest_and_l_longest_of_each_group(bench):
     test = bench("darts.selection.num_long=1", "darts.allocation.high=9")
     budgets = [4, 5, 7, 9, 8, 6]
     groups = [
-        [Turn(int(rng.integers(2, 32)), delay=float(rng.uniform(0, 0.05))) for _ in range(budget)] for budget in budgets
+        [Turn(int(rng.integers(2, 32)), delay=float(rng.uniform(0.5, 0.6))) for _ in range(budget)]
+        for budget in budgets
     ]
-    groups[2][3] = Turn(32, cut=True)
+    groups[2][3] = Turn(32, cut=True, delay=0.6)
     test.script(groups)
     output, pool = test.run(budgets)
     expected = []
@@ -149,6 +150,42 @@ def test_the_limit_is_what_max_model_len_leaves(bench):
     test.script([[Turn(2), Turn(3), Turn(4), Turn(left, cut=True), Turn(5)]])
     _, pool = test.run([5])
     assert pool.truncated.tolist() == [False, False, False, True, False]
+
+
+def test_without_max_model_len_the_limit_is_the_models(bench):
+    """verl's server then takes the model's context length (512 here), in a configuration that only it sees."""
+    test = bench(
+        "actor_rollout_ref.rollout.max_model_len=null", "data.max_response_length=600", "data.max_prompt_length=64"
+    )
+    prompt = test.worker.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "0+1="}], add_generation_prompt=True, return_dict=False
+    )
+    test.script([[Turn(2), Turn(3), Turn(4), Turn(512 - len(prompt), cut=True), Turn(500 - len(prompt)), Turn(5)]])
+    output, pool = test.run([6])
+    assert pool.truncated.tolist() == [False, False, False, True, False, False]
+    assert output.non_tensor_batch[CANDIDATE].tolist() == [0, 1, 2, 4]
+
+
+def test_arrival_is_the_end_of_generation_not_of_scoring(bench):
+    test = bench("darts.reward.pool=true")
+    test.script([[Turn(length, delay=length / 20) for length in (3, 4, 5, 6, 7)]])
+    score = test.reward.compute_score
+
+    async def slow_for_short(data):
+        await asyncio.sleep(1 / data.batch["responses"].shape[1])
+        return await score(data)
+
+    test.worker.reward_loop_worker_handles[0].compute_score.remote = slow_for_short
+    _, pool = test.run([5])
+    assert pool.arrival.tolist() == [0, 1, 2, 3, 4]
+    assert pool.reward.tolist() == [3, 4, 5, 6, 7]
+
+
+def test_a_second_rollout_at_the_same_time_is_refused(bench):
+    test = bench()
+    test.worker._groups = {"uid": None}
+    with pytest.raises(RuntimeError, match="still runs 1 prompts of another rollout"):
+        test.run([4])
 
 
 def test_too_few_valid_are_filled_with_truncated_ones_and_counted(bench):

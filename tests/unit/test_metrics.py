@@ -21,6 +21,7 @@ def pool(**changes):
         "kept": [True, True, False, True, True, False],
         "arrival": [0, 2, 1, 1, 0, 2],
         "num_long": [1, 1, 1, 0, 0, 0],
+        "saturated": [True, True, True, False, False, False],
         "reward": [1.0, 0.0, np.nan, 1.0, 1.0, np.nan],
     }
     return CandidatePool(**{name: np.array(value) for name, value in (columns | changes).items()})
@@ -47,6 +48,7 @@ def test_every_figure_by_hand():
         "darts/group/max_over_mean": (40 * 3 / 70 + 64 * 3 / 124) / 2,
         "darts/group/max_over_median": (2 + 64 / 30) / 2,
         "darts/group/saturated_share": 0.5,
+        "darts/group/shortest_only_share": 0.5,
         "darts/group/filled": 0,
         "darts/group/no_valid": 0,
         "darts/group/mixed_reward_share": 0.5,

@@ -1,8 +1,9 @@
-"""A readable end of a run: `python -m darts.summary METRICS.jsonl --before MODEL --after MODEL`.
+"""A readable end of a run: `python -m darts.summary FOLDER`, as `scripts/quickstart.sh` leaves it.
 
-Contract: reads what verl's file logger wrote and the two checkpoints (safetensors), prints a summary, and exits 1 if
-the run did not do what DARTS is for: nothing was dropped, no prompt was saturated, no reward differed within a group,
-or the weights did not move.
+Contract: reads verl's file log (`metrics.jsonl`), the configuration (`hydra/.hydra/config.yaml`) and the last
+checkpoint as a Hugging Face model (`checkpoints/`), prints a summary, and exits 1 if the run did not do what DARTS is
+for: nothing was dropped, no prompt was saturated, no reward differed within a group, or the weights did not move. A run
+of plain verl is summarised too; of it only the last is asked.
 """
 
 import argparse
@@ -11,7 +12,10 @@ import sys
 from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
+
+from darts.testbed import register_resolver
 
 
 def read_steps(path: Path) -> list[dict[str, float]]:
@@ -58,19 +62,44 @@ def _parameters(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
+def models(folder: Path) -> tuple[Path, Path]:
+    """The model that a run started from, and the one it ended with.
+
+    Raises:
+        ValueError: the run saved no checkpoint.
+    """
+    register_resolver()
+    config = OmegaConf.load(folder / "hydra" / ".hydra" / "config.yaml")
+    latest = folder / "checkpoints" / "latest_checkpointed_iteration.txt"
+    if not latest.is_file():
+        raise ValueError(
+            f"{latest.parent}: no checkpoint, so nobody can say whether the weights moved; trainer.save_freq"
+        )
+    after = folder / "checkpoints" / f"global_step_{latest.read_text()}" / "actor" / "huggingface"
+    return Path(config.actor_rollout_ref.model.path), after
+
+
+def is_darts(steps: list[dict[str, float]]) -> bool:
+    """Whether DARTS was on in this run."""
+    return any("darts/candidates/launched" in step for step in steps)
+
+
 def failures(steps: list[dict[str, float]], moved: float) -> list[str]:
     """What the run did not do, one line each; empty if all is well."""
-    checks = {
-        "no candidate was dropped": sum(step.get("darts/candidates/dropped", 0) for step in steps) > 0,
-        "no prompt was saturated": any(step.get("darts/group/saturated_share", 0) > 0 for step in steps),
-        "no reward differed within a group": any(step.get("darts/group/mixed_reward_share", 0) > 0 for step in steps),
-        "the weights did not move": moved > 0,
-    }
+    checks = {"the weights did not move": moved > 0}
+    if is_darts(steps):
+        checks |= {
+            "no candidate was dropped": sum(step.get("darts/candidates/dropped", 0) for step in steps) > 0,
+            "no prompt was saturated": any(step.get("darts/group/saturated_share", 0) > 0 for step in steps),
+            "no reward differed within a group": any(
+                step.get("darts/group/mixed_reward_share", 0) > 0 for step in steps
+            ),
+        }
     return [text for text, holds in checks.items() if not holds]
 
 
 def summarise(steps: list[dict[str, float]], validation: list[float], moved: float) -> str:
-    """The summary as text, first to last step."""
+    """The summary as text; figures that change over the run as first step -> last step."""
 
     def total(key: str) -> float:
         return sum(step.get(key, 0.0) for step in steps)
@@ -82,38 +111,40 @@ def summarise(steps: list[dict[str, float]], validation: list[float], moved: flo
         return f"{form.format(steps[0].get(key, float('nan')))} -> {form.format(steps[-1].get(key, float('nan')))}"
 
     warm = steps[1:] or steps
-    launched, dropped = total("darts/candidates/launched"), total("darts/candidates/dropped")
-    generated, wasted = total("darts/tokens/generated"), total("darts/tokens/dropped")
+    kept = ", the kept" if is_darts(steps) else ""
     rows = [
-        ("steps", f"{len(steps)}"),
+        ("steps", f"{len(steps)}{'' if is_darts(steps) else ', plain verl'}"),
         ("seconds a step", f"{mean('timing_s/step', warm):.1f}, of which rollout {mean('timing_s/gen', warm):.1f}"),
-        ("mean length", first_to_last("darts/length/pool_mean", "{:.0f}") + " tokens, all candidates"),
-        ("", first_to_last("darts/length/kept_mean", "{:.0f}") + " tokens, the kept"),
-        ("accuracy in training", first_to_last("darts/reward/pool_mean", "{:.2f}") + ", all candidates"),
-        ("", first_to_last("darts/reward/kept_mean", "{:.2f}") + ", the kept"),
+        ("mean length", f"{first_to_last('response_length/mean', '{:.0f}')} tokens{kept}"),
+        ("accuracy in training", f"{first_to_last('critic/score/mean', '{:.2f}')}{kept}"),
         ("validation accuracy", " -> ".join(f"{value:.2f}" for value in validation) or "not measured"),
-        ("dropped", f"{dropped:.0f} of {launched:.0f} candidates, {wasted:.0f} of {generated:.0f} tokens"),
-        ("saturated", f"{mean('darts/group/saturated_share', steps):.0%} of the groups (shortest-only)"),
-        ("groups that teach", f"{mean('darts/group/mixed_reward_share', steps):.0%} (rewards differ)"),
         ("weights moved", f"by at most {moved:.1e}"),
     ]
+    if is_darts(steps):
+        launched, dropped = total("darts/candidates/launched"), total("darts/candidates/dropped")
+        generated, wasted = total("darts/tokens/generated"), total("darts/tokens/dropped")
+        rows += [
+            ("mean length, pool", f"{first_to_last('darts/length/pool_mean', '{:.0f}')} tokens, all candidates"),
+            ("accuracy, pool", f"{first_to_last('darts/reward/pool_mean', '{:.2f}')}, all candidates"),
+            ("dropped", f"{dropped:.0f} of {launched:.0f} candidates, {wasted:.0f} of {generated:.0f} tokens"),
+            ("saturated", f"{mean('darts/group/saturated_share', steps):.0%} of the groups"),
+            ("groups that teach", f"{mean('darts/group/mixed_reward_share', steps):.0%} (rewards differ)"),
+        ]
     return "\n".join(f"  {name:<22}{value}" for name, value in rows)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the summary; the exit code says whether the run did its work."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("metrics", type=Path, help="JSON lines of verl's file logger")
-    parser.add_argument("--before", type=Path, required=True, help="folder of the model the run started from")
-    parser.add_argument("--after", type=Path, required=True, help="folder of the model it ended with")
-    options = parser.parse_args(arguments)
+    parser.add_argument("folder", type=Path, help="what scripts/quickstart.sh left behind, e.g. outputs/quickstart")
+    folder = parser.parse_args(arguments).folder
     try:
-        steps, moved = read_steps(options.metrics), weight_change(options.before, options.after)
+        steps, moved = read_steps(folder / "metrics.jsonl"), weight_change(*models(folder))
     except (OSError, ValueError) as error:
         print(f"no summary: {error}", file=sys.stderr)
         return 1
     print("DARTS: summary of the run")
-    print(summarise(steps, read_validation(options.metrics), moved))
+    print(summarise(steps, read_validation(folder / "metrics.jsonl"), moved))
     problems = failures(steps, moved)
     for problem in problems:
         print(f"FAILED: {problem}", file=sys.stderr)

@@ -40,13 +40,14 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
         """Colocated workers, servers and managers, exactly as `RayPPOTrainer` makes them."""
         print("[darts] starting workers, engines and reward loop", flush=True)
         RayPPOTrainer.init_workers(self)
-        if self.darts.enable and not isinstance(self.async_rollout_manager, DartsAgentLoopManager):
-            raise RuntimeError(
-                f"the rollout manager is {type(self.async_rollout_manager).__name__}, not DartsAgentLoopManager: "
-                "DARTS would do nothing."
-            )
-        # SeparateRayPPOTrainer asks the rollout manager to start the servers' profilers; it is the server manager's.
-        self.async_rollout_manager.start_profile = lambda global_step: self.llm_server_manager.start_profile()
+        if self.darts.enable:
+            if not isinstance(self.async_rollout_manager, DartsAgentLoopManager):
+                raise RuntimeError(
+                    f"the rollout manager is {type(self.async_rollout_manager).__name__}, not DartsAgentLoopManager: "
+                    "DARTS would do nothing."
+                )
+            # SeparateRayPPOTrainer asks the rollout manager to start the servers' profilers: the server manager does.
+            self.async_rollout_manager.start_profile = lambda global_step: self.llm_server_manager.start_profile()
         print(self.banner(), flush=True)
 
     def banner(self) -> str:

@@ -14,8 +14,12 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 "$ROOT/scripts/setup.sh"
 
 out=$(realpath -m "${DARTS_OUT:-$ROOT/outputs/quickstart}")
+if [[ -e $out/checkpoints && ! -e $out/.quickstart ]]; then
+  die "$out has checkpoints of another run: move them, or choose another folder with DARTS_OUT"
+fi
 mkdir -p "$out"
-rm -rf "$out/metrics.jsonl" "$out/checkpoints"
+touch "$out/.quickstart"
+rm -rf "$out/metrics.jsonl" "$out/checkpoints" "$out/hydra"
 cd "$out"
 export VERL_FILE_LOGGER_PATH="$out/metrics.jsonl" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
@@ -33,10 +37,7 @@ if ((status != 0)); then
   tail -n 25 run.log >&2
   die "the training ended with exit code $status; the full log is $out/run.log"
 fi
-model=$("$PYTHON" -c 'from darts.testbed import assets_dir; print(assets_dir("overthink") / "model")')
-last=$(cat checkpoints/latest_checkpointed_iteration.txt)
 status=0
-"$PYTHON" -m darts.summary metrics.jsonl --before "$model" \
-  --after "checkpoints/global_step_$last/actor/huggingface" || status=$?
+"$PYTHON" -m darts.summary "$out" || status=$?
 say "$([[ $status == 0 ]] && echo done || echo failed) in $SECONDS s; metrics, log and trained model in $out"
 exit "$status"

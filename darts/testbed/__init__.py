@@ -10,6 +10,8 @@ The checkpoints and data under ``assets/`` are what ``python -m darts.testbed.ma
 from dataclasses import dataclass
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
@@ -32,3 +34,8 @@ def assets_dir(name: str) -> Path:
     if name not in LIMITS:
         raise ValueError(f"testbed name={name!r} must be one of {sorted(LIMITS)}")
     return Path(__file__).parent / "assets" / name
+
+
+def register_resolver() -> None:
+    """Makes `${darts_testbed:NAME}` in a configuration the folder of testbed NAME, wherever it is installed."""
+    OmegaConf.register_new_resolver("darts_testbed", lambda name: str(assets_dir(name)), replace=True)

@@ -23,10 +23,9 @@ import verl_patches.register
 from darts import CONFIG_DIR
 from darts.checks import check_run
 from darts.config import ConfigError
-from darts.testbed import assets_dir
+from darts.testbed import register_resolver
 
-# ${darts_testbed:overthink} is the folder of the embedded testbed, wherever the package is installed.
-OmegaConf.register_new_resolver("darts_testbed", lambda name: str(assets_dir(name)), replace=True)
+register_resolver()
 
 
 class DartsTaskRunner(BaseTaskRunner):

@@ -64,6 +64,12 @@ TEXTS = {
     "darts.trainer: the step that it runs": (SeparateRayPPOTrainer.fit_step, "38b55ab275e5"),
     "darts.trainer: the loop that it runs": (SeparateRayPPOTrainer.fit, "b6336bb79554"),
     "darts.trainer: _fit_update_weights": (SeparateRayPPOTrainer._fit_update_weights, "c06a73492507"),
+    "darts.trainer: _fit_generate": (SeparateRayPPOTrainer._fit_generate, "0cd47478a913"),
+    "darts.trainer: _fit_save_checkpoint": (SeparateRayPPOTrainer._fit_save_checkpoint, "993b881cb26d"),
+    "darts.trainer: _stop_profiling": (SeparateRayPPOTrainer._fit_stop_profile, "2045c7fb955c"),
+    "darts.rollout: _postprocess": (AgentLoopWorker._postprocess, "ea9a728fad78"),
+    "darts.rollout: _agent_loop_postprocess": (AgentLoopWorker._agent_loop_postprocess, "2a943f406221"),
+    "darts.rollout: pool rewards": (AgentLoopWorker._compute_score, "3d35bd85469e"),
     "recipe.darts.main_darts: DartsTaskRunner.run": (
         main_ppo_v0.TaskRunner.__ray_metadata__.modified_class.run,
         "d944634cb429",
@@ -149,7 +155,7 @@ def test_rollout_skip_wraps_a_manager_method_of_one_batch():
     """Dump and replay works for the DARTS manager because it carries the same decorator."""
     from darts.rollout import DartsAgentLoopManager
 
-    assert DartsAgentLoopManager._generate_groups.__wrapped__.__wrapped__.__name__ == "_generate_groups"
+    assert DartsAgentLoopManager._generate_groups.__wrapped__.__name__ == "_generate_groups"
     assert SkipManager._should_bypass_for_validation((None, DataProto(meta_info={"validate": True})), {})
 
 

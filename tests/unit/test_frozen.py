@@ -1,0 +1,35 @@
+"""The testbeds and their hyperparameters are frozen, so that later work cannot tune them in DARTS's favour.
+
+To change one is a decision of its own: say why in docs/log.md, measure both testbeds again with
+`python -m darts.testbed.measure` and `python -m darts.testbed.tune`, and renew every result that used it.
+"""
+
+import hashlib
+
+import pytest
+
+from darts import CONFIG_DIR
+from darts.testbed import LIMITS, assets_dir
+
+FROZEN = {
+    CONFIG_DIR / "testbed" / "overthink.yaml": "X1",
+    CONFIG_DIR / "testbed" / "depth.yaml": "X2",
+    assets_dir("overthink") / "SHA256SUMS": "e2d65a5d873b446e",
+    assets_dir("depth") / "SHA256SUMS": "4733881586f7f968",
+}
+
+
+@pytest.mark.parametrize("path", FROZEN, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_frozen(path):
+    assert hashlib.sha256(path.read_bytes()).hexdigest()[:16] == FROZEN[path]
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_assets_are_the_ones_whose_checksums_are_frozen(name):
+    lines = (assets_dir(name) / "SHA256SUMS").read_text().splitlines()
+    sums = dict(reversed(line.split(maxsplit=1)) for line in lines)
+    files = {str(p.relative_to(assets_dir(name))): p for p in assets_dir(name).rglob("*") if p.is_file()}
+    del files["SHA256SUMS"]
+    assert set(files) == set(sums)
+    for path, expected in sums.items():
+        assert hashlib.sha256(files[path].read_bytes()).hexdigest() == expected, path

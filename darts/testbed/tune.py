@@ -5,9 +5,9 @@
 Contract: every arm x learning rate is one run of the quickstart with verl, Ray and vLLM; arms alternate in time.
 Measured on the validation set (200 prompts x 4 responses) before the first step and after the last: accuracy, and the
 99th percentile of response length. A rate is acceptable if accuracy rose by more than two standard errors and p99 kept
-at least half of what it was; of the acceptable ones the most accurate is chosen, for each arm by itself. One seed: rates
-whose accuracies differ by less than 0.03 are not told apart. Results go to `tune.json` as they come; what is in there,
-of the same testbed, steps and assets, is not repeated.
+at least half of what it was; of the acceptable ones the most accurate is chosen, for each arm by itself. One seed:
+rates whose accuracies differ by less than 0.03 are not told apart. Results go to `tune.json` as they come; what is in
+there, of the same testbed, steps and assets, is not repeated.
 """
 
 import argparse

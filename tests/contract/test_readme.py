@@ -8,11 +8,14 @@ import yaml
 from hydra import compose, initialize_config_dir
 from jobs import ROOT
 from omegaconf import OmegaConf
+from verl.trainer.ppo.utils import need_critic, need_reference_policy
+from verl.utils.config import validate_config
 
 import recipe.darts.main_darts  # noqa: F401  (registers the resolver that quickstart.yaml uses)
 from darts import CONFIG_DIR
 from darts.checks import check_run
 from darts.metrics import METRICS
+from darts.summary import summarise
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
@@ -48,6 +51,20 @@ def test_overrides_in_commands_compose(command):
         config = compose(name, overrides=overrides)
     OmegaConf.resolve(config)
     check_run(config)
+    validate_config(config, need_reference_policy(config), need_critic(config))
+
+
+def test_the_expected_output_has_the_rows_that_the_summary_prints():
+    shown = re.search(r"```\nDARTS: summary of the run\n(.*?)```", README, flags=re.S).group(1)
+    step = dict.fromkeys(METRICS, 1.0) | {"timing_s/step": 1.0, "timing_s/gen": 1.0}
+    printed = summarise([step], [0.5], 0.1)
+    assert [line[:24] for line in shown.splitlines()] == [line[:24] for line in printed.splitlines()]
+
+
+def test_paths_in_comments_of_configurations_exist():
+    for path in CONFIG_DIR.rglob("*.yaml"):
+        for name in re.findall(r"\b((?:tests|docs|darts|verl_patches|configs|scripts)/[\w./]+\.\w+)", path.read_text()):
+            assert (ROOT / name).exists(), f"{path.name}: {name}"
 
 
 def test_every_file_that_is_named_exists():

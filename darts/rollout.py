@@ -244,7 +244,8 @@ class DartsAgentLoopManager(AgentLoopManager):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.agent_loop_workers_class = ray.remote(DartsAgentLoopWorker)
+        if not hasattr(self, "agent_loop_workers_class"):  # a subclass may have one of its own
+            self.agent_loop_workers_class = ray.remote(DartsAgentLoopWorker)
         super().__init__(*args, **kwargs)
         self.darts = darts_config(self.config)
         self._metrics: dict[str, float] = {}

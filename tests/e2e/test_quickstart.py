@@ -12,6 +12,8 @@ from darts.config import DartsConfig
 from darts.selection import select
 from darts.testbed import LIMITS, assets_dir
 
+pytestmark = pytest.mark.timeout(700)  # the run is a fixture
+
 STEPS, PROMPTS, M = 8, 8, 8
 
 

@@ -18,6 +18,7 @@ from darts.metrics import METRICS
 from darts.summary import summarise
 
 README = (ROOT / "README.md").read_text()
+RECIPE = (ROOT / "recipe" / "darts" / "README.md").read_text()
 COMMANDS = [
     line.split("#")[0].strip()
     for block in re.findall(r"```bash\n(.*?)```", README, flags=re.S)
@@ -47,6 +48,20 @@ def test_overrides_in_commands_compose(command):
     name = "quickstart" if words[0] == "bash" else "darts_trainer"
     overrides = [word.replace("...", "/some/path") for word in words if "=" in word]
     assert overrides
+    compose_and_check(name, overrides)
+
+
+@pytest.mark.parametrize("command", re.findall(r"^python -m recipe.darts.main_darts (.*)$", RECIPE, flags=re.M))
+def test_commands_of_the_recipe_compose(command):
+    words = shlex.split(command.split("#")[0].replace("...", "/some/path"))
+    primary = words[1] if words[0] == "--config-name" else "darts_trainer"
+    overrides = [word for word in words if "=" in word]
+    if primary == "darts_trainer":  # what verl wants besides is the README's
+        overrides.append("actor_rollout_ref.actor.use_dynamic_bsz=True")
+    compose_and_check(primary, overrides)
+
+
+def compose_and_check(name: str, overrides: list[str]) -> None:
     with initialize_config_dir(str(CONFIG_DIR), version_base=None):
         config = compose(name, overrides=overrides)
     OmegaConf.resolve(config)

@@ -12,8 +12,8 @@ from darts import CONFIG_DIR
 from darts.testbed import LIMITS, assets_dir
 
 FROZEN = {
-    CONFIG_DIR / "testbed" / "overthink.yaml": "d80a461cd707b87d",
-    CONFIG_DIR / "testbed" / "depth.yaml": "51f90f926f038bb7",
+    CONFIG_DIR / "testbed" / "overthink.yaml": "bb22f8f28d92c6de",
+    CONFIG_DIR / "testbed" / "depth.yaml": "9b256ae9dd0d8dd1",
     assets_dir("overthink") / "SHA256SUMS": "e2d65a5d873b446e",
     assets_dir("depth") / "SHA256SUMS": "4733881586f7f968",
 }

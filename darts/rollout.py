@@ -155,8 +155,10 @@ class DartsAgentLoopWorker(AgentLoopWorker):
             self._tasks.clear()
             self._groups = {}
 
-    async def progress(self) -> tuple[int, list[str]]:
-        """Of the rollout that runs: finished candidates, and the uids of the prompts that are not complete."""
+    async def progress(self) -> tuple[int, list[str]] | None:
+        """Of the rollout that runs: finished candidates, and the uids of incomplete prompts; None if none runs."""
+        if not self._groups:
+            return None
         groups = self._groups.values()
         finished = sum(len(group.state.arrival) for group in groups)
         return finished, [group.uid for group in groups if not group.state.complete]
@@ -363,11 +365,12 @@ class _Job:
             raise RuntimeError(f"an agent-loop worker died with prompts uid={_some(self.uids)}: {cause}") from cause
 
     async def progress(self) -> tuple[int, list[str]]:
-        """As `DartsAgentLoopWorker.progress`; a worker that does not answer within 10 s has finished nothing."""
+        """As `DartsAgentLoopWorker.progress`; a worker that has not begun or does not answer has finished nothing."""
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(self.worker.progress.remote().future()), timeout=10)
+            answer = await asyncio.wait_for(asyncio.wrap_future(self.worker.progress.remote().future()), timeout=10)
         except (asyncio.TimeoutError, ray.exceptions.RayError):
-            return 0, self.uids
+            answer = None
+        return answer or (0, self.uids)
 
 
 def _reason(error: Exception) -> str:

@@ -198,7 +198,7 @@ def test_a_failure_in_one_worker_stops_the_others(cluster):
 def assert_idle(manager) -> None:
     """Every worker lets go of its prompts within some seconds."""
     deadline = time.monotonic() + 20
-    while any(uids for _, uids in ray.get([worker.progress.remote() for worker in manager.agent_loop_workers])):
+    while any(ray.get([worker.progress.remote() for worker in manager.agent_loop_workers])):
         assert time.monotonic() < deadline
         time.sleep(0.2)
 

@@ -7,11 +7,12 @@ work but is outside the method's theory. It reads the configuration and versions
 import os
 import warnings
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from darts.config import ConfigError, DartsConfig
+from darts.config import ConfigError, DartsConfig, refuse_unknown_keys
 
 VERL_VERSION = "0.9.1"
 ALLOW_OTHER_VERL = "DARTS_ALLOW_OTHER_VERL"
@@ -55,6 +56,7 @@ def check_run(config: DictConfig) -> DartsConfig:
             "actor and rollout share their GPUs in this version.",
             "set actor_rollout_ref.hybrid_engine=True.",
         )
+    _check_paths(config)
     if not darts.enable:
         return darts
     rollout, estimator = config.actor_rollout_ref.rollout, str(config.algorithm.adv_estimator).lower()
@@ -96,6 +98,31 @@ def check_run(config: DictConfig) -> DartsConfig:
             "set darts.reward.pool=false, or give the reward model a pool of its own.",
         )
     return darts
+
+
+def refuse_unknown_overrides(arguments: list[str]) -> None:
+    """Refuses command-line overrides of unknown `darts.*` keys, for which Hydra would advise to append them with `+`.
+
+    Raises:
+        ConfigError: an unknown key.
+    """
+    for argument in arguments:
+        key, equals, value = argument.lstrip("+").partition("=")
+        if equals and key.startswith("darts."):
+            block: Any = value
+            for name in reversed(key.split(".")[1:]):
+                block = {name: block}
+            refuse_unknown_keys(block)
+
+
+def _check_paths(config: DictConfig) -> None:
+    """Local paths exist; names of a hub and addresses such as hdfs:// are left to verl."""
+    files = {"data.train_files": config.data.train_files, "data.val_files": config.data.val_files}
+    files["actor_rollout_ref.model.path"] = config.actor_rollout_ref.model.path
+    for key, value in files.items():
+        for path in [value] if isinstance(value, str) else value or []:
+            if path.startswith(("/", "./", "../", "~")) and not Path(path).expanduser().exists():
+                raise ConfigError(key, path, "there is no such file or folder.", f"correct the path, or {key}=...")
 
 
 def _check_verl_version() -> None:

@@ -56,6 +56,9 @@ class RewardConfig:
     pool: bool = field(default=False, metadata={"help": "score every finished candidate, not the kept alone"})
 
 
+SECTIONS = {"allocation": AllocationConfig, "selection": SelectionConfig, "reward": RewardConfig}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DartsConfig:
     """The block `darts:`, complete and valid for one group size.
@@ -102,7 +105,7 @@ class DartsConfig:
             ConfigError: see the module's contract.
         """
         block = {} if block is None else block
-        _refuse_unknown("darts", block, [f.name for f in fields(cls) if f.name != "group_size"])
+        refuse_unknown_keys(block)
         enable = block.get("enable", True)
         _require("darts.enable", enable, isinstance(enable, bool), "must be true or false.", "set darts.enable=true.")
         if not enable:
@@ -116,13 +119,25 @@ class DartsConfig:
         )
         return cls(
             group_size=group_size,
-            allocation=_allocation(_section(block, "allocation", AllocationConfig), group_size),
-            selection=_selection(_section(block, "selection", SelectionConfig), group_size),
-            reward=_reward(_section(block, "reward", RewardConfig)),
+            allocation=_allocation(_section(block, "allocation"), group_size),
+            selection=_selection(_section(block, "selection"), group_size),
+            reward=_reward(_section(block, "reward")),
             seed=_seed(block.get("seed")),
             timeout_s=_seconds("darts.timeout_s", block.get("timeout_s"), 3600.0, positive=True),
             progress_s=_seconds("darts.progress_s", block.get("progress_s"), 30.0, positive=False),
         )
+
+
+def refuse_unknown_keys(block: Mapping[str, Any]) -> None:
+    """Checks the names of a block `darts:`, complete or not, and of its sections.
+
+    Raises:
+        ConfigError: an unknown key; with the nearest known one.
+    """
+    _refuse_unknown("darts", block, [f.name for f in fields(DartsConfig) if f.name != "group_size"])
+    for name, section_type in SECTIONS.items():
+        if isinstance(block.get(name), Mapping):
+            _refuse_unknown(f"darts.{name}", block[name], [f.name for f in fields(section_type)])
 
 
 def _allocation(section: Mapping[str, Any], group_size: int) -> AllocationConfig:
@@ -201,9 +216,9 @@ def _seconds(key: str, value: object, default: float, *, positive: bool) -> floa
     return float(seconds)
 
 
-def _section(block: Mapping[str, Any], name: str, section_type: type) -> Mapping[str, Any]:
+def _section(block: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     section = _default(block.get(name), {})
-    names = [f.name for f in fields(section_type)]
+    names = [f.name for f in fields(SECTIONS[name])]
     _require(
         f"darts.{name}",
         section,
@@ -211,7 +226,6 @@ def _section(block: Mapping[str, Any], name: str, section_type: type) -> Mapping
         f"must be a block with the keys {', '.join(names)}.",
         f"write darts.{name}.{names[0]}=...",
     )
-    _refuse_unknown(f"darts.{name}", section, names)
     return section
 
 

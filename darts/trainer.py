@@ -122,10 +122,10 @@ def progress_line(metrics: dict[str, Any], step: int, total: int) -> str:
         ("timing_s/step", "{:.1f} s"),
         ("timing_s/gen", "rollout {:.1f} s"),
         ("darts/length/pool_mean", "mean length {:.0f}"),
+        ("darts/length/kept_mean", "of the kept {:.0f}"),
         ("darts/length/pool_max", "longest {:.0f}"),
-        ("darts/reward/kept_mean", "reward kept {:.2f}"),
-        ("darts/reward/pool_mean", "pool {:.2f}"),
-        ("darts/candidates/kept", "kept {:.0f}"),
-        ("darts/candidates/launched", "of {:.0f}"),
+        ("darts/reward/pool_mean", "reward {:.2f}"),
+        ("darts/reward/kept_mean", "of the kept {:.2f}"),
+        ("darts/candidates/dropped", "dropped {:.0f}"),
     )
     return f"step {step}/{total}: " + ", ".join(text.format(metrics[key]) for key, text in figures if key in metrics)

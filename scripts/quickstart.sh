@@ -5,7 +5,8 @@
 #   scripts/quickstart.sh darts.enable=false                     the same with plain verl
 #   scripts/quickstart.sh trainer.total_training_steps=30        any Hydra override
 #
-# DARTS_OUT=folder             where metrics, log and checkpoint go; default outputs/quickstart
+# DARTS_OUT=folder             where metrics, log and checkpoint go; default outputs/quickstart. The results of the run
+#                              before are moved to previous/ in it.
 # DARTS_QUICKSTART_TIMEOUT=s   limit for the training; default 1200
 set -Eeuo pipefail
 # shellcheck source=scripts/lib.sh
@@ -14,13 +15,18 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 "$ROOT/scripts/setup.sh"
 
 out=$(realpath -m "${DARTS_OUT:-$ROOT/outputs/quickstart}")
-if [[ -e $out/checkpoints && ! -e $out/.quickstart ]]; then
-  die "$out has checkpoints of another run: move them, or choose another folder with DARTS_OUT"
+results=(metrics.jsonl run.log checkpoints hydra)
+if [[ -d $out && ! -e $out/.quickstart && -n $(ls -A "$out") ]]; then
+  die "$out has files that are not the quickstart's: choose another folder with DARTS_OUT"
 fi
 mkdir -p "$out"
 touch "$out/.quickstart"
-rm -rf "$out/metrics.jsonl" "$out/checkpoints" "$out/hydra"
 cd "$out"
+# The last run's results are kept, one generation.
+rm -rf previous
+for name in "${results[@]}"; do
+  if [[ -e $name ]]; then mkdir -p previous && mv "$name" previous/; fi
+done
 export VERL_FILE_LOGGER_PATH="$out/metrics.jsonl" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 platform=$("$PYTHON" -c 'from verl_patches.device import is_cpu_only; print("cpu" if is_cpu_only() else "gpu")')
@@ -33,6 +39,10 @@ timeout --signal=INT --kill-after=60 "${DARTS_QUICKSTART_TIMEOUT:-1200}" \
   tee run.log | grep --line-buffered -oE '\[darts\] .*'
 status=${PIPESTATUS[0]}
 set -e
+if ((status == 2)); then
+  say "the settings were refused, see the line above; nothing was started"
+  exit 2
+fi
 if ((status != 0)); then
   tail -n 25 run.log >&2
   die "the training ended with exit code $status; the full log is $out/run.log"

@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 from pprint import pprint
+from typing import NoReturn
 
 import hydra
 import ray
@@ -21,7 +22,7 @@ from verl.utils.device import auto_set_device
 
 import verl_patches.register
 from darts import CONFIG_DIR
-from darts.checks import check_run
+from darts.checks import check_run, refuse_unknown_overrides
 from darts.config import ConfigError
 from darts.testbed import register_resolver
 
@@ -75,11 +76,20 @@ def main(config: DictConfig) -> None:
     try:
         check_run(config)
     except ConfigError as error:
-        print(f"[darts] {error}", file=sys.stderr)
-        sys.exit(2)
+        refuse(error)
     validate_config(config, need_reference_policy(config), need_critic(config))
     run_ppo(config, task_runner_class=ray.remote(DartsTaskRunner))
 
 
+def refuse(error: ConfigError) -> NoReturn:
+    """Ends the program with the one line that says what is wrong."""
+    print(f"[darts] {error}", file=sys.stderr)
+    sys.exit(2)
+
+
 if __name__ == "__main__":
+    try:
+        refuse_unknown_overrides(sys.argv[1:])
+    except ConfigError as error:
+        refuse(error)
     main()

@@ -17,11 +17,14 @@ import recipe.darts.main_darts  # noqa: F401  (registers the resolver that quick
 from darts import CONFIG_DIR, checks
 from darts.checks import check_run
 from darts.config import ConfigError, DartsConfig
-from darts.testbed import LIMITS
+from darts.testbed import LIMITS, assets_dir
 
 PRIMARY = sorted(path.stem for path in CONFIG_DIR.glob("*.yaml") if "searchpath" in path.read_text())
 TESTBEDS = sorted(path.stem for path in (CONFIG_DIR / "testbed").glob("*.yaml"))
 PLATFORMS = sorted(path.stem for path in (CONFIG_DIR / "platform").glob("*.yaml"))
+
+
+PATHS = ("actor_rollout_ref.model.path", "data.train_files", "data.val_files")
 
 
 def composed(name: str, *overrides: str):
@@ -37,6 +40,7 @@ def trainable(*overrides: str):
         "darts_trainer",
         "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=1",
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
+        *(f"{key}={assets_dir('overthink')}" for key in PATHS),
         *overrides,
     )
 
@@ -109,6 +113,29 @@ def test_bad_input_is_one_error_with_key_value_rule_and_fix(overrides, message):
         check_run(trainable(*overrides))
     assert message in str(error.value)
     assert " Fix: " in str(error.value)
+
+
+@pytest.mark.parametrize("key", PATHS)
+@pytest.mark.parametrize("enable", [True, False])
+def test_a_local_path_that_is_not_there_is_refused(key, enable):
+    with pytest.raises(ConfigError, match=f"{key}='/no/such': there is no such file or folder"):
+        check_run(trainable(f"{key}=/no/such", f"darts.enable={enable}"))
+    with pytest.raises(ConfigError, match=key):
+        check_run(trainable(f"{key}='~/no/such'"))
+
+
+def test_names_of_a_hub_and_addresses_are_left_to_verl():
+    overrides = ["actor_rollout_ref.model.path=Qwen/Qwen2.5-0.5B", "data.train_files=[hdfs://cluster/train.parquet]"]
+    check_run(trainable(*overrides))
+
+
+@pytest.mark.parametrize(
+    "argument", ["darts.selection.num_lng=2", "+darts.selection.num_lng=2", "++darts.selektion.x=1"]
+)
+def test_an_unknown_key_on_the_command_line_is_refused_before_hydra_advises_to_append_it(argument):
+    checks.refuse_unknown_overrides(["--config-name", "quickstart", "darts.selection.num_long=2", "trainer.nnodes=1"])
+    with pytest.raises(ConfigError, match=r"did you mean darts\.selection"):
+        checks.refuse_unknown_overrides([argument])
 
 
 def test_off_refuses_nothing_that_plain_verl_takes():

@@ -16,6 +16,7 @@ from darts import CONFIG_DIR
 from darts.checks import check_run
 from darts.metrics import METRICS
 from darts.summary import summarise
+from darts.testbed import assets_dir
 
 README = (ROOT / "README.md").read_text()
 RECIPE = (ROOT / "recipe" / "darts" / "README.md").read_text()
@@ -25,6 +26,9 @@ COMMANDS = [
     for line in block.replace("\\\n", " ").splitlines()
     if line.split("#")[0].strip()
 ] + re.findall(r"`(bash scripts/[^`]+)`", README)
+
+
+EXISTING = str(assets_dir("overthink") / "model")
 
 
 def test_readme_is_about_a_page():
@@ -46,14 +50,14 @@ def test_the_commands_are_the_ones_that_are_tested():
 def test_overrides_in_commands_compose(command):
     words = shlex.split(command)
     name = "quickstart" if words[0] == "bash" else "darts_trainer"
-    overrides = [word.replace("...", "/some/path") for word in words if "=" in word]
+    overrides = [word.replace("...", EXISTING) for word in words if "=" in word]
     assert overrides
     compose_and_check(name, overrides)
 
 
 @pytest.mark.parametrize("command", re.findall(r"^python -m recipe.darts.main_darts (.*)$", RECIPE, flags=re.M))
 def test_commands_of_the_recipe_compose(command):
-    words = shlex.split(command.split("#")[0].replace("...", "/some/path"))
+    words = shlex.split(command.split("#")[0].replace("...", EXISTING))
     primary = words[1] if words[0] == "--config-name" else "darts_trainer"
     overrides = [word for word in words if "=" in word]
     if primary == "darts_trainer":  # what verl wants besides is the README's
@@ -70,7 +74,7 @@ def compose_and_check(name: str, overrides: list[str]) -> None:
 
 
 def test_the_expected_output_has_the_rows_that_the_summary_prints():
-    shown = re.search(r"```\nDARTS: summary of the run\n(.*?)```", README, flags=re.S).group(1)
+    shown = re.search(r"```\nSummary of the run\n(.*?)```", README, flags=re.S).group(1)
     step = dict.fromkeys(METRICS, 1.0) | {"timing_s/step": 1.0, "timing_s/gen": 1.0}
     printed = summarise([step], [0.5], 0.1)
     assert [line[:24] for line in shown.splitlines()] == [line[:24] for line in printed.splitlines()]

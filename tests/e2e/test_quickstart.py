@@ -54,7 +54,7 @@ def groups(run):
 def test_the_run_succeeds_and_says_so(run):
     assert run.returncode == 0, run.output[-3000:]
     assert "[darts] plugin active: M=8 of 10.5 candidates" in run.output
-    assert "DARTS: summary of the run" in run.output
+    assert "Summary of the run" in run.output
     assert re.search(r"weights moved +by at most [1-9]", run.output)
     assert f"[darts] step {STEPS}/{STEPS}" in run.output
 

@@ -28,7 +28,7 @@ STEP = {
 def run(tmp_path):
     """A folder as the quickstart leaves it: metrics of two steps and two validations, two models, a configuration."""
 
-    def make(moved: float = 0.1, step: dict[str, float] = STEP, **changes: float):
+    def make(moved: float = 0.1, step: dict[str, float] = STEP, saturating: bool = True, **changes: float):
         first = {"response_length/mean": 32.0, "critic/score/mean": 0.4} | step | changes
         lines = [
             {"val-core/x/acc/mean@1": 0.5},
@@ -45,7 +45,11 @@ def run(tmp_path):
             save_file({"weight": torch.full((3,), value)}, folder / "model.safetensors")
         (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("2")
         (tmp_path / "hydra" / ".hydra").mkdir(parents=True, exist_ok=True)
-        config = {"actor_rollout_ref": {"model": {"path": str(tmp_path / "before")}}}
+        allocation = {"mean_candidates": 10.5, "high": 11} if saturating else {}
+        config = {
+            "actor_rollout_ref": {"model": {"path": str(tmp_path / "before")}, "rollout": {"n": 8}},
+            "darts": {"allocation": allocation},
+        }
         (tmp_path / "hydra" / ".hydra" / "config.yaml").write_text(json.dumps(config))
         return [str(tmp_path)]
 
@@ -73,6 +77,10 @@ def test_a_good_run_ends_with_a_summary_and_0(run, capsys):
 def test_a_run_that_did_not_do_its_work_ends_with_1(run, capsys, changes, problem):
     assert main(run(**changes)) == 1
     assert capsys.readouterr().err == f"FAILED: {problem}\n"
+
+
+def test_settings_that_saturate_nobody_are_not_asked_for_it(run):
+    assert main(run(saturating=False, **{"darts/group/saturated_share": 0.0})) == 0
 
 
 def test_a_run_of_plain_verl_is_summarised_and_asked_only_whether_it_learnt(run, capsys):

@@ -327,7 +327,8 @@ class DartsAgentLoopManager(AgentLoopManager):
                     futures[future].raise_failure(future)
                 if pending:
                     expired = time.monotonic() >= deadline
-                    await self._report(list(futures.values()), [futures[future] for future in pending], expired)
+                    running = [job for future, job in futures.items() if future in pending]
+                    await self._report(jobs, running, expired)
             return [future.result() for future in futures]
         finally:
             for future in pending:

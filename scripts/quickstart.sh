@@ -16,9 +16,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 out=$(realpath -m "${DARTS_OUT:-$ROOT/outputs/quickstart}")
 results=(metrics.jsonl run.log checkpoints hydra)
-if [[ -d $out && ! -e $out/.quickstart && -n $(ls -A "$out") ]]; then
-  die "$out has files that are not the quickstart's: choose another folder with DARTS_OUT"
-fi
+for name in "${results[@]}"; do
+  if [[ -e $out/$name && ! -e $out/.quickstart ]]; then
+    die "$out/$name is not the quickstart's: choose another folder with DARTS_OUT"
+  fi
+done
 mkdir -p "$out"
 touch "$out/.quickstart"
 cd "$out"

@@ -13,7 +13,7 @@ from darts.testbed import LIMITS, assets_dir
 
 FROZEN = {
     CONFIG_DIR / "testbed" / "overthink.yaml": "bb22f8f28d92c6de",
-    CONFIG_DIR / "testbed" / "depth.yaml": "9b256ae9dd0d8dd1",
+    CONFIG_DIR / "testbed" / "depth.yaml": "12c9853684ca5a6e",
     assets_dir("overthink") / "SHA256SUMS": "e2d65a5d873b446e",
     assets_dir("depth") / "SHA256SUMS": "4733881586f7f968",
 }

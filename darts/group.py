@@ -1,76 +1,195 @@
-"""The candidates of one prompt as a state machine: finishes in, the decision out.
+"""The candidates of one prompt as a state machine: lengths as they grow in, the decision out.
 
-Contract: pure, no clock and no I/O. The agent-loop worker that runs the candidates owns one `CandidateGroup` per prompt
-and feeds it one event per candidate.
+Contract: pure, no clock and no I/O. The agent-loop worker that runs the candidates owns one `CandidateGroup` per
+prompt.
 
-1. Each candidate finishes exactly once.
-2. The group is complete when the last candidate has finished; then, and only then, `kept` is defined.
-3. `kept` holds exactly `num_keep` candidates: what `darts.selection.select` gives for the recorded lengths.
+Every candidate runs until it ends, once: by `finish` (by itself, or at the length limit), by `stop` (aborted, with what
+it had) or by `lose` (without a usable response, though nobody asked). Every event answers which candidates to abort
+now; each is named once.
+
+1. The group is complete when no candidate runs that could still be kept; then, and only then, `kept` is defined, and it
+   never changes. Aborted candidates may still be on their way out.
+2. `kept` holds exactly `num_keep` candidates: what `darts.selection.select` gives for those that finished before they
+   were asked to abort. An aborted candidate is never kept, even if it finished before the abort reached it.
+3. Shortest-only (`num_long` = 0), `early_stop`:
+   - `eager` (paper, "proactive early stopping"): once M valid candidates have finished, the others are aborted;
+   - `exact` (our choice): only those are aborted that can no longer be among the M shortest, whatever they become, so
+     the kept are those of a run without early stop;
+   - `off`: the group waits for every candidate.
+4. Dual-end, `long_wait`:
+   - `all` (the paper): the group waits for every candidate;
+   - `deadline` (our choice): the group is `ready` once M valid candidates have finished, and `deadline()` aborts the
+     others. Whoever owns the batch calls it when every group is ready or complete.
 """
+
+import math
 
 from darts.selection import select
 
+EARLY_STOP = ("eager", "exact", "off")
+LONG_WAIT = ("all", "deadline")
+
 
 class CandidateGroup:
-    """Records the candidates of one prompt and decides which are kept.
+    """Records the candidates of one prompt; decides which are aborted and which are kept.
 
     Args:
         num_candidates: M'_i, candidates that were launched.
         num_keep: M, candidates that are trained on.
         num_long: L, how many of the kept are the longest; 0 is shortest-only.
+        early_stop: what a shortest-only group aborts; see the module's contract.
+        long_wait: what a dual-end group waits for; see the module's contract.
 
     Raises:
-        ValueError: fewer candidates than `num_keep`, or `num_long` outside [0, num_keep).
+        ValueError: `num_keep` below 1, fewer candidates than that, `num_long` outside [0, num_keep), or an unknown
+            mode.
+
+    Example:
+        >>> group = CandidateGroup(3, num_keep=2, num_long=0, early_stop="eager")
+        >>> group.finish(1, 40, truncated=False)
+        []
+        >>> group.finish(0, 60, truncated=False)
+        [2]
+        >>> group.kept
+        [1, 0]
     """
 
-    def __init__(self, num_candidates: int, num_keep: int, num_long: int) -> None:
+    def __init__(
+        self, num_candidates: int, num_keep: int, num_long: int, early_stop: str = "off", long_wait: str = "all"
+    ) -> None:
+        if num_keep < 1:
+            raise ValueError(f"num_keep={num_keep}: must be at least 1.")
         if num_candidates < num_keep:
             raise ValueError(f"num_candidates={num_candidates}: must be at least num_keep={num_keep}.")
         if not 0 <= num_long < num_keep:
             raise ValueError(f"num_long={num_long}: must lie in [0, num_keep={num_keep}).")
+        if early_stop not in EARLY_STOP:
+            raise ValueError(f"early_stop={early_stop!r}: must be one of {', '.join(EARLY_STOP)}.")
+        if long_wait not in LONG_WAIT:
+            raise ValueError(f"long_wait={long_wait!r}: must be one of {', '.join(LONG_WAIT)}.")
         self.num_keep = num_keep
         self.num_long = num_long
-        self._lengths: list[int | None] = [None] * num_candidates
-        self._truncated = [False] * num_candidates
+        self.early_stop = early_stop
+        self.long_wait = long_wait
+        self._lengths = [0] * num_candidates
+        self._running = set(range(num_candidates))
+        self._aborted: set[int] = set()  # asked to abort
+        self._stopped: set[int] = set()
+        self._lost: set[int] = set()
+        self._truncated: set[int] = set()
         self._arrival: list[int] = []
+        self._valid: list[tuple[int, int]] = []  # (length, index) of those that may be kept, sorted
         self._kept: list[int] | None = None
 
-    def finish(self, index: int, length: int, truncated: bool) -> None:
-        """Candidate `index` ended after `length` generated tokens (end token included).
+    def progress(self, index: int, length: int) -> list[int]:
+        """Candidate `index` has `length` tokens so far. A report about one that has ended changes nothing.
 
         Raises:
-            ValueError: an unknown candidate, one that has finished already, or a length below 1.
+            ValueError: an unknown candidate, or a negative length.
         """
-        if not 0 <= index < len(self._lengths):
-            raise ValueError(f"candidate {index}: this group has candidates 0 to {len(self._lengths) - 1}.")
-        if self._lengths[index] is not None:
-            raise ValueError(f"candidate {index}: finished twice; each candidate finishes once.")
-        if length < 1:
-            raise ValueError(f"candidate {index}: length={length}; a finished candidate has at least one token.")
-        self._lengths[index] = length
-        self._truncated[index] = bool(truncated)
+        self._check(index, length, at_least=0)
+        if index not in self._running:
+            return []
+        self._lengths[index] = max(self._lengths[index], length)
+        return self._decide()
+
+    def finish(self, index: int, length: int, truncated: bool) -> list[int]:
+        """Candidate `index` ended after `length` tokens (end token included); `truncated` at the length limit.
+
+        Raises:
+            ValueError: an unknown candidate, one that has ended already, or a length below 1.
+        """
+        self._check(index, length, at_least=1)
+        self._end(index, length)
         self._arrival.append(index)
+        if truncated:
+            self._truncated.add(index)
+        elif index not in self._aborted:
+            self._valid.append((length, index))
+            self._valid.sort()
+        return self._decide()
+
+    def stop(self, index: int, length: int) -> list[int]:
+        """Candidate `index`, which was asked to abort, ended with `length` tokens.
+
+        Raises:
+            ValueError: an unknown candidate, one that has ended already or that nobody aborted, or a negative length.
+        """
+        self._check(index, length, at_least=0)
+        if index not in self._aborted:
+            raise ValueError(f"candidate {index}: stopped, but it was not asked to; report it by lose().")
+        self._end(index, length)
+        self._stopped.add(index)
+        return []
+
+    def lose(self, index: int, length: int) -> list[int]:
+        """Candidate `index` ended with `length` tokens that cannot be used; the group goes on with the others.
+
+        Raises:
+            ValueError: an unknown candidate, one that has ended already, a negative length; or too few are left, and
+                the group is of no more use.
+        """
+        self._check(index, length, at_least=0)
+        self._end(index, length)
+        self._lost.add(index)
+        left = len(self._usable()) + len(self._wanted())
+        if self._kept is None and left < self.num_keep:
+            raise ValueError(f"{len(self._lost)} candidates were lost, {left} are left: {self.num_keep} are needed.")
+        return self._decide()
+
+    def deadline(self) -> list[int]:
+        """A ready group waits no longer: what still runs is to be aborted.
+
+        Raises:
+            ValueError: the group is neither ready nor complete.
+        """
         if self.complete:
-            self._kept = select(self.lengths, self.num_keep, self.num_long, self._truncated)
+            return []
+        if not self.ready:
+            raise ValueError(
+                f"{len(self._valid)} valid candidates have finished (num_long={self.num_long}, "
+                f"long_wait={self.long_wait}): the deadline falls for a dual-end group with num_keep={self.num_keep}."
+            )
+        return self._abort(self._wanted())
+
+    @property
+    def ready(self) -> bool:
+        """Whether a deadline may fall: a dual-end group that does not wait for all, with M valid candidates."""
+        return self.num_long > 0 and self.long_wait == "deadline" and len(self._valid) >= self.num_keep
 
     @property
     def complete(self) -> bool:
-        """Whether every launched candidate has finished."""
-        return len(self._arrival) == len(self._lengths)
+        """Whether `kept` is decided."""
+        return self._kept is not None
+
+    @property
+    def ended(self) -> bool:
+        """Whether no candidate runs any more, aborted ones included."""
+        return not self._running
 
     @property
     def lengths(self) -> list[int]:
-        """Generated tokens by candidate; 0 for one that still runs."""
-        return [length or 0 for length in self._lengths]
+        """Generated tokens by candidate, as far as known."""
+        return list(self._lengths)
 
     @property
     def truncated(self) -> list[bool]:
         """Which candidates filled the response budget without ending."""
-        return list(self._truncated)
+        return self._flags(self._truncated)
+
+    @property
+    def stopped(self) -> list[bool]:
+        """Which candidates were aborted and did stop: their length is that of a part."""
+        return self._flags(self._stopped)
+
+    @property
+    def lost(self) -> list[bool]:
+        """Which candidates ended without a usable response."""
+        return self._flags(self._lost)
 
     @property
     def arrival(self) -> list[int]:
-        """Candidates in the order in which they finished."""
+        """Candidates in the order in which they finished; without stopped and lost ones."""
         return list(self._arrival)
 
     @property
@@ -96,5 +215,54 @@ class CandidateGroup:
 
     @property
     def num_valid(self) -> int:
-        """Finished candidates that ended by themselves."""
-        return sum(not self._truncated[index] for index in self._arrival)
+        """Finished candidates that ended by themselves, before they were asked to abort."""
+        return len(self._valid)
+
+    def _check(self, index: int, length: int, at_least: int) -> None:
+        if not 0 <= index < len(self._lengths):
+            raise ValueError(f"candidate {index}: this group has candidates 0 to {len(self._lengths) - 1}.")
+        if not math.isfinite(length) or length < at_least:
+            raise ValueError(f"candidate {index}: length={length}; must be finite and at least {at_least}.")
+
+    def _end(self, index: int, length: int) -> None:
+        if index not in self._running:
+            raise ValueError(f"candidate {index}: ended twice; each candidate ends once.")
+        self._running.remove(index)
+        self._lengths[index] = length
+
+    def _wanted(self) -> list[int]:
+        """Candidates that run and have not been asked to abort."""
+        return sorted(self._running - self._aborted)
+
+    def _usable(self) -> list[int]:
+        """Candidates that finished and were not asked to abort."""
+        return sorted(set(self._arrival) - self._aborted)
+
+    def _decide(self) -> list[int]:
+        """Which candidates to abort after an event; completes the group if nothing that it needs runs any more."""
+        if self.complete:
+            return []
+        losers: list[int] = []
+        if self.num_long == 0 and self.early_stop != "off" and len(self._valid) >= self.num_keep:
+            losers = self._wanted()
+            if self.early_stop == "exact":
+                # One that has grown to this length ends there or later, and ties go to the lower index.
+                last = self._valid[self.num_keep - 1]
+                losers = [index for index in losers if (self._lengths[index], index) > last]
+        return self._abort(losers)
+
+    def _abort(self, losers: list[int]) -> list[int]:
+        self._aborted.update(losers)
+        if not self._wanted():
+            pool = self._usable()
+            chosen = select(
+                [self._lengths[index] for index in pool],
+                self.num_keep,
+                self.num_long,
+                [index in self._truncated for index in pool],
+            )
+            self._kept = [pool[position] for position in chosen]
+        return losers
+
+    def _flags(self, members: set[int]) -> list[bool]:
+        return [index in members for index in range(len(self._lengths))]

@@ -1,52 +1,349 @@
-"""The group's state machine: finishes in any order, exactly M kept, decided once and only at the end."""
+"""The group's state machine against a small world in which candidates grow, race with their abort, and get lost."""
+
+import heapq
+import itertools
+import random
+from dataclasses import dataclass, replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from darts.group import CandidateGroup
-from darts.selection import select
+from darts.group import EARLY_STOP, LONG_WAIT, CandidateGroup
+
+EVERY_MODE = EARLY_STOP + LONG_WAIT
 
 
-@st.composite
-def finishes(draw):
-    size = draw(st.integers(2, 10))
-    order = draw(st.permutations(range(size)))
-    lengths = draw(st.lists(st.integers(1, 5), min_size=size, max_size=size))
-    truncated = draw(st.lists(st.booleans(), min_size=size, max_size=size))
-    num_keep = draw(st.integers(1, size))
-    return order, lengths, truncated, num_keep, draw(st.integers(0, num_keep - 1))
+@dataclass(frozen=True)
+class Candidate:
+    length: int  # tokens at its end, unless an abort reaches it before
+    truncated: bool = False
+    lost: bool = False
+    start: int = 0  # ticks before its first token
+    pace: int = 1  # ticks per token; 0: all at once
+    chunk: int = 1  # tokens between two reports
+    latency: int = 0  # ticks that an abort takes to reach it
 
 
-@given(finishes())
-def test_any_order_of_arrival_keeps_what_the_lengths_say(case):
-    order, lengths, truncated, num_keep, num_long = case
-    group = CandidateGroup(len(order), num_keep, num_long)
-    for index in order:
-        assert not group.complete
-        with pytest.raises(RuntimeError, match="not decided yet"):
-            _ = group.kept
-        group.finish(index, lengths[index], truncated[index])
-    assert group.complete
-    assert group.kept == select(lengths, num_keep, num_long, truncated)
-    assert group.arrival == list(order)
-    assert group.num_valid == truncated.count(False)
+@dataclass(frozen=True)
+class Case:
+    candidates: tuple[Candidate, ...]
+    num_keep: int
+    num_long: int
+    early_stop: str
+    long_wait: str
+    patience: int | None  # ticks from ready to the deadline; None: it never falls
+    seed: int  # order of simultaneous events, lengths at which aborted candidates stop
+
+    @property
+    def size(self):
+        return len(self.candidates)
 
 
-def test_each_candidate_finishes_once():
-    group = CandidateGroup(3, 2, 1)
-    group.finish(1, 5, False)
-    with pytest.raises(ValueError, match="candidate 1: finished twice"):
-        group.finish(1, 6, False)
+class World:
+    """Lives through a case and keeps its own books, from the events alone."""
+
+    def __init__(self, case):
+        self.case = case
+        self.group = CandidateGroup(case.size, case.num_keep, case.num_long, case.early_stop, case.long_wait)
+        self.running = set(range(case.size))
+        self.reported = [0] * case.size
+        self.asked = []  # to abort
+        self.ended = {"finish": [], "stop": [], "lose": []}
+        self.usable = []  # finished before they were asked to abort
+
+    @property
+    def valid(self):
+        return [index for index in self.usable if not self.case.candidates[index].truncated]
+
+    def live(self):
+        """Feeds the events in order of time, ties at random; yields the name of each after it."""
+        dice, events, patience = random.Random(self.case.seed), [], self.case.patience
+        for index, it in enumerate(self.case.candidates):
+            script = [(length, "progress", length) for length in range(it.chunk, it.length + 1, it.chunk)]
+            script += [(it.length, "progress", 0)]  # was overtaken by later reports
+            script += [(it.length, "lose" if it.lost else "finish", it.length)]
+            script += [(it.length + 1, "progress", it.length + 1)]  # comes after the end
+            ranks = sorted(dice.random() for _ in script)  # among simultaneous events
+            for rank, (tokens, name, length) in zip(ranks, script, strict=True):
+                heapq.heappush(events, (it.start + it.pace * tokens, rank, name, index, length))
+        while events:
+            time, _, name, index, length = heapq.heappop(events)
+            if name in self.ended:
+                if index not in self.running:
+                    continue  # its end and its abort have raced
+                if name == "stop":
+                    length = dice.randint(self.reported[index], self.case.candidates[index].length)
+                self.running.remove(index)
+                self.reported[index] = length
+                self.ended[name].append(index)
+                if name == "finish" and index not in self.asked:
+                    self.usable.append(index)
+            elif index in self.running:
+                self.reported[index] = max(length, self.reported[index])
+            arguments = () if name == "deadline" else (index, length)
+            arguments += (self.case.candidates[index].truncated,) if name == "finish" else ()
+            for loser in getattr(self.group, name)(*arguments):
+                self.asked.append(loser)
+                arrives = time + self.case.candidates[loser].latency
+                heapq.heappush(events, (arrives, dice.random(), "stop", loser, 0))
+            if self.group.ready and patience is not None:
+                heapq.heappush(events, (time + patience, dice.random(), "deadline", None, 0))
+                patience = None
+            yield name
+
+    def end(self):
+        for _ in self.live():
+            pass
+        return self
 
 
-@pytest.mark.parametrize(("index", "length"), [(-1, 5), (3, 5), (0, 0), (0, -1)])
-def test_impossible_finishes_are_refused(index, length):
-    with pytest.raises(ValueError, match=f"candidate {index}"):
-        CandidateGroup(3, 2, 1).finish(index, length, False)
+def over(*modes, one_clock=False, any_losses=False):
+    """Runs a test for cases in these modes; the setting of the other kind of group is drawn, and must not matter."""
+    timing = {}
+    if not one_clock:
+        few = st.integers(0, 6)
+        timing = {"start": few, "pace": st.integers(0, 3), "chunk": st.integers(1, 3), "latency": few}
+
+    @st.composite
+    def cases(draw):
+        mode = draw(st.sampled_from(modes))
+        dual = mode in LONG_WAIT
+        num_keep = draw(st.integers(2 if dual else 1, 4))
+        size = draw(st.integers(num_keep, 7))
+        lengths = draw(st.lists(st.integers(1, 6), min_size=size, max_size=size))
+        truncated = draw(st.lists(st.sampled_from([False] * 4 + [True]), min_size=size, max_size=size))
+        lost = draw(st.sets(st.integers(0, size - 1), max_size=size if any_losses else size - num_keep))
+        times = draw(st.lists(st.fixed_dictionaries(timing), min_size=size, max_size=size))
+        return Case(
+            tuple(Candidate(lengths[i], truncated[i], i in lost, **times[i]) for i in range(size)),
+            num_keep,
+            num_long=draw(st.integers(1, num_keep - 1)) if dual else 0,
+            early_stop=draw(st.sampled_from(EARLY_STOP)) if dual else mode,
+            long_wait=mode if dual else draw(st.sampled_from(LONG_WAIT)),
+            patience=draw(st.none() | st.integers(0, 12)),
+            seed=draw(st.integers(0, 999)),
+        )
+
+    return lambda test: settings(max_examples=300, deadline=None)(given(cases())(test))
 
 
-@pytest.mark.parametrize(("candidates", "keep", "long"), [(1, 2, 0), (4, 2, 2), (4, 2, -1)])
-def test_impossible_groups_are_refused(candidates, keep, long):
-    with pytest.raises(ValueError, match="num_"):
-        CandidateGroup(candidates, keep, long)
+def brute_force(case, pool):
+    """Of every way to choose from `pool`, the shortest and the longest by their sum; ties by index."""
+
+    def weight(some):
+        return sum(case.candidates[index].length for index in some), some
+
+    cut = [index for index in sorted(pool) if case.candidates[index].truncated]
+    valid = sorted(set(pool) - set(cut))
+    if len(valid) < case.num_keep:
+        return {*valid, *cut[: case.num_keep - len(valid)]}
+    short = min(itertools.combinations(valid, case.num_keep - case.num_long), key=weight)
+    return {*short, *max(itertools.combinations(valid, case.num_long), key=weight)}
+
+
+@over(*EVERY_MODE)
+def test_exactly_num_keep_are_kept_and_the_decision_stands(case):
+    world, decided = World(case), None
+    for _ in world.live():
+        if world.group.complete:
+            decided = decided or world.group.kept
+            assert world.group.kept == decided
+            assert {index for index in range(case.size) if world.group.keeps(index)} == set(decided)
+    assert len(set(decided)) == len(decided) == case.num_keep
+    assert decided == sorted(decided, key=lambda index: (case.candidates[index].length, index))
+
+
+@over(*EVERY_MODE)
+def test_the_group_is_complete_when_only_aborted_ones_run_and_ended_when_none_does(case):
+    world = World(case)
+    for _ in world.live():
+        assert world.group.complete == (world.running <= set(world.asked))
+        assert world.group.ended == (not world.running)
+    assert not world.running
+
+
+@over(*EVERY_MODE)
+def test_each_is_asked_to_abort_at_most_once_and_only_while_it_runs(case):
+    world, before = World(case), 0
+    for _ in world.live():
+        assert set(world.asked[before:]) <= world.running
+        before = len(world.asked)
+    assert len(set(world.asked)) == before
+
+
+@over(*EVERY_MODE)
+def test_kept_are_the_best_of_those_that_finished_before_they_were_asked_to_abort(case):
+    world = World(case)
+    for _ in world.live():
+        if world.group.complete:
+            assert set(world.group.kept) == brute_force(case, world.usable)
+            assert not set(world.group.kept) & set(world.asked)  # not even those that finished anyway
+        assert world.group.num_valid == len(world.valid)
+
+
+@over(*EVERY_MODE)
+def test_how_each_ended_is_on_record_whatever_is_reported_later(case):
+    world = World(case)
+    for _ in world.live():
+        ended = {name: [index in which for index in range(case.size)] for name, which in world.ended.items()}
+        assert (world.group.lengths, world.group.arrival) == (world.reported, world.ended["finish"])
+        assert (world.group.stopped, world.group.lost) == (ended["stop"], ended["lose"])
+        assert world.group.truncated == [
+            it.truncated and done for it, done in zip(case.candidates, ended["finish"], strict=True)
+        ]
+
+
+@over(*EVERY_MODE, any_losses=True)
+def test_losses_are_an_error_at_once_when_too_few_are_left_and_only_then(case):
+    world, error = World(case), None
+    try:
+        for _ in world.live():
+            assert case.size - len(world.ended["lose"]) >= case.num_keep
+    except ValueError as raised:
+        error = str(raised)
+    lost = len(world.ended["lose"])
+    if error is not None:
+        assert case.size - lost == case.num_keep - 1
+        assert error == f"{lost} candidates were lost, {case.size - lost} are left: {case.num_keep} are needed."
+
+
+@over("off", "all")
+def test_without_early_stop_and_deadline_nothing_is_ever_aborted(case):
+    assert not World(case).end().asked
+
+
+@over("eager")
+def test_eager_completes_at_the_finish_of_the_last_one_needed(case):
+    world = World(case)
+    for _ in world.live():
+        enough = len(world.valid) >= case.num_keep
+        assert world.group.complete == (enough or not world.running)
+        assert enough or not world.asked
+        assert not enough or set(world.group.kept) == set(world.valid[: case.num_keep])
+
+
+@over("exact")
+def test_exact_keeps_what_a_run_without_early_stop_keeps(case):
+    world = World(case).end()
+    needed = brute_force(case, [index for index, it in enumerate(case.candidates) if not it.lost])
+    assert set(world.group.kept) == needed
+    assert not set(world.asked) & needed
+    assert world.group.kept == World(replace(case, early_stop="off")).end().group.kept
+
+
+@over("exact")
+def test_exact_aborts_as_soon_as_the_reports_prove_it_and_not_before(case):
+    world = World(case)
+    for _ in world.live():
+        ranking = sorted((case.candidates[index].length, index) for index in world.valid)
+        hopeless = set()
+        if len(ranking) >= case.num_keep:
+            last = ranking[case.num_keep - 1]
+            hopeless = {index for index in world.running if (world.reported[index], index) > last}
+        assert world.running & set(world.asked) == hopeless
+
+
+@over("eager", one_clock=True)
+def test_eager_and_exact_agree_up_to_ties_where_all_start_together_at_one_speed(case):
+    worlds = [World(replace(case, early_stop=early_stop)).end() for early_stop in ("eager", "exact")]
+    eager, exact = [[case.candidates[index].length for index in world.group.kept] for world in worlds]
+    assert eager == exact
+    assert worlds[0].group.kept == worlds[1].group.kept or len({it.length for it in case.candidates}) < case.size
+
+
+@over(*EVERY_MODE)
+def test_a_deadline_falls_for_no_group_that_is_not_ready(case):
+    world = World(case)
+    waits = case.num_long > 0 and case.long_wait == "deadline"
+    for _ in world.live():
+        assert world.group.ready == (waits and len(world.valid) >= case.num_keep)
+        message = f"^{len(world.valid)} valid .*num_long={case.num_long}, long_wait={case.long_wait}"
+        if world.group.complete:
+            assert world.group.deadline() == []
+        elif not world.group.ready:
+            with pytest.raises(ValueError, match=message):
+                world.group.deadline()
+
+
+@over("deadline")
+def test_a_deadline_aborts_what_runs_and_keeps_the_best_that_finished_by_then(case):
+    world = World(case)
+    for name in world.live():
+        if name == "deadline":
+            assert set(world.asked) == world.running
+            assert set(world.group.kept) == brute_force(case, world.valid)
+            break
+        assert not world.asked
+
+
+def test_a_scenario_by_hand():
+    group = CandidateGroup(6, num_keep=2, num_long=0, early_stop="exact")
+    with pytest.raises(RuntimeError, match="0 of 6 candidates have finished; not decided yet"):
+        group.keeps(0)
+    assert group.progress(4, 9) == []
+    assert group.finish(5, 8, truncated=True) == []
+    assert group.finish(3, 6, truncated=False) == []
+    assert group.lose(2, 1) == []
+    assert group.progress(1, 5) == []
+    assert group.progress(1, 4) == []
+    assert group.finish(0, 7, truncated=False) == [4]  # 1 can still end before 7
+    assert group.finish(4, 2, truncated=False) == []  # the abort came too late, and even if it had been shorter
+    assert not group.complete
+    assert group.progress(1, 7) == [1]  # ends at 7 or later, and a tie would be 0's
+    assert group.kept == [3, 0]
+    assert not group.ended
+    assert group.stop(1, 8) == []
+    assert group.ended
+    assert group.lengths == [7, 8, 1, 6, 2, 8]
+    assert group.truncated == [False, False, False, False, False, True]
+    assert group.stopped == [False, True, False, False, False, False]
+    assert group.lost == [False, False, True, False, False, False]
+    assert group.arrival == [5, 3, 0, 4]
+    assert group.num_valid == 2
+
+
+@pytest.mark.parametrize(
+    ("event", "arguments", "message"),
+    [
+        ("progress", (-1, 5), "candidate -1: this group has candidates 0 to 3"),
+        ("finish", (4, 5, False), "candidate 4: this group"),
+        ("stop", (4, 5), "candidate 4: this group"),
+        ("lose", (-1, 5), "candidate -1: this group"),
+        ("progress", (3, -1), "candidate 3: length=-1; must be finite and at least 0"),
+        ("finish", (3, 0, False), "candidate 3: length=0; must be finite and at least 1"),
+        ("finish", (3, float("nan"), False), "candidate 3: length=nan"),
+        ("stop", (2, float("inf")), "candidate 2: length=inf"),
+        ("lose", (3, -1), "candidate 3: length=-1"),
+        ("finish", (0, 6, True), "candidate 0: ended twice"),
+        ("stop", (1, 6), "candidate 1: ended twice"),
+        ("lose", (0, 6), "candidate 0: ended twice"),
+        ("stop", (3, 6), r"candidate 3: stopped, but it was not asked to; report it by lose\(\)"),
+        ("deadline", (), "1 valid candidates have finished .num_long=0, long_wait=deadline.: .* num_keep=1"),
+    ],
+)
+def test_impossible_reports_are_refused_and_change_nothing(event, arguments, message):
+    group = CandidateGroup(4, num_keep=1, num_long=0, early_stop="exact", long_wait="deadline")
+    group.finish(0, 5, False)
+    assert group.progress(1, 6) + group.progress(2, 6) == [1, 2]
+    group.stop(1, 6)
+    with pytest.raises(ValueError, match=message):
+        getattr(group, event)(*arguments)
+    assert (group.lengths, group.arrival, group.lost) == ([5, 6, 6, 0], [0], [False] * 4)
+    assert group.progress(3, 6) == [3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((4, 0, 0), "num_keep=0: must be at least 1"),
+        ((1, 2, 0), "num_candidates=1: must be at least num_keep=2"),
+        ((4, 2, 2), r"num_long=2: must lie in \[0, num_keep=2\)"),
+        ((4, 2, -1), "num_long=-1: must lie in"),
+        ((4, 2, 0, "fast"), "early_stop='fast': must be one of eager, exact, off"),
+        ((4, 2, 1, "off", "long"), "long_wait='long': must be one of all, deadline"),
+    ],
+)
+def test_impossible_groups_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        CandidateGroup(*arguments)

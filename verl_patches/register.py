@@ -55,7 +55,7 @@ def _apply() -> tuple[str, ...]:
         from verl_patches import cpu_platform
 
         applied += cpu_platform.activate()
-    # DARTS's own registrations (streaming vLLM server, overlapped engine) are added here.
+    # The streaming vLLM server imports vLLM: darts.trainer registers it in the process that starts the servers.
     return applied
 
 

@@ -1,0 +1,195 @@
+"""What the streaming server and its client rely on in verl 0.9.1 and vLLM, without an engine; tests/engine has one."""
+
+import asyncio
+import hashlib
+import inspect
+import textwrap
+
+import pytest
+from verl.workers.rollout.llm_server import LLMServerClient
+from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
+from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
+from vllm import SamplingParams
+from vllm.logprobs import Logprob
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from verl_patches import vllm_stream_server as module
+from verl_patches.vllm_stream_server import StreamingReplica, StreamingServer, _Outbox, _Stream, _StreamingEngine
+
+
+def digest(symbol) -> str:
+    return hashlib.sha256(textwrap.dedent(inspect.getsource(symbol)).encode()).hexdigest()[:12]
+
+
+TEXTS = {
+    "StreamingServer: reaches the engine by self.engine.generate": (vLLMHttpServer.generate, "4ec002789c37"),
+    "StreamingServer: sets self.engine": (vLLMHttpServer.run_server, "542a06f053fe"),
+    "DartsServerClient: acquire, server.generate.remote, release": (LLMServerClient.generate, "8d3e05f652e0"),
+    "DartsServerClient: _acquire_server": (LLMServerClient._acquire_server, "f2e3d5305b2b"),
+    "DartsServerClient: _release_server": (LLMServerClient._release_server, "293515c2c820"),
+}
+
+
+@pytest.mark.parametrize("who", TEXTS)
+def test_text_of_what_is_wrapped(who):
+    symbol, pinned = TEXTS[who]
+    assert digest(symbol) == pinned, f"{who}: {symbol.__qualname__} of verl changed"
+
+
+def test_verl_reads_of_the_last_output_what_the_stream_puts_there():
+    source = inspect.getsource(vLLMHttpServer.generate)
+    for line in (
+        "generator = self.engine.generate(",
+        "final_res = output",
+        "token_ids = final_res.outputs[0].token_ids",
+        "enumerate(final_res.outputs[0].logprobs)",
+        "if not final_res.outputs:",
+        "rejected = await self._park_until_admitted(request_id)",
+    ):
+        assert line in source, line
+
+
+def test_the_hooks_of_server_and_replica_are_there():
+    assert list(inspect.signature(vLLMHttpServer._post_init).parameters) == ["self", "cuda_visible_devices"]
+    assert "self._post_init(" in inspect.getsource(vLLMHttpServer.__init__)
+    assert "self.server_class = " in inspect.getsource(vLLMReplica.__init__)
+    assert "max_concurrency=self.max_concurrency" in inspect.getsource(vLLMReplica.launch_servers)
+    assert isinstance(RolloutReplica.max_concurrency, property)
+    for name in ("generate_streamed", "take_chunks", "abort_streams"):
+        assert not hasattr(vLLMHttpServer, name), f"verl has a {name} of its own now"
+
+
+def test_vllm_aborts_by_external_ids():
+    assert list(inspect.signature(AsyncLLM.abort).parameters) == ["self", "request_id", "internal"]
+    assert inspect.signature(AsyncLLM.abort).parameters["internal"].default is False
+    assert {"prompt", "sampling_params", "request_id"} <= set(inspect.signature(AsyncLLM.generate).parameters)
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    monkeypatch.setattr(RolloutReplicaRegistry, "_registry", dict(RolloutReplicaRegistry._registry))
+
+
+def test_it_takes_the_place_of_verls_own_and_leaves_subclasses(registry):
+    module.register()
+    assert RolloutReplicaRegistry.get("vllm") is StreamingReplica
+    mine = type("Mine", (StreamingReplica,), {})
+    RolloutReplicaRegistry.register("vllm", lambda: mine)
+    module.register()
+    assert RolloutReplicaRegistry.get("vllm") is mine
+
+
+def test_a_replica_of_someone_else_is_not_replaced_silently(registry):
+    RolloutReplicaRegistry.register("vllm", lambda: type("Theirs", (vLLMReplica,), {}))
+    with pytest.raises(RuntimeError, match=r"Theirs, which cannot stream: make it a subclass of .*StreamingReplica"):
+        module.register()
+
+
+def test_an_abort_never_waits_behind_generates():
+    replica = StreamingReplica.__new__(StreamingReplica)
+    replica.config = type("Config", (), {"max_num_seqs": 1024})()
+    assert replica.max_concurrency >= 50_000
+
+
+# --- the cut into chunks, by a scripted engine ---
+
+
+class ScriptedEngine:
+    """One output per entry of `steps`, as vLLM's front end would give it; ends with `error` if there is one."""
+
+    def __init__(self, steps, reason="stop", error=None):
+        self.steps, self.reason, self.error = steps, reason, error
+        self.sampling_params = None
+
+    async def generate(self, *, sampling_params, request_id):
+        self.sampling_params, made = sampling_params, []
+        for number, count in enumerate(self.steps):
+            new = list(range(len(made), len(made) + count))
+            made += new
+            if sampling_params.output_kind != RequestOutputKind.DELTA:
+                new = list(made)
+            shown = new or made
+            last = number == len(self.steps) - 1
+            part = CompletionOutput(
+                index=0, text="", token_ids=new, cumulative_logprob=None,
+                logprobs=[{token: Logprob(-token / 10)} for token in shown],
+                finish_reason=self.reason if last else None,
+            )  # fmt: skip
+            prompt_logprobs = ["of the prompt"] if number == 0 else None
+            yield RequestOutput(request_id, None, [1], prompt_logprobs, [part], last)
+        if self.error is not None:
+            raise self.error
+
+
+def streamed(engine, chunk_tokens, **changes):
+    outbox = _Outbox()
+    stream = _Stream("r", chunk_tokens, outbox, **changes)
+
+    async def run():
+        module._stream.set(stream)
+        outputs = [
+            output
+            async for output in _StreamingEngine(engine).generate(sampling_params=SamplingParams(), request_id="r")
+        ]
+        return outputs[-1]
+
+    return asyncio.run(run()), outbox.chunks, stream
+
+
+def test_token_by_token_is_gathered_into_chunks():
+    """vLLM before 0.28 has no stream interval per request."""
+    engine = ScriptedEngine([1] * 10)
+    last, chunks, stream = streamed(engine, chunk_tokens=4)
+    assert [(chunk.offset, chunk.token_ids) for chunk in chunks] == [(0, [0, 1, 2, 3]), (4, [4, 5, 6, 7])]
+    assert chunks[1].log_probs == [-0.4, -0.5, -0.6, -0.7]
+    assert last.outputs[0].token_ids == list(range(10))
+    assert [at[token].logprob for token, at in enumerate(last.outputs[0].logprobs)] == [-t / 10 for t in range(10)]
+    assert last.prompt_logprobs == ["of the prompt"], "vLLM gives them with the first output only"
+    assert stream.finish_reason == "stop"
+    assert engine.sampling_params.output_kind == RequestOutputKind.DELTA
+
+
+def test_an_abort_right_after_a_chunk_does_not_double_log_probs():
+    """vLLM then gives no tokens, and the log-probs of all of them."""
+    last, chunks, stream = streamed(ScriptedEngine([1, 4, 0], reason="abort"), chunk_tokens=4)
+    assert len(last.outputs[0].logprobs) == len(last.outputs[0].token_ids) == 5
+    assert [len(chunk.token_ids) for chunk in chunks] == [5]
+    assert stream.finish_reason == "abort"
+
+
+def test_whole_outputs_are_cut_all_the_same():
+    """Where router decisions are replayed: vLLM would lose them where it merges outputs of kind DELTA."""
+    engine = ScriptedEngine([1, 4, 4, 1])
+    last, chunks, _ = streamed(engine, chunk_tokens=4, delta=False)
+    assert engine.sampling_params.output_kind == RequestOutputKind.CUMULATIVE
+    assert [(chunk.offset, len(chunk.token_ids)) for chunk in chunks] == [(0, 5), (5, 4)]
+    assert last.outputs[0].token_ids == list(range(10))
+    assert len(last.outputs[0].logprobs) == 10
+
+
+def test_each_request_of_a_dead_engine_raises_an_error_of_its_own():
+    shared = EngineDeadError()
+    with pytest.raises(EngineDeadError) as raised:
+        streamed(ScriptedEngine([1], error=shared), chunk_tokens=4)
+    assert raised.value is not shared
+    assert raised.value.__cause__ is None
+    assert raised.value.__suppress_context__
+
+
+def test_an_aborted_request_never_reaches_the_engine():
+    engine = ScriptedEngine([1])
+    last, chunks, stream = streamed(engine, chunk_tokens=4, aborted=True)
+    assert (last.outputs, last.finished, chunks) == ([], True, [])
+    assert stream.finish_reason == "abort"
+    assert engine.sampling_params is None
+
+
+def test_without_a_stream_the_engine_is_called_as_it_is():
+    engine = ScriptedEngine([1])
+    generator = _StreamingEngine(engine).generate(sampling_params="untouched", request_id="r")
+    assert generator.__qualname__ == ScriptedEngine.generate.__qualname__
+    assert _StreamingEngine(engine).reason == "stop", "everything else is the engine's"
+    assert issubclass(StreamingServer, vLLMHttpServer)

@@ -1,0 +1,191 @@
+"""The truth at the engine cores of real vLLM servers, for tests.
+
+The servers are those of `darts.testbed.engines`. `EngineState` asks the EngineCore process of a server what it runs and
+which tokens it sampled: `watched_scheduler` lives there, since `engine_config` names it as vLLM's `scheduler_cls`. This
+module imports neither verl nor vLLM before they are needed.
+"""
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import ray
+from omegaconf import DictConfig
+
+from darts.testbed import engines
+from darts.testbed.engines import MAX_MODEL_LEN, RESPONSE_LENGTH, start_servers
+
+__all__ = [
+    "BLOCK_SIZE",
+    "MAX_MODEL_LEN",
+    "RESPONSE_LENGTH",
+    "EngineState",
+    "engine_config",
+    "local_ray",
+    "run_in_server",
+    "start_servers",
+    "watched_scheduler",
+]
+
+BLOCK_SIZE = 16
+"""Tokens of a KV-cache block; what the prefix cache shares are whole blocks."""
+
+
+def engine_config(*overrides: str, replicas: int = 1) -> DictConfig:
+    """As `darts.testbed.engines.engine_config`, with the scheduler that `EngineState` asks."""
+    return engines.engine_config(
+        f"+{engines.ENGINE}.block_size={BLOCK_SIZE}",
+        f"+{engines.ENGINE}.scheduler_cls={__name__}.watched_scheduler",
+        "actor_rollout_ref.rollout.max_num_seqs=256",
+        "actor_rollout_ref.rollout.disable_log_stats=false",
+        *overrides,
+        replicas=replicas,
+    )
+
+
+def local_ray(num_gpus: int = 3) -> AbstractContextManager[None]:
+    """As `darts.testbed.engines.local_ray`, with workers that can import the tests' modules."""
+    return engines.local_ray(
+        num_gpus,
+        environment={"PYTHONPATH": str(Path(__file__).parent)},
+        log_to_driver="DARTS_TEST_LOG" in os.environ,
+    )
+
+
+# --- in the EngineCore process ---------------------------------------------------------------------------------------
+
+
+def watched_scheduler(**kwargs: Any) -> Any:
+    """vLLM's scheduler, called by its engine core as a class; it logs what the model sampled."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.core import EngineCore
+
+    class WatchedScheduler(Scheduler):
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            self.token_log: list[tuple[float, str, int]] = []
+
+        def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+            now, sampled = time.time(), model_runner_output.sampled_token_ids
+            if sampled:
+                for request_id, row in model_runner_output.req_id_to_index.items():
+                    if count := len(sampled[row]):
+                        self.token_log.append((now, request_id, count))
+            return super().update_from_output(scheduler_output, model_runner_output)
+
+    EngineCore.darts_state = _state
+    EngineCore.darts_token_log = _token_log
+    EngineCore.darts_reset = _reset
+    return WatchedScheduler(**kwargs)
+
+
+def _state(core: Any) -> dict[str, int]:
+    running, waiting = core.scheduler.get_request_counts()
+    pool = core.scheduler.kv_cache_manager.block_pool
+    # One block is a placeholder that is never given out.
+    return {
+        "running": running,
+        "waiting": waiting,
+        "free_blocks": pool.get_num_free_blocks(),
+        "total_blocks": pool.num_gpu_blocks - 1,
+    }
+
+
+def _token_log(core: Any) -> list[tuple[float, str, int]]:
+    return core.scheduler.token_log
+
+
+def _reset(core: Any) -> None:
+    core.scheduler.token_log.clear()
+    if not core.scheduler.reset_prefix_cache():
+        raise RuntimeError("requests are running: the prefix cache cannot be emptied")
+
+
+# --- in the server actor ---------------------------------------------------------------------------------------------
+
+
+def _begin(server: Any, function: Callable[..., Awaitable[Any]], args: tuple) -> str:
+    key = uuid4().hex
+    # Ray runs what `__ray_call__` calls beside the actor's event loop, which verl's HTTP server is a task of.
+    loop = server._server_task.get_loop()
+    tasks = server.__dict__.setdefault("test_tasks", {})
+    tasks[key] = asyncio.run_coroutine_threadsafe(function(server, *args), loop)
+    return key
+
+
+def _poll(server: Any, key: str) -> tuple[Any] | None:
+    if not server.test_tasks[key].done():
+        return None
+    return (server.test_tasks.pop(key).result(),)
+
+
+async def _ask_core(server: Any, method: str) -> Any:
+    return await server.engine.engine_core.call_utility_async(method)
+
+
+async def _abort(server: Any, request_id: str) -> None:
+    await server.engine.abort(request_id)
+
+
+# --- in the test -----------------------------------------------------------------------------------------------------
+
+
+def run_in_server(server: Any, function: Callable[..., Awaitable[Any]], *args: Any, limit_s: float = 30) -> Any:
+    """The result of the coroutine `function(server object, *args)`, run in the actor, which must be able to import it.
+
+    Ray's `__ray_call__` does not await what it calls, so the coroutine is started by one call and fetched by others.
+    """
+    end = time.monotonic() + limit_s
+    key = ray.get(server.__ray_call__.remote(_begin, function, args), timeout=limit_s)
+    while True:
+        if answer := ray.get(server.__ray_call__.remote(_poll, key), timeout=max(0.0, end - time.monotonic())):
+            return answer[0]
+        if time.monotonic() > end:
+            raise TimeoutError(f"{function.__name__} took over {limit_s:g} s")
+        time.sleep(0.002)
+
+
+class EngineState:
+    """What the engine core of a server knows. Blocking calls: beside a running event loop use `asyncio.to_thread`."""
+
+    @staticmethod
+    def state(server: Any, limit_s: float = 10) -> dict[str, int]:
+        """`running`, `waiting`: requests; `free_blocks`, `total_blocks`: of the KV cache. Taken between two steps."""
+        return run_in_server(server, _ask_core, "darts_state", limit_s=limit_s)
+
+    @staticmethod
+    def token_log(server: Any, limit_s: float = 30) -> list[tuple[float, str, int]]:
+        """`(time.time() at the step's end, request id as it was given, tokens sampled)`, in order.
+
+        Tokens that were sampled after an abort, and thrown away, are in it.
+        """
+        entries = run_in_server(server, _ask_core, "darts_token_log", limit_s=limit_s)
+        # vLLM appends a random part to the id.
+        return [(at, request_id.rpartition("-")[0], count) for at, request_id, count in entries]
+
+    @staticmethod
+    def reset(server: Any, limit_s: float = 10) -> None:
+        """Empties the token log and the prefix cache of an idle engine."""
+        run_in_server(server, _ask_core, "darts_reset", limit_s=limit_s)
+
+    @staticmethod
+    def abort(server: Any, request_id: str, limit_s: float = 10) -> None:
+        """vLLM's own `engine.abort`."""
+        run_in_server(server, _abort, request_id, limit_s=limit_s)
+
+    @classmethod
+    def wait_idle(cls, server: Any, limit_s: float = 1) -> float:
+        """Seconds until nothing runs or waits and all blocks are free; fails after `limit_s`."""
+        start = time.monotonic()
+        while True:
+            state = cls.state(server)
+            waited = time.monotonic() - start
+            if state["running"] == state["waiting"] == 0 and state["free_blocks"] == state["total_blocks"]:
+                return waited
+            if waited > limit_s:
+                raise TimeoutError(f"the engine is not idle after {limit_s:g} s: {state}")

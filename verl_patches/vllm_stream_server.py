@@ -1,0 +1,244 @@
+"""verl's vLLM server, with requests that stream and that can be stopped. For GPU and CPU alike.
+
+Contract. `StreamingServer` is `verl.workers.rollout.vllm_rollout.vllm_async_server.vLLMHttpServer` (verl 0.9.1) with
+three methods more. Everything else is upstream's: gates, LoRA, limits, HTTP, and `generate` for whoever calls it.
+
+1. `generate_streamed` is `generate` with chunks of new tokens on the side, for `take_chunks`. Its answer has all tokens
+   and, in `extra_fields["finish_reason"]`, vLLM's own reason: `stop`, `length` or `abort`; aborted requests too.
+2. `take_chunks` gives the chunks of all requests of one client at once, so its calls do not grow with the requests.
+3. `abort_streams` stops any number of requests in one call, keeps the prefix cache, and answers which of them ran;
+   other ids are ignored. A request on its way into the engine is stopped as soon as the engine knows it.
+4. `generate` reaches the engine through `_StreamingEngine`, which cuts the output of streamed requests into chunks. On
+   vLLM before 0.28, which has no stream interval per request, the engine's front end wakes for every token, as it does
+   under plain verl.
+5. A call that waits (1,500 requests on one server) must not keep an abort waiting: the replica admits `MAX_OPEN_CALLS`.
+
+`register()` puts it in the place of verl's own for the name `vllm`, in the process that starts the servers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry, TokenOutput
+from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
+from vllm import SamplingParams
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from darts.client import Chunk
+
+logger = logging.getLogger(__name__)
+
+MAX_OPEN_CALLS = 65_536
+"""Calls that a server actor runs at once; waiting calls cost it next to nothing."""
+
+ABORT_WAITS_S = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+"""Pauses between the attempts to abort a request that the engine does not know yet."""
+
+HAS_STREAM_INTERVAL = "stream_interval" in SamplingParams.__struct_fields__
+
+
+@dataclass(slots=True)
+class _Outbox:
+    """Chunks that a client has not fetched."""
+
+    chunks: list[Chunk] = field(default_factory=list)
+    filled: asyncio.Event = field(default_factory=asyncio.Event)
+    streams: int = 0  # requests of the client that run
+    takers: int = 0  # calls of the client that wait
+
+
+@dataclass(slots=True)
+class _Stream:
+    """One streamed request."""
+
+    request_id: str
+    chunk_tokens: int
+    outbox: _Outbox
+    delta: bool = True  # outputs hold the new tokens, not all
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, Any]] = field(default_factory=list)
+    sent: int = 0
+    aborted: bool = False
+    finish_reason: str = "abort"  # of a request that never reached the engine, too
+
+    def add(self, output: RequestOutput) -> None:
+        """Takes the new tokens of an output; a finished one then has all tokens."""
+        for part in output.outputs:
+            new = part.token_ids if self.delta else part.token_ids[len(self.token_ids) :]
+            self.token_ids.extend(new)
+            if new and part.logprobs is not None:
+                self.logprobs.extend(part.logprobs[-len(new) :])  # of no new tokens vLLM gives the log-probs of all
+            if output.finished:
+                part.token_ids = self.token_ids
+                part.logprobs = self.logprobs if part.logprobs is not None else None
+                self.finish_reason = part.finish_reason
+        if not output.finished and len(self.token_ids) - self.sent >= self.chunk_tokens:
+            self._send()
+
+    def _send(self) -> None:
+        new = self.token_ids[self.sent :]
+        log_probs = None
+        if self.logprobs:
+            log_probs = [at[token].logprob for token, at in zip(new, self.logprobs[self.sent :], strict=True)]
+        self.outbox.chunks.append(Chunk(self.request_id, self.sent, new, log_probs, time.time()))
+        self.outbox.filled.set()
+        self.sent = len(self.token_ids)
+
+
+# The stream of the call that the current task serves; None for upstream's plain path.
+_stream: contextvars.ContextVar[_Stream | None] = contextvars.ContextVar("stream", default=None)
+
+
+class _StreamingEngine:
+    """vLLM's engine; what is generated under a stream goes there chunk by chunk, and to verl as one whole."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def generate(self, **request: Any) -> AsyncIterator[RequestOutput]:
+        """As `AsyncLLM.generate`."""
+        stream = _stream.get()
+        return self._engine.generate(**request) if stream is None else self._streamed(stream, **request)
+
+    async def _streamed(
+        self, stream: _Stream, *, sampling_params: SamplingParams, **request: Any
+    ) -> AsyncIterator[RequestOutput]:
+        if stream.aborted:
+            yield RequestOutput(
+                request_id=stream.request_id, prompt=None, prompt_token_ids=None, prompt_logprobs=None, outputs=[],
+                finished=True,
+            )  # fmt: skip
+            return
+        if stream.delta:
+            sampling_params.output_kind = RequestOutputKind.DELTA
+            if HAS_STREAM_INTERVAL:
+                sampling_params.stream_interval = stream.chunk_tokens
+        prompt_logprobs = None
+        try:
+            async for output in self._engine.generate(sampling_params=sampling_params, **request):
+                prompt_logprobs = output.prompt_logprobs = output.prompt_logprobs or prompt_logprobs
+                stream.add(output)
+                yield output
+        except EngineDeadError:
+            # vLLM gives all requests one exception, whose traceback grows with each that raises it: with 300 open
+            # requests it took Ray 40 s to report them all.
+            raise EngineDeadError from None
+
+
+class StreamingServer(vLLMHttpServer):
+    """verl's vLLM server with streamed requests; see the module's contract."""
+
+    def _post_init(self, cuda_visible_devices: str) -> None:
+        super()._post_init(cuda_visible_devices)
+        self._streams: dict[str, _Stream] = {}
+        self._outboxes: dict[str, _Outbox] = {}
+
+    async def run_server(self, args: Any) -> None:
+        await super().run_server(args)
+        self.engine = _StreamingEngine(self.engine)
+
+    async def generate_streamed(
+        self, *, client: str, chunk_tokens: int, request_id: str, **request: Any
+    ) -> TokenOutput:
+        """As `generate`; chunks of `chunk_tokens` tokens wait for `take_chunks(client)` meanwhile.
+
+        Raises:
+            ValueError: a request of this id runs already.
+        """
+        if request_id in self._streams:
+            raise ValueError(f"request_id={request_id!r} runs already; each request needs an id of its own.")
+        outbox = self._outboxes.setdefault(client, _Outbox())
+        # vLLM loses `routed_experts` where it merges two outputs of kind DELTA.
+        delta = not self.config.enable_rollout_routing_replay
+        stream = self._streams[request_id] = _Stream(request_id, chunk_tokens, outbox, delta)
+        outbox.streams += 1
+        _stream.set(stream)
+        try:
+            output = await self.generate(request_id=request_id, **request)
+        finally:
+            del self._streams[request_id]
+            outbox.streams -= 1
+            self._release(client, outbox)
+        output.extra_fields["finish_reason"] = stream.finish_reason
+        return output
+
+    async def take_chunks(self, client: str, wait_s: float) -> list[Chunk]:
+        """The chunks since the last call, at once if there are any; empty after `wait_s` seconds, or once the client's
+        last request has ended."""
+        outbox = self._outboxes.setdefault(client, _Outbox())
+        outbox.takers += 1
+        try:
+            await asyncio.wait_for(outbox.filled.wait(), wait_s)
+        except asyncio.TimeoutError:
+            pass
+        finally:
+            outbox.takers -= 1
+            outbox.filled.clear()
+            chunks, outbox.chunks = outbox.chunks, []
+            self._release(client, outbox)
+        return chunks
+
+    async def abort_streams(self, request_ids: list[str]) -> list[str]:
+        """Stops streamed requests. Returns the ids of those that ran."""
+        running = [request_id for request_id in request_ids if request_id in self._streams]
+        for request_id in running:
+            self._streams[request_id].aborted = True
+        left = running
+        for wait in ABORT_WAITS_S:
+            await asyncio.sleep(wait)
+            left = [request_id for request_id in left if request_id in self._streams]
+            if not left:
+                return running
+            await self.engine.abort(left)
+        logger.warning("aborted requests still run: %s", left)
+        return running
+
+    def _release(self, client: str, outbox: _Outbox) -> None:
+        """Wakes a waiting call when nothing will come any more, and forgets a client that has left."""
+        if outbox.streams == 0:
+            outbox.filled.set()
+            if outbox.takers == 0 and self._outboxes.get(client) is outbox:
+                del self._outboxes[client]
+
+
+class StreamingReplica(vLLMReplica):
+    """verl's vLLM replica with `StreamingServer`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.server_class = ray.remote(StreamingServer)
+
+    @property
+    def max_concurrency(self) -> int:
+        """Calls that a server runs at once."""
+        return max(super().max_concurrency, MAX_OPEN_CALLS)
+
+
+def register() -> None:
+    """Makes verl start `StreamingServer`s for the rollout named `vllm`; a registered subclass is left as it is.
+
+    Raises:
+        RuntimeError: another plugin has registered a replica of its own.
+    """
+    registered: type[RolloutReplica] = RolloutReplicaRegistry.get("vllm")
+    if issubclass(registered, StreamingReplica):
+        return
+    if registered is not vLLMReplica:
+        raise RuntimeError(
+            f"the rollout `vllm` is registered as {registered.__module__}.{registered.__qualname__}, which cannot "
+            "stream: make it a subclass of verl_patches.vllm_stream_server.StreamingReplica."
+        )
+    RolloutReplicaRegistry.register("vllm", lambda: StreamingReplica)

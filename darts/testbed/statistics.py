@@ -41,6 +41,12 @@ def quantile(values: Array, q: float, rng: np.random.Generator, resamples: int =
     return _interval(float(np.quantile(values, q)), np.array(drawn))
 
 
+def ratio(above: Array, below: Array, rng: np.random.Generator) -> Estimate:
+    """The sum of `above` over the sum of `below`; both are (groups,), and their entries belong together in pairs."""
+    weights = _weights(len(above), rng)
+    return _interval(float(above.sum() / below.sum()), (weights @ above) / (weights @ below))
+
+
 def longest_over_median(lengths: Array) -> Array:
     """Per group, the longest response over the median one; shape (groups, 1)."""
     return (lengths.max(axis=1) / np.median(lengths, axis=1))[:, None]

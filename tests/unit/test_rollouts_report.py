@@ -1,0 +1,178 @@
+"""What the rollout benchmark makes of its records: pairing, ratios, and which groups may be compared."""
+
+import math
+
+import numpy as np
+import pytest
+
+from darts.testbed import rollouts_report as report
+from darts.testbed import statistics
+from darts.testbed.rollouts import arguments, rotated, summary
+
+
+def stream(arm, repetition, speed, requests=32):
+    return {
+        "arm": arm, "requests": requests, "repetition": repetition, "seconds": 1000 / speed, "tokens": 1000,
+        "tokens_per_s": speed, "chunks": 0 if arm == report.PLAIN else 4,
+    }  # fmt: skip
+
+
+def rollout(arm, batch, seconds=1.0, lengths=((10, 20, 30),), aborted=((False,) * 3,), kept=((0, 1),), seed=0):
+    return {
+        "arm": arm, "seed": seed, "batch": batch, "seconds": seconds, "tail_s": 0.1, "after_s": 0.05, "launched": 3,
+        "aborted": sum(map(sum, aborted)), "tokens": 60, "tokens_kept": 30, "tokens_after": 3, "kept_mean": 15.0,
+        "cpu_s": {"engine": seconds / 2, "driver": seconds / 10}, "lengths": lengths, "aborted_by_candidate": aborted,
+        "kept": kept,
+    }  # fmt: skip
+
+
+def routed(arm, repetition, seconds, computed, requests):
+    return {
+        "arm": arm, "limit": 32, "repetition": repetition, "seconds": seconds, "cached_share": 1 - computed / 1000,
+        "computed_tokens": computed, "prompt_tokens": 1000, "requests_by_server": requests,
+    }  # fmt: skip
+
+
+# --- pairing and ratios ----------------------------------------------------------------------------------------------
+
+
+def test_values_come_in_the_order_of_their_pairs_however_the_arms_took_turns():
+    records = [rollout("a", 1, 3.0), rollout("b", 0, 1.0), rollout("b", 1, 4.0), rollout("a", 0, 2.0)]
+    by = report.PAIRED_BY["early-stop"]
+    assert report.paired(records, "a", "seconds", by).tolist() == [2.0, 3.0]
+    assert report.paired(records, "b", "seconds", by).tolist() == [1.0, 4.0]
+    assert report.arms_of(records) == ["a", "b"]
+
+
+@pytest.mark.parametrize("left_over", [[], [rollout("a", 0), rollout("a", 0)]])
+def test_a_repetition_that_is_missing_or_there_twice_is_refused(left_over):
+    records = [rollout("b", 0), rollout("b", 1), rollout("a", 1), *left_over]
+    with pytest.raises(ValueError, match="arm 'a'"):
+        report.paired(records, "a", "seconds", report.PAIRED_BY["early-stop"])
+
+
+def test_a_speed_up_is_the_ratio_of_totals_and_its_interval_that_of_the_pairs():
+    """Both arms are slow where the machine was: the ratio is 2 in every pair, so its interval has no width."""
+    speeds = [1.0, 5.0, 2.0, 40.0]
+    records = [
+        rollout(arm, batch, factor * seconds)
+        for batch, seconds in enumerate(speeds)
+        for arm, factor in (("slow", 2.0), ("fast", 1.0))
+    ]
+    found = report.speed_up(records, "fast", "slow", report.PAIRED_BY["early-stop"])
+    assert (found.value, found.low, found.high) == pytest.approx((2.0, 2.0, 2.0))
+
+
+def test_the_interval_of_a_ratio_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(200):
+        below = rng.lognormal(size=40)
+        found = statistics.ratio(below * rng.uniform(1, 2, size=40), below, rng)
+        hits += found.low <= 1.5 <= found.high
+    assert 0.88 <= hits / 200 <= 0.99
+
+
+# --- streaming -------------------------------------------------------------------------------------------------------
+
+
+def test_streaming_is_compared_within_each_repetition():
+    records = [stream(report.PLAIN, n, 1000.0 * (n + 1)) for n in range(5)]
+    records += [stream("chunk 256", n, 980.0 * (n + 1)) for n in range(5)]
+    found = report.streaming_ratio(records, "chunk 256")
+    assert (found.value, found.low, found.high) == pytest.approx((0.98, 0.98, 0.98))
+    assert [check.passed for check in report.streaming_checks(records)] == [True]
+    slow = [record | {"tokens_per_s": 0.9 * record["tokens_per_s"]} for record in records[5:]]
+    assert [check.passed for check in report.streaming_checks(records[:5] + slow)] == [False]
+    table = report.streaming_table(records).splitlines()
+    assert table[2] == "| 32 | plain | 5 | 3,000 | 1 | 0 |"
+    assert table[3] == "| 32 | chunk 256 | 5 | 2,940 | 0.980 [0.980, 0.980] | 4 |"
+
+
+# --- early stop ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lengths", "aborted", "same"),
+    [
+        ((10, 20, 30), (False, False, False), True),
+        ((10, 20, 25), (False, False, True), True),
+        ((10, 20, 31), (False, False, True), False),  # grew longer than the whole response
+        ((10, 21, 30), (False, False, False), False),
+        ((10, 21, 25), (False, False, True), False),
+    ],
+)
+def test_an_aborted_response_is_the_same_as_far_as_it_ran(lengths, aborted, same):
+    records = [rollout(report.OFF, 0), rollout(report.EXACT, 0, lengths=(lengths,), aborted=(aborted,))]
+    assert report.repeated_groups(records, report.OFF, report.EXACT).tolist() == [[same]]
+    assert report.repeated_groups(records, report.EXACT, report.OFF).tolist() == [[same]]
+
+
+def test_two_aborted_responses_say_nothing_about_each_other():
+    records = [
+        rollout(report.EAGER, 0, lengths=((10, 20, 5),), aborted=((False, False, True),)),
+        rollout(report.EXACT, 0, lengths=((10, 20, 9),), aborted=((False, False, True),)),
+    ]
+    assert report.repeated_groups(records, report.EAGER, report.EXACT).tolist() == [[True]]
+
+
+def early_stop_records(exact_kept, exact_lengths=((10, 20, 30),)):
+    arms = (report.PLAIN_M, report.OFF, report.EAGER)
+    records = [rollout(arm, batch, 1.5) for batch in range(40) for arm in arms]
+    records += [rollout(report.EXACT, batch, 1.0) for batch in range(39)]
+    return [*records, rollout(report.EXACT, 39, 1.0, lengths=exact_lengths, kept=exact_kept)]
+
+
+def test_exact_must_keep_what_off_keeps():
+    checks = report.early_stop_checks(early_stop_records(exact_kept=((0, 1),)))
+    assert [check.value for check in checks] == [1.0, 1.0]
+    checks = report.early_stop_checks(early_stop_records(exact_kept=((0, 2),)))
+    assert [check.passed for check in checks] == [True, False]
+
+
+def test_a_group_whose_responses_differ_says_nothing_about_the_decision():
+    records = early_stop_records(exact_kept=((0, 2),), exact_lengths=((10, 20, 15),))
+    assert [check.passed for check in report.early_stop_checks(records)] == [True, True]
+    assert report.early_stop_checks(records)[0].value == pytest.approx(39 / 40)
+
+
+def test_the_tables_of_early_stop():
+    records = early_stop_records(exact_kept=((0, 1),))
+    table = report.early_stop_table(records).splitlines()
+    assert table[2].startswith("| plain n=M | 1.500 | 60.0 | 1 | 2,400 | 1,200 | 0 of 120 | 120 (5.00%) | 0.100 | 15.0")
+    assert table[-1].startswith("| shortest exact | 1.000 | 40.0 | 1.50 [1.50, 1.50] |")
+    assert "1.000 of 40 groups" in report.early_stop_note(records)
+    overhead = report.overhead_table(records).splitlines()
+    assert overhead[2] == "| plain n=M | 1 | 0.50 | 0.033 | 0.50 | 0.10 |"
+    assert overhead[-1].startswith("| shortest exact | 1.50 [1.50, 1.50] | 0.50 |")
+
+
+# --- routing and the command -----------------------------------------------------------------------------------------
+
+
+def test_routing_reports_prefill_balance_and_time():
+    records = [routed(report.BALANCED, n, 2.0, 400, [48, 48]) for n in range(3)]
+    records += [routed(report.GROUP, n, 1.6, 250, [72, 24]) for n in range(3)]
+    table = report.routing_table(records).splitlines()
+    assert table[2] == "| 32 | balanced | 0.600 | 400 of 1,000 | 1.00 | 2.000 | 1 |"
+    assert table[3] == "| 32 | group | 0.750 | 250 of 1,000 | 1.50 | 1.600 | 1.25 [1.25, 1.25] |"
+
+
+def test_a_summary_has_what_was_run():
+    text, checks = summary({"routing": [routed(report.BALANCED, 0, 2.0, 400, [48, 48])]})
+    assert "prefix cached" in text
+    assert "tokens/s" not in text
+    assert checks == []
+    text, checks = summary({"early-stop": early_stop_records(exact_kept=((0, 1),))})
+    assert len(checks) == 2
+    assert not any(math.isnan(check.value) for check in checks)
+
+
+def test_every_arm_stands_at_every_place_once_in_a_round():
+    turns = [rotated(["a", "b", "c"], turn) for turn in range(3)]
+    assert [sorted(place) for place in zip(*turns, strict=True)] == [["a", "b", "c"]] * 3
+
+
+def test_quick_is_small_unless_told_otherwise():
+    assert arguments(["--quick"]).batches < arguments([]).batches
+    assert arguments(["--quick", "--batches", "7"]).batches == 7

@@ -67,6 +67,21 @@ def check_run(config: DictConfig) -> DartsConfig:
             "DARTS drives verl's vLLM servers; other backends are not supported.",
             "set actor_rollout_ref.rollout.name=vllm.",
         )
+    if rollout.get("disaggregation", {}).get("enabled", False):
+        raise ConfigError(
+            "actor_rollout_ref.rollout.disaggregation.enabled",
+            True,
+            "verl runs prefill and decoding on servers of another class, which cannot stream or stop a request.",
+            "set actor_rollout_ref.rollout.disaggregation.enabled=False.",
+        )
+    if darts.routing == "group" and rollout.get("router_config_path"):
+        raise ConfigError(
+            "darts.routing",
+            "group",
+            "needs verl's own balancer, but actor_rollout_ref.rollout.router_config_path="
+            f"{rollout.router_config_path!r} replaces it.",
+            "set darts.routing=balanced, or actor_rollout_ref.rollout.router_config_path=null.",
+        )
     if estimator == "remax":
         raise ConfigError(
             "algorithm.adv_estimator",
@@ -79,6 +94,13 @@ def check_run(config: DictConfig) -> DartsConfig:
             f"algorithm.adv_estimator={estimator}: DARTS shapes lengths through the group's mean "
             "reward (a group baseline, as in GRPO); without one the kept responses are a length-biased sample without "
             "that effect.",
+            stacklevel=2,
+        )
+    if darts.early_stop == "exact" and darts.streaming.chunk_tokens >= rollout.response_length:
+        warnings.warn(
+            f"darts.early_stop=exact with darts.streaming.chunk_tokens={darts.streaming.chunk_tokens} and responses of "
+            f"at most {rollout.response_length} tokens: no response reports its growth, so nothing is aborted before "
+            "its end. Set darts.streaming.chunk_tokens to about a tenth of the mean length.",
             stacklevel=2,
         )
     manager = rollout.agent.get("agent_loop_manager_class")

@@ -11,9 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from darts.group import EARLY_STOP, LONG_WAIT
+
 ALLOCATION_MODES = ("uniform", "off")
 SELECTION_MODES = ("auto", "dual_end", "shortest_only")
 NO_VALID_POLICIES = ("fill", "fail")
+ROUTINGS = ("balanced", "group")
 
 
 class ConfigError(ValueError):
@@ -43,6 +46,10 @@ class SelectionConfig:
         metadata={"help": "auto: dual-end, shortest-only where M'_i = high; dual_end, shortest_only: for all prompts"},
     )
     num_long: int = field(default=1, metadata={"help": "L, longest kept per prompt, in [0, rollout.n)"})
+    long_wait: str = field(
+        default="all",
+        metadata={"help": "dual-end waits for all candidates; deadline: until every group of the batch has M valid"},
+    )
     on_no_valid: str = field(
         default="fill",
         metadata={"help": "a prompt whose candidates were all truncated: fill its group with them, or fail the step"},
@@ -56,7 +63,22 @@ class RewardConfig:
     pool: bool = field(default=False, metadata={"help": "score every finished candidate, not the kept alone"})
 
 
-SECTIONS = {"allocation": AllocationConfig, "selection": SelectionConfig, "reward": RewardConfig}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamingConfig:
+    """How the lengths of running responses are followed."""
+
+    chunk_tokens: int = field(default=256, metadata={"help": "tokens after which a server reports a response's growth"})
+    abort_timeout_s: float = field(
+        default=60.0, metadata={"help": "seconds after which an aborted request that did not stop fails the rollout"}
+    )
+
+
+SECTIONS = {
+    "allocation": AllocationConfig,
+    "selection": SelectionConfig,
+    "reward": RewardConfig,
+    "streaming": StreamingConfig,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +95,14 @@ class DartsConfig:
     allocation: AllocationConfig = field(default_factory=AllocationConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    early_stop: str = field(
+        default="eager",
+        metadata={"help": "shortest-only: abort the rest once M valid have finished; exact: hopeless ones alone; off"},
+    )
+    streaming: StreamingConfig = field(default_factory=StreamingConfig)
+    routing: str = field(
+        default="balanced", metadata={"help": "balanced: each candidate to the idlest server; group: siblings together"}
+    )
     seed: int | None = field(
         default=None, metadata={"help": "an integer gives every candidate a seed of its own; null: the engine's stream"}
     )
@@ -122,6 +152,9 @@ class DartsConfig:
             allocation=_allocation(_section(block, "allocation"), group_size),
             selection=_selection(_section(block, "selection"), group_size),
             reward=_reward(_section(block, "reward")),
+            early_stop=_choice("darts.early_stop", block.get("early_stop"), "eager", EARLY_STOP),
+            streaming=_streaming(_section(block, "streaming")),
+            routing=_choice("darts.routing", block.get("routing"), "balanced", ROUTINGS),
             seed=_seed(block.get("seed")),
             timeout_s=_seconds("darts.timeout_s", block.get("timeout_s"), 3600.0, positive=True),
             progress_s=_seconds("darts.progress_s", block.get("progress_s"), 30.0, positive=False),
@@ -181,6 +214,7 @@ def _selection(section: Mapping[str, Any], group_size: int) -> SelectionConfig:
     return SelectionConfig(
         mode=_choice("darts.selection.mode", section.get("mode"), "auto", SELECTION_MODES),
         num_long=num_long,
+        long_wait=_choice("darts.selection.long_wait", section.get("long_wait"), "all", LONG_WAIT),
         on_no_valid=_choice("darts.selection.on_no_valid", section.get("on_no_valid"), "fill", NO_VALID_POLICIES),
     )
 
@@ -191,6 +225,22 @@ def _reward(section: Mapping[str, Any]) -> RewardConfig:
         "darts.reward.pool", pool, isinstance(pool, bool), "must be true or false.", "set darts.reward.pool=false."
     )
     return RewardConfig(pool=pool)
+
+
+def _streaming(section: Mapping[str, Any]) -> StreamingConfig:
+    chunk_tokens = _default(section.get("chunk_tokens"), 256)
+    _require(
+        "darts.streaming.chunk_tokens",
+        chunk_tokens,
+        _is_int(chunk_tokens) and chunk_tokens >= 1,
+        "must be an integer of at least 1.",
+        "set darts.streaming.chunk_tokens=256.",
+    )
+    abort_timeout_s = section.get("abort_timeout_s")
+    return StreamingConfig(
+        chunk_tokens=chunk_tokens,
+        abort_timeout_s=_seconds("darts.streaming.abort_timeout_s", abort_timeout_s, 60.0, positive=True),
+    )
 
 
 def _seed(seed: object) -> int | None:

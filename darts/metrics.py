@@ -1,7 +1,8 @@
 """What a rollout did, in numbers: the pool of candidates in, the metrics `darts/<area>/<name>` out.
 
 Contract: pure NumPy. `METRICS` is the one list of names with unit and reading; `docs/metrics.md` repeats it (a test
-compares them) and `rollout_metrics` gives exactly these, except that those about rewards are absent without rewards.
+compares them) and `rollout_metrics` gives exactly these, except that a metric is absent where nothing was measured:
+rewards, the time of stops, the latency of chunks, the weights' step.
 """
 
 from dataclasses import dataclass
@@ -15,6 +16,11 @@ METRICS: dict[str, tuple[str, str]] = {
     "darts/candidates/launched": ("count", "requests sent for training prompts: the sum of M'_i"),
     "darts/candidates/finished": ("count", "of them, those that ended by themselves"),
     "darts/candidates/truncated": ("count", "of them, those that filled the response budget without ending"),
+    "darts/candidates/aborted": ("count", "of them, those that early stop or the deadline ended before their end"),
+    "darts/candidates/lost": (
+        "count",
+        "of them, those that a server ended unasked or that gave no token; 0 in a healthy run",
+    ),
     "darts/candidates/kept": ("count", "rows that are trained on: M x prompts"),
     "darts/candidates/dropped": ("count", "launched, not kept: what redundancy costs"),
     "darts/candidates/per_prompt": ("count", "mean M'_i"),
@@ -22,9 +28,16 @@ METRICS: dict[str, tuple[str, str]] = {
     "darts/tokens/kept": ("tokens", "of them, those that are trained on"),
     "darts/tokens/dropped": ("tokens", "of them, those thrown away"),
     "darts/tokens/useful_per_s": ("tokens/s", "kept tokens per second of rollout; the throughput that counts"),
-    "darts/length/pool_mean": ("tokens", "mean response length of all candidates: the policy's own distribution"),
-    "darts/length/pool_p99": ("tokens", "99th percentile of the same: the tail that DARTS shapes"),
-    "darts/length/pool_max": ("tokens", "longest candidate; it ends a dual-end rollout"),
+    "darts/length/pool_mean": (
+        "tokens",
+        "mean response length of all candidates, aborted ones with what they had: the policy's own distribution if "
+        "none is aborted, else below it",
+    ),
+    "darts/length/pool_p99": (
+        "tokens",
+        "99th percentile of the same, a lower bound where some are aborted: the tail that DARTS shapes",
+    ),
+    "darts/length/pool_max": ("tokens", "longest candidate, a lower bound where some are aborted"),
     "darts/length/kept_mean": ("tokens", "mean length of the kept; below pool_mean, selection is length-biased"),
     "darts/length/kept_max": ("tokens", "longest kept response"),
     "darts/group/max_over_mean": ("ratio", "longest over mean length within a group, mean over groups; 1 is no tail"),
@@ -42,8 +55,31 @@ METRICS: dict[str, tuple[str, str]] = {
         "groups in which choosing by order of arrival would have kept other candidates than choosing by length",
     ),
     "darts/reward/kept_mean": ("reward", "mean reward of the kept"),
-    "darts/reward/pool_mean": ("reward", "mean reward of all candidates (with darts.reward.pool); compare with kept"),
-    "darts/rollout/seconds": ("s", "from the first request sent to the last group decided and scored"),
+    "darts/reward/pool_mean": (
+        "reward",
+        "mean reward of all candidates that nobody aborted (with darts.reward.pool); compare with kept",
+    ),
+    "darts/rollout/seconds": ("s", "from the batch at the manager to the last group decided and scored"),
+    "darts/rollout/tail_s": (
+        "s",
+        "from the last finish of a kept candidate to the end of the last request; near 0 where losers are aborted",
+    ),
+    "darts/rollout/weights_step": (
+        "step",
+        "training step of the weights that generated the kept; one, or the step fails",
+    ),
+    "darts/rollout/prefix_cached_share": ("share", "prompt tokens that the servers had in their prefix cache"),
+    "darts/early_stop/tokens_after": (
+        "tokens",
+        "decoded after the decision to abort, estimated from each request's own speed; some per cent of the generated",
+    ),
+    "darts/early_stop/stop_s_mean": ("s", "from the decision to abort to the answer of the server, mean over aborted"),
+    "darts/early_stop/stop_s_max": ("s", "the same, slowest; seconds here are a server or network in trouble"),
+    "darts/streaming/chunks": ("count", "reports of growth from the servers"),
+    "darts/streaming/latency_s": (
+        "s",
+        "from a chunk's last token to its arrival at the group, mean; by both hosts' clocks",
+    ),
 }
 
 
@@ -51,18 +87,29 @@ METRICS: dict[str, tuple[str, str]] = {
 class CandidatePool:
     """All candidates that one rollout launched, one entry each; shape [num_candidates] throughout.
 
-    Example: prompt=[0, 0, 1, 1], candidate=[0, 1, 0, 1], length=[12, 80, 40, 33], arrival=[0, 1, 1, 0], ...
+    Example: prompt=[0, 0, 1, 1], candidate=[0, 1, 0, 1], length=[12, 80, 40, 33], arrival=[0, -1, 1, 0], ...
     """
 
     prompt: NDArray[np.int64]  # position of the prompt in the batch
     candidate: NDArray[np.int64]  # number of the candidate within its prompt
     length: NDArray[np.int64]  # generated tokens, end token included
     truncated: NDArray[np.bool_]
+    aborted: NDArray[np.bool_]  # length is that of a part
+    lost: NDArray[np.bool_]  # a server ended it unasked
     kept: NDArray[np.bool_]
-    arrival: NDArray[np.int64]  # 0 for the first to finish within its prompt
+    arrival: NDArray[np.int64]  # 0 for the first to finish within its prompt, -1 where it did not finish
     num_long: NDArray[np.int64]  # L of the candidate's prompt; 0 where it is shortest-only
     saturated: NDArray[np.bool_]  # whether the prompt's budget is M_up
     reward: NDArray[np.float64]  # NaN where the candidate was not scored
+    weights_min: NDArray[np.int64]  # oldest and newest version of the weights that generated it, -1 where unknown
+    weights_max: NDArray[np.int64]
+    prompt_tokens: NDArray[np.int64]  # over all turns
+    cached_tokens: NDArray[np.int64]  # of them, found in the server's prefix cache
+    chunks: NDArray[np.int64]
+    chunk_seconds: NDArray[np.float64]  # latency, sum over its chunks
+    ended_at: NDArray[np.float64]  # seconds since the epoch, end of its last request
+    stop_seconds: NDArray[np.float64]  # from the decision to abort to the server's answer; NaN where none was made
+    tokens_after: NDArray[np.int64]  # decoded after that decision, estimated
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -94,11 +141,14 @@ def rollout_metrics(pool: CandidatePool, num_keep: int, seconds: float) -> dict[
     if not seconds > 0:
         raise ValueError(f"seconds={seconds}: must be above 0.")
     kept, length = pool.kept, pool.length
+    some = np.maximum(length, 1)  # one that was aborted before it began has none
     groups = [np.flatnonzero(pool.prompt == prompt) for prompt in np.unique(pool.prompt)]
     metrics = {
         "darts/candidates/launched": len(pool),
-        "darts/candidates/finished": (~pool.truncated).sum(),
+        "darts/candidates/finished": (~pool.truncated & ~pool.aborted & ~pool.lost).sum(),
         "darts/candidates/truncated": pool.truncated.sum(),
+        "darts/candidates/aborted": pool.aborted.sum(),
+        "darts/candidates/lost": pool.lost.sum(),
         "darts/candidates/kept": kept.sum(),
         "darts/candidates/dropped": (~kept).sum(),
         "darts/candidates/per_prompt": len(pool) / len(groups),
@@ -111,26 +161,41 @@ def rollout_metrics(pool: CandidatePool, num_keep: int, seconds: float) -> dict[
         "darts/length/pool_max": length.max(),
         "darts/length/kept_mean": length[kept].mean(),
         "darts/length/kept_max": length[kept].max(),
-        "darts/group/max_over_mean": np.mean([length[rows].max() / length[rows].mean() for rows in groups]),
-        "darts/group/max_over_median": np.median([length[rows].max() / np.median(length[rows]) for rows in groups]),
+        "darts/group/max_over_mean": np.mean([some[rows].max() / some[rows].mean() for rows in groups]),
+        "darts/group/max_over_median": np.median([some[rows].max() / np.median(some[rows]) for rows in groups]),
         "darts/group/saturated_share": np.mean([pool.saturated[rows[0]] for rows in groups]),
         "darts/group/shortest_only_share": np.mean([pool.num_long[rows[0]] == 0 for rows in groups]),
         "darts/group/filled": (kept & pool.truncated).sum(),
-        "darts/group/no_valid": sum(pool.truncated[rows].all() for rows in groups),
+        "darts/group/no_valid": sum((pool.truncated | pool.lost)[rows].all() for rows in groups),
         "darts/selection/arrival_disagreement": np.mean([_arrival_disagrees(pool, rows, num_keep) for rows in groups]),
         "darts/rollout/seconds": seconds,
+        "darts/rollout/tail_s": pool.ended_at.max() - pool.ended_at[kept].max(),
+        "darts/rollout/prefix_cached_share": pool.cached_tokens.sum() / max(pool.prompt_tokens.sum(), 1),
+        "darts/early_stop/tokens_after": pool.tokens_after.sum(),
+        "darts/streaming/chunks": pool.chunks.sum(),
     }
+    if (pool.weights_max[kept] >= 0).all():
+        metrics["darts/rollout/weights_step"] = pool.weights_max[kept].max()
+    if pool.chunks.any():
+        metrics["darts/streaming/latency_s"] = pool.chunk_seconds.sum() / pool.chunks.sum()
+    stops = pool.stop_seconds[~np.isnan(pool.stop_seconds)]
+    if len(stops):
+        metrics["darts/early_stop/stop_s_mean"] = stops.mean()
+        metrics["darts/early_stop/stop_s_max"] = stops.max()
     if not np.isnan(pool.reward[kept]).any():
         metrics["darts/reward/kept_mean"] = pool.reward[kept].mean()
         metrics["darts/group/mixed_reward_share"] = np.mean(
             [np.ptp(pool.reward[rows[kept[rows]]]) > 0 for rows in groups]
         )
-    if not np.isnan(pool.reward).any():
-        metrics["darts/reward/pool_mean"] = pool.reward.mean()
+    ended = pool.reward[np.isnan(pool.stop_seconds) & ~pool.aborted & ~pool.lost]
+    if not np.isnan(ended).any():
+        metrics["darts/reward/pool_mean"] = ended.mean()
     return {name: float(value) for name, value in metrics.items()}
 
 
 def _arrival_disagrees(pool: CandidatePool, rows: NDArray[np.int64], num_keep: int) -> bool:
-    """Whether selecting by rank of arrival keeps another set than the one that was kept."""
+    """Whether selecting by rank of arrival, among those that finished, keeps another set than the one that was kept."""
+    # One that ended before its abort arrived was not chosen from.
+    rows = rows[(pool.arrival[rows] >= 0) & np.isnan(pool.stop_seconds[rows])]
     by_arrival = select(pool.arrival[rows].tolist(), num_keep, int(pool.num_long[rows[0]]), pool.truncated[rows])
     return set(rows[by_arrival].tolist()) != set(rows[pool.kept[rows]].tolist())

@@ -133,11 +133,14 @@ def summarise(steps: list[dict[str, float]], validation: list[float], moved: flo
     ]
     if is_darts(steps):
         launched, dropped = total("darts/candidates/launched"), total("darts/candidates/dropped")
+        stops = [step["darts/early_stop/stop_s_mean"] for step in steps if "darts/early_stop/stop_s_mean" in step]
+        stopped_in = f", stopped in {1000 * sum(stops) / len(stops):.0f} ms" if stops else ""
         generated, wasted = total("darts/tokens/generated"), total("darts/tokens/dropped")
         rows += [
-            ("mean length, pool", f"{first_to_last('darts/length/pool_mean', '{:.0f}')} tokens, all candidates"),
-            ("accuracy, pool", f"{first_to_last('darts/reward/pool_mean', '{:.2f}')}, all candidates"),
+            ("mean length, pool", f"{first_to_last('darts/length/pool_mean', '{:.0f}')} tokens, with what was aborted"),
+            ("accuracy, pool", f"{first_to_last('darts/reward/pool_mean', '{:.2f}')}, all that ended"),
             ("dropped", f"{dropped:.0f} of {launched:.0f} candidates, {wasted:.0f} of {generated:.0f} tokens"),
+            ("aborted", f"{total('darts/candidates/aborted'):.0f} candidates{stopped_in}"),
             ("saturated", f"{mean('darts/group/saturated_share', steps):.0%} of the groups"),
             ("groups that teach", f"{mean('darts/group/mixed_reward_share', steps):.0%} (rewards differ)"),
         ]

@@ -12,6 +12,7 @@ Contract.
 4. The manager decides, the trainer only reports: `darts/*` metrics are added to verl's.
 """
 
+import math
 from typing import Any
 
 from omegaconf import DictConfig
@@ -37,8 +38,12 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
         super().__init__(config, *args, **kwargs)
 
     def init_workers(self) -> None:
-        """Colocated workers, servers and managers, exactly as `RayPPOTrainer` makes them."""
+        """Colocated workers and managers, exactly as `RayPPOTrainer` makes them, and servers that stream."""
         print("[darts] starting workers, engines and reward loop", flush=True)
+        if self.darts.enable:
+            from verl_patches import vllm_stream_server  # imports vLLM
+
+            vllm_stream_server.register()
         RayPPOTrainer.init_workers(self)
         if self.darts.enable:
             if not isinstance(self.async_rollout_manager, DartsAgentLoopManager):
@@ -59,8 +64,14 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
         return (
             f"[darts] plugin active: M={self.darts.group_size} of {mean:g} candidates ({allocation.mode}, "
             f"{allocation.low} to {allocation.high}), selection {selection.mode}: K={self.darts.num_short} shortest "
-            f"and L={selection.num_long} longest"
+            f"and L={selection.num_long} longest (wait: {selection.long_wait}), early stop {self.darts.early_stop}"
+            f"{'' if self._some_shortest_only() else ' (no group is shortest-only: it never acts)'}"
         )
+
+    def _some_shortest_only(self) -> bool:
+        allocation = self.darts.allocation
+        most = math.ceil(allocation.mean_candidates) if allocation.mode == "uniform" else self.darts.group_size
+        return self.darts.num_long_for(most) == 0
 
     def fit(self) -> None:
         """Trains: plain verl's loop with `darts.enable=false`, else the loop of `SeparateRayPPOTrainer`."""
@@ -127,5 +138,6 @@ def progress_line(metrics: dict[str, Any], step: int, total: int) -> str:
         ("darts/reward/pool_mean", "reward {:.2f}"),
         ("darts/reward/kept_mean", "of the kept {:.2f}"),
         ("darts/candidates/dropped", "dropped {:.0f}"),
+        ("darts/candidates/aborted", "of them aborted {:.0f}"),
     )
     return f"step {step}/{total}: " + ", ".join(text.format(metrics[key]) for key, text in figures if key in metrics)

@@ -104,6 +104,13 @@ BAD = [
     (["actor_rollout_ref.hybrid_engine=false"], "actor_rollout_ref.hybrid_engine=False"),
     (["actor_rollout_ref.rollout.agent.agent_loop_manager_class=null"], "agent_loop_manager_class=None"),
     (["darts.reward.pool=true", "reward.reward_model.enable=true"], "darts.reward.pool=True"),
+    (["darts.early_stop=fast"], "darts.early_stop='fast'"),
+    (["darts.selection.long_wait=5"], "darts.selection.long_wait=5"),
+    (["darts.streaming.chunk_tokens=0"], "darts.streaming.chunk_tokens=0"),
+    (["darts.streaming.abort_timeout_s=-1"], "darts.streaming.abort_timeout_s=-1"),
+    (["darts.routing=sticky"], "darts.routing='sticky'"),
+    (["darts.routing=group", "actor_rollout_ref.rollout.router_config_path=/x"], "router_config_path='/x' replaces"),
+    (["actor_rollout_ref.rollout.disaggregation.enabled=true"], "rollout.disaggregation.enabled=True"),
 ]
 
 
@@ -148,6 +155,13 @@ def test_off_refuses_nothing_that_plain_verl_takes():
             f"actor_rollout_ref.rollout.n={n}",
         )
         assert not check_run(config).enable
+
+
+def test_exact_without_reports_is_a_warning():
+    with pytest.warns(
+        UserWarning, match="early_stop=exact with darts.streaming.chunk_tokens=9999 .* nothing is aborted"
+    ):
+        check_run(trainable("darts.early_stop=exact", "darts.streaming.chunk_tokens=9999"))
 
 
 @pytest.mark.parametrize("estimator", ["gae", "reinforce_plus_plus"])

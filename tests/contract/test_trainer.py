@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 from verl.experimental.separation.ray_trainer import SeparateRayPPOTrainer
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.utils.skip import SkipManager
+from verl.workers.rollout.replica import RolloutReplicaRegistry
 
 import verl_patches.register
 from darts import trainer as trainer_module
@@ -92,8 +93,10 @@ def test_off_is_verls_own_loop(trainer, monkeypatch, enable):
 
 def test_it_refuses_a_manager_that_is_not_darts(trainer, monkeypatch, capsys):
     monkeypatch.setattr(RayPPOTrainer, "init_workers", lambda self: setattr(self, "async_rollout_manager", object()))
+    monkeypatch.setattr(RolloutReplicaRegistry, "_registry", dict(RolloutReplicaRegistry._registry))
     with pytest.raises(RuntimeError, match="the rollout manager is object, not DartsAgentLoopManager"):
         trainer.init_workers()
+    assert RolloutReplicaRegistry.get("vllm").__name__ == "StreamingReplica"
     trainer.darts = DartsConfig.from_block({"enable": False}, 8)
     trainer.init_workers()
     assert "darts.enable=false: plain verl" in capsys.readouterr().out

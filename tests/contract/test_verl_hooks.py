@@ -54,7 +54,9 @@ SIGNATURES = {
 
 @pytest.mark.parametrize("symbol", SIGNATURES, ids=lambda symbol: symbol.__qualname__)
 def test_signature(symbol):
-    assert ", ".join(inspect.signature(symbol).parameters) == SIGNATURES[symbol]
+    # Ray adds one to the methods of a class, in place, when it makes an actor class of it.
+    parameters = [name for name in inspect.signature(symbol).parameters if name != "_ray_trace_ctx"]
+    assert ", ".join(parameters) == SIGNATURES[symbol]
 
 
 # What is replaced, or imitated step by step: the text itself is pinned.

@@ -8,20 +8,22 @@ import pytest
 from jobs import ROOT, run_job
 from transformers import AutoTokenizer
 
-from darts.config import DartsConfig
 from darts.selection import select
 from darts.testbed import LIMITS, assets_dir
 
 pytestmark = pytest.mark.timeout(700)  # the run is a fixture
 
-STEPS, PROMPTS, M = 8, 8, 8
+STEPS, PROMPTS, M, CHUNK = 8, 8, 8, 16
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The quickstart with the watched server; eight steps as the README promises at least."""
+    """The quickstart with the watched server; eight steps."""
     out = tmp_path_factory.mktemp("quickstart")
-    command = ["bash", str(ROOT / "scripts" / "quickstart.sh"), f"trainer.total_training_steps={STEPS}"]
+    command = [
+        "bash", str(ROOT / "scripts" / "quickstart.sh"), f"trainer.total_training_steps={STEPS}",
+        "+actor_rollout_ref.rollout.engine_kwargs.vllm.scheduler_cls=engine_state.watched_scheduler",
+    ]  # fmt: skip
     return run_job(command, out, limit=580)
 
 
@@ -43,12 +45,32 @@ def groups(run):
     """
     by_step = defaultdict(lambda: defaultdict(list))
     for record in run.records():
-        if record["seed"] is not None:
+        if record.get("seed") is not None:
             by_step[record["weights"] + 1][tuple(record["prompt"])].append(record)
     return {
         step: {prompt: sorted(records, key=lambda r: r["priority"]) for prompt, records in prompts.items()}
         for step, prompts in by_step.items()
     }
+
+
+def rows_by_prompt(run, step):
+    """Responses that verl trained on, by prompt, as text."""
+    rows = defaultdict(list)
+    for row in run.rows(step):
+        rows[row["input"]].append(row["output"])
+    return rows
+
+
+def text_of(tokens, tokenizer):
+    return tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def lengths_of(records):
+    return [len(record["tokens"]) for record in records]
+
+
+def is_saturated(records):
+    return len(records) == 11
 
 
 def test_the_run_succeeds_and_says_so(run):
@@ -70,38 +92,125 @@ def test_the_server_saw_every_candidate_with_a_seed_and_priority_of_its_own(grou
 
 
 def test_kept_are_the_k_shortest_and_l_longest_by_what_the_server_recorded(run, groups, tokenizer):
-    """Lengths and finish reasons are the engine's; the kept rows are those verl trained on."""
-    config = DartsConfig.from_block({"allocation": {"high": 11}}, group_size=M)
+    """Lengths and finish reasons are the engine's; the kept rows are those verl trained on. Dual-end prompts."""
     dropped = truncated = 0
     for step, prompts in groups.items():
-        expected = []
+        rows = rows_by_prompt(run, step)
+        assert sum(len(responses) for responses in rows.values()) == PROMPTS * M
         for prompt, records in prompts.items():
-            lengths = [len(record["tokens"]) for record in records]
-            cut = [record["finish_reason"] == "length" for record in records]
-            kept = select(lengths, M, config.num_long_for(len(records)), cut)
-            text = tokenizer.decode(prompt, skip_special_tokens=True)
-            expected += [(text, tokenizer.decode(records[i]["tokens"], skip_special_tokens=True)) for i in kept]
+            if is_saturated(records):
+                continue
+            lengths, cut = lengths_of(records), [record["finish_reason"] == "length" for record in records]
+            assert all(record["finish_reason"] != "abort" for record in records), "the longest was waited for"
+            kept = select(lengths, M, 1, cut)
+            assert sorted(rows[text_of(prompt, tokenizer)]) == sorted(
+                text_of(records[i]["tokens"], tokenizer) for i in kept
+            )
             dropped += len(records) - M
             truncated += sum(cut)
-        rows = [(row["input"], row["output"]) for row in run.rows(step)]
-        assert len(rows) == PROMPTS * M
-        assert sorted(rows) == sorted(expected)
-    assert dropped == STEPS * (84 - PROMPTS * M)
+    assert dropped == STEPS * PROMPTS / 2 * 2
     assert truncated > 0, "the testbed has responses at the limit; without one this test shows less than it says"
+
+
+def test_saturated_prompts_keep_the_first_m_that_finished_and_abort_the_rest(run, groups, tokenizer):
+    """By the engine's times. Lengths agree with these only as far as the candidates started together."""
+    aborted = 0
+    for step, prompts in groups.items():
+        rows = rows_by_prompt(run, step)
+        for prompt, records in prompts.items():
+            if not is_saturated(records):
+                continue
+            valid = [record for record in records if record["finish_reason"] == "stop"]
+            stopped = [record for record in records if record["finish_reason"] == "abort"]
+            assert len(valid) >= M or not stopped
+            if len(valid) < M:
+                continue  # filled with truncated ones
+            kept = rows[text_of(prompt, tokenizer)]
+            ends = defaultdict(list)
+            for record in valid:
+                ends[text_of(record["tokens"], tokenizer)].append(record["ended"])
+            assert len(kept) == M
+            assert not set(kept) - set(ends), "what was aborted or truncated is not trained on"
+            decided = sorted(itertools.chain(*ends.values()))[M - 1]
+            assert all(min(ends[text]) <= decided + 0.5 for text in kept), "answers may overtake each other a little"
+            assert all(record["ended"] >= decided for record in stopped), "nobody was stopped before M had finished"
+            aborted += len(stopped)
+    assert aborted > STEPS * 4, "most of the 3 losers of 4 prompts a step"
+
+
+def test_aborted_requests_stop_at_the_engine(run, groups):
+    """Counted in the engine core: within a chunk of the abort's arrival, and, of all that a step's training requests
+    sampled, at most 2 % after the M-th valid response of the prompt had ended (in half of the steps at least: a busy
+    machine may hold up single ones)."""
+    times, arrived = defaultdict(list), {}
+    for record in run.records():
+        for at, request, count in record.get("sampled", []):
+            times[request.rpartition("-")[0]] += [at] * count
+        for request in record.get("aborted", []):
+            arrived.setdefault(request, record["time"])
+    shares, all_late = [], 0
+    for prompts in groups.values():
+        late = 0
+        for records in prompts.values():
+            ends = sorted(record["ended"] for record in records if record["finish_reason"] == "stop")
+            for record in records:
+                if record["finish_reason"] == "abort":
+                    sampled = times[record["request_id"]]
+                    assert len(record["tokens"]) <= len(sampled)
+                    assert sum(at > arrived[record["request_id"]] for at in sampled) <= CHUNK
+                    late += sum(at > ends[M - 1] for at in sampled)
+        total = sum(len(times[record["request_id"]]) for records in prompts.values() for record in records)
+        assert total > 84 * 10
+        shares.append(late / total)
+        all_late += late
+    print(
+        "sampled after the decision, by step:",
+        [f"{share:.1%}" for share in shares],
+        all_late,
+        sum(map(len, times.values())),
+    )
+    assert sum(shares) > 0, "an abort takes a moment: none at all would mean that nothing was counted"
+    assert sorted(shares)[STEPS // 2] <= 0.02
+    assert all_late <= 0.02 * sum(len(sampled) for sampled in times.values()), "of all that the engine sampled"
+
+
+def test_nothing_runs_on_after_a_rollout(run):
+    """The engine core's own state when the trainer lets the servers drain: right after `generate_sequences`."""
+    drained = [record for record in run.records() if "drained" in record]
+    assert len(drained) >= STEPS
+    for record in drained:
+        assert record["running"] == record["waiting"] == 0
+        assert record["free_blocks"] == record["total_blocks"] > 0
+
+
+def test_validation_is_not_streamed_and_loses_nothing(run):
+    """Two validations, before the first step and after the last; verl's own path."""
+    requests = [record for record in run.records() if "finish_reason" in record and record["seed"] is None]
+    assert requests
+    assert not any(record["streamed"] for record in requests)
+    assert not any(record["finish_reason"] == "abort" for record in requests)
+    assert len({record["weights"] for record in requests}) == 2
 
 
 def test_metrics_are_what_the_server_recorded(groups, steps):
     for step, metrics in enumerate(steps, start=1):
         records = list(itertools.chain(*groups[step].values()))
-        lengths = [len(record["tokens"]) for record in records]
-        cut = sum(record["finish_reason"] == "length" for record in records)
+        lengths = lengths_of(records)
+        reasons = [record["finish_reason"] for record in records]
         assert metrics["darts/candidates/launched"] == len(records) == 84
-        assert metrics["darts/candidates/truncated"] == cut
-        assert metrics["darts/candidates/finished"] == 84 - cut
+        assert metrics["darts/candidates/truncated"] == reasons.count("length")
+        assert metrics["darts/candidates/aborted"] == reasons.count("abort")
+        assert metrics["darts/candidates/finished"] == reasons.count("stop")
+        assert metrics["darts/candidates/lost"] == 0
         assert metrics["darts/tokens/generated"] == sum(lengths)
         assert metrics["darts/length/pool_max"] == max(lengths) <= LIMITS["overthink"].response
         assert metrics["darts/candidates/dropped"] == 84 - metrics["darts/candidates/kept"] == 20
         assert metrics["darts/group/saturated_share"] == 0.5
+        assert metrics["darts/rollout/weights_step"] == step - 1
+        # A chunk that arrives after its request's answer is dropped.
+        assert 0 < metrics["darts/streaming/chunks"] <= sum((length - 1) // CHUNK for length in lengths)
+        assert 0 <= metrics["darts/early_stop/tokens_after"] <= 0.1 * sum(lengths)
+        assert 0 <= metrics["darts/rollout/tail_s"] < metrics["darts/rollout/seconds"]
 
 
 def test_the_served_weights_are_the_trained_ones_in_every_step(groups, steps):

@@ -40,6 +40,7 @@ def make_config(model_dir):
                     "darts.allocation.mean_candidates=null",
                     "darts.reward.pool=false",
                     "darts.progress_s=0",
+                    "darts.early_stop=off",
                     *overrides,
                 ],
             )

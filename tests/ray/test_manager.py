@@ -16,8 +16,9 @@ from verl.workers.rollout.llm_server import LLMServerClient
 
 from darts.allocation import uniform_budgets
 from darts.metrics import METRICS
-from darts.rollout import CANDIDATE, DartsAgentLoopManager, candidate_seed
+from darts.rollout import DartsAgentLoopManager
 from darts.selection import select
+from darts.worker import CANDIDATE, candidate_seed
 
 GROUP_SIZE = 4
 NUM_WORKERS = 3
@@ -179,7 +180,7 @@ def test_a_rollout_that_outlasts_its_limit_fails_with_the_uids_and_stops(cluster
     with pytest.raises(TimeoutError, match=r"darts.timeout_s=3.*2 prompts are not complete, uids uid-0, uid-1"):
         manager.generate_sequences(prompts(["1+1=", "2+2="], GROUP_SIZE))
     assert time.monotonic() - start < 30
-    assert_idle(manager)
+    assert_idle(manager, servers)
     ray.get([server.load.remote({}, Turn(3)) for server in servers])
 
 
@@ -192,13 +193,15 @@ def test_a_failure_in_one_worker_stops_the_others(cluster):
         ray.exceptions.RayTaskError, match=r"candidate 1 of prompt uid=uid-0 .* failed: RuntimeError: CUDA says no"
     ):
         manager.generate_sequences(prompts([f"{number}+5=" for number in range(6)], GROUP_SIZE, step=70))
-    assert_idle(manager)
+    assert_idle(manager, servers)
 
 
-def assert_idle(manager) -> None:
-    """Every worker lets go of its prompts within some seconds."""
+def assert_idle(manager, servers) -> None:
+    """Every worker lets go of its prompts, and every server of its requests, within some seconds."""
     deadline = time.monotonic() + 20
-    while any(ray.get([worker.progress.remote() for worker in manager.agent_loop_workers])):
+    while any(ray.get([worker.progress.remote() for worker in manager.agent_loop_workers])) or any(
+        ray.get([server.count_running.remote() for server in servers])
+    ):
         assert time.monotonic() < deadline
         time.sleep(0.2)
 

@@ -5,56 +5,16 @@ import time
 
 import numpy as np
 import pytest
-from fakes import CountingReward, InProcessClient, Script, ScriptedServer, Turn, handle, prompts
+from fakes import Turn, prompts
+from worker_bench import CALL, Bench, lengths_of
 
-from darts.rollout import BUDGET, CANDIDATE, PROMPT, CandidateError, DartsAgentLoopWorker, candidate_seed
 from darts.selection import select
-
-STEP = 1
-
-
-class Bench:
-    """One worker over one scripted server, both in this process."""
-
-    def __init__(self, config):
-        self.config = config
-        self.reward = CountingReward()
-        self.server = ScriptedServer(Script(end_token=0))
-        self.worker = DartsAgentLoopWorker(config, InProcessClient(self.server), None, [handle(self.reward)])
-        self.server.script.end_token = self.worker.tokenizer.eos_token_id
-
-    def script(self, groups: list[list[Turn | list[Turn]]]) -> None:
-        self.server.script.turns = {
-            candidate_seed(self.worker.darts.seed, STEP, number, candidate): turn if isinstance(turn, list) else [turn]
-            for number, group in enumerate(groups)
-            for candidate, turn in enumerate(group)
-        }
-
-    def run(self, budgets: list[int], **columns):
-        group_size = self.worker.darts.group_size
-        batch = prompts([f"{number}+1=" for number in range(len(budgets))], group_size, step=STEP)
-        batch = batch.select_idxs(np.arange(0, len(batch), group_size))
-        batch.non_tensor_batch |= {
-            BUDGET: np.array(budgets),
-            PROMPT: np.arange(len(budgets)),
-            "priority": np.cumsum(budgets) - budgets,
-            **columns,
-        }
-        return asyncio.run(self.worker.generate_groups(batch))
-
-    def responses(self, output) -> list[str]:
-        """Decoded responses, one string per row."""
-        tokenizer = self.worker.tokenizer
-        return [tokenizer.decode(row, skip_special_tokens=True) for row in output.batch["responses"]]
+from darts.worker import CANDIDATE, CandidateError, candidate_seed
 
 
 @pytest.fixture
 def bench(make_config):
     return lambda *overrides: Bench(make_config(*overrides))
-
-
-def lengths_of(output) -> list[int]:
-    return output.batch["response_mask"].sum(dim=1).tolist()
 
 
 def test_kept_are_the_k_shortest_and_l_longest_of_each_group(bench):
@@ -218,13 +178,13 @@ def test_a_failing_agent_loop_fails_the_rollout_at_once_with_uid_and_cause(bench
     assert time.monotonic() - start < 20
     assert test.server.running == 0
     assert not test.worker._groups
-    assert not test.worker._tasks
+    assert not test.worker.llm_client._open
 
 
 def test_an_empty_response_is_a_failure_not_a_shorter_batch(bench):
     test = bench()
     test.script([[Turn(5), Turn(5), Turn(0), Turn(5)]])
-    with pytest.raises(CandidateError, match=r"candidate 2 of prompt uid=uid-0 .*returned no token"):
+    with pytest.raises(CandidateError, match=r"candidate 2 of prompt uid=uid-0 .*1 candidates were lost, 3 are left"):
         test.run([4])
 
 
@@ -258,9 +218,6 @@ def test_validation_and_plain_batches_take_verls_path(bench):
     assert len(output) == 2
     assert CANDIDATE not in output.non_tensor_batch
     assert len(test.server.served) == 2
-
-
-CALL = '<tool_call>\n{"name": "lookup", "arguments": {"key": "a"}}\n</tool_call>'
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ candidate), so a test says which candidate is how long, and how late. It records
 """
 
 import asyncio
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,9 @@ import numpy as np
 import ray
 from verl.protocol import DataProto
 from verl.workers.rollout.replica import TokenOutput
+from verl.workers.rollout.router import GlobalRequestLoadBalancer
+
+from darts.client import Chunk, DartsServerClient
 
 ANY_TOKEN = 5
 
@@ -25,6 +29,8 @@ class Turn:
     delay: float = 0.0
     tokens: list[int] | None = None  # answer with exactly these instead
     error: str | None = None
+    reason: str | None = None  # finish reason; None: what the tokens say
+    weights: int = 0  # version of the weights that answered
 
 
 @dataclass
@@ -34,47 +40,108 @@ class Script:
     end_token: int
     turns: dict[int, list[Turn]] = field(default_factory=dict)
     default: Turn = field(default_factory=lambda: Turn(3))
+    deaf: bool = False  # aborts arrive and do nothing
 
 
 class ScriptedServer:
-    """The part of verl's `vLLMHttpServer` that a client calls. `served` has one record per request."""
+    """The part of `verl_patches.vllm_stream_server.StreamingServer` that a client calls.
+
+    A turn's tokens are spread evenly over its delay, chunk by chunk. `served` has one record per request, `aborts` the
+    ids that each abort named.
+    """
 
     def __init__(self, script: Script) -> None:
         self.script = script
         self.served: list[dict[str, Any]] = []
+        self.aborts: list[list[str]] = []
         self.running = 0
         self.most_running = 0
+        self._stop: dict[str, asyncio.Event] = {}
+        self._chunks: list[Chunk] = []
 
-    async def generate(
-        self, *, request_id: str, prompt_ids: list[int], sampling_params: dict[str, Any], **kwargs: Any
+    async def generate(self, **request: Any) -> TokenOutput:
+        return await self._serve(streamed=False, chunk_tokens=1_000_000, **request)
+
+    async def generate_streamed(self, *, client: str, chunk_tokens: int, **request: Any) -> TokenOutput:
+        return await self._serve(streamed=True, chunk_tokens=chunk_tokens, **request)
+
+    async def take_chunks(self, client: str, wait_s: float) -> list[Chunk]:
+        for _ in range(20):
+            if self._chunks:
+                break
+            await asyncio.sleep(0.005)
+        chunks, self._chunks = self._chunks, []
+        return chunks
+
+    async def abort_streams(self, request_ids: list[str]) -> list[str]:
+        self.aborts.append(request_ids)
+        running = [request_id for request_id in request_ids if request_id in self._stop]
+        if not self.script.deaf:
+            for request_id in running:
+                self._stop[request_id].set()
+        return running
+
+    async def _serve(
+        self,
+        *,
+        request_id: str,
+        prompt_ids: list[int],
+        sampling_params: dict[str, Any],
+        streamed: bool,
+        chunk_tokens: int,
+        **kwargs: Any,
     ) -> TokenOutput:
         seed = sampling_params.get("seed")
         turn_number = sum(record["seed"] == seed for record in self.served) if seed is not None else 0
         turns = self.script.turns.get(seed)
         turn = turns[turn_number] if turns else self.script.default
         record = dict(seed=seed, request_id=request_id, priority=kwargs.get("priority", 0), ended=False, **vars(turn))
+        record |= {"streamed": streamed, "chunk_tokens": chunk_tokens, "server": id(self)}
         self.served.append(record)
-        self.running += 1
-        self.most_running = max(self.most_running, self.running)
-        try:
-            await asyncio.sleep(turn.delay)
-        finally:
-            self.running -= 1
-        if turn.error is not None:
-            raise RuntimeError(turn.error)
-        record["ended"] = True
         tokens = turn.tokens
         if tokens is None:
             tokens = [ANY_TOKEN] * turn.length
             if tokens and not turn.cut:
                 tokens[-1] = self.script.end_token
-        return TokenOutput(
-            token_ids=tokens, log_probs=[-0.5] * len(tokens), stop_reason="completed", extra_fields={"global_steps": 0}
+        stop = self._stop[request_id] = asyncio.Event()
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        done = 0
+        try:
+            while done < len(tokens) and not stop.is_set():
+                step = min(chunk_tokens, len(tokens) - done)
+                try:
+                    await asyncio.wait_for(stop.wait(), turn.delay * step / len(tokens))
+                except asyncio.TimeoutError:
+                    done += step
+                    if streamed and done < len(tokens):
+                        made = tokens[done - step : done]
+                        self._chunks.append(Chunk(request_id, done - step, made, [-0.5] * len(made), time.time()))
+        finally:
+            self.running -= 1
+            del self._stop[request_id]
+        if turn.error is not None:
+            raise RuntimeError(turn.error)
+        reason = turn.reason or ("length" if turn.cut else "stop")
+        if done < len(tokens):
+            reason = "abort"
+        record |= {"ended": reason != "abort", "generated": done}
+        output = TokenOutput(
+            token_ids=tokens[:done],
+            log_probs=[-0.5] * done,
+            stop_reason="aborted" if reason == "abort" else "completed",
+            extra_fields={"global_steps": turn.weights, "num_cached_tokens": 0},
         )
+        if streamed:
+            output.extra_fields["finish_reason"] = reason
+        return output
 
     async def load(self, turns: dict[int, list[Turn]], default: Turn | None = None) -> None:
         self.script.turns.update(turns)
         self.script.default = default or self.script.default
+
+    async def count_running(self) -> int:
+        return self.running
 
     async def take_records(self) -> list[dict[str, Any]]:
         """What was served since the last call."""
@@ -82,15 +149,10 @@ class ScriptedServer:
         return served
 
 
-class InProcessClient:
-    """The part of verl's `LLMServerClient` that agent loops call, straight to one server object."""
-
-    def __init__(self, server: ScriptedServer) -> None:
-        self.server = server
-
-    async def generate(self, request_id: str, **kwargs: Any) -> TokenOutput:
-        kwargs.pop("mm_processor_output", None)
-        return await self.server.generate(request_id=request_id, **kwargs)
+def in_process_client(config: Any, *servers: ScriptedServer) -> DartsServerClient:
+    """The real client over verl's real balancer and scripted servers, all in this process."""
+    balancer = GlobalRequestLoadBalancer(servers={str(number): handle(server) for number, server in enumerate(servers)})
+    return DartsServerClient(config, handle(balancer))
 
 
 class CountingReward:
@@ -108,14 +170,29 @@ class CountingReward:
         return self.scored
 
 
-class _Method:
-    def __init__(self, method: Any) -> None:
-        self.remote = method
+class _Handle:
+    """`target` with a Ray handle's way of calling, in this process."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def __getattr__(self, name: str) -> Any:
+        def remote(*args: Any, **kwargs: Any) -> asyncio.Future:
+            async def call() -> Any:
+                answer = getattr(self.target, name)(*args, **kwargs)
+                return await answer if asyncio.iscoroutine(answer) else answer
+
+            # As with Ray, who cancels the wait does not cancel the call.
+            return asyncio.shield(asyncio.ensure_future(call()))
+
+        method = type("Method", (), {"remote": staticmethod(remote)})()
+        setattr(self, name, method)  # a test may replace its `remote`
+        return method
 
 
-def handle(worker: CountingReward) -> Any:
-    """`worker` with a Ray handle's way of calling, in this process."""
-    return type("Handle", (), {"compute_score": _Method(worker.compute_score)})()
+def handle(target: Any) -> Any:
+    """`target` with a Ray handle's way of calling, in this process."""
+    return _Handle(target)
 
 
 def prompts(questions: list[str], group_size: int, step: int = 1, validate: bool = False) -> DataProto:
@@ -143,6 +220,4 @@ def prompts(questions: list[str], group_size: int, step: int = 1, validate: bool
 
 def balancer(servers: dict[str, Any]) -> Any:
     """verl's own load balancer, as an actor, over actor handles of servers."""
-    from verl.workers.rollout.router import GlobalRequestLoadBalancer
-
     return ray.remote(GlobalRequestLoadBalancer).remote(servers=servers)

@@ -23,6 +23,7 @@ class Run:
     ended: float
 
     def records(self) -> list[dict]:
+        """What the server wrote: one line per request, per rollout (`drained`) and per kill."""
         return read_lines(self.out / "requests.jsonl")
 
     def metrics(self) -> list[dict]:

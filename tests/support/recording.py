@@ -2,6 +2,8 @@
 
 Loaded with VERL_USE_EXTERNAL_MODULES=recording, it re-registers the name `vllm` with a server whose engine is watched.
 The file is $DARTS_TEST_RECORD. With $DARTS_TEST_KILL_AFTER=n the engine's process is killed once n requests have run.
+With `engine_state.watched_scheduler` as scheduler, there is also a line after each rollout, when the trainer lets
+the servers drain: what the engine core still runs, and every token that it sampled since the last one.
 """
 
 import json
@@ -28,44 +30,68 @@ class WatchedEngine:
         return getattr(self._engine, name)
 
     async def generate(self, **kwargs: Any) -> AsyncIterator[Any]:
+        from vllm.sampling_params import RequestOutputKind  # every process imports this module, vLLM's alone have it
+
         self._started += 1
         if self._started == self._kill_after:
             self._kill_engine()
-        last = None
+        last, tokens = None, []
         async for last in self._engine.generate(**kwargs):
+            part = last.outputs[0].token_ids
+            tokens = [*tokens, *part] if kwargs["sampling_params"].output_kind == RequestOutputKind.DELTA else [*part]
             yield last
         answer = last.outputs[0]
         record = {
+            "ended": time.time(),
             "weights": self._server.global_steps,
             "prompt": list(last.prompt_token_ids),
             "seed": kwargs["sampling_params"].seed,
             "priority": int(kwargs["priority"]),
             "request_id": kwargs["request_id"],
-            "tokens": list(answer.token_ids),
+            "streamed": kwargs["sampling_params"].output_kind == RequestOutputKind.DELTA,
+            "tokens": tokens,
             "finish_reason": answer.finish_reason,
         }
-        with open(os.environ["DARTS_TEST_RECORD"], "a") as file:
-            file.write(json.dumps(record) + "\n")
+        write(record)
+
+    async def abort(self, request_ids: list[str]) -> None:
+        write({"aborted": list(request_ids), "time": time.time()})
+        await self._engine.abort(request_ids)
 
     def _kill_engine(self) -> None:
         """Ends the engine core, a child of this server actor, as the out-of-memory killer would."""
         children = psutil.Process().children(recursive=True)
         cores = [child for child in children if "EngineCore" in " ".join(child.cmdline())]
-        with open(os.environ["DARTS_TEST_RECORD"], "a") as file:
-            file.write(json.dumps({"killed": [core.pid for core in cores], "time": time.time()}) + "\n")
+        write({"killed": [core.pid for core in cores], "time": time.time()})
         for core in cores:
             os.kill(core.pid, signal.SIGKILL)
 
 
+def write(record: dict[str, Any]) -> None:
+    with open(os.environ["DARTS_TEST_RECORD"], "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
 def _replica_class() -> type:
-    from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
+    from verl_patches.vllm_stream_server import StreamingReplica, StreamingServer
 
-    class RecordingServer(vLLMHttpServer):
-        async def launch_server(self, *args: Any, **kwargs: Any) -> None:
-            await super().launch_server(*args, **kwargs)
-            self.engine = WatchedEngine(self.engine, self)
+    class RecordingServer(StreamingServer):
+        async def run_server(self, args: Any) -> None:
+            await super().run_server(args)
+            # Between the engine and what cuts its answers into chunks.
+            self.engine._engine = WatchedEngine(self.engine._engine, self)
+            self._logged = 0
 
-    class RecordingReplica(vLLMReplica):
+        async def wait_for_requests_to_drain(self) -> None:
+            if "scheduler_cls" in self.config.engine_kwargs.get("vllm", {}):
+                core = self.engine.engine_core
+                state = await core.call_utility_async("darts_state")
+                log = await core.call_utility_async("darts_token_log")
+                write({"drained": time.time(), "weights": self.global_steps, **state, "sampled": log[self._logged :]})
+                self._logged = len(log)
+            await super().wait_for_requests_to_drain()
+
+    class RecordingReplica(StreamingReplica):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self.server_class = ray.remote(RecordingServer)

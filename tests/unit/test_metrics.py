@@ -18,11 +18,22 @@ def pool(**changes):
         "candidate": [0, 1, 2, 0, 1, 2],
         "length": [10, 40, 20, 30, 30, 64],
         "truncated": [False, False, False, False, False, True],
+        "aborted": [False] * 6,
+        "lost": [False] * 6,
         "kept": [True, True, False, True, True, False],
         "arrival": [0, 2, 1, 1, 0, 2],
         "num_long": [1, 1, 1, 0, 0, 0],
         "saturated": [True, True, True, False, False, False],
         "reward": [1.0, 0.0, np.nan, 1.0, 1.0, np.nan],
+        "weights_min": [7] * 6,
+        "weights_max": [7] * 6,
+        "prompt_tokens": [10] * 6,
+        "cached_tokens": [0, 8, 8, 0, 8, 0],
+        "chunks": [0, 2, 1, 1, 0, 4],
+        "chunk_seconds": [0.0, 0.2, 0.1, 0.1, 0.0, 0.4],
+        "ended_at": [1.0, 4.0, 2.0, 3.0, 3.0, 4.5],
+        "stop_seconds": [np.nan] * 6,
+        "tokens_after": [0] * 6,
     }
     return CandidatePool(**{name: np.array(value) for name, value in (columns | changes).items()})
 
@@ -33,6 +44,8 @@ def test_every_figure_by_hand():
         "darts/candidates/launched": 6,
         "darts/candidates/finished": 5,
         "darts/candidates/truncated": 1,
+        "darts/candidates/aborted": 0,
+        "darts/candidates/lost": 0,
         "darts/candidates/kept": 4,
         "darts/candidates/dropped": 2,
         "darts/candidates/per_prompt": 3,
@@ -55,14 +68,47 @@ def test_every_figure_by_hand():
         "darts/selection/arrival_disagreement": 0,
         "darts/reward/kept_mean": 0.75,
         "darts/rollout/seconds": 2,
+        "darts/rollout/tail_s": 0.5,
+        "darts/rollout/weights_step": 7,
+        "darts/rollout/prefix_cached_share": 24 / 60,
+        "darts/early_stop/tokens_after": 0,
+        "darts/streaming/chunks": 8,
+        "darts/streaming/latency_s": 0.1,
     }
     assert metrics == pytest.approx(expected)
 
 
+def test_aborted_candidates_count_with_what_they_had():
+    """Prompt 1's third candidate was aborted before it began, its second never finished for another reason."""
+    early = pool(
+        length=[10, 40, 20, 30, 30, 0],
+        truncated=[False] * 6,
+        aborted=[False, False, False, False, False, True],
+        lost=[False, False, True, False, False, False],
+        arrival=[0, 1, -1, 1, 0, -1],
+        stop_seconds=[np.nan] * 5 + [0.25],
+        tokens_after=[0] * 5 + [3],
+    )
+    metrics = rollout_metrics(early, 2, 1.0)
+    assert metrics["darts/candidates/finished"] == 4
+    assert (metrics["darts/candidates/aborted"], metrics["darts/candidates/lost"]) == (1, 1)
+    assert metrics["darts/tokens/generated"] == 130
+    assert metrics["darts/early_stop/tokens_after"] == 3
+    assert metrics["darts/early_stop/stop_s_mean"] == metrics["darts/early_stop/stop_s_max"] == 0.25
+    assert metrics["darts/selection/arrival_disagreement"] == 0
+
+
+def test_what_was_not_measured_is_absent():
+    metrics = rollout_metrics(pool(chunks=[0] * 6, weights_min=[-1] * 6, weights_max=[-1] * 6), 2, 1.0)
+    absent = {"darts/streaming/latency_s", "darts/rollout/weights_step", "darts/early_stop/stop_s_max"}
+    assert not absent & set(metrics)
+
+
 def test_pool_reward_only_where_all_were_scored():
     assert "darts/reward/pool_mean" not in rollout_metrics(pool(), 2, 1.0)
-    scored = rollout_metrics(pool(reward=[1.0, 0.0, 0.0, 1.0, 1.0, 0.0]), 2, 1.0)
-    assert scored["darts/reward/pool_mean"] == 0.5
+    stops = [np.nan] * 5 + [0.1]
+    scored = rollout_metrics(pool(reward=[1.0, 0.0, 0.0, 1.0, 1.0, 0.0], stop_seconds=stops), 2, 1.0)
+    assert scored["darts/reward/pool_mean"] == 0.6, "the last was to be aborted: it is not scored, or by chance"
     assert set(scored) == set(METRICS)
     unscored = rollout_metrics(pool(reward=[np.nan] * 6), 2, 1.0)
     assert not any(name.startswith("darts/reward/") for name in unscored)

@@ -19,6 +19,8 @@ STEP = {
     "darts/candidates/dropped": 20.0,
     "darts/tokens/generated": 4000.0,
     "darts/tokens/dropped": 2000.0,
+    "darts/candidates/aborted": 12.0,
+    "darts/early_stop/stop_s_mean": 0.02,
     "darts/group/saturated_share": 0.5,
     "darts/group/mixed_reward_share": 0.75,
 }
@@ -59,7 +61,8 @@ def run(tmp_path):
 def test_a_good_run_ends_with_a_summary_and_0(run, capsys):
     assert main(run()) == 0
     text = capsys.readouterr().out
-    assert "50 -> 45 tokens, all candidates" in text
+    assert "50 -> 45 tokens, with what was aborted" in text
+    assert "24 candidates, stopped in 20 ms" in text
     assert "32 -> 32 tokens, the kept" in text
     assert "validation accuracy   0.50 -> 0.60" in text
     assert "40 of 168 candidates, 4000 of 8000 tokens" in text

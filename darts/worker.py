@@ -1,0 +1,250 @@
+"""verl's agent-loop worker with groups of candidates: it runs them, stops the losers, and keeps M of each.
+
+Contract. A worker runs whole prompts: all candidates of a prompt, through verl's own agent loops, each as a request of
+its own. It owns the decision which are kept.
+
+1. A dropped candidate is padded, scored and sent nowhere. With `darts.reward.pool` each one that finishes is scored.
+2. When `generate_groups` returns, every candidate's agent loop and request has ended, the aborted ones included.
+3. A candidate that fails ends the rollout with the uid, the candidate and the cause; what still ran is stopped. One
+   whose request the server ended unasked, or whose agent loop returned no generated token, is lost: the group goes on
+   while enough are left. What fails in the agent loop of an aborted one is printed.
+4. `generate_sequences` (validation, plain runs) is verl's own.
+"""
+
+import asyncio
+from typing import Any
+
+import numpy as np
+import ray
+from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, AgentLoopWorker
+from verl.protocol import DataProto
+
+from darts.client import AbortTimeout, DartsServerClient, current_listener
+from darts.config import DartsConfig
+from darts.metrics import CandidatePool
+from darts.running import RunningCandidate, RunningGroup
+
+# Columns of the batch between manager and worker. Agent loops never see them.
+BUDGET, PROMPT, CANDIDATE = "darts_budget", "darts_prompt", "darts_candidate"
+
+
+class CandidateError(RuntimeError):
+    """A candidate could not be generated or scored. The message names uid, candidate and cause."""
+
+
+class _Dropped:
+    """Stands in for the output of a candidate that was not kept."""
+
+
+DROPPED = _Dropped()
+
+
+def candidate_seed(seed: int, step: int, prompt: int, candidate: int) -> int:
+    """The sampling seed of one candidate: 32 bits, the same whatever the other prompts' budgets are (our choice).
+
+    All turns of a multi-turn candidate have it.
+    """
+    return int(np.random.SeedSequence([seed, max(step, 0), prompt, candidate]).generate_state(1)[0])
+
+
+class DartsAgentLoopWorker(AgentLoopWorker):
+    """verl's agent-loop worker, which also runs groups of candidates and keeps M of each."""
+
+    llm_client: DartsServerClient
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._groups: dict[str, RunningGroup] = {}
+        self._number = 0  # of the last rollout that began
+        self._begun = asyncio.Condition()
+        self._darts: DartsConfig | None = None  # of the rollout that runs
+        self._step = -1
+
+    async def generate_groups(
+        self, prompts: DataProto, darts: DartsConfig, number: int
+    ) -> tuple[DataProto, CandidatePool]:
+        """Runs `BUDGET` candidates of each prompt and keeps M.
+
+        Args:
+            prompts: one row per prompt, with `uid`, `priority` of its first candidate, `BUDGET` and `PROMPT` (position
+                in the whole batch).
+            darts: the settings of this rollout.
+            number: of this rollout; above that of the one before.
+
+        Returns:
+            The kept rows, as verl's `generate_sequences` gives them, with `uid` and `CANDIDATE`; and all candidates.
+
+        Raises:
+            CandidateError: a candidate failed.
+            RuntimeError: another call has not ended.
+        """
+        if self._groups:
+            raise RuntimeError(f"this worker still runs {len(self._groups)} prompts of another rollout.")
+        budgets = prompts.non_tensor_batch[BUDGET].astype(np.int64)
+        rows = prompts.select_idxs(np.repeat(np.arange(len(prompts)), budgets))
+        candidates = np.concatenate([np.arange(budget) for budget in budgets])
+        rows.non_tensor_batch[CANDIDATE] = candidates
+        rows.non_tensor_batch["priority"] = rows.non_tensor_batch["priority"] + candidates
+        self._step = prompts.meta_info.get("global_steps", -1)
+        self._darts = darts
+        self._groups = {
+            uid: RunningGroup(uid, int(prompt), budget, darts, self.llm_client, self._routing_key(uid, int(prompt)))
+            for uid, prompt, budget in zip(
+                prompts.non_tensor_batch["uid"], prompts.non_tensor_batch[PROMPT], budgets.tolist(), strict=True
+            )
+        }
+        self._number = number
+        try:
+            async with self._begun:
+                self._begun.notify_all()
+            output = await super().generate_sequences(rows)
+            return output, CandidatePool.concat([group.pool() for group in self._groups.values()])
+        finally:
+            await self._stop_all()
+            for group in self._groups.values():
+                group.settled.set()
+            self._groups = {}
+
+    async def settled(self, number: int) -> None:
+        """Returns once every group of rollout `number` is ready for the deadline, or complete.
+
+        Ray may run this before `generate_groups`, whose arguments are larger: it then waits for it.
+        """
+        async with self._begun:
+            await self._begun.wait_for(lambda: self._number >= number)
+        if self._number == number:
+            await asyncio.gather(*[group.settled.wait() for group in list(self._groups.values())])
+
+    async def deadline(self, number: int) -> None:
+        """No group of rollout `number` waits any longer."""
+        if self._number == number:
+            for group in self._groups.values():
+                group.deadline()
+
+    async def progress(self) -> tuple[int, list[str]] | None:
+        """Of the rollout that runs: finished candidates, and the uids of incomplete prompts; None if none runs."""
+        if not self._groups:
+            return None
+        groups = self._groups.values()
+        finished = sum(len(group.state.arrival) for group in groups)
+        return finished, [group.uid for group in groups if not group.state.ended]
+
+    async def _stop_all(self) -> None:
+        """Stops what runs after a failure; after a rollout that succeeded there is nothing."""
+        tasks = [
+            candidate.task
+            for group in self._groups.values()
+            for candidate in group.candidates
+            if candidate.task is not None and not candidate.task.done()
+        ]
+        if tasks:
+            self.llm_client.abort_open(self._darts.streaming.abort_timeout_s)
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks, timeout=self._darts.streaming.abort_timeout_s)
+
+    async def _run_agent_loop(self, sampling_params: dict[str, Any], trajectory: dict[str, Any], **kwargs: Any) -> Any:
+        """verl's method, told which candidate this task runs; a failure gets its uid."""
+        index = kwargs.pop(CANDIDATE, None)
+        if index is None:
+            return await super()._run_agent_loop(sampling_params, trajectory, **kwargs)
+        kwargs = {key: value for key, value in kwargs.items() if key not in (BUDGET, PROMPT)}
+        group = self._groups[kwargs["uid"]]
+        candidate = group.candidates[int(index)]
+        candidate.task = asyncio.current_task()
+        candidate.single_turn = kwargs["agent_name"] == "single_turn_agent"
+        current_listener.set(candidate)
+        if (seed := self._seed()) is not None:
+            sampling_params["seed"] = candidate_seed(seed, self._step, group.prompt, candidate.index)
+        try:
+            if not candidate.over:
+                return await super()._run_agent_loop(sampling_params, trajectory, **kwargs)
+        except asyncio.CancelledError:
+            if not candidate.over:
+                raise
+        except Exception as cause:
+            if candidate.over and not isinstance(cause, AbortTimeout):
+                print(
+                    f"[darts] the agent loop of an aborted candidate (prompt uid={group.uid}) failed: {reason(cause)}",
+                    flush=True,
+                )
+                candidate.left()
+                return DROPPED
+            raise CandidateError(
+                f"candidate {candidate.index} of prompt uid={group.uid} (row {group.prompt} of the batch, step "
+                f"{self._step}) failed: {reason(cause)}"
+            ) from cause
+        candidate.left()
+        return DROPPED
+
+    async def _agent_loop_postprocess(self, output: AgentLoopOutput, validate: bool, **kwargs: Any) -> Any:
+        """Between an agent loop and its padding and reward: wait for the group, go on only if kept."""
+        candidate = current_listener.get()
+        if not isinstance(candidate, RunningCandidate):
+            return await super()._agent_loop_postprocess(output, validate, **kwargs)
+        if candidate.over:
+            candidate.left()
+            return DROPPED
+        length = int(sum(output.response_mask))
+        if length == 0:  # some loops return this where their environment fails
+            candidate.lose(candidate.generated)
+            return DROPPED
+        if candidate.finish_reason is None:
+            raise RuntimeError(
+                f"its agent loop ({kwargs.get('agent_name', self.rollout_config.agent.default_agent_loop)}) returned a "
+                "response that it did not generate through its server_manager: DARTS cannot follow or stop it."
+            )
+        group = candidate.group
+        # A loop may cut what was generated to the response budget. One that ends because a tool's answer would not fit
+        # does not say so, and counts as ended.
+        cut = candidate.generated > length and len(output.response_ids) >= self.rollout_config.response_length
+        candidate.finish(length, truncated=candidate.finish_reason == "length" or cut)
+        if self._darts.reward.pool:
+            output.extra_fields["raw_prompt"] = kwargs["raw_prompt"]  # as verl does before it scores
+            await self._compute_score([output], kwargs=kwargs)
+            candidate.reward = output.reward_score
+        kept = await group.keeps(candidate.index)
+        if self._darts.selection.on_no_valid == "fail" and group.state.num_valid == 0:
+            raise RuntimeError(
+                f"none of the {len(group.candidates)} candidates ended within the response budget "
+                f"({self.rollout_config.response_length} tokens). Raise data.max_response_length, drop the prompt, or "
+                "set darts.selection.on_no_valid=fill to train on truncated ones."
+            )
+        if not kept:
+            return DROPPED
+        padded = await super()._agent_loop_postprocess(output, validate, **kwargs)
+        if padded.reward_score is not None:
+            candidate.reward = padded.reward_score
+        return padded
+
+    def _postprocess(
+        self, inputs: list[Any], input_non_tensor_batch: dict | None = None, validate: bool = False
+    ) -> DataProto:
+        """Batches the kept alone, and adds the columns that rows are joined by."""
+        columns = input_non_tensor_batch or {}
+        if CANDIDATE not in columns:
+            return super()._postprocess(inputs, input_non_tensor_batch=input_non_tensor_batch, validate=validate)
+        kept = [row for row, output in enumerate(inputs) if output is not DROPPED]
+        columns = {key: value[kept] for key, value in columns.items() if key not in (BUDGET, PROMPT)}
+        output = super()._postprocess([inputs[row] for row in kept], input_non_tensor_batch=columns, validate=validate)
+        output.non_tensor_batch["uid"] = columns["uid"]
+        output.non_tensor_batch[CANDIDATE] = columns[CANDIDATE]
+        return output
+
+    def _routing_key(self, uid: str, prompt: int) -> str | None:
+        """What verl's balancer keeps together; None leaves each candidate to it. A uid differs from run to run."""
+        if self._darts.routing == "balanced":
+            return None
+        return f"det-{prompt}" if self.rollout_config.full_determinism else uid
+
+    def _seed(self) -> int | None:
+        """What the candidates' seeds are made of; None leaves the draw to the engine."""
+        if self._darts.seed is None and self.rollout_config.full_determinism:
+            return self.rollout_config.seed  # verl's server gives every request of a replica the same seed
+        return self._darts.seed
+
+
+def reason(error: Exception) -> str:
+    """Type and text of an exception; of one that another Ray process raised, without that process's traceback."""
+    cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+    return f"{type(cause).__name__}: {cause}"

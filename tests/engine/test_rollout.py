@@ -1,0 +1,244 @@
+"""Rollouts by the real manager, agent-loop worker, client, balancer and vLLM server; only the reward is a counter."""
+
+import asyncio
+import dataclasses
+import threading
+import time
+
+import numpy as np
+import pandas
+import pytest
+import ray
+from engine_state import EngineState, engine_config, run_in_server
+from fakes import CountingReward, prompts
+from start_together import hold, release
+
+from darts.rollout import DartsAgentLoopManager
+from darts.selection import select
+from darts.testbed import assets_dir
+from darts.worker import CANDIDATE
+
+M, CANDIDATES, PROMPTS = 8, 12, 6
+
+
+@pytest.fixture(scope="module")
+def manager(engine, tmp_path_factory):
+    """12 candidates for 8, seeded; a local tool for verl's tool agent loop."""
+    tools = tmp_path_factory.mktemp("tools") / "tools.py"
+    tools.write_text(
+        "from verl.tools.function_tool import function_tool\n\n\n@function_tool\n"
+        'def look_up(key: str) -> str:\n    """Looks up.\n\n    Args:\n        key: a key.\n    """\n    return key\n'
+    )
+    config = engine_config(
+        "darts.allocation.high=null",
+        f"darts.allocation.mean_candidates={CANDIDATES}",
+        "darts.selection.mode=shortest_only",
+        "darts.streaming.chunk_tokens=4",
+        "darts.reward.pool=false",
+        "darts.progress_s=0",
+        "darts.timeout_s=60",
+        "data.max_prompt_length=256",
+        "actor_rollout_ref.rollout.multi_turn.format=hermes",
+        f"actor_rollout_ref.rollout.multi_turn.function_tool_path={tools}",
+    )
+    reward = ray.remote(CountingReward).remote()
+    manager = DartsAgentLoopManager.create(
+        config=config, llm_client=engine.get_client(), reward_loop_worker_handles=[reward]
+    )
+    manager.generate_sequences(batch(1, step=0))  # starts the worker
+    yield manager
+    for worker in manager.agent_loop_workers:
+        ray.kill(worker)
+
+
+@pytest.fixture
+def configure(manager, monkeypatch):
+    """Changes settings for the rest of the test."""
+
+    def change(selection="shortest_only", long_wait="all", **changes):
+        sections = {"selection": dataclasses.replace(manager.darts.selection, mode=selection, long_wait=long_wait)}
+        monkeypatch.setattr(manager, "darts", dataclasses.replace(manager.darts, **sections, **changes))
+
+    return change
+
+
+def batch(count, step, validate=False):
+    questions = pandas.read_parquet(assets_dir("overthink") / "train.parquet")["prompt"]
+    return prompts([questions[number][0]["content"] for number in range(count)], M, step=step, validate=validate)
+
+
+def responses(output):
+    """Response tokens by (uid, candidate)."""
+    rows = zip(output.non_tensor_batch["uid"], output.non_tensor_batch[CANDIDATE], strict=True)
+    masks, tokens = output.batch["response_mask"].bool(), output.batch["responses"]
+    return {row: tokens[i][masks[i]].tolist() for i, row in enumerate(rows)}
+
+
+def pools(manager, monkeypatch):
+    """Collects the pool of each rollout, which the manager otherwise turns into metrics at once."""
+    import darts.rollout
+
+    collected, metrics = [], darts.rollout.rollout_metrics
+    monkeypatch.setattr(
+        darts.rollout, "rollout_metrics", lambda pool, *args: (collected.append(pool), metrics(pool, *args))[1]
+    )
+    return collected
+
+
+def test_exact_keeps_what_the_same_seeds_give_without_stopping(manager, configure, server, monkeypatch):
+    collected = pools(manager, monkeypatch)
+    configure(early_stop="off")
+    full = responses(manager.generate_sequences(batch(PROMPTS, step=1)))
+    configure(early_stop="exact")
+    output = responses(manager.generate_sequences(batch(PROMPTS, step=1)))
+    EngineState.wait_idle(server)
+    off, exact = collected
+    expected = {
+        (f"uid-{p}", c)
+        for p in range(PROMPTS)
+        for c in select(off.length[off.prompt == p].tolist(), M, 0, off.truncated[off.prompt == p].tolist())
+    }
+    assert set(output) == set(full) == expected
+    assert output == full, "token for token"
+    assert not off.aborted.any()
+    assert exact.aborted.sum() >= PROMPTS
+    assert exact.length.sum() < off.length.sum()
+    stopped = exact.aborted
+    assert (exact.length[stopped] <= off.length[stopped]).all()
+
+
+def test_eager_and_exact_agree_where_all_start_together(manager, configure, server, monkeypatch):
+    """The engine holds the twelve back until all are there."""
+    collected = pools(manager, monkeypatch)
+    kept = {}
+    for step in range(2, 7):
+        for mode in ("eager", "exact"):
+            configure(early_stop=mode)
+            run_in_server(server, hold)
+            thread = threading.Thread(target=release_when_all_wait, args=(server,))
+            thread.start()
+            kept[mode] = responses(manager.generate_sequences(batch(1, step=step)))
+            thread.join(timeout=30)
+        lengths = {mode: sorted(len(tokens) for tokens in rows.values()) for mode, rows in kept.items()}
+        assert lengths["eager"] == lengths["exact"], "ties apart, the same responses"
+        same = set(kept["eager"]) & set(kept["exact"])
+        assert all(kept["eager"][row] == kept["exact"][row] for row in same)
+        ties = lengths["eager"].count(lengths["eager"][-1])
+        assert len(same) >= M - ties
+    assert sum(pool.aborted.sum() for pool in collected) >= 5
+
+
+def release_when_all_wait(server):
+    deadline = time.monotonic() + 20
+    while EngineState.state(server)["waiting"] < CANDIDATES:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    run_in_server(server, release)
+
+
+@pytest.mark.parametrize(("selection", "long_wait"), [("shortest_only", "all"), ("dual_end", "deadline")])
+def test_nothing_runs_on_after_any_rollout(manager, configure, server, selection, long_wait):
+    """0 running, 0 waiting, all KV blocks free; and the abort took milliseconds, not a time-out."""
+    configure(selection=selection, long_wait=long_wait, early_stop="eager")
+    aborted = 0
+    for step in range(10, 15):
+        manager.generate_sequences(batch(PROMPTS, step=step))
+        state = EngineState.state(server)
+        assert (state["running"], state["waiting"]) == (0, 0)
+        assert state["free_blocks"] == state["total_blocks"]
+        metrics = manager.pop_metrics()
+        aborted += metrics["darts/candidates/aborted"]
+        assert metrics["darts/candidates/lost"] == 0
+        assert metrics.get("darts/early_stop/stop_s_max", 0) < 1
+        assert metrics["darts/rollout/tail_s"] < 1
+    assert aborted >= 5 * PROMPTS
+
+
+def test_the_deadline_keeps_a_long_example_of_what_has_finished(manager, configure, server, monkeypatch):
+    collected = pools(manager, monkeypatch)
+    configure(selection="dual_end", long_wait="deadline")
+    output = responses(manager.generate_sequences(batch(PROMPTS, step=20)))
+    (pool,) = collected
+    assert pool.aborted.any()
+    for p in range(PROMPTS):
+        rows = np.flatnonzero((pool.prompt == p) & (pool.arrival >= 0))
+        valid = rows[~pool.truncated[rows]]
+        assert len(valid) >= M
+        kept = select(pool.length[valid].tolist(), M, 1)
+        # One that had ended before its abort arrived has finished, but was not chosen from.
+        late = valid[~np.isnan(pool.stop_seconds[valid])]
+        if not len(late):
+            assert {c for uid, c in output if uid == f"uid-{p}"} == set(pool.candidate[valid[kept]].tolist())
+
+
+def test_siblings_share_the_prompt_and_an_abort_leaves_it_cached(manager, configure, server):
+    configure(early_stop="eager")
+    manager.generate_sequences(batch(PROMPTS, step=30))
+    first = manager.pop_metrics()
+    manager.generate_sequences(batch(PROMPTS, step=31))
+    again = manager.pop_metrics()
+    assert first["darts/candidates/aborted"] > 0
+    assert again["darts/rollout/prefix_cached_share"] >= first["darts/rollout/prefix_cached_share"] > 0
+
+
+def test_a_weight_update_in_the_middle_of_a_rollout_is_refused(manager, configure, server):
+    configure(selection="dual_end")
+
+    def update():
+        while EngineState.state(server)["running"] == 0:
+            time.sleep(0.01)
+        time.sleep(0.2)  # the shortest have ended
+        ray.get(server.set_global_steps.remote(8))
+
+    ray.get(server.set_global_steps.remote(7))
+    manager.generate_sequences(batch(1, step=40))
+    assert manager.pop_metrics()["darts/rollout/weights_step"] == 7
+    thread = threading.Thread(target=update)
+    thread.start()
+    try:
+        with pytest.raises(RuntimeError, match=r"generated by weights of steps \[7, 8\]"):
+            manager.generate_sequences(batch(PROMPTS, step=41))
+    finally:
+        thread.join()
+
+
+def test_an_engine_paused_for_a_weight_update_ends_the_rollout_with_the_cause(manager, configure, server):
+    """verl's own `abort_all_requests` ends every open stream; too few are left, and nothing hangs."""
+    configure(early_stop="eager")
+
+    async def pause_in_the_middle():
+        rollout = asyncio.ensure_future(manager._generate_groups(batch(PROMPTS, step=50)))
+        while (await asyncio.to_thread(EngineState.state, server))["running"] < PROMPTS * CANDIDATES / 2:
+            await asyncio.sleep(0.01)
+        await _wait(server.abort_all_requests.remote())
+        try:
+            await asyncio.wait_for(rollout, 60)
+        finally:
+            await _wait(server.resume_generation.remote())
+
+    with pytest.raises(ray.exceptions.RayTaskError, match=r"candidates were lost, \d are left: 8 are needed"):
+        asyncio.run(pause_in_the_middle())
+    EngineState.wait_idle(server)
+    assert len(manager.generate_sequences(batch(PROMPTS, step=51))) == PROMPTS * M, "the next rollout is served"
+
+
+async def _wait(ref):
+    return await ref
+
+
+@pytest.mark.parametrize("agent", ["single_turn_agent", "tool_agent"])
+def test_verls_agent_loops_run_unchanged_in_training_and_validation(manager, configure, server, agent):
+    configure(early_stop="eager")
+    train = batch(2, step=60)
+    train.non_tensor_batch["agent_name"] = np.array([agent] * len(train), dtype=object)
+    output = manager.generate_sequences(train)
+    assert output.non_tensor_batch["uid"].tolist() == ["uid-0"] * M + ["uid-1"] * M
+    assert manager.pop_metrics()["darts/candidates/aborted"] > 0
+    validate = batch(2, step=60, validate=True)
+    validate.non_tensor_batch["agent_name"] = np.array([agent] * len(validate), dtype=object)
+    EngineState.reset(server)
+    answered = manager.generate_sequences(validate)
+    tokens = sum(count for _, _, count in EngineState.token_log(server))
+    assert len(answered) == len(validate)
+    assert answered.batch["response_mask"].sum() == tokens, "no more candidates than rows, and none was stopped"
+    assert manager.pop_metrics() == {}

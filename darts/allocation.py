@@ -1,10 +1,148 @@
 """How many candidates each prompt gets, and which worker runs them.
 
-Contract: pure NumPy. Budgets lie within [low, high] and sum to the total they were asked for.
+Contract: pure NumPy. Budgets are integers within [low, high] and sum to the total they were asked for; ties go to the
+prompt with the lower index.
 """
 
+import heapq
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+
+
+class Utility(NamedTuple):
+    """What a total of candidates is expected to bring; U = E - lambda T (paper, "adaptive redundancy allocation").
+
+    Example: total=84, utility=0.11, gain=0.19, cost=0.08 for 8 prompts with 10.5 candidates in the mean.
+    """
+
+    total: int  # M_total, candidates of the batch
+    utility: float  # U
+    gain: float  # E, expected shaping
+    cost: float  # T, time of the rollout over that of M candidates per prompt, minus 1
+
+
+def allocate(weights: ArrayLike, total: int, low: int, high: int) -> NDArray[np.int64]:
+    """The budgets that minimise sum(weights / budgets): paper, "variance-based adaptive redundancy allocation".
+
+    The problem is separable and convex: the candidates beyond `low` go where the objective falls most, which is by
+    w / (m (m + 1)) for the step from m to m + 1. So the largest of all these steps are taken, found by partition.
+
+    Args:
+        weights: w_i of each prompt, at least 0, shape [num_prompts]; only ratios matter.
+        total: M_total, in [low x num_prompts, high x num_prompts].
+        low: M_low, fewest candidates of a prompt.
+        high: M_up, most candidates of a prompt.
+
+    Returns:
+        Budgets, shape [num_prompts].
+
+    Raises:
+        ValueError: weights that are negative or not finite, bounds out of order, or a total that they do not allow.
+
+    Example:
+        >>> allocate([1.0, 1.0, 4.0], total=30, low=8, high=16).tolist()
+        [8, 8, 14]
+    """
+    weights = np.asarray(weights, dtype=np.float64)
+    if weights.ndim != 1:
+        raise ValueError(f"weights: shape {weights.shape}, must be one weight per prompt.")
+    _check_bounds(low, high)
+    wrong = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
+    if len(wrong):
+        raise ValueError(f"weights[{wrong[0]}]={weights[wrong[0]]}: must be finite and not negative.")
+    least, most = low * len(weights), high * len(weights)
+    if not least <= total <= most:
+        raise ValueError(
+            f"total={total}: {len(weights)} prompts with low={low} and high={high} take {least} to {most} candidates."
+        )
+    extra = int(total) - least
+    if extra == 0 or total == most:
+        return np.full(len(weights), low if extra == 0 else high, dtype=np.int64)
+    counts = np.arange(low, high)
+    falls = weights[:, None] / (counts * (counts + 1))  # [num_prompts, high - low], each row falling
+    smallest = np.partition(falls.ravel(), falls.size - extra)[falls.size - extra]
+    taken = (falls > smallest).sum(axis=1)
+    tied = (falls == smallest).sum(axis=1)
+    left = extra - taken.sum()
+    return low + taken + np.clip(left - (np.cumsum(tied) - tied), 0, tied)
+
+
+def optimal_total(
+    num_prompts: int,
+    low: int,
+    high: int,
+    *,
+    seconds: Sequence[float],
+    base_seconds: float,
+    group_size: int,
+    variation: float,
+    cost_weight: float = 1.0,
+) -> Utility:
+    """The total that maximises U(m) = E(m) - lambda T(m) over the mean m of candidates per prompt (paper, section 2).
+
+    E(m) = variation x (1 - M / m) and T(m) = seconds(m) / base_seconds - 1 are our choice; seconds(m) is linear between
+    whole m. So U is concave between whole m, and the best whole total lies next to its stationary point or at an end:
+    exact, whatever the number of prompts. Ties go to the smaller total.
+
+    Args:
+        num_prompts: prompts in the batch.
+        low: M_low.
+        high: M_up.
+        seconds: expected rollout time with m = low, low + 1, ..., high candidates for every prompt.
+        base_seconds: the same with M candidates.
+        group_size: M.
+        variation: sigma_D / mean length, the dataset-level std of response length over its mean.
+        cost_weight: lambda.
+
+    Raises:
+        ValueError: a negative or non-finite number, bounds out of order, or another number of seconds than of means.
+
+    Example:
+        >>> optimal_total(4, 8, 10, seconds=[2.0, 2.0, 3.0], base_seconds=2.0, group_size=8, variation=0.5).total
+        36
+    """
+    if num_prompts < 0:
+        raise ValueError(f"num_prompts={num_prompts}: must not be negative.")
+    _check_bounds(low, high)
+    if len(seconds) != high - low + 1:
+        raise ValueError(f"seconds: {len(seconds)} values, must be {high - low + 1}, one for each of {low} to {high}.")
+    if not (np.isfinite(base_seconds) and base_seconds > 0):
+        raise ValueError(f"base_seconds={base_seconds}: must be finite and above 0.")
+    for name, value in (*(("seconds", value) for value in seconds), ("variation", variation)):
+        if not (np.isfinite(value) and value >= 0):
+            raise ValueError(f"{name}={value}: must be finite and not negative.")
+    if not (np.isfinite(cost_weight) and cost_weight >= 0):
+        raise ValueError(f"cost_weight={cost_weight}: must be finite and not negative.")
+    if num_prompts == 0:
+        return Utility(0, 0.0, 0.0, 0.0)
+    slopes = cost_weight * np.diff(seconds) / base_seconds
+    starts = np.arange(low, high)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        stationary = np.where(slopes > 0, np.sqrt(variation * group_size / slopes), starts + 1)
+    inner = np.clip(stationary, starts, starts + 1) * num_prompts
+    totals = np.unique(np.concatenate([np.arange(low, high + 1) * num_prompts, np.floor(inner), np.ceil(inner)]))
+    gains, costs = expected(totals / num_prompts, low, high, seconds, base_seconds, group_size, variation)
+    best = int(np.argmax(gains - cost_weight * costs))
+    gain, cost = float(gains[best]), float(costs[best])
+    return Utility(int(totals[best]), gain - cost_weight * cost, gain, cost)
+
+
+def expected(
+    mean: ArrayLike,
+    low: int,
+    high: int,
+    seconds: Sequence[float],
+    base_seconds: float,
+    group_size: int,
+    variation: float,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """E and T of `mean` candidates per prompt, shape of `mean`; arguments as of `optimal_total`."""
+    mean = np.asarray(mean, dtype=np.float64)
+    gain = variation * (1 - group_size / mean)
+    return gain, np.interp(mean, np.arange(low, high + 1), seconds) / base_seconds - 1
 
 
 def uniform_budgets(num_prompts: int, mean: float, low: int, high: int) -> NDArray[np.int64]:
@@ -27,20 +165,18 @@ def uniform_budgets(num_prompts: int, mean: float, low: int, high: int) -> NDArr
     """
     if num_prompts < 0:
         raise ValueError(f"num_prompts={num_prompts}: must not be negative.")
-    if not 1 <= low <= high:
-        raise ValueError(f"low={low}, high={high}: must satisfy 1 <= low <= high.")
+    _check_bounds(low, high)
     if not low <= mean <= high:
         raise ValueError(f"mean={mean}: must lie in [low={low}, high={high}].")
-    if num_prompts == 0:
-        return np.zeros(0, dtype=np.int64)
-    total = int(np.floor(mean * num_prompts + 0.5))
-    share, remainder = divmod(total, num_prompts)
-    budgets = np.full(num_prompts, share, dtype=np.int64)
-    budgets[:remainder] += 1
-    return budgets
+    return allocate(np.ones(num_prompts), rounded_total(num_prompts, mean), low, high)
 
 
-def contiguous_parts(budgets: NDArray[np.int64], num_parts: int) -> list[slice]:
+def rounded_total(num_prompts: int, mean: float) -> int:
+    """round(mean x prompts), half up."""
+    return int(np.floor(mean * num_prompts + 0.5))
+
+
+def contiguous_parts(budgets: NDArray[np.int64], num_parts: int) -> list[NDArray[np.int64]]:
     """Splits the prompts, in their order, into parts of about equally many candidates.
 
     A group is never split. Parts without a prompt are left out, so there may be fewer than `num_parts`.
@@ -49,14 +185,54 @@ def contiguous_parts(budgets: NDArray[np.int64], num_parts: int) -> list[slice]:
         budgets: candidates per prompt, shape [num_prompts].
         num_parts: most parts to make (agent-loop workers).
 
+    Returns:
+        The positions of each part's prompts.
+
     Raises:
         ValueError: fewer than one part.
     """
-    if num_parts < 1:
-        raise ValueError(f"num_parts={num_parts}: must be at least 1.")
+    _check_parts(num_parts)
     if len(budgets) == 0:
         return []
     middles = np.cumsum(budgets) - budgets / 2
     part_of_prompt = np.minimum((middles * num_parts / budgets.sum()).astype(np.int64), num_parts - 1)
-    starts = np.flatnonzero(np.diff(part_of_prompt, prepend=-1))
-    return [slice(int(a), int(b)) for a, b in zip(starts, [*starts[1:], len(budgets)], strict=True)]
+    return np.split(np.arange(len(budgets)), np.flatnonzero(np.diff(part_of_prompt)) + 1)
+
+
+def spread_parts(work: ArrayLike, num_parts: int) -> list[NDArray[np.int64]]:
+    """Splits the prompts into parts of about equal work, each from the heaviest to the lightest (our choice).
+
+    Longest processing time first: each prompt, from the heaviest, goes to the part with the least work. So heavy
+    prompts are spread over the parts, and started first.
+
+    Args:
+        work: expected work of each prompt, at least 0, shape [num_prompts].
+        num_parts: most parts to make (agent-loop workers).
+
+    Returns:
+        The positions of each part's prompts; parts without a prompt are left out.
+
+    Raises:
+        ValueError: fewer than one part, or work that is negative or not finite.
+    """
+    _check_parts(num_parts)
+    work = np.asarray(work, dtype=np.float64)
+    if not (np.isfinite(work) & (work >= 0)).all():
+        raise ValueError(f"work={work[~(np.isfinite(work) & (work >= 0))][0]}: must be finite and not negative.")
+    parts: list[list[int]] = [[] for _ in range(num_parts)]
+    loads = [(0.0, 0, part) for part in range(num_parts)]  # work, prompts, part
+    for prompt in np.argsort(-work, kind="stable").tolist():
+        load, prompts, part = heapq.heappop(loads)
+        parts[part].append(prompt)
+        heapq.heappush(loads, (load + work[prompt], prompts + 1, part))
+    return [np.array(part, dtype=np.int64) for part in parts if part]
+
+
+def _check_bounds(low: int, high: int) -> None:
+    if not 1 <= low <= high:
+        raise ValueError(f"low={low}, high={high}: must satisfy 1 <= low <= high.")
+
+
+def _check_parts(num_parts: int) -> None:
+    if num_parts < 1:
+        raise ValueError(f"num_parts={num_parts}: must be at least 1.")

@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from darts.config import ConfigError, DartsConfig, refuse_unknown_keys
+from darts.latency_profile import LatencyProfile, model_id
 
 VERL_VERSION = "0.9.1"
 ALLOW_OTHER_VERL = "DARTS_ALLOW_OTHER_VERL"
@@ -119,7 +120,23 @@ def check_run(config: DictConfig) -> DartsConfig:
             "a colocated reward model scores after generation, when only the kept are left.",
             "set darts.reward.pool=false, or give the reward model a pool of its own.",
         )
+    latency_profile(config, darts)
     return darts
+
+
+def latency_profile(config: DictConfig, darts: DartsConfig) -> LatencyProfile | None:
+    """The profile that `darts.latency.profile` names; None for `auto` and `off`.
+
+    Raises:
+        ConfigError: a file that cannot be read, or is of another model or tensor-parallel size.
+    """
+    path = darts.latency.profile
+    if path in ("auto", "off"):
+        return None
+    profile = LatencyProfile.load(path)
+    tensor_parallel = config.actor_rollout_ref.rollout.tensor_model_parallel_size
+    profile.require(path, model_id(config.actor_rollout_ref.model.path), tensor_parallel)
+    return profile
 
 
 def refuse_unknown_overrides(arguments: list[str]) -> None:

@@ -9,6 +9,8 @@ variable, so agent loops never see it) the request is streamed; without one it t
    aborted request after its limit is an error: an abort that does not arrive is worse than none.
 3. A candidate that shall not go on after a request leaves its agent loop by `CandidateStopped`, a `CancelledError`:
    no tool and no further turn runs, and what the loop holds is released.
+4. From the second chunk of a request on, the time between two chunks tells how long the server's decoding steps take;
+   the client keeps it, by the number of running requests, for whoever calls `take_step_times`.
 
 The servers are those of `verl_patches.vllm_stream_server`.
 """
@@ -25,6 +27,8 @@ import ray
 from verl.workers.rollout.llm_server import LLMServerClient
 from verl.workers.rollout.replica import TokenOutput
 
+from darts.latency import StepTimes
+
 POLL_S = 5.0
 ABORT_AGAIN_S = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
 
@@ -37,6 +41,7 @@ class Chunk(NamedTuple):
     token_ids: list[int]
     log_probs: list[float] | None  # None unless the rollout computes them
     made_at: float  # `time.time()` at the server
+    running: int  # streamed requests that the server has open then, this one and those of other clients too
 
 
 class AbortTimeout(TimeoutError):
@@ -81,6 +86,7 @@ class OpenRequest:
         self.listener = listener
         self.opened_at = time.monotonic()
         self.tokens = 0  # generated, as far as chunks tell
+        self._chunk: Chunk | None = None  # the last one
         self._answer: asyncio.Future | None = None
         self._failure: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
         self._limit: asyncio.TimerHandle | None = None
@@ -93,6 +99,16 @@ class OpenRequest:
         if self._answer.done():
             return self._answer.result()
         raise self._failure.result()
+
+    def grow(self, chunk: Chunk, step_times: StepTimes, engines: int) -> None:
+        """Takes a chunk; the steps since the one before go to `step_times`, with the requests per engine of the server
+        (`engines`: its data-parallel ranks)."""
+        before, self._chunk = self._chunk, chunk
+        self.tokens = chunk.offset + len(chunk.token_ids)
+        # Equal or earlier where the server's clock was set. The first chunk's time has the prompt's in it.
+        if before is not None and chunk.made_at > before.made_at:
+            running = (before.running + chunk.running) / (2 * engines)
+            step_times.add(max(running, 1.0), chunk.made_at - before.made_at, len(chunk.token_ids))
 
     @property
     def ended(self) -> bool:
@@ -136,6 +152,8 @@ class DartsServerClient(LLMServerClient):
         self._running: Counter[str] = Counter()
         self._pollers: dict[str, asyncio.Task] = {}
         self._confirming: set[asyncio.Task] = set()
+        self._step_times = StepTimes()
+        self._engines: int = self.config.actor_rollout_ref.rollout.data_parallel_size  # of a server
 
     @classmethod
     def of(cls, client: LLMServerClient) -> "DartsServerClient":
@@ -156,6 +174,11 @@ class DartsServerClient(LLMServerClient):
     def abort_open(self, timeout_s: float) -> None:
         """Stops every request that is still open."""
         self.abort(self._open.values(), timeout_s)
+
+    def take_step_times(self) -> StepTimes:
+        """How long decoding steps took, since the last call, on all servers that streamed to this client."""
+        taken, self._step_times = self._step_times, StepTimes()
+        return taken
 
     def _send_abort(self, requests: list[OpenRequest]) -> None:
         by_server: dict[str, list[OpenRequest]] = {}
@@ -241,7 +264,7 @@ class DartsServerClient(LLMServerClient):
                 now = time.time()
                 for chunk in chunks:
                     if (opened := self._open.get(chunk.request_id)) is not None:
-                        opened.tokens = chunk.offset + len(chunk.token_ids)
+                        opened.grow(chunk, self._step_times, self._engines)
                         opened.listener.grew(opened, max(now - chunk.made_at, 0.0))
         except ray.exceptions.RayActorError:
             pass  # the requests that run there fail with the same cause

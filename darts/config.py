@@ -13,7 +13,7 @@ from typing import Any
 
 from darts.group import EARLY_STOP, LONG_WAIT
 
-ALLOCATION_MODES = ("uniform", "off")
+ALLOCATION_MODES = ("adaptive", "uniform", "off")
 SELECTION_MODES = ("auto", "dual_end", "shortest_only")
 NO_VALID_POLICIES = ("fill", "fail")
 ROUTINGS = ("balanced", "group")
@@ -31,10 +31,45 @@ class ConfigError(ValueError):
 class AllocationConfig:
     """How many candidates M'_i a prompt gets."""
 
-    mode: str = field(default="uniform", metadata={"help": "uniform: the same number for all; off: exactly M"})
-    mean_candidates: float = field(default=12.0, metadata={"help": "mean of M'_i over the batch, in [low, high]"})
+    mode: str = field(
+        default="adaptive",
+        metadata={"help": "adaptive: more where lengths vary more; uniform: the same number; off: exactly M"},
+    )
+    mean_candidates: float | None = field(
+        default=None,
+        metadata={"help": "mean of M'_i over the batch, in [low, high]; None: what maximises the utility (adaptive)"},
+    )
     low: int = field(default=8, metadata={"help": "M_low, fewest candidates of a prompt, at least rollout.n"})
     high: int = field(default=16, metadata={"help": "M_up, most candidates of a prompt, at least low"})
+    cost_weight: float = field(default=1.0, metadata={"help": "lambda, weight of time against shaping, at least 0"})
+    warmup_steps: int = field(default=1, metadata={"help": "first rollouts, with uniform budgets"})
+    ema_weight: float = field(default=0.3, metadata={"help": "weight of a new observation in a prompt's variance"})
+
+    @property
+    def fallback_mean(self) -> float:
+        """Mean of M'_i where none is set and the utility is not known: the middle of the bounds (our choice)."""
+        return (self.low + self.high) / 2 if self.mean_candidates is None else self.mean_candidates
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatencyConfig:
+    """Where the cost model of the rollout comes from."""
+
+    profile: str = field(
+        default="auto",
+        metadata={"help": "auto: measured at start where needed; a path: that file; off: no model"},
+    )
+    profile_s: float = field(default=60.0, metadata={"help": "seconds that the measurement at start may take"})
+    refine: bool = field(default=True, metadata={"help": "follow what the running engines show"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateConfig:
+    """What is kept in verl's checkpoints."""
+
+    strict: bool = field(
+        default=False, metadata={"help": "a checkpoint without usable state: an error instead of a warning"}
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +113,8 @@ SECTIONS = {
     "selection": SelectionConfig,
     "reward": RewardConfig,
     "streaming": StreamingConfig,
+    "latency": LatencyConfig,
+    "state": StateConfig,
 }
 
 
@@ -100,6 +137,12 @@ class DartsConfig:
         metadata={"help": "shortest-only: abort the rest once M valid have finished; exact: hopeless ones alone; off"},
     )
     streaming: StreamingConfig = field(default_factory=StreamingConfig)
+    latency: LatencyConfig = field(default_factory=LatencyConfig)
+    state: StateConfig = field(default_factory=StateConfig)
+    trace: str | None = field(
+        default=None,
+        metadata={"help": "JSONL file with every step's metrics and lengths, for darts.report"},
+    )
     routing: str = field(
         default="balanced", metadata={"help": "balanced: each candidate to the idlest server; group: siblings together"}
     )
@@ -121,14 +164,25 @@ class DartsConfig:
             return 0
         return self.selection.num_long
 
+    @property
+    def some_shortest_only(self) -> bool:
+        """Whether some group of a batch may be shortest-only, so that early stop can act."""
+        if self.allocation.mode == "adaptive":
+            most = self.allocation.high
+        elif self.allocation.mode == "uniform":
+            most = math.ceil(self.allocation.fallback_mean)
+        else:
+            most = self.group_size
+        return self.num_long_for(most) == 0
+
     @classmethod
     def from_block(cls, block: Mapping[str, Any] | None, group_size: int) -> "DartsConfig":
         """Builds and checks the configuration.
 
         Args:
-            block: the content of `darts:`; nested mappings, missing keys take their default. `low`, `high` and
-                `mean_candidates` default to M, 2 M and the middle of the two bounds. With `enable: false` the rest is
-                not read: plain verl takes any group size.
+            block: the content of `darts:`; nested mappings, missing keys take their default. `low` and `high` default
+                to M and 2 M, `mean_candidates` of a uniform allocation to the middle of the two. With `enable: false`
+                the rest is not read: plain verl takes any group size.
             group_size: M, `actor_rollout_ref.rollout.n`.
 
         Raises:
@@ -154,6 +208,9 @@ class DartsConfig:
             reward=_reward(_section(block, "reward")),
             early_stop=_choice("darts.early_stop", block.get("early_stop"), "eager", EARLY_STOP),
             streaming=_streaming(_section(block, "streaming")),
+            latency=_latency(_section(block, "latency")),
+            state=_state(_section(block, "state")),
+            trace=_trace(block.get("trace")),
             routing=_choice("darts.routing", block.get("routing"), "balanced", ROUTINGS),
             seed=_seed(block.get("seed")),
             timeout_s=_seconds("darts.timeout_s", block.get("timeout_s"), 3600.0, positive=True),
@@ -174,7 +231,7 @@ def refuse_unknown_keys(block: Mapping[str, Any]) -> None:
 
 
 def _allocation(section: Mapping[str, Any], group_size: int) -> AllocationConfig:
-    mode = _choice("darts.allocation.mode", section.get("mode"), "uniform", ALLOCATION_MODES)
+    mode = _choice("darts.allocation.mode", section.get("mode"), "adaptive", ALLOCATION_MODES)
     low = _default(section.get("low"), group_size)
     _require(
         "darts.allocation.low",
@@ -191,15 +248,81 @@ def _allocation(section: Mapping[str, Any], group_size: int) -> AllocationConfig
         f"M_up must be an integer of at least M_low={low}.",
         f"set darts.allocation.high={max(2 * group_size, low)}, or null for twice rollout.n.",
     )
-    mean = _default(section.get("mean_candidates"), (low + high) / 2)
+    mean = section.get("mean_candidates")
+    if mean is None and mode == "uniform":
+        mean = (low + high) / 2
     _require(
         "darts.allocation.mean_candidates",
         mean,
-        _is_number(mean) and low <= mean <= high,
+        mean is None or (_is_number(mean) and low <= mean <= high),
         f"the mean number of candidates must lie in [low={low}, high={high}].",
         f"set darts.allocation.mean_candidates={(low + high) / 2:g}, or widen darts.allocation.low and .high.",
     )
-    return AllocationConfig(mode=mode, mean_candidates=float(mean), low=low, high=high)
+    cost_weight = _default(section.get("cost_weight"), 1.0)
+    _require(
+        "darts.allocation.cost_weight",
+        cost_weight,
+        _is_number(cost_weight) and cost_weight >= 0,
+        "lambda must be a finite number of at least 0.",
+        "set darts.allocation.cost_weight=1; larger is more careful with time.",
+    )
+    warmup_steps = _default(section.get("warmup_steps"), 1)
+    _require(
+        "darts.allocation.warmup_steps",
+        warmup_steps,
+        _is_int(warmup_steps) and warmup_steps >= 0,
+        "must be an integer of at least 0.",
+        "set darts.allocation.warmup_steps=1.",
+    )
+    ema_weight = _default(section.get("ema_weight"), 0.3)
+    _require(
+        "darts.allocation.ema_weight",
+        ema_weight,
+        _is_number(ema_weight) and 0 < ema_weight <= 1,
+        "the weight of a new observation must lie in (0, 1].",
+        "set darts.allocation.ema_weight=0.3; 1 keeps the last observation alone.",
+    )
+    return AllocationConfig(
+        mode=mode,
+        mean_candidates=None if mean is None else float(mean),
+        low=low,
+        high=high,
+        cost_weight=float(cost_weight),
+        warmup_steps=warmup_steps,
+        ema_weight=float(ema_weight),
+    )
+
+
+def _latency(section: Mapping[str, Any]) -> LatencyConfig:
+    # YAML reads a bare `off` as false.
+    profile = section.get("profile")
+    profile = "off" if profile is False else _default(profile, "auto")
+    _require(
+        "darts.latency.profile",
+        profile,
+        isinstance(profile, str) and profile != "",
+        "must be auto, off, or the path of a file that `python -m darts.latency profile` wrote.",
+        "set darts.latency.profile=auto.",
+    )
+    profile_s = _seconds("darts.latency.profile_s", section.get("profile_s"), 60.0, positive=True)
+    return LatencyConfig(
+        profile=profile, profile_s=profile_s, refine=_flag("darts.latency.refine", section.get("refine"), True)
+    )
+
+
+def _state(section: Mapping[str, Any]) -> StateConfig:
+    return StateConfig(strict=_flag("darts.state.strict", section.get("strict"), False))
+
+
+def _trace(path: object) -> str | None:
+    _require(
+        "darts.trace",
+        path,
+        path is None or (isinstance(path, str) and path != ""),
+        "must be the path of a file, or null.",
+        "set darts.trace=null for no trace.",
+    )
+    return path
 
 
 def _selection(section: Mapping[str, Any], group_size: int) -> SelectionConfig:
@@ -220,11 +343,7 @@ def _selection(section: Mapping[str, Any], group_size: int) -> SelectionConfig:
 
 
 def _reward(section: Mapping[str, Any]) -> RewardConfig:
-    pool = _default(section.get("pool"), False)
-    _require(
-        "darts.reward.pool", pool, isinstance(pool, bool), "must be true or false.", "set darts.reward.pool=false."
-    )
-    return RewardConfig(pool=pool)
+    return RewardConfig(pool=_flag("darts.reward.pool", section.get("pool"), False))
 
 
 def _streaming(section: Mapping[str, Any]) -> StreamingConfig:
@@ -241,6 +360,12 @@ def _streaming(section: Mapping[str, Any]) -> StreamingConfig:
         chunk_tokens=chunk_tokens,
         abort_timeout_s=_seconds("darts.streaming.abort_timeout_s", abort_timeout_s, 60.0, positive=True),
     )
+
+
+def _flag(key: str, value: object, default: bool) -> bool:
+    flag = _default(value, default)
+    _require(key, flag, isinstance(flag, bool), "must be true or false.", f"set {key}={str(default).lower()}.")
+    return flag
 
 
 def _seed(seed: object) -> int | None:

@@ -1,8 +1,8 @@
 """What a rollout did, in numbers: the pool of candidates in, the metrics `darts/<area>/<name>` out.
 
 Contract: pure NumPy. `METRICS` is the one list of names with unit and reading; `docs/metrics.md` repeats it (a test
-compares them) and `rollout_metrics` gives exactly these, except that a metric is absent where nothing was measured:
-rewards, the time of stops, the latency of chunks, the weights' step.
+compares them); `rollout_metrics` and `darts.planning` give them. A metric is absent where nothing was measured:
+rewards, the time of stops, the latency of chunks, the weights' step, and forecasts without a cost model.
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,34 @@ from numpy.typing import NDArray
 from darts.selection import select
 
 METRICS: dict[str, tuple[str, str]] = {
+    "darts/allocation/total": ("count", "M_total, candidates of the batch"),
+    "darts/allocation/budget_min": ("count", "smallest M'_i of the batch; every prompt's budget is in the trace"),
+    "darts/allocation/budget_median": ("count", "median M'_i"),
+    "darts/allocation/budget_max": ("count", "largest M'_i; see also darts/group/saturated_share"),
+    "darts/allocation/utility": (
+        "",
+        "U = E - lambda T of the total, before generation; like E and T with a cost model only",
+    ),
+    "darts/allocation/gain": ("", "E, expected shaping: sigma_D / mean length x (1 - M / mean M'_i)"),
+    "darts/allocation/time_cost": (
+        "",
+        "T, expected: seconds with these budgets over seconds with M candidates, minus 1; nothing is stopped early",
+    ),
+    "darts/allocation/time_cost_measured": (
+        "",
+        "the same with the measured seconds above the line; below darts/allocation/time_cost where early stop helps",
+    ),
+    "darts/history/prompts": ("count", "prompts with a length history"),
+    "darts/history/known_share": ("share", "prompts of the batch that were seen before; the others take the mean"),
+    "darts/history/std_mean": ("tokens", "sigma_D: std of response length within a prompt, mean of recent prompts"),
+    "darts/history/length_mean": ("tokens", "mean response length of recent prompts, corrected for what was stopped"),
+    "darts/history/std_correlation": (
+        "",
+        "of predicted with observed std over the prompts seen before; near 0 adaptive budgets are a lottery",
+    ),
+    "darts/latency/predicted_s": ("s", "rollout seconds expected before generation; needs a cost model"),
+    "darts/latency/predicted_over_measured": ("ratio", "the same over darts/rollout/seconds; 1 is a perfect forecast"),
+    "darts/latency/overhead_s": ("s", "what a rollout takes besides decoding, by the refined cost model"),
     "darts/candidates/launched": ("count", "requests sent for training prompts: the sum of M'_i"),
     "darts/candidates/finished": ("count", "of them, those that ended by themselves"),
     "darts/candidates/truncated": ("count", "of them, those that filled the response budget without ending"),
@@ -60,6 +88,7 @@ METRICS: dict[str, tuple[str, str]] = {
         "mean reward of all candidates that nobody aborted (with darts.reward.pool); compare with kept",
     ),
     "darts/rollout/seconds": ("s", "from the batch at the manager to the last group decided and scored"),
+    "darts/rollout/own_s": ("s", "planning before the rollout, sorting and learning after it: DARTS's own work"),
     "darts/rollout/tail_s": (
         "s",
         "from the last finish of a kept candidate to the end of the last request; near 0 where losers are aborted",
@@ -123,6 +152,11 @@ class CandidatePool:
                 for name in CandidatePool.__dataclass_fields__
             }
         )
+
+    def sorted(self) -> "CandidatePool":
+        """The same candidates by prompt, those of a prompt by their number."""
+        order = np.lexsort((self.candidate, self.prompt))
+        return CandidatePool(**{name: getattr(self, name)[order] for name in CandidatePool.__dataclass_fields__})
 
 
 def rollout_metrics(pool: CandidatePool, num_keep: int, seconds: float) -> dict[str, float]:

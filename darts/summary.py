@@ -2,8 +2,8 @@
 
 Contract: reads verl's file log (`metrics.jsonl`), the configuration (`hydra/.hydra/config.yaml`) and the last
 checkpoint as a Hugging Face model (`checkpoints/`), prints a summary, and exits 1 if the run did not do what DARTS is
-for: nothing was dropped, no prompt was saturated though the settings say so, no reward differed within a group, or the
-weights did not move. A run of plain verl is summarised too; of it only the last is asked.
+for: nothing was dropped, no prompt was saturated or no budgets differed though the settings say so, no reward differed
+within a group, or the weights did not move. A run of plain verl is summarised too; of it only the last is asked.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from darts.config import DartsConfig
+from darts.config import AllocationConfig, DartsConfig
 from darts.testbed import register_resolver
 
 
@@ -86,22 +86,27 @@ def is_darts(steps: list[dict[str, float]]) -> bool:
     return any("darts/candidates/launched" in step for step in steps)
 
 
-def saturates(folder: Path) -> bool:
-    """Whether the run's settings give some prompts M_up candidates."""
+def allocation_of(folder: Path) -> AllocationConfig:
+    """How the run's settings give candidates to prompts."""
     config = OmegaConf.load(folder / "hydra" / ".hydra" / "config.yaml")
     block: Any = OmegaConf.to_container(config.darts)
-    allocation = DartsConfig.from_block(block, config.actor_rollout_ref.rollout.n).allocation
-    return allocation.mode == "uniform" and allocation.mean_candidates > allocation.high - 1
+    return DartsConfig.from_block(block, config.actor_rollout_ref.rollout.n).allocation
 
 
-def failures(steps: list[dict[str, float]], moved: float, expect_saturated: bool = True) -> list[str]:
-    """What the run did not do, one line each; empty if all is well."""
+def failures(steps: list[dict[str, float]], moved: float, allocation: AllocationConfig | None) -> list[str]:
+    """What the run did not do, one line each; empty if all is well. Plain verl has no allocation."""
     checks = {"the weights did not move": moved > 0}
-    if is_darts(steps):
+    if is_darts(steps) and allocation is not None:
+        low, mean, high = allocation.low, allocation.mean_candidates, allocation.high
+        saturates = allocation.mode == "uniform" and mean > high - 1
+        known = [step for step in steps if step.get("darts/history/known_share", 0) > 0.5]
+        adapts = allocation.mode == "adaptive" and mean is not None and low + 1 <= mean <= high - 1 and known
+        spreads = [step["darts/allocation/budget_max"] - step["darts/allocation/budget_min"] for step in known]
         checks |= {
             "no candidate was dropped": sum(step.get("darts/candidates/dropped", 0) for step in steps) > 0,
-            "no prompt was saturated": not expect_saturated
+            "no prompt was saturated": not saturates
             or any(step.get("darts/group/saturated_share", 0) > 0 for step in steps),
+            "no budgets differed by more than one": not adapts or max(spreads) > 1,
             "no reward differed within a group": any(
                 step.get("darts/group/mixed_reward_share", 0) > 0 for step in steps
             ),
@@ -141,10 +146,20 @@ def summarise(steps: list[dict[str, float]], validation: list[float], moved: flo
             ("accuracy, pool", f"{first_to_last('darts/reward/pool_mean', '{:.2f}')}, all that ended"),
             ("dropped", f"{dropped:.0f} of {launched:.0f} candidates, {wasted:.0f} of {generated:.0f} tokens"),
             ("aborted", f"{total('darts/candidates/aborted'):.0f} candidates{stopped_in}"),
+            ("budgets", budgets(steps)),
             ("saturated", f"{mean('darts/group/saturated_share', steps):.0%} of the groups"),
             ("groups that teach", f"{mean('darts/group/mixed_reward_share', steps):.0%} (rewards differ)"),
         ]
     return "\n".join(f"  {name:<22}{value}" for name, value in rows)
+
+
+def budgets(steps: list[dict[str, float]]) -> str:
+    """How many candidates prompts got, and how well the spread of their lengths was known before."""
+    least = min(step.get("darts/allocation/budget_min", float("nan")) for step in steps)
+    most = max(step.get("darts/allocation/budget_max", float("nan")) for step in steps)
+    known = [key for step in steps if (key := step.get("darts/history/std_correlation")) is not None]
+    forecast = f"; predicted std correlates by {sum(known) / len(known):.2f} with observed" if known else ""
+    return f"{least:.0f} to {most:.0f} candidates{forecast}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -154,13 +169,13 @@ def main(arguments: list[str] | None = None) -> int:
     folder = parser.parse_args(arguments).folder
     try:
         steps, moved = read_steps(folder / "metrics.jsonl"), weight_change(*models(folder))
-        expect_saturated = is_darts(steps) and saturates(folder)
+        allocation = allocation_of(folder) if is_darts(steps) else None
     except (OSError, ValueError) as error:
         print(f"no summary: {error}", file=sys.stderr)
         return 1
     print("Summary of the run")
     print(summarise(steps, read_validation(folder / "metrics.jsonl"), moved))
-    problems = failures(steps, moved, expect_saturated)
+    problems = failures(steps, moved, allocation)
     for problem in problems:
         print(f"FAILED: {problem}", file=sys.stderr)
     return 1 if problems else 0

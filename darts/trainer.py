@@ -9,10 +9,16 @@ Contract.
    also during critic warm-up, the profiler's finish command runs after the last profiled step, and rollout dump and
    replay (`skip.rollout`) works; a replayed step has no `darts/*` metrics. Not restored: GDPO's per-component reward
    metrics, and that the dataset's `on_batch_end` is not called after the last step.
-4. The manager decides, the trainer only reports: `darts/*` metrics are added to verl's.
+4. The manager decides, the trainer only reports: `darts/*` metrics are added to verl's, and the trace gets every step.
+5. What the planner has learnt is in verl's checkpoint of the same step (`darts.state`), written before verl marks it. A
+   resumed run takes it from the step that it resumes from; without it, it starts cold or not at all
+   (`darts.state.strict`).
+6. With `darts.latency.profile=auto` the running engines are measured before the first step, unless a state had a model.
 """
 
-import math
+import asyncio
+import warnings
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
@@ -23,8 +29,14 @@ from verl.utils.debug import marked_timer
 from verl.utils.skip import SkipManager
 
 import verl_patches.register
-from darts.checks import check_run
+from darts.checks import check_run, latency_profile
+from darts.forecast import CostModel
+from darts.latency_profile import LatencyProfile
+from darts.planning import Rollout, RolloutPlanner
+from darts.profiler import ProfileError, profile_servers
 from darts.rollout import DartsAgentLoopManager
+from darts.state import StateError, load_state, save_state, step_folder
+from darts.trace import Trace
 
 
 class RayDartsTrainer(SeparateRayPPOTrainer):
@@ -51,6 +63,7 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
                     f"the rollout manager is {type(self.async_rollout_manager).__name__}, not DartsAgentLoopManager: "
                     "DARTS would do nothing."
                 )
+            self._prepare_planner()
             # SeparateRayPPOTrainer asks the rollout manager to start the servers' profilers: the server manager does.
             self.async_rollout_manager.start_profile = lambda global_step: self.llm_server_manager.start_profile()
         print(self.banner(), flush=True)
@@ -60,18 +73,14 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
         if not self.darts.enable:
             return "[darts] plugin active, darts.enable=false: plain verl"
         allocation, selection = self.darts.allocation, self.darts.selection
-        mean = allocation.mean_candidates if allocation.mode == "uniform" else self.darts.group_size
+        mean = self.darts.group_size if allocation.mode == "off" else allocation.mean_candidates
+        count = "as many candidates as pay" if mean is None else f"{mean:g} candidates"
         return (
-            f"[darts] plugin active: M={self.darts.group_size} of {mean:g} candidates ({allocation.mode}, "
+            f"[darts] plugin active: M={self.darts.group_size} of {count} ({allocation.mode}, "
             f"{allocation.low} to {allocation.high}), selection {selection.mode}: K={self.darts.num_short} shortest "
             f"and L={selection.num_long} longest (wait: {selection.long_wait}), early stop {self.darts.early_stop}"
-            f"{'' if self._some_shortest_only() else ' (no group is shortest-only: it never acts)'}"
+            f"{'' if self.darts.some_shortest_only else ' (no group is shortest-only: it never acts)'}"
         )
-
-    def _some_shortest_only(self) -> bool:
-        allocation = self.darts.allocation
-        most = math.ceil(allocation.mean_candidates) if allocation.mode == "uniform" else self.darts.group_size
-        return self.darts.num_long_for(most) == 0
 
     def fit(self) -> None:
         """Trains: plain verl's loop with `darts.enable=false`, else the loop of `SeparateRayPPOTrainer`."""
@@ -85,13 +94,91 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
         finally:
             self._shutdown_dump_executor()
 
+    @property
+    def planner(self) -> RolloutPlanner:
+        """What plans the rollouts and learns from them."""
+        return self.async_rollout_manager.planner
+
+    def _prepare_planner(self) -> None:
+        rollout = self.config.actor_rollout_ref.rollout
+        self.planner.num_engines = len(self.llm_server_manager.server_handles) * rollout.data_parallel_size
+        self._rollout: Rollout | None = None
+        self._trace = Trace(self.darts.trace)
+        self._cost_model_is_set = False
+
+    def _set_cost_model(self) -> None:
+        """Before the first rollout: what the settings ask for, unless the state has a refinement of it."""
+        latency, cost = self.darts.latency, self.planner.cost
+        profile = latency_profile(self.config, self.darts)
+        if latency.profile == "off" or (latency.profile == "auto" and self.darts.allocation.mode != "adaptive"):
+            self.planner.cost = None
+        elif profile is not None:
+            if cost is None or cost.source != source_of(profile):
+                self.planner.cost = CostModel(profile.curve(), source_of(profile))
+        elif cost is None and (profile := self._measured_profile()) is not None:
+            self.planner.cost = CostModel(profile.curve(), source_of(profile))
+
+    def _measured_profile(self) -> LatencyProfile | None:
+        """Measures the engines, which are awake; None, with a warning, where they cannot be measured."""
+        path, limit_s = Path(self.config.trainer.default_local_dir) / "latency.json", self.darts.latency.profile_s
+        print(f"[darts] measuring the engines for at most {limit_s:g} s (darts.latency.profile=auto)", flush=True)
+        measured = profile_servers(
+            self.llm_server_manager.server_handles,
+            self.config.actor_rollout_ref.model.path,
+            limit_s=limit_s,
+            seeded=self.darts.seed is not None,
+            say=lambda line: print(f"[darts] {line}", flush=True),
+        )
+        try:
+            profile = asyncio.run(measured)
+        except ProfileError as error:
+            warnings.warn(
+                f"darts.latency.profile=auto: {error} There is no cost model: the mean number of candidates is "
+                f"{self.darts.allocation.fallback_mean:g}.",
+                stacklevel=2,
+            )
+            return None
+        profile.save(path)
+        print(f"[darts] the latency profile is in {path}", flush=True)
+        return profile
+
+    def _load_checkpoint(self) -> None:
+        super()._load_checkpoint()
+        if not self.darts.enable or self.global_steps == 0:
+            return
+        try:
+            folder = step_folder(self.config.trainer, self.global_steps)
+            self._load_state(load_state(folder, self.global_steps))
+        except StateError as error:
+            if self.darts.state.strict:
+                raise
+            warnings.warn(f"{error} DARTS starts without what it had learnt.", stacklevel=2)
+
+    def _load_state(self, state: Any) -> None:
+        try:
+            self.planner.load_state_dict(state)
+        except ValueError as cause:
+            raise StateError(f"the state of step {self.global_steps} cannot be used: {cause}") from cause
+        print(f"[darts] resumed with the length history of {len(self.planner.history)} prompts", flush=True)
+
+    def _save_checkpoint(self) -> None:
+        if self.darts.enable:
+            folder = step_folder(self.config.trainer, self.global_steps)
+            save_state(folder, self.global_steps, self.planner.state_dict())
+        super()._save_checkpoint()
+
     def _fit_prepare_step(self) -> None:
         SkipManager.set_step(self.global_steps)
         super()._fit_prepare_step()
+        if not self._cost_model_is_set:
+            self._set_cost_model()
+            self._cost_model_is_set = True
 
     def _fit_generate(self, batch: DataProto = None) -> DataProto:
         batch = super()._fit_generate(batch)
-        self.metrics.update(self.async_rollout_manager.pop_metrics())
+        self._rollout = self.async_rollout_manager.pop_rollout()
+        if self._rollout is not None:
+            self.metrics.update(self._rollout.metrics)
         return batch
 
     def _fit_update_weights(self) -> None:
@@ -124,7 +211,13 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
 
     def _fit_postprocess_step(self) -> None:
         print(f"[darts] {progress_line(self.metrics, self.global_steps, self.total_training_steps)}", flush=True)
+        self._trace.write(self.global_steps, self.metrics, self._rollout)
         super()._fit_postprocess_step()
+
+
+def source_of(profile: LatencyProfile) -> str:
+    """Tells one profile from another, in the state."""
+    return f"{profile.model_id}, tensor parallel {profile.tensor_parallel}, {profile.device}, {profile.date}"
 
 
 def progress_line(metrics: dict[str, Any], step: int, total: int) -> str:
@@ -137,6 +230,7 @@ def progress_line(metrics: dict[str, Any], step: int, total: int) -> str:
         ("darts/length/pool_max", "longest {:.0f}"),
         ("darts/reward/pool_mean", "reward {:.2f}"),
         ("darts/reward/kept_mean", "of the kept {:.2f}"),
+        ("darts/allocation/total", "{:.0f} candidates"),
         ("darts/candidates/dropped", "dropped {:.0f}"),
         ("darts/candidates/aborted", "of them aborted {:.0f}"),
     )

@@ -21,6 +21,7 @@ from verl.protocol import DataProto
 
 from darts.client import AbortTimeout, DartsServerClient, current_listener
 from darts.config import DartsConfig
+from darts.latency import StepTimes
 from darts.metrics import CandidatePool
 from darts.running import RunningCandidate, RunningGroup
 
@@ -62,7 +63,7 @@ class DartsAgentLoopWorker(AgentLoopWorker):
 
     async def generate_groups(
         self, prompts: DataProto, darts: DartsConfig, number: int
-    ) -> tuple[DataProto, CandidatePool]:
+    ) -> tuple[DataProto, CandidatePool, StepTimes]:
         """Runs `BUDGET` candidates of each prompt and keeps M.
 
         Args:
@@ -72,7 +73,8 @@ class DartsAgentLoopWorker(AgentLoopWorker):
             number: of this rollout; above that of the one before.
 
         Returns:
-            The kept rows, as verl's `generate_sequences` gives them, with `uid` and `CANDIDATE`; and all candidates.
+            The kept rows, as verl's `generate_sequences` gives them, with `uid` and `CANDIDATE`; all candidates; and
+            the decoding steps that were seen.
 
         Raises:
             CandidateError: a candidate failed.
@@ -98,7 +100,8 @@ class DartsAgentLoopWorker(AgentLoopWorker):
             async with self._begun:
                 self._begun.notify_all()
             output = await super().generate_sequences(rows)
-            return output, CandidatePool.concat([group.pool() for group in self._groups.values()])
+            pool = CandidatePool.concat([group.pool() for group in self._groups.values()])
+            return output, pool, self.llm_client.take_step_times()
         finally:
             await self._stop_all()
             for group in self._groups.values():

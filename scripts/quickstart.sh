@@ -5,7 +5,7 @@
 #   scripts/quickstart.sh darts.enable=false                     the same with plain verl
 #   scripts/quickstart.sh trainer.total_training_steps=30        any Hydra override
 #
-# DARTS_OUT=folder             where metrics, log and checkpoint go; default outputs/quickstart. The results of the run
+# DARTS_OUT=folder             where metrics, log, report and checkpoint go; default outputs/quickstart. The results of the run
 #                              before are moved to previous/ in it.
 # DARTS_QUICKSTART_TIMEOUT=s   limit for the training; default 1200
 set -Eeuo pipefail
@@ -15,7 +15,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 "$ROOT/scripts/setup.sh"
 
 out=$(realpath -m "${DARTS_OUT:-$ROOT/outputs/quickstart}")
-results=(metrics.jsonl run.log checkpoints hydra)
+results=(metrics.jsonl run.log checkpoints hydra report)
 for name in "${results[@]}"; do
   if [[ -e $out/$name && ! -e $out/.quickstart ]]; then
     die "$out/$name is not the quickstart's: choose another folder with DARTS_OUT"
@@ -51,5 +51,11 @@ if ((status != 0)); then
 fi
 status=0
 "$PYTHON" -m darts.summary "$out" || status=$?
+if [[ -e $out/checkpoints/darts.jsonl ]]; then
+  "$PYTHON" -m darts.report "$out/checkpoints" --out "$out/report" >report.log 2>&1 ||
+    { cat report.log >&2; die "no report of the run, see above"; }
+  rm report.log
+  say "figures: $out/report/index.html"
+fi
 say "$([[ $status == 0 ]] && echo done || echo failed) in $SECONDS s; metrics, log and trained model in $out"
 exit "$status"

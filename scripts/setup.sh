@@ -95,7 +95,7 @@ install_all() {
     export UV_DEFAULT_INDEX=$PIP_INDEX_URL
   fi
   touch "$UNFINISHED"
-  if ! "$UV" pip install --python "$PYTHON" --compile-bytecode "${options[@]}" --editable ".[$DEVICE,dev]" 2>&1 |
+  if ! "$UV" pip install --python "$PYTHON" --compile-bytecode "${options[@]}" --editable ".[$DEVICE,report,dev]" 2>&1 |
     tee "$log" | { grep -v --line-buffered '^ [-+~] ' || true; }; then
     # It failed before it changed anything: .venv stays as good as it was.
     grep -qE '^(Prepared|Uninstalled|Installed) |Failed to (un)?install' "$log" || rm -f "$UNFINISHED"

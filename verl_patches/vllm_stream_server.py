@@ -6,6 +6,7 @@ three methods more. Everything else is upstream's: gates, LoRA, limits, HTTP, an
 1. `generate_streamed` is `generate` with chunks of new tokens on the side, for `take_chunks`. Its answer has all tokens
    and, in `extra_fields["finish_reason"]`, vLLM's own reason: `stop`, `length` or `abort`; aborted requests too.
 2. `take_chunks` gives the chunks of all requests of one client at once, so its calls do not grow with the requests.
+   Each chunk says how many streamed requests the server had open, whoever's, so that clients learn what a step costs.
 3. `abort_streams` stops any number of requests in one call, keeps the prefix cache, and answers which of them ran;
    other ids are ignored. A request on its way into the engine is stopped as soon as the engine knows it.
 4. `generate` reaches the engine through `_StreamingEngine`, which cuts the output of streamed requests into chunks. On
@@ -64,6 +65,7 @@ class _Stream:
     request_id: str
     chunk_tokens: int
     outbox: _Outbox
+    streams: dict[str, _Stream] = field(repr=False)  # all that the server runs, this one too
     delta: bool = True  # outputs hold the new tokens, not all
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, Any]] = field(default_factory=list)
@@ -90,7 +92,7 @@ class _Stream:
         log_probs = None
         if self.logprobs:
             log_probs = [at[token].logprob for token, at in zip(new, self.logprobs[self.sent :], strict=True)]
-        self.outbox.chunks.append(Chunk(self.request_id, self.sent, new, log_probs, time.time()))
+        self.outbox.chunks.append(Chunk(self.request_id, self.sent, new, log_probs, time.time(), len(self.streams)))
         self.outbox.filled.set()
         self.sent = len(self.token_ids)
 
@@ -163,7 +165,7 @@ class StreamingServer(vLLMHttpServer):
         outbox = self._outboxes.setdefault(client, _Outbox())
         # vLLM loses `routed_experts` where it merges two outputs of kind DELTA.
         delta = not self.config.enable_rollout_routing_replay
-        stream = self._streams[request_id] = _Stream(request_id, chunk_tokens, outbox, delta)
+        stream = self._streams[request_id] = _Stream(request_id, chunk_tokens, outbox, self._streams, delta)
         outbox.streams += 1
         _stream.set(stream)
         try:

@@ -1,13 +1,14 @@
 """Real vLLM servers on a testbed's trained model, without a trainer: for benchmarks and tests.
 
-Contract: `engine_config` composes the quickstart's configuration for standalone servers; `start_servers` starts verl's
-own servers in the Ray that is running (`local_ray` starts one), and ends them with every process that they started.
-A server is ready when it is handed out. verl and vLLM are imported when they are needed, not before.
+Contract: `engine_config` composes a configuration, the quickstart's by default, for standalone servers; `start_servers`
+starts verl's own servers in the Ray that is running (`local_ray` starts one), and ends them with every process that
+they started. A server is ready when it is handed out. verl and vLLM are imported when they are needed, not before.
 """
 
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -21,15 +22,22 @@ MAX_MODEL_LEN = 1536
 
 
 def engine_config(
-    *overrides: str, replicas: int = 1, response_length: int = RESPONSE_LENGTH, max_model_len: int = MAX_MODEL_LEN
+    *overrides: str,
+    replicas: int = 1,
+    response_length: int | None = RESPONSE_LENGTH,
+    max_model_len: int | None = MAX_MODEL_LEN,
+    config_name: str = "quickstart",
+    config_dir: str | Path | None = None,
 ) -> DictConfig:
-    """The quickstart's configuration for standalone servers with trained weights.
+    """A configuration for standalone servers on one node, with the model's own weights.
 
     Args:
         overrides: Hydra's; they come last, so they win.
-        replicas: Servers, one logical GPU each.
-        response_length: Longest response, tokens.
-        max_model_len: Longest prompt and response together.
+        replicas: Servers, with `gpus_per_engine` logical GPUs each.
+        response_length: Longest response, tokens. None: the configuration's.
+        max_model_len: Longest prompt and response together. None: the configuration's.
+        config_name: What is composed.
+        config_dir: Folder of `config_name`; None: the project's.
     """
     from hydra import compose, initialize_config_dir
 
@@ -39,24 +47,29 @@ def engine_config(
 
     verl_patches.register.assert_active()
     register_resolver()
-    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-        config = compose(
-            "quickstart",
-            overrides=[
-                "actor_rollout_ref.rollout.nnodes=1",
-                f"actor_rollout_ref.rollout.n_gpus_per_node={replicas}",
-                # No trainer sends weights.
-                "actor_rollout_ref.rollout.load_format=auto",
-                f"data.max_response_length={response_length}",
-                f"actor_rollout_ref.rollout.max_model_len={max_model_len}",
-                # The models were made for 512 tokens, but RoPE has no end. verl reads the first, vLLM the second.
-                f"+actor_rollout_ref.model.override_config.max_position_embeddings={max_model_len}",
-                f"+{ENGINE}.hf_overrides.max_position_embeddings={max_model_len}",
-                *overrides,
-            ],
-        )
+    # No trainer sends weights.
+    defaults = ["actor_rollout_ref.rollout.nnodes=1", "actor_rollout_ref.rollout.load_format=auto"]
+    if response_length is not None:
+        defaults.append(f"data.max_response_length={response_length}")
+    if max_model_len is not None:
+        defaults += [
+            f"actor_rollout_ref.rollout.max_model_len={max_model_len}",
+            # The models were made for 512 tokens, but RoPE has no end. verl reads the first, vLLM the second.
+            f"+actor_rollout_ref.model.override_config.max_position_embeddings={max_model_len}",
+            f"+{ENGINE}.hf_overrides.max_position_embeddings={max_model_len}",
+        ]
+    folder = CONFIG_DIR if config_dir is None else Path(config_dir).resolve()
+    with initialize_config_dir(str(folder), version_base=None):
+        config = compose(config_name, overrides=[*defaults, *overrides])
+    config.actor_rollout_ref.rollout.n_gpus_per_node = replicas * gpus_per_engine(config)
     OmegaConf.resolve(config)
     return config
+
+
+def gpus_per_engine(config: DictConfig) -> int:
+    """(Logical) GPUs of one server."""
+    rollout = config.actor_rollout_ref.rollout
+    return rollout.tensor_model_parallel_size * rollout.data_parallel_size * rollout.pipeline_model_parallel_size
 
 
 @contextmanager
@@ -72,6 +85,7 @@ def local_ray(
     """
     ray.shutdown()  # what was left running
     ray.init(
+        "local",  # also where the environment names a cluster
         num_cpus=16,
         num_gpus=num_gpus,
         include_dashboard=False,

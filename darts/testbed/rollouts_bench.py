@@ -58,16 +58,10 @@ class SamplingWorker(DartsAgentLoopWorker):
         return await super()._run_agent_loop(sampling_params, trajectory, **kwargs)
 
 
-class WatchedManager(DartsAgentLoopManager):
-    """The manager, which leaves the pool of the last rollout in `pool`."""
+class SamplingManager(DartsAgentLoopManager):
+    """The manager, with these workers."""
 
     agent_loop_workers_class = ray.remote(SamplingWorker)
-    pool: CandidatePool
-
-    async def _gather(self, jobs: list[Any]) -> list[tuple[DataProto, CandidatePool]]:
-        results = await super()._gather(jobs)
-        self.pool = CandidatePool.concat([pool for _, pool in results])
-        return results
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +112,7 @@ class Bench:
 
     def __init__(self, servers: Any, config: DictConfig) -> None:
         self._servers = servers.server_handles
-        self._manager = WatchedManager.create(config=config, llm_client=servers.get_client())
+        self._manager = SamplingManager.create(config=config, llm_client=servers.get_client())
         self._processes = {
             "engine": [process for server in self._servers for process in engine_processes(server)],
             "server": [process_of(server) for server in self._servers],
@@ -146,10 +140,11 @@ class Bench:
         ended, after = time.time(), self._cpu_seconds()
         if len(output) != darts.group_size * len(questions):
             raise RuntimeError(f"{len(output)} rows for {len(questions)} prompts and M={darts.group_size}.")
+        rollout = manager.pop_rollout()
         return Measured(
-            metrics=manager.pop_metrics(),
-            pool=manager.pool,
-            after_s=ended - float(manager.pool.ended_at.max()),
+            metrics=rollout.metrics,
+            pool=rollout.pool,
+            after_s=ended - float(rollout.pool.ended_at.max()),
             cpu_s={name: after[name] - before[name] for name in after},
         )
 

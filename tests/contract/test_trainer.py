@@ -1,9 +1,13 @@
 """The trainer's own lines, on verl's real methods with scripted parts: what is called, and in which order."""
 
+import json
+import warnings
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
+from pools import pool_of
 from verl.experimental.separation.ray_trainer import SeparateRayPPOTrainer
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.utils.skip import SkipManager
@@ -11,8 +15,15 @@ from verl.workers.rollout.replica import RolloutReplicaRegistry
 
 import verl_patches.register
 from darts import trainer as trainer_module
-from darts.config import DartsConfig
+from darts.config import ConfigError, DartsConfig
+from darts.forecast import CostModel
+from darts.latency import LatencyCurve, StepTimes
+from darts.latency_profile import LatencyProfile, model_id
+from darts.planning import RolloutPlanner
+from darts.profiler import ProfileError
 from darts.rollout import DartsAgentLoopManager
+from darts.state import FILE_NAME, StateError
+from darts.trace import Trace
 from darts.trainer import RayDartsTrainer, progress_line
 
 
@@ -53,15 +64,20 @@ def test_during_critic_warm_up_engines_are_woken_and_nothing_is_saved(trainer):
 
 def test_the_rollouts_metrics_join_the_steps(trainer, monkeypatch):
     monkeypatch.setattr(SeparateRayPPOTrainer, "_fit_generate", lambda self, batch: batch)
-    trainer.async_rollout_manager = SimpleNamespace(pop_metrics=lambda: {"darts/candidates/kept": 64.0})
+    rollout = SimpleNamespace(metrics={"darts/candidates/kept": 64.0})
+    trainer.async_rollout_manager = SimpleNamespace(pop_rollout=lambda: rollout)
     assert trainer._fit_generate("batch") == "batch"
     assert trainer.metrics == {"darts/candidates/kept": 64.0}
+    trainer.async_rollout_manager = SimpleNamespace(pop_rollout=lambda: None)
+    trainer._fit_generate("replayed")
+    assert trainer._rollout is None
 
 
 def test_rollout_skip_follows_the_step(trainer, monkeypatch):
     monkeypatch.setattr(SkipManager, "step", -1)
     trainer.actor_rollout_wg = object()
     trainer.total_training_steps = 3
+    trainer._cost_model_is_set = True
     trainer._fit_prepare_step()
     assert SkipManager.step == 3
     assert trainer.is_last_step
@@ -112,7 +128,7 @@ def test_it_refuses_to_start_if_the_plugin_is_not_active(monkeypatch):
 
 
 def test_the_banner_says_what_is_on(trainer):
-    trainer.darts = DartsConfig.from_block({"allocation": {"mean_candidates": 10.5, "high": 11}}, 8)
+    trainer.darts = DartsConfig.from_block({"allocation": {"mode": "uniform", "mean_candidates": 10.5, "high": 11}}, 8)
     assert "plugin active: M=8 of 10.5 candidates (uniform, 8 to 11)" in trainer.banner()
     assert "K=7 shortest and L=1 longest" in trainer.banner()
     trainer.darts = DartsConfig.from_block({"enable": False}, 8)
@@ -128,3 +144,190 @@ def test_the_manager_is_the_one_that_the_configuration_names():
 
     assert f"{DartsAgentLoopManager.__module__}.{DartsAgentLoopManager.__qualname__}" == MANAGER
     assert trainer_module.RayDartsTrainer.__mro__.index(SeparateRayPPOTrainer) == 1
+
+
+# --- state and cost model --------------------------------------------------------------------------------------------
+
+
+def learnt() -> RolloutPlanner:
+    """A planner after one rollout."""
+    planner = RolloutPlanner(ema_weight=0.3, response_length=100)
+    darts = DartsConfig.from_block({}, 8)
+    plan = planner.plan(["a", "b"], darts)
+    planner.observe(plan, darts, pool_of([list(range(1, 13)), list(range(20, 32))]), 1.0, StepTimes())
+    return planner
+
+
+@pytest.fixture
+def saving(trainer, monkeypatch, tmp_path):
+    """The trainer with a planner that has learnt, and verl's saving and loading recorded."""
+    trainer.config.trainer.update({"default_local_dir": str(tmp_path), "resume_mode": "auto"})
+    trainer.async_rollout_manager = SimpleNamespace(planner=learnt())
+    marks = []
+    monkeypatch.setattr(
+        RayPPOTrainer, "_save_checkpoint", lambda self: marks.append((tmp_path / "global_step_3" / FILE_NAME).exists())
+    )
+    monkeypatch.setattr(RayPPOTrainer, "_load_checkpoint", lambda self: marks.append("loaded"))
+    del trainer._save_checkpoint
+    trainer.marks = marks
+    return trainer
+
+
+def resume(trainer, step: int = 3) -> RolloutPlanner:
+    trainer.async_rollout_manager = SimpleNamespace(planner=RolloutPlanner(ema_weight=0.3, response_length=100))
+    trainer.global_steps = step
+    trainer._load_checkpoint()
+    return trainer.planner
+
+
+def test_what_was_learnt_is_saved_before_verl_marks_the_step_and_loaded_with_it(saving, capsys):
+    before = saving.planner.state_dict()
+    saving._save_checkpoint()
+    assert saving.marks == [True]
+    assert resume(saving).state_dict() == before
+    assert saving.marks == [True, "loaded"]
+    assert "resumed with the length history of 2 prompts" in capsys.readouterr().out
+
+
+def test_a_run_from_scratch_loads_nothing(saving):
+    saving._save_checkpoint()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(resume(saving, step=0).history) == 0
+
+
+@pytest.mark.parametrize("content", [None, '{"format": "verl-darts", "ste', '{"format": "other"}', "of step 2"])
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_state_that_cannot_be_used_is_a_cold_start_or_an_error(saving, tmp_path, content, strict):
+    file = tmp_path / "global_step_3" / FILE_NAME
+    saving._save_checkpoint()
+    if content is None:
+        file.unlink()
+    elif content == "of step 2":
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"step": 2}))
+    else:
+        file.write_text(content)
+    saving.darts = DartsConfig.from_block({"state": {"strict": strict}}, 8)
+    if strict:
+        with pytest.raises(StateError, match=FILE_NAME):
+            resume(saving)
+    else:
+        with pytest.warns(UserWarning, match=r"darts\.json.* DARTS starts without what it had learnt"):
+            planner = resume(saving)
+        assert (planner.steps, len(planner.history)) == (0, 0)
+
+
+def test_a_state_with_impossible_values_is_named(saving, tmp_path):
+    saving._save_checkpoint()
+    file = tmp_path / "global_step_3" / FILE_NAME
+    content = json.loads(file.read_text())
+    content["state"]["steps"] = -1
+    file.write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match=r"the state of step 3 cannot be used: steps=-1"):
+        assert resume(saving).steps == 0
+
+
+def test_plain_verl_saves_and_loads_without_a_state(saving, tmp_path):
+    saving.darts = DartsConfig.from_block({"enable": False}, 8)
+    saving._save_checkpoint()
+    saving._load_checkpoint()
+    assert saving.marks == [False, "loaded"]
+
+
+CURVE = LatencyCurve([1, 2, 4], [0.01, 0.011, 0.015])
+
+
+def profile_of(model: str, **changes) -> LatencyProfile:
+    fields = {
+        "model": model, "model_id": model_id(model), "tensor_parallel": 1, "device": "a device", "versions": {},
+        "date": "2026-01-01", "command": "", "engines": 1, "max_num_seqs": 64, "prompt_tokens": 8, "tokens": 16,
+        "sampling": {}, "batch_sizes": [1, 2, 4], "seconds": list(CURVE.seconds),
+    }  # fmt: skip
+    return LatencyProfile(**(fields | changes))
+
+
+@pytest.fixture
+def profiling(trainer, tmp_path, monkeypatch):
+    """The trainer at its first step, with a model's folder and servers whose measurement is scripted."""
+    (tmp_path / "config.json").write_text('{"hidden_size": 64}')
+    rollout = {"tensor_model_parallel_size": 1}
+    trainer.config.actor_rollout_ref = {"model": {"path": str(tmp_path)}, "rollout": rollout}
+    trainer.config.trainer.default_local_dir = str(tmp_path / "out")
+    trainer.async_rollout_manager = SimpleNamespace(planner=learnt())
+    trainer.llm_server_manager = SimpleNamespace(server_handles=["a server"])
+    trainer.measured = []
+
+    async def profile_servers(servers, model, limit_s, seeded, say):
+        trainer.measured.append((servers, limit_s, seeded))
+        if trainer.measured_error:
+            raise ProfileError(trainer.measured_error)
+        return profile_of(model)
+
+    trainer.measured_error = None
+    monkeypatch.setattr(trainer_module, "profile_servers", profile_servers)
+
+    def start(cost=None, **darts):
+        trainer.darts = DartsConfig.from_block(darts, 8)
+        trainer.planner.cost = cost
+        trainer._set_cost_model()
+        return trainer.planner.cost
+
+    trainer.start = start
+    return trainer
+
+
+def test_auto_measures_the_engines_and_keeps_the_profile(profiling, tmp_path):
+    assert profiling.start(latency={"profile_s": 7}).curve == CURVE
+    assert profiling.measured == [(["a server"], 7.0, False)]
+    assert LatencyProfile.load(tmp_path / "out" / "latency.json").curve() == CURVE
+
+
+def test_auto_measures_only_what_is_needed(profiling):
+    refined = CostModel(LatencyCurve([1, 2], [1.0, 2.0]), "of the checkpoint")
+    assert profiling.start(cost=refined) is refined
+    assert profiling.start(allocation={"mode": "uniform"}) is None
+    assert profiling.start(latency={"profile": "off"}, cost=refined) is None
+    assert profiling.measured == []
+
+
+def test_engines_that_cannot_be_measured_are_a_warning(profiling):
+    profiling.measured_error = "1 of 6 batch sizes could be measured."
+    with pytest.warns(UserWarning, match=r"1 of 6 .* the mean number of candidates is 12"):
+        assert profiling.start() is None
+
+
+def test_a_file_is_used_unless_the_state_has_its_refinement(profiling, tmp_path):
+    path = str(tmp_path / "profile.json")
+    profile_of(str(tmp_path)).save(path)
+    cost = profiling.start(latency={"profile": path})
+    assert cost.curve == CURVE
+    refined = CostModel(LatencyCurve([1, 2], [1.0, 2.0]), cost.source)
+    assert profiling.start(latency={"profile": path}, cost=refined) is refined
+    assert profiling.start(latency={"profile": path}, cost=CostModel(refined.curve, "other")).curve == CURVE
+    assert profiling.measured == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_id": "another"}, "measured for the model"),
+        ({"tensor_parallel": 4}, "tensor"),
+        ({"batch_sizes": [1], "seconds": [0.1]}, "point"),
+    ],
+)
+def test_a_file_of_another_engine_is_refused(profiling, tmp_path, changes, message):
+    path = str(tmp_path / "profile.json")
+    profile_of(str(tmp_path), **changes).save(path)
+    with pytest.raises(ConfigError, match=message) as error:
+        profiling.start(latency={"profile": path})
+    assert str(error.value).startswith(f"darts.latency.profile='{path}'")
+
+
+def test_a_step_ends_in_the_trace(trainer, monkeypatch, tmp_path):
+    monkeypatch.setattr(SeparateRayPPOTrainer, "_fit_postprocess_step", lambda self: None)
+    trainer.total_training_steps, trainer._rollout = 10, None
+    trainer._trace = Trace(str(tmp_path / "darts.jsonl"))
+    trainer.metrics = {"timing_s/step": np.float64(2.0)}
+    trainer._fit_postprocess_step()
+    line = json.loads((tmp_path / "darts.jsonl").read_text())
+    assert (line["step"], line["metrics"]) == (3, {"timing_s/step": 2.0})

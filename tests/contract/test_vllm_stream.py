@@ -16,6 +16,8 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from darts.client import Chunk, OpenRequest
+from darts.latency import StepTimes
 from verl_patches import vllm_stream_server as module
 from verl_patches.vllm_stream_server import StreamingReplica, StreamingServer, _Outbox, _Stream, _StreamingEngine
 
@@ -126,7 +128,7 @@ class ScriptedEngine:
 
 def streamed(engine, chunk_tokens, **changes):
     outbox = _Outbox()
-    stream = _Stream("r", chunk_tokens, outbox, **changes)
+    stream = _Stream("r", chunk_tokens, outbox, dict.fromkeys(["r", "another"]), **changes)
 
     async def run():
         module._stream.set(stream)
@@ -145,11 +147,31 @@ def test_token_by_token_is_gathered_into_chunks():
     last, chunks, stream = streamed(engine, chunk_tokens=4)
     assert [(chunk.offset, chunk.token_ids) for chunk in chunks] == [(0, [0, 1, 2, 3]), (4, [4, 5, 6, 7])]
     assert chunks[1].log_probs == [-0.4, -0.5, -0.6, -0.7]
+    assert [chunk.running for chunk in chunks] == [2, 2], "requests that the server has open, whoever's"
     assert last.outputs[0].token_ids == list(range(10))
     assert [at[token].logprob for token, at in enumerate(last.outputs[0].logprobs)] == [-t / 10 for t in range(10)]
     assert last.prompt_logprobs == ["of the prompt"], "vLLM gives them with the first output only"
     assert stream.finish_reason == "stop"
     assert engine.sampling_params.output_kind == RequestOutputKind.DELTA
+
+
+def test_a_request_tells_how_long_steps_took_from_its_second_chunk_on():
+    def grow(*chunks, engines=1):
+        async def run():
+            request, times = OpenRequest({"request_id": "r", "prompt_ids": []}, "server", None, None), StepTimes()
+            for chunk in chunks:
+                request.grow(chunk, times, engines)
+            return request.tokens, times.points()
+
+        return asyncio.run(run())
+
+    first = Chunk("r", 0, [1] * 5, None, made_at=10.0, running=9)
+    second = Chunk("r", 5, [1] * 4, None, made_at=10.5, running=7)
+    assert grow(first) == (5, []), "its time has the prompt's in it"
+    assert grow(first, second) == (9, [(8.0, 0.125, 4)])
+    assert grow(first, second, engines=4) == (9, [(2.0, 0.125, 4)]), "data-parallel ranks share a server"
+    assert grow(first, second, engines=64) == (9, [(1.0, 0.125, 4)])
+    assert grow(first, second, Chunk("r", 9, [1] * 2, None, made_at=10.4, running=7)) == (11, [(8.0, 0.125, 4)])
 
 
 def test_an_abort_right_after_a_chunk_does_not_double_log_probs():

@@ -146,7 +146,7 @@ def test_nothing_runs_on_after_any_rollout(manager, configure, server, selection
         state = EngineState.state(server)
         assert (state["running"], state["waiting"]) == (0, 0)
         assert state["free_blocks"] == state["total_blocks"]
-        metrics = manager.pop_metrics()
+        metrics = manager.pop_rollout().metrics
         aborted += metrics["darts/candidates/aborted"]
         assert metrics["darts/candidates/lost"] == 0
         assert metrics.get("darts/early_stop/stop_s_max", 0) < 1
@@ -174,9 +174,9 @@ def test_the_deadline_keeps_a_long_example_of_what_has_finished(manager, configu
 def test_siblings_share_the_prompt_and_an_abort_leaves_it_cached(manager, configure, server):
     configure(early_stop="eager")
     manager.generate_sequences(batch(PROMPTS, step=30))
-    first = manager.pop_metrics()
+    first = manager.pop_rollout().metrics
     manager.generate_sequences(batch(PROMPTS, step=31))
-    again = manager.pop_metrics()
+    again = manager.pop_rollout().metrics
     assert first["darts/candidates/aborted"] > 0
     assert again["darts/rollout/prefix_cached_share"] >= first["darts/rollout/prefix_cached_share"] > 0
 
@@ -192,7 +192,7 @@ def test_a_weight_update_in_the_middle_of_a_rollout_is_refused(manager, configur
 
     ray.get(server.set_global_steps.remote(7))
     manager.generate_sequences(batch(1, step=40))
-    assert manager.pop_metrics()["darts/rollout/weights_step"] == 7
+    assert manager.pop_rollout().metrics["darts/rollout/weights_step"] == 7
     thread = threading.Thread(target=update)
     thread.start()
     try:
@@ -233,7 +233,7 @@ def test_verls_agent_loops_run_unchanged_in_training_and_validation(manager, con
     train.non_tensor_batch["agent_name"] = np.array([agent] * len(train), dtype=object)
     output = manager.generate_sequences(train)
     assert output.non_tensor_batch["uid"].tolist() == ["uid-0"] * M + ["uid-1"] * M
-    assert manager.pop_metrics()["darts/candidates/aborted"] > 0
+    assert manager.pop_rollout().metrics["darts/candidates/aborted"] > 0
     validate = batch(2, step=60, validate=True)
     validate.non_tensor_batch["agent_name"] = np.array([agent] * len(validate), dtype=object)
     EngineState.reset(server)
@@ -241,4 +241,4 @@ def test_verls_agent_loops_run_unchanged_in_training_and_validation(manager, con
     tokens = sum(count for _, _, count in EngineState.token_log(server))
     assert len(answered) == len(validate)
     assert answered.batch["response_mask"].sum() == tokens, "no more candidates than rows, and none was stopped"
-    assert manager.pop_metrics() == {}
+    assert manager.pop_rollout() is None

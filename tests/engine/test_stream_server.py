@@ -215,6 +215,27 @@ def test_the_client_hears_nothing_of_a_request_after_its_end(client):
     assert sum(len(listener.grown) for listener in listeners) > 100
 
 
+def test_the_client_learns_what_a_decoding_step_costs(client):
+    async def run(requests):
+        asked = [
+            asyncio.create_task(listen(client, Listener(chunk_tokens=8), **request(max_tokens=150, seed=n)))
+            for n in range(requests)
+        ]
+        start = time.monotonic()
+        await asyncio.gather(*asked)
+        return time.monotonic() - start
+
+    for requests in (1, 24):
+        seconds = asyncio.run(run(requests))
+        points = client.take_step_times().points()
+        size, step, steps = points[-1]
+        assert requests / 2 <= size <= requests
+        assert len(points) == 1 or requests > 1
+        assert requests * 60 <= steps <= requests * 150, "all but the first chunk and what comes with the answer"
+        assert seconds / 150 / 10 < step < seconds / 150 * 2
+        assert not client.take_step_times()
+
+
 # --- aborts ----------------------------------------------------------------------------------------------------------
 
 

@@ -36,6 +36,7 @@ def make_config(model_dir):
                     f"actor_rollout_ref.model.path={model_dir}",
                     "actor_rollout_ref.rollout.n=4",
                     f"data.max_response_length={RESPONSE_LENGTH}",
+                    "darts.allocation.mode=uniform",
                     "darts.allocation.high=null",
                     "darts.allocation.mean_candidates=null",
                     "darts.reward.pool=false",

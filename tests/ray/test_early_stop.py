@@ -109,7 +109,7 @@ def test_the_deadline_falls_when_every_group_has_m_valid(bench):
         return settled - start, await rollout
 
     start = time.monotonic()
-    seconds, (output, pool) = asyncio.run(run())
+    seconds, (output, pool, _) = asyncio.run(run())
     assert 0.85 < seconds < 8
     assert lengths_of(output) == [4, 6, 5, 12, 16, 6, 8, 5], "12 ended in time and is group 0's longest"
     assert np.flatnonzero(pool.aborted).tolist() == [5, 6 + 4, 6 + 5]

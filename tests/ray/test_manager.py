@@ -65,11 +65,11 @@ def test_any_number_of_prompts_gives_m_rows_each_in_order(cluster, num_prompts):
     assert len(records) == budgets.sum()
     assert sorted(record["priority"] for record in records) == list(range(budgets.sum()))
     assert len({record["seed"] for record in records}) == budgets.sum()
-    metrics = manager.pop_metrics()
+    metrics = manager.pop_rollout().metrics
     assert set(metrics) <= set(METRICS)
     assert metrics["darts/candidates/launched"] == budgets.sum()
     assert metrics["darts/candidates/kept"] == num_prompts * GROUP_SIZE
-    assert manager.pop_metrics() == {}
+    assert manager.pop_rollout() is None
     # what verl's trainer does with the result; a wrong order would fail in it
     batch.batch = TensorDict({"dummy_tensor": torch.zeros(len(batch), 1)}, batch_size=len(batch))
     trained = batch.union(output)
@@ -86,7 +86,7 @@ def test_validation_is_untouched(cluster):
     output = manager.generate_sequences(batch)
     assert len(output) == len(batch)
     assert {record["seed"] for record in served(servers)} == {None}
-    assert manager.pop_metrics() == {}
+    assert manager.pop_rollout() is None
 
 
 def test_a_batch_that_is_not_interleaved_groups_is_refused(cluster):
@@ -141,13 +141,13 @@ def test_a_dumped_rollout_is_replayed_into_a_batch_with_other_uids(cluster, make
     try:
         SkipManager.set_step(3)
         first = manager.generate_sequences(prompts(["1+1=", "2+2="], GROUP_SIZE))
-        manager.pop_metrics()
+        manager.pop_rollout()
         served(servers)
         batch = prompts(["1+1=", "2+2="], GROUP_SIZE)
         batch.non_tensor_batch["uid"] = np.array([f"new-{uid}" for uid in batch.non_tensor_batch["uid"]], dtype=object)
         again = manager.generate_sequences(batch)
         assert served(servers) == []
-        assert manager.pop_metrics() == {}
+        assert manager.pop_rollout() is None
         assert torch.equal(again.batch["responses"], first.batch["responses"])
         batch.batch = TensorDict({"dummy_tensor": torch.zeros(len(batch), 1)}, batch_size=len(batch))
         assert len(batch.union(again)) == 2 * GROUP_SIZE

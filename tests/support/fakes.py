@@ -5,6 +5,7 @@ candidate), so a test says which candidate is how long, and how late. It records
 """
 
 import asyncio
+import os
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -96,7 +97,7 @@ class ScriptedServer:
         turns = self.script.turns.get(seed)
         turn = turns[turn_number] if turns else self.script.default
         record = dict(seed=seed, request_id=request_id, priority=kwargs.get("priority", 0), ended=False, **vars(turn))
-        record |= {"streamed": streamed, "chunk_tokens": chunk_tokens, "server": id(self)}
+        record |= {"streamed": streamed, "chunk_tokens": chunk_tokens, "server": f"{os.getpid()}-{id(self)}"}
         self.served.append(record)
         tokens = turn.tokens
         if tokens is None:
@@ -116,7 +117,9 @@ class ScriptedServer:
                     done += step
                     if streamed and done < len(tokens):
                         made = tokens[done - step : done]
-                        self._chunks.append(Chunk(request_id, done - step, made, [-0.5] * len(made), time.time()))
+                        self._chunks.append(
+                            Chunk(request_id, done - step, made, [-0.5] * len(made), time.time(), self.running)
+                        )
         finally:
             self.running -= 1
             del self._stop[request_id]

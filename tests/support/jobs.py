@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +24,16 @@ class Run:
     ended: float
 
     def records(self) -> list[dict]:
-        """What the server wrote: one line per request, per rollout (`drained`) and per kill."""
-        return read_lines(self.out / "requests.jsonl")
+        """What the server wrote: one line per request that ended, per rollout (`drained`) and per kill."""
+        return [record for record in read_lines(self.out / "requests.jsonl") if "started" not in record]
+
+    def started(self, weights: int) -> list[dict]:
+        """The training requests that were started on the weights of a step."""
+        return [
+            record
+            for record in read_lines(self.out / "requests.jsonl")
+            if "started" in record and record["weights"] == weights and record["seed"] is not None
+        ]
 
     def metrics(self) -> list[dict]:
         """verl's metrics by line of its file logger: validation before training, then each step."""
@@ -40,11 +49,18 @@ class Run:
 
 
 def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The whole lines of a file that may be growing, or not be there yet."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
-def run_job(command: list[str], out: Path, limit: float, **environment: str) -> Run:
-    """Runs a command in `out` with the tests' modules importable in Ray's workers, within `limit` seconds."""
+def run_job(
+    command: list[str], out: Path, limit: float, kill_when: Callable[[Run], bool] | None = None, **environment: str
+) -> Run:
+    """Runs a command in `out` with the tests' modules importable in Ray's workers, within `limit` seconds.
+
+    With `kill_when` it is killed (SIGKILL) as soon as that is true of what it has left behind so far.
+    """
     out.mkdir(parents=True, exist_ok=True)
     overrides = [
         f"+ray_kwargs.ray_init.runtime_env.env_vars.PYTHONPATH={SUPPORT}",
@@ -64,10 +80,10 @@ def run_job(command: list[str], out: Path, limit: float, **environment: str) -> 
             [*command, *overrides], cwd=out, env=os.environ | settings, stdout=log, stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
-        try:
-            process.wait(timeout=limit)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        while process.poll() is None:
+            soon = kill_when is not None and kill_when(Run(out, 0, "", 0.0, 0.0))
+            if soon or time.time() > start + limit:
+                os.killpg(process.pid, signal.SIGKILL)
+            time.sleep(0.05)
     output = (out / "output.log").read_text(errors="replace")
     return Run(out, process.returncode, output, time.time() - start, time.time())

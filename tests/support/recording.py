@@ -1,4 +1,5 @@
-"""Records, inside verl's vLLM server and beside the engine, what each request really gave: one JSON line per request.
+"""Records, inside verl's vLLM server and beside the engine, what each request really gave: one JSON line per request
+when it starts, one when it has ended. Requests that ignore the end token are the latency profile's: none are recorded.
 
 Loaded with VERL_USE_EXTERNAL_MODULES=recording, it re-registers the name `vllm` with a server whose engine is watched.
 The file is $DARTS_TEST_RECORD. With $DARTS_TEST_KILL_AFTER=n the engine's process is killed once n requests have run.
@@ -35,19 +36,26 @@ class WatchedEngine:
         self._started += 1
         if self._started == self._kill_after:
             self._kill_engine()
+        about = {
+            "weights": self._server.global_steps,
+            "seed": kwargs["sampling_params"].seed,
+            "priority": int(kwargs["priority"]),
+            "request_id": kwargs["request_id"],
+        }
+        profile = kwargs["sampling_params"].ignore_eos
+        if not profile:
+            write({"started": time.time(), "prompt": list(kwargs["prompt"]["prompt_token_ids"]), **about})
         last, tokens = None, []
         async for last in self._engine.generate(**kwargs):
             part = last.outputs[0].token_ids
             tokens = [*tokens, *part] if kwargs["sampling_params"].output_kind == RequestOutputKind.DELTA else [*part]
             yield last
         answer = last.outputs[0]
-        record = {
+        if profile:
+            return
+        record = about | {
             "ended": time.time(),
-            "weights": self._server.global_steps,
             "prompt": list(last.prompt_token_ids),
-            "seed": kwargs["sampling_params"].seed,
-            "priority": int(kwargs["priority"]),
-            "request_id": kwargs["request_id"],
             "streamed": kwargs["sampling_params"].output_kind == RequestOutputKind.DELTA,
             "tokens": tokens,
             "finish_reason": answer.finish_reason,

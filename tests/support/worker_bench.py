@@ -50,7 +50,9 @@ class Bench:
 
     def run(self, budgets: list[int], **columns: Any) -> tuple[DataProto, CandidatePool]:
         self.number += 1
-        return asyncio.run(self.worker.generate_groups(self.batch(budgets, **columns), self.darts, self.number))
+        groups = self.worker.generate_groups(self.batch(budgets, **columns), self.darts, self.number)
+        output, pool, self.step_times = asyncio.run(groups)
+        return output, pool
 
     def served(self) -> list[dict[str, Any]]:
         """What the server served, one record per request, in the order of the candidates."""

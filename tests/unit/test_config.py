@@ -7,7 +7,11 @@ from darts.config import ConfigError, DartsConfig
 
 def test_defaults_follow_the_group_size():
     config = DartsConfig.from_block({}, group_size=4)
-    assert (config.allocation.low, config.allocation.high, config.allocation.mean_candidates) == (4, 8, 6)
+    allocation = config.allocation
+    assert (allocation.mode, allocation.low, allocation.high, allocation.mean_candidates) == ("adaptive", 4, 8, None)
+    assert allocation.fallback_mean == 6
+    uniform = DartsConfig.from_block({"allocation": {"mode": "uniform"}}, group_size=4).allocation
+    assert uniform.mean_candidates == uniform.fallback_mean == 6
     assert (config.num_short, config.selection.num_long) == (3, 1)
     assert config.enable
     assert DartsConfig.from_block(None, group_size=4) == config
@@ -27,8 +31,22 @@ def test_saturated_prompts_are_shortest_only():
     assert dual.num_long_for(16) == 2
 
 
+def test_early_stop_can_act_where_some_group_may_be_shortest_only():
+    def some(mode="adaptive", selection="auto", **allocation):
+        block = {"allocation": {"mode": mode, **allocation}, "selection": {"mode": selection}}
+        return DartsConfig.from_block(block, group_size=8).some_shortest_only
+
+    assert some()
+    assert not some(selection="dual_end")
+    assert not some("uniform")
+    assert some("uniform", mean_candidates=15.5)
+    assert not some("off")
+    assert some("off", selection="shortest_only")
+
+
 def test_yaml_off_is_the_word_off():
-    assert DartsConfig.from_block({"allocation": {"mode": False}}, group_size=8).allocation.mode == "off"
+    config = DartsConfig.from_block({"allocation": {"mode": False}, "latency": {"profile": False}}, group_size=8)
+    assert (config.allocation.mode, config.latency.profile) == ("off", "off")
 
 
 BAD = [
@@ -50,7 +68,20 @@ BAD = [
     ({"allocation": {"mean_candidates": 7.5}}, 8, "must lie in [low=8, high=16]"),
     ({"allocation": {"mean_candidates": float("nan")}}, 8, "darts.allocation.mean_candidates=nan"),
     ({"allocation": {"mean_candidates": "12"}}, 8, "darts.allocation.mean_candidates='12'"),
-    ({"allocation": {"mode": "adaptiv"}}, 8, "darts.allocation.mode='adaptiv': must be one of uniform, off"),
+    ({"allocation": {"mode": "adaptiv"}}, 8, "darts.allocation.mode='adaptiv': must be one of adaptive, uniform, off"),
+    ({"allocation": {"cost_weight": -1}}, 8, "darts.allocation.cost_weight=-1: lambda must be"),
+    ({"allocation": {"cost_weight": float("nan")}}, 8, "darts.allocation.cost_weight=nan"),
+    ({"allocation": {"warmup_steps": -1}}, 8, "darts.allocation.warmup_steps=-1"),
+    ({"allocation": {"warmup_steps": 1.5}}, 8, "darts.allocation.warmup_steps=1.5"),
+    ({"allocation": {"ema_weight": 0}}, 8, "darts.allocation.ema_weight=0: the weight of a new observation"),
+    ({"allocation": {"ema_weight": 1.1}}, 8, "darts.allocation.ema_weight=1.1"),
+    ({"latency": {"profile": 3}}, 8, "darts.latency.profile=3: must be auto, off, or the path"),
+    ({"latency": {"profile": ""}}, 8, "darts.latency.profile=''"),
+    ({"latency": {"profile_s": 0}}, 8, "darts.latency.profile_s=0"),
+    ({"latency": {"refine": "yes"}}, 8, "darts.latency.refine='yes'"),
+    ({"latency": "auto"}, 8, "darts.latency='auto': must be a block with the keys profile, profile_s, refine"),
+    ({"state": {"strict": 1}}, 8, "darts.state.strict=1"),
+    ({"trace": 5}, 8, "darts.trace=5: must be the path of a file, or null"),
     ({"reward": {"pool": 1}}, 8, "darts.reward.pool=1"),
     ({"enable": "yes"}, 8, "darts.enable='yes'"),
     ({"seed": -1}, 8, "darts.seed=-1"),

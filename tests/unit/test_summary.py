@@ -30,7 +30,7 @@ STEP = {
 def run(tmp_path):
     """A folder as the quickstart leaves it: metrics of two steps and two validations, two models, a configuration."""
 
-    def make(moved: float = 0.1, step: dict[str, float] = STEP, saturating: bool = True, **changes: float):
+    def make(moved: float = 0.1, step=STEP, saturating: bool = True, allocation=None, **changes: float):
         first = {"response_length/mean": 32.0, "critic/score/mean": 0.4} | step | changes
         lines = [
             {"val-core/x/acc/mean@1": 0.5},
@@ -47,7 +47,8 @@ def run(tmp_path):
             save_file({"weight": torch.full((3,), value)}, folder / "model.safetensors")
         (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("2")
         (tmp_path / "hydra" / ".hydra").mkdir(parents=True, exist_ok=True)
-        allocation = {"mean_candidates": 10.5, "high": 11} if saturating else {}
+        saturated = {"mode": "uniform", "mean_candidates": 10.5, "high": 11}
+        allocation = allocation or (saturated if saturating else {})
         config = {
             "actor_rollout_ref": {"model": {"path": str(tmp_path / "before")}, "rollout": {"n": 8}},
             "darts": {"allocation": allocation},
@@ -84,6 +85,19 @@ def test_a_run_that_did_not_do_its_work_ends_with_1(run, capsys, changes, proble
 
 def test_settings_that_saturate_nobody_are_not_asked_for_it(run):
     assert main(run(saturating=False, **{"darts/group/saturated_share": 0.0})) == 0
+
+
+def test_adaptive_budgets_have_to_differ_once_prompts_are_known(run, capsys):
+    adaptive = {"mode": "adaptive", "mean_candidates": 10.5, "high": 12}
+    same = {"darts/allocation/budget_min": 10.0, "darts/allocation/budget_max": 11.0}
+    known = {"darts/history/known_share": 1.0}
+    assert main(run(allocation=adaptive, **same | known)) == 1
+    assert capsys.readouterr().err == "FAILED: no budgets differed by more than one\n"
+    assert main(run(allocation=adaptive, **same)) == 0, "nothing was known"
+    assert main(run(allocation=adaptive | {"mean_candidates": 12}, **same | known)) == 0, "all at M_up"
+    spread = same | known | {"darts/allocation/budget_min": 8.0, "darts/history/std_correlation": 0.5}
+    assert main(run(allocation=adaptive, **spread)) == 0
+    assert "8 to 11 candidates; predicted std correlates by 0.50 with observed" in capsys.readouterr().out
 
 
 def test_a_run_of_plain_verl_is_summarised_and_asked_only_whether_it_learnt(run, capsys):

@@ -1,0 +1,144 @@
+"""What a rollout will take: drawn lengths, the rules that cut them, and the cost model that turns them into seconds.
+
+Contract: pure. Lengths are drawn with a fixed seed, so every total of candidates is compared on the same draws.
+
+1. Lengths of a prompt are log-normal with its mean and std (our choice), at most the response limit.
+2. What the groups stop is stopped where their rules say, counted in tokens: all candidates start together.
+3. Candidates go to the engines in turns, from the heaviest prompt to the lightest, as the manager launches them.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from darts.config import DartsConfig
+from darts.latency import LatencyCurve, StepTimes, makespan
+
+REFINE_WEIGHT = 0.3
+"""Weight of a new rollout in the refined cost model (our choice)."""
+DRAWN_CANDIDATES = 2048
+"""Lengths are drawn for at least so many candidates, in several draws of the batch where it is small (our choice)."""
+
+
+def draw_lengths(
+    mean: NDArray[np.float64], std: NDArray[np.float64], most: int, limit: int, seed: int
+) -> NDArray[np.float64]:
+    """Lengths of `most` candidates of each prompt, in tokens.
+
+    Args:
+        mean: of each prompt's lengths, shape [num_prompts], at least one prompt.
+        std: the same.
+        most: candidates per prompt.
+        limit: longest response.
+        seed: of the draws.
+
+    Returns:
+        Whole numbers in [1, limit], shape [draws, num_prompts, most].
+    """
+    draws = -(-DRAWN_CANDIDATES // (len(mean) * most))
+    normal = np.random.default_rng(seed).standard_normal((draws, len(mean), most))
+    mean = np.maximum(mean, 1.0)[:, None]
+    variance = np.log1p((std[:, None] / mean) ** 2)
+    return np.clip(np.ceil(np.exp(np.log(mean) - variance / 2 + np.sqrt(variance) * normal)), 1, limit)
+
+
+def stopped_lengths(
+    lengths: NDArray[np.float64], budgets: NDArray[np.int64], darts: DartsConfig, limit: int
+) -> NDArray[np.float64]:
+    """What is decoded of each length when groups stop what they do not need (`darts.group`).
+
+    Args:
+        lengths: shape [draws, num_prompts, most]; of each prompt, the first `budgets` run.
+        budgets: M'_i.
+        darts: the rules.
+        limit: response length; a length of `limit` is that of a truncated response, which is not valid.
+
+    Returns:
+        The same shape; what does not run has 0.
+    """
+    size, early = darts.group_size, darts.early_stop != "off"
+    runs = np.arange(lengths.shape[-1]) < budgets[:, None]
+    valid = np.where(runs & (lengths < limit), lengths, np.inf)
+    enough = np.partition(valid, size - 1, axis=-1)[..., size - 1]  # when M valid ones have ended; inf: never
+    last = np.where(runs, lengths, 0.0).max(axis=-1)
+    shortest_only = np.array([darts.num_long_for(int(budget)) == 0 for budget in budgets], dtype=bool)
+    ends = np.where(shortest_only & early, np.minimum(enough, last), last)
+    if darts.selection.long_wait == "deadline":
+        settled = np.where(shortest_only, ends, np.minimum(enough, last))
+        ends = np.where(shortest_only, ends, np.minimum(ends, settled.max(axis=-1, keepdims=True)))
+    return np.where(runs, np.minimum(lengths, ends[..., None]), 0.0)
+
+
+class CostModel:
+    """Seconds of a rollout: the slowest engine's decoding, and what every rollout takes besides (paper, cost model).
+
+    The latter (prefill, agent loops, scoring) is 0 until `refine` has seen rollouts (our choice).
+
+    Args:
+        curve: PTL of one engine.
+        source: says where the curve comes from.
+    """
+
+    def __init__(self, curve: LatencyCurve, source: str, overhead_s: float | None = None) -> None:
+        self.curve = curve
+        self.source = source
+        self.overhead_s = overhead_s
+
+    def seconds(self, lengths: NDArray[np.float64], num_engines: int, max_running: int | None) -> float:
+        """Mean over the draws.
+
+        Args:
+            lengths: decoded tokens in the order of launch, shape [draws, num_prompts, most]; those of 0 do not run.
+            num_engines: that share the rollout.
+            max_running: sequences that an engine runs at once; None: no limit.
+        """
+        slowest = []
+        for draw in lengths:
+            launched = draw[draw > 0]
+            engines = [launched[engine::num_engines] for engine in range(num_engines)]
+            slowest.append(makespan(engines, self.curve, max_running))
+        return float(np.mean(slowest)) + (self.overhead_s or 0.0)
+
+    def refine(
+        self,
+        decoded: NDArray[np.int64],
+        seconds: float,
+        step_times: StepTimes,
+        num_engines: int,
+        max_running: int | None,
+    ) -> None:
+        """Follows what a rollout showed.
+
+        Args:
+            decoded: tokens of each candidate in the order of launch, shape [num_candidates].
+            seconds: of the rollout.
+            step_times: what its engines' chunks showed.
+            num_engines: as of `seconds`.
+            max_running: as of `seconds`.
+        """
+        self.curve = self.curve.refined(step_times, REFINE_WEIGHT, max_running)
+        known, self.overhead_s = self.overhead_s, 0.0
+        overhead = max(seconds - self.seconds(decoded[None, None].astype(np.float64), num_engines, max_running), 0.0)
+        self.overhead_s = overhead if known is None else known + REFINE_WEIGHT * (overhead - known)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"curve": self.curve.to_dict(), "source": self.source, "overhead_s": self.overhead_s}
+
+    @classmethod
+    def from_state(cls, state: Any) -> "CostModel":
+        """What `state_dict` gave.
+
+        Raises:
+            ValueError: something else; the message says what is wrong.
+        """
+        if not isinstance(state, dict) or set(state) != {"curve", "source", "overhead_s"}:
+            raise ValueError(f"cost model={state!r:.80}: must have curve, source and overhead_s.")
+        source, overhead = state["source"], state["overhead_s"]
+        if not isinstance(source, str):
+            raise ValueError(f"source={source!r}: must be a text.")
+        number = isinstance(overhead, int | float) and not isinstance(overhead, bool) and np.isfinite(overhead)
+        if not (overhead is None or (number and overhead >= 0)):
+            raise ValueError(f"overhead_s={overhead!r}: must be finite and not negative, or null.")
+        return cls(LatencyCurve.from_dict(state["curve"]), source, overhead)

@@ -1,0 +1,250 @@
+"""What is decided before a rollout, and learnt from it: budgets, predicted seconds, length history, cost model.
+
+Contract: pure, without a clock; prompts' keys in, a `Plan` out; what the candidates became in, metrics out.
+
+1. `plan` changes nothing; `observe` is called once after each rollout that was planned and ended. All that both
+   depend on besides the settings is in `state_dict`: a planner that loads it plans what the saved one would have.
+2. Prompts of the same key share a history: their candidates count as one observation.
+3. The utility's T takes every candidate to its end (our reading of the paper); `predicted_s` follows the groups' rules.
+4. Without a cost model nothing is predicted, and the mean number of candidates is `allocation.mean_candidates` or the
+   middle of the bounds. So it is in the warm-up, whose budgets are uniform.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from darts.allocation import (
+    Utility,
+    allocate,
+    contiguous_parts,
+    expected,
+    optimal_total,
+    rounded_total,
+    spread_parts,
+    uniform_budgets,
+)
+from darts.config import DartsConfig
+from darts.forecast import CostModel, draw_lengths, stopped_lengths
+from darts.history import LengthHistory
+from darts.latency import StepTimes
+from darts.metrics import CandidatePool
+
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Plan:
+    """A rollout before it runs; arrays have one entry per prompt."""
+
+    keys: list[str]
+    budgets: NDArray[np.int64]  # M'_i
+    std: NDArray[np.float64]  # predicted; 0 where nothing was ever observed
+    known: NDArray[np.bool_]  # the prompt itself was observed before
+    mean: NDArray[np.float64]  # predicted mean length; 0 where nothing was ever observed
+    adaptive: bool
+    utility: Utility | None = None  # None without a cost model
+    base_s: float | None = None  # expected seconds with M candidates per prompt, all run to their end
+    predicted_s: float | None = None  # expected seconds of this rollout
+
+    @property
+    def launch_order(self) -> NDArray[np.int64]:
+        """Positions of the prompts, from the heaviest to the lightest; the batch's order where budgets are uniform."""
+        return np.argsort(-self.budgets * self.mean, kind="stable") if self.adaptive else np.arange(len(self.keys))
+
+    def parts(self, num_parts: int) -> list[NDArray[np.int64]]:
+        """Positions of the prompts of each worker, in the order of launch."""
+        if self.adaptive:
+            return spread_parts(self.budgets * self.mean, num_parts)
+        return contiguous_parts(self.budgets, num_parts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Rollout:
+    """A rollout after it ran."""
+
+    plan: Plan
+    pool: CandidatePool  # every launched candidate, sorted by prompt
+    observed_std: NDArray[np.float64]  # of each prompt's lengths, corrected for censoring
+    metrics: dict[str, float]  # `darts.metrics.METRICS`
+
+
+class RolloutPlanner:
+    """Plans rollouts, and learns from them.
+
+    Args:
+        ema_weight: of a new observation in a prompt's history.
+        response_length: longest response, tokens.
+        num_engines: that share a rollout.
+        max_running: sequences that an engine runs at once; None: no limit.
+    """
+
+    def __init__(
+        self, *, ema_weight: float, response_length: int, num_engines: int = 1, max_running: int | None = None
+    ) -> None:
+        self.history = LengthHistory(ema_weight)
+        self.cost: CostModel | None = None
+        self.steps = 0  # rollouts observed
+        self.num_engines = num_engines
+        self.max_running = max_running
+        self._response_length = response_length
+
+    def plan(self, keys: Sequence[str], darts: DartsConfig) -> Plan:
+        """Budgets for a batch, in its order."""
+        allocation, size = darts.allocation, darts.group_size
+        std = np.array([self.history.std(key) for key in keys], dtype=np.float64)
+        mean = np.array([self.history.mean(key) for key in keys], dtype=np.float64)
+        adaptive = allocation.mode == "adaptive" and self.steps >= allocation.warmup_steps and bool(std.any())
+        lengths = None
+        if self.cost is not None and mean.any():
+            order = np.argsort(-mean, kind="stable")
+            lengths = draw_lengths(mean, std, max(allocation.high, size), self._response_length, seed=self.steps)
+        utility = None
+        if allocation.mode == "off":
+            budgets = np.full(len(keys), size)
+        elif adaptive:
+            weights = std / std.mean()
+            total = rounded_total(len(keys), allocation.fallback_mean)
+            if lengths is not None:
+                utility = self._utility(weights, lengths[:, order], order, darts)
+                total = utility.total
+            budgets = allocate(weights, total, allocation.low, allocation.high)
+        else:
+            budgets = uniform_budgets(len(keys), allocation.fallback_mean, allocation.low, allocation.high)
+        base_s = predicted_s = None
+        if lengths is not None:
+            base_s = self._to_the_end(lengths[:, order], np.full(len(keys), size))
+            decoded = stopped_lengths(lengths, budgets, darts, self._response_length)
+            predicted_s = self.cost.seconds(decoded[:, order], self.num_engines, self.max_running)
+        return Plan(
+            keys=list(keys),
+            budgets=budgets,
+            std=std,
+            known=np.array([key in self.history for key in keys], dtype=bool),
+            mean=mean,
+            adaptive=adaptive,
+            utility=utility,
+            base_s=base_s,
+            predicted_s=predicted_s,
+        )
+
+    def observe(
+        self, plan: Plan, darts: DartsConfig, pool: CandidatePool, seconds: float, step_times: StepTimes
+    ) -> tuple[NDArray[np.float64], dict[str, float]]:
+        """Learns from a rollout.
+
+        Args:
+            plan: what was planned.
+            darts: the settings it was planned with.
+            pool: every launched candidate, sorted by prompt.
+            seconds: how long it took.
+            step_times: what the engines' chunks showed meanwhile.
+
+        Returns:
+            The std of each prompt's lengths as observed, corrected for censoring, shape [num_prompts]; and metrics.
+        """
+        groups = np.split(np.arange(len(pool)), np.cumsum(plan.budgets)[:-1])
+        observed = self._learn_lengths(plan.keys, groups, pool)
+        metrics = plan_metrics(plan, observed, seconds) | {
+            "darts/history/prompts": len(self.history),
+            "darts/history/std_mean": self.history.dataset_std,
+            "darts/history/length_mean": self.history.dataset_mean,
+        }
+        if self.cost is not None and darts.latency.refine:
+            decoded = pool.length[np.concatenate([groups[prompt] for prompt in plan.launch_order])]
+            self.cost.refine(decoded, seconds, step_times, self.num_engines, self.max_running)
+            metrics["darts/latency/overhead_s"] = self.cost.overhead_s
+        self.steps += 1
+        return observed, {name: float(value) for name, value in metrics.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that later plans depend on, for JSON."""
+        cost = None if self.cost is None else self.cost.state_dict()
+        return {"version": STATE_VERSION, "steps": self.steps, "history": self.history.state_dict(), "cost": cost}
+
+    def load_state_dict(self, state: Any) -> None:
+        """Goes on where `state_dict` was called; all or nothing.
+
+        Raises:
+            ValueError: not a state of this version; the message says what is wrong.
+        """
+        if not isinstance(state, dict):
+            raise ValueError(f"state={state!r:.80}: must be a mapping.")
+        if state.get("version") != STATE_VERSION:
+            raise ValueError(f"version={state.get('version')!r}: must be {STATE_VERSION}.")
+        steps = state.get("steps")
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+            raise ValueError(f"steps={steps!r}: must be an integer that is not negative.")
+        cost = None if state.get("cost") is None else CostModel.from_state(state["cost"])
+        self.history.load_state_dict(state.get("history"))
+        self.steps, self.cost = steps, cost
+
+    def _to_the_end(self, lengths: NDArray[np.float64], budgets: NDArray[np.int64]) -> float:
+        """Seconds if every candidate runs to its end; both in the order of launch."""
+        runs = np.arange(lengths.shape[-1]) < budgets[:, None]
+        return self.cost.seconds(np.where(runs, lengths, 0.0), self.num_engines, self.max_running)
+
+    def _utility(
+        self, weights: NDArray[np.float64], lengths: NDArray[np.float64], order: NDArray[np.int64], darts: DartsConfig
+    ) -> Utility:
+        """What the total brings that the settings ask for, or the best one; `lengths` in the order of launch."""
+        allocation, num_prompts = darts.allocation, len(weights)
+        low, high = allocation.low, allocation.high
+        terms = {
+            "seconds": [
+                self._to_the_end(lengths, allocate(weights, mean * num_prompts, low, high)[order])
+                for mean in range(low, high + 1)
+            ],
+            "base_seconds": self._to_the_end(lengths, np.full(num_prompts, darts.group_size)),
+            "group_size": darts.group_size,
+            "variation": self.history.dataset_std / self.history.dataset_mean,
+        }
+        if allocation.mean_candidates is None:
+            return optimal_total(num_prompts, low, high, cost_weight=allocation.cost_weight, **terms)
+        total = rounded_total(num_prompts, allocation.mean_candidates)
+        gain, cost = map(float, expected(total / num_prompts, low, high, **terms))
+        return Utility(total, gain - allocation.cost_weight * cost, gain, cost)
+
+    def _learn_lengths(
+        self, keys: list[str], groups: list[NDArray[np.int64]], pool: CandidatePool
+    ) -> NDArray[np.float64]:
+        censored = pool.aborted | pool.truncated | pool.lost
+        rows: dict[str, list[NDArray[np.int64]]] = {}
+        for key, group in zip(keys, groups, strict=True):
+            rows.setdefault(key, []).append(group)
+        observed = {}
+        for key, parts in rows.items():
+            together = np.concatenate(parts)
+            observed[key] = self.history.update(key, pool.length[together], censored[together])
+        return np.array([observed[key] for key in keys])
+
+
+def plan_metrics(plan: Plan, observed: NDArray[np.float64], seconds: float) -> dict[str, float]:
+    """What was planned, beside what came out."""
+    budgets = plan.budgets
+    metrics: dict[str, float] = {
+        "darts/allocation/total": budgets.sum(),
+        "darts/allocation/budget_min": budgets.min(),
+        "darts/allocation/budget_median": np.median(budgets),
+        "darts/allocation/budget_max": budgets.max(),
+        "darts/history/known_share": plan.known.mean(),
+    }
+    seen = plan.known
+    if seen.sum() >= 3 and np.ptp(plan.std[seen]) > 0 and np.ptp(observed[seen]) > 0:
+        metrics["darts/history/std_correlation"] = np.corrcoef(plan.std[seen], observed[seen])[0, 1]
+    if plan.utility is not None:
+        metrics |= {
+            "darts/allocation/utility": plan.utility.utility,
+            "darts/allocation/gain": plan.utility.gain,
+            "darts/allocation/time_cost": plan.utility.cost,
+        }
+    if plan.base_s is not None and plan.predicted_s is not None:
+        metrics |= {
+            "darts/latency/predicted_s": plan.predicted_s,
+            "darts/latency/predicted_over_measured": plan.predicted_s / seconds,
+            "darts/allocation/time_cost_measured": seconds / plan.base_s - 1,
+        }
+    return metrics

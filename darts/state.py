@@ -1,0 +1,64 @@
+"""DARTS's state in verl's checkpoint of a step: `global_step_N/darts.json`.
+
+Contract.
+1. The file is written whole or not at all, and before verl marks the step as its latest.
+2. It is read from the folder that is resumed from and nowhere else, and only if it is that step's.
+3. JSON, never pickle: a checkpoint can be looked at, and loading it runs nothing.
+4. What cannot be used is one `StateError`; the caller decides whether that is a warning.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+FILE_NAME = "darts.json"
+FORMAT = "verl-darts"
+
+
+class StateError(RuntimeError):
+    """A checkpoint without usable state. The message names the file and what is wrong with it."""
+
+
+def step_folder(trainer: Any, step: int) -> Path:
+    """Where verl 0.9.1's `RayPPOTrainer` saves a step, and what it resumes from.
+
+    Args:
+        trainer: the block `trainer:` of the configuration.
+        step: that was saved or loaded.
+    """
+    path = trainer.get("resume_from_path") if trainer.get("resume_mode") == "resume_path" else None
+    if path is not None and path.rstrip("/").endswith(f"global_step_{step}"):
+        return Path(path)
+    return Path(trainer.default_local_dir) / f"global_step_{step}"
+
+
+def save_state(folder: Path, step: int, state: dict[str, Any]) -> None:
+    """Writes the state of a step into its folder, which is made if it is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{FILE_NAME}.tmp"
+    with temporary.open("w") as file:
+        json.dump({"format": FORMAT, "step": step, "state": state}, file, allow_nan=False, separators=(",", ":"))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(folder / FILE_NAME)
+
+
+def load_state(folder: Path, step: int) -> dict[str, Any]:
+    """The state of a step.
+
+    Raises:
+        StateError: no file, one that was cut, or one of something else or of another step.
+    """
+    path = folder / FILE_NAME
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise StateError(f"{path}: there is no such file; was the checkpoint made without DARTS?") from None
+    except (OSError, ValueError) as cause:
+        raise StateError(f"{path}: cannot be read: {cause}") from cause
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise StateError(f"{path}: is not a state of verl-darts.")
+    if content.get("step") != step:
+        raise StateError(f"{path}: is the state of step {content.get('step')}, not of step {step}.")
+    return content.get("state")

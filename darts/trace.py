@@ -1,0 +1,103 @@
+"""The trace of a run: one JSON line per step with its metrics and every candidate's length, for `darts.report`.
+
+Contract: a line is written at the end of its step and appended. A run that resumes appends too: of several lines of one
+step the last counts, and a line that a killed run left half written is removed. A trace that cannot be written ends
+with one warning, not with the run.
+"""
+
+import json
+import math
+import os
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from darts.metrics import CandidatePool
+from darts.planning import Rollout
+
+VERSION = 1
+LONGEST_LINE = 1 << 26
+"""Bytes; a step with 2,048 candidates takes some 30,000."""
+
+
+class Trace:
+    """Appends steps to a file, which is made with its folder by the first.
+
+    Args:
+        path: of the file; None writes nothing.
+    """
+
+    def __init__(self, path: str | None) -> None:
+        self._path = None if path is None else Path(path)
+        self._whole = False  # the file is known to end with a whole line
+
+    def write(self, step: int, metrics: dict[str, Any], rollout: Rollout | None) -> None:
+        """Appends one step; `rollout` is None where DARTS generated nothing."""
+        if self._path is None:
+            return
+        line: dict[str, Any] = {"version": VERSION, "step": step, "at": round(time.time(), 3)}
+        line["metrics"] = {name: number for name, value in metrics.items() if (number := _number(value)) is not None}
+        if rollout is not None:
+            line["rollout"] = rollout_columns(rollout)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            if not self._whole and self._path.exists():
+                drop_cut_line(self._path)
+            self._whole = True
+            with self._path.open("a") as file:
+                file.write(json.dumps(line, allow_nan=False, separators=(",", ":")) + "\n")
+        except OSError as cause:
+            warnings.warn(f"darts.trace={self._path}: cannot be written ({cause}); no more lines.", stacklevel=2)
+            self._path = None
+
+
+def drop_cut_line(path: Path) -> None:
+    """Removes what stands after a file's last line break."""
+    with path.open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - LONGEST_LINE, 0))
+        tail = file.read()
+        file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
+
+
+def rollout_columns(rollout: Rollout) -> dict[str, Any]:
+    """What became of a rollout's prompts and candidates.
+
+    Example: `{"key": ["9f86d081884c7d65"], "std": [31.2], "observed_std": [28.9], "budget": [3], "length": [[12, 80,
+    9]], "fate": ["kak"], "reward": [[1.0, null, 0.0]]}`; `std` is null where the prompt was not known, `reward` where
+    none was given. Fates: `k` kept, `f` kept although truncated, `d` finished and dropped, `t` truncated and dropped,
+    `a` aborted, `x` lost.
+    """
+    plan, pool = rollout.plan, rollout.pool
+    ends = np.cumsum(plan.budgets)[:-1]
+    fates = "".join(fate(pool).tolist())
+    columns = {
+        "key": plan.keys,
+        "std": [round(std, 3) if known else None for std, known in zip(plan.std.tolist(), plan.known, strict=True)],
+        "observed_std": [round(std, 3) for std in rollout.observed_std.tolist()],
+        "budget": plan.budgets.tolist(),
+        "length": [lengths.tolist() for lengths in np.split(pool.length, ends)],
+        "fate": [fates[start:end] for start, end in zip([0, *ends], [*ends, len(fates)], strict=True)],
+    }
+    if not np.isnan(pool.reward).all():
+        columns["reward"] = [[_number(reward) for reward in rewards] for rewards in np.split(pool.reward, ends)]
+    return columns
+
+
+def fate(pool: CandidatePool) -> np.ndarray:
+    """One letter per candidate; see `rollout_columns`."""
+    return np.select(
+        [pool.kept & pool.truncated, pool.kept, pool.lost, pool.aborted, pool.truncated], ["f", "k", "x", "a", "t"], "d"
+    )
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, to six digits; None for anything else."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return float(f"{number:.6g}") if math.isfinite(number) else None

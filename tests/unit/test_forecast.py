@@ -1,0 +1,136 @@
+"""Forecasts: drawn lengths have their moments, groups stop what a real group stops, seconds follow the model."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from darts.config import DartsConfig
+from darts.forecast import CostModel, draw_lengths, stopped_lengths
+from darts.group import CandidateGroup
+from darts.latency import LatencyCurve, StepTimes
+
+CURVE = LatencyCurve([1, 4], [1.0, 1.6])
+
+
+def settings_of(**block) -> DartsConfig:
+    return DartsConfig.from_block(block, group_size=3)
+
+
+def test_drawn_lengths_have_the_moments_and_the_limit():
+    mean, std = np.array([400.0, 50.0]), np.array([200.0, 0.0])
+    lengths = draw_lengths(mean, std, 4000, 100_000, seed=1)
+    assert lengths.shape == (1, 2, 4000)
+    assert lengths[0, 0].mean() == pytest.approx(400, rel=0.03)
+    assert lengths[0, 0].std() == pytest.approx(200, rel=0.1)
+    assert set(lengths[0, 1]) == {50}
+    assert draw_lengths(mean, std, 4000, 300, seed=1).max() == 300
+    assert (draw_lengths(mean, std, 4000, 100_000, seed=1) == lengths).all()
+    assert (draw_lengths(mean, std, 4000, 100_000, seed=2) != lengths).any()
+
+
+def test_small_batches_are_drawn_often_enough():
+    lengths = draw_lengths(np.array([9.0]), np.array([3.0]), 16, 100, seed=0)
+    assert lengths.shape == (128, 1, 16)
+    assert (lengths == np.round(lengths)).all()
+    assert lengths.min() >= 1
+
+
+def decoded_by_groups(lengths: list[list[int]], darts: DartsConfig, limit: int) -> list[list[int]]:
+    """The real state machines, token by token; all candidates start together."""
+    groups = [
+        CandidateGroup(
+            len(row), darts.group_size, darts.num_long_for(len(row)), darts.early_stop, darts.selection.long_wait
+        )
+        for row in lengths
+    ]
+    running = [set(range(len(row))) for row in lengths]
+    decoded = [[0] * len(row) for row in lengths]
+    for token in range(1, limit + 1):
+        aborted: list[set[int]] = [set() for _ in groups]
+        for number, (group, row) in enumerate(zip(groups, lengths, strict=True)):
+            for candidate in sorted(running[number]):
+                decoded[number][candidate] = token
+            for candidate in sorted(running[number]):
+                if row[candidate] == token:
+                    running[number].discard(candidate)
+                    if candidate not in aborted[number]:
+                        aborted[number] |= set(group.finish(candidate, token, truncated=token == limit))
+                else:
+                    aborted[number] |= set(group.progress(candidate, token))
+        if darts.selection.long_wait == "deadline" and all(group.ready or group.complete for group in groups):
+            for number, group in enumerate(groups):
+                aborted[number] |= set(group.deadline())
+        for number, losers in enumerate(aborted):
+            running[number] -= losers
+    return decoded
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(1, 12), min_size=3, max_size=6), min_size=1, max_size=4),
+    st.sampled_from(["eager", "exact", "off"]),
+    st.sampled_from(["auto", "dual_end", "shortest_only"]),
+    st.sampled_from(["all", "deadline"]),
+)
+def test_what_groups_stop_is_what_the_state_machine_stops(lengths, early_stop, mode, long_wait):
+    darts = settings_of(early_stop=early_stop, selection={"mode": mode, "long_wait": long_wait})
+    budgets = np.array([len(row) for row in lengths])
+    padded = np.array([row + [7] * (6 - len(row)) for row in lengths], dtype=np.float64)
+    got = stopped_lengths(padded[None], budgets, darts, limit=12)[0]
+    expected = decoded_by_groups(lengths, darts, limit=12)
+    for row, budget, want in zip(got, budgets, expected, strict=True):
+        assert row[budget:].tolist() == [0] * (6 - budget)
+        # `exact` stops what has grown past the third shortest: one token later than what `eager` stops.
+        slack = 1 if early_stop == "exact" else 0
+        assert (np.abs(row[:budget] - np.array(want)) <= slack).all(), (row, want)
+
+
+def test_seconds_are_the_slowest_engines():
+    model = CostModel(CURVE, "test")
+    lengths = np.array([[[10.0, 20.0, 30.0, 0.0]]])
+    assert model.seconds(lengths, 1, None) == pytest.approx(10 * CURVE(3) + 10 * CURVE(2) + 10 * CURVE(1))
+    # in turns: 10 and 30 on one engine, 20 on the other
+    assert model.seconds(lengths, 2, None) == pytest.approx(10 * CURVE(2) + 20 * CURVE(1))
+    assert model.seconds(lengths, 1, 1) == pytest.approx(60 * CURVE(1))
+    two = np.concatenate([lengths, lengths * 3])
+    assert model.seconds(two, 1, None) == pytest.approx(2 * model.seconds(lengths, 1, None)), "the mean of the draws"
+    assert CostModel(CURVE, "test", overhead_s=7.0).seconds(lengths, 1, 1) == pytest.approx(67)
+
+
+def test_refining_learns_what_decoding_does_not_explain():
+    model, decoded = CostModel(CURVE, "test"), np.array([10, 20, 30])
+    model.refine(decoded, 65.0, StepTimes(), 1, 1)
+    assert model.overhead_s == pytest.approx(5.0)
+    assert model.curve == CURVE, "no chunk was seen"
+    model.refine(decoded, 75.0, StepTimes(), 1, 1)
+    assert model.overhead_s == pytest.approx(5.0 + 0.3 * 10)
+    model.refine(decoded, 1.0, StepTimes(), 1, 1)
+    assert model.overhead_s == pytest.approx(8.0 * 0.7), "a rollout faster than its decoding has no overhead"
+
+
+def test_refining_follows_the_engines_steps():
+    model, seen = CostModel(CURVE, "test"), StepTimes()
+    seen.add(running=1, seconds=200.0, steps=100)
+    for _ in range(30):
+        model.refine(np.array([10]), 20.0, seen, 1, None)
+    assert model.curve(1) == pytest.approx(2.0, rel=0.05)
+    assert model.overhead_s == pytest.approx(0.0, abs=0.5)
+
+
+def test_state_round_trips_and_bad_ones_are_refused():
+    model = CostModel(CURVE, "profile of today", overhead_s=0.25)
+    again = CostModel.from_state(model.state_dict())
+    assert (again.curve, again.source, again.overhead_s) == (CURVE, "profile of today", 0.25)
+    good = model.state_dict()
+    for change, message in (
+        ({"overhead_s": -1}, "overhead_s=-1"),
+        ({"overhead_s": float("nan")}, "overhead_s=nan"),
+        ({"source": 3}, "source=3"),
+        ({"extra": 3}, "must have curve, source and overhead_s"),
+        ({"curve": {}}, "batch_sizes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            CostModel.from_state(good | change)
+    with pytest.raises(ValueError, match="must have curve"):
+        CostModel.from_state([1])

@@ -1,0 +1,248 @@
+"""Plans: budgets follow the history, totals the utility; what is learnt survives a save; forecasts are made before."""
+
+import json
+
+import numpy as np
+import pytest
+from pools import pool_of
+
+from darts.config import DartsConfig
+from darts.forecast import CostModel
+from darts.history import censored_std
+from darts.latency import LatencyCurve, StepTimes
+from darts.metrics import METRICS
+from darts.planning import RolloutPlanner
+
+LOW, HIGH = 4, 8
+KEYS = [f"prompt {number}" for number in range(6)]
+FLAT = LatencyCurve([1, 2], [0.01, 0.01])
+STEEP = LatencyCurve([1, 2], [0.01, 0.02])
+
+
+def darts_of(**allocation) -> DartsConfig:
+    return DartsConfig.from_block({"allocation": {"mode": "adaptive", **allocation}}, group_size=LOW)
+
+
+def new_planner(curve: LatencyCurve | None = None, **changes) -> RolloutPlanner:
+    planner = RolloutPlanner(**{"ema_weight": 0.3, "response_length": 10_000, **changes})
+    planner.cost = None if curve is None else CostModel(curve, "test")
+    return planner
+
+
+def rollout(planner, darts, rng, spreads=(1, 2, 4, 8, 16, 32), keys=KEYS, seconds=2.0):
+    """One step with scripted lengths: prompt i varies by spreads[i]."""
+    plan = planner.plan(keys, darts)
+    lengths = [
+        np.maximum(rng.normal(100, spread, size=budget), 1).astype(int).tolist()
+        for budget, spread in zip(plan.budgets, spreads, strict=True)
+    ]
+    observed, metrics = planner.observe(plan, darts, pool_of(lengths), seconds, StepTimes())
+    return plan, observed, metrics
+
+
+def test_warm_up_is_uniform_then_budgets_follow_the_spread():
+    planner, darts, rng = new_planner(), darts_of(mean_candidates=6, warmup_steps=2), np.random.default_rng(0)
+    for _ in range(2):
+        plan, *_ = rollout(planner, darts, rng)
+        assert plan.budgets.tolist() == [6] * 6
+        assert not plan.adaptive
+    plan, *_ = rollout(planner, darts, rng)
+    assert plan.adaptive
+    assert plan.budgets.sum() == 36
+    assert (np.diff(plan.budgets) >= 0).all()
+    assert (plan.budgets[0], plan.budgets[-1]) == (LOW, HIGH)
+    assert plan.std.tolist() == sorted(plan.std)
+
+
+def test_without_warm_up_the_first_rollout_is_uniform_too():
+    plan = new_planner().plan(KEYS, darts_of(warmup_steps=0))
+    assert plan.budgets.tolist() == [6] * 6
+    assert not plan.known.any()
+    assert not plan.std.any()
+
+
+@pytest.mark.parametrize(("mode", "budgets"), [("uniform", [6] * 6), ("off", [LOW] * 6)])
+def test_other_modes_learn_but_do_not_follow(mode, budgets):
+    planner, darts, rng = new_planner(), darts_of(mode=mode), np.random.default_rng(0)
+    for _ in range(3):
+        plan, *_ = rollout(planner, darts, rng)
+        assert plan.budgets.tolist() == budgets
+        assert [part.tolist() for part in plan.parts(2)] == [[0, 1, 2], [3, 4, 5]], "in the order of the batch"
+    assert len(planner.history) == 6
+
+
+def test_unseen_prompts_take_the_datasets_mean():
+    planner, darts, rng = new_planner(), darts_of(mean_candidates=6), np.random.default_rng(0)
+    rollout(planner, darts, rng)
+    plan = planner.plan([*KEYS[:3], "new", "newer"], darts)
+    assert plan.known.tolist() == [True] * 3 + [False] * 2
+    assert plan.std[3] == plan.std[4] == pytest.approx(np.mean([planner.history.std(key) for key in KEYS]))
+    assert plan.budgets.sum() == 30
+
+
+def test_duplicates_share_one_history_and_one_observation():
+    planner, darts = new_planner(), darts_of(mean_candidates=6)
+    plan = planner.plan(["same", "other", "same"], darts)
+    lengths = [[10, 20, 30, 40, 50, 60], [5, 5, 5, 5, 5, 6], [100, 100, 100, 90, 80, 70]]
+    observed, _ = planner.observe(plan, darts, pool_of(lengths), 1.0, StepTimes())
+    assert len(planner.history) == 2
+    assert observed[0] == observed[2] == pytest.approx(np.std(lengths[0] + lengths[2]))
+    assert observed[1] == pytest.approx(np.std(lengths[1]))
+    again = planner.plan(["same", "other", "same"], darts)
+    assert again.budgets.tolist() == [7, 4, 7]
+
+
+def test_aborted_truncated_and_lost_candidates_are_censored():
+    planner, darts = new_planner(), darts_of(mean_candidates=6)
+    plan = planner.plan(["one"], darts)
+    lengths, censored = [10, 20, 30, 40, 40, 35], [False, False, False, True, True, True]
+    observed, _ = planner.observe(plan, darts, pool_of([lengths], ["kkkatx"]), 1.0, StepTimes())
+    assert observed[0] == planner.history.std("one") == censored_std(lengths, censored)
+    assert observed[0] > np.std(lengths)
+
+
+def test_planning_changes_nothing():
+    planner, darts, rng = new_planner(STEEP), darts_of(), np.random.default_rng(0)
+    rollout(planner, darts, rng)
+    before = json.dumps(planner.state_dict())
+    first, second = planner.plan(KEYS, darts), planner.plan(KEYS, darts)
+    assert json.dumps(planner.state_dict()) == before
+    assert first.budgets.tolist() == second.budgets.tolist()
+    assert (first.predicted_s, first.utility) == (second.predicted_s, second.utility)
+
+
+def test_the_utility_decides_the_total_by_the_cost_of_time():
+    totals = {}
+    for name, curve, weight in (("free", FLAT, 0.0), ("steep", STEEP, 1.0), ("careful", STEEP, 100.0)):
+        planner, darts, rng = new_planner(curve), darts_of(cost_weight=weight), np.random.default_rng(0)
+        rollout(planner, darts, rng, spreads=[60] * 6)
+        plan = planner.plan(KEYS, darts)
+        assert plan.utility.total == plan.budgets.sum()
+        assert plan.utility.utility == pytest.approx(plan.utility.gain - weight * plan.utility.cost)
+        totals[name] = plan.utility.total
+    assert totals["free"] == 6 * HIGH
+    assert totals["careful"] == 6 * LOW
+    assert 6 * LOW <= totals["steep"] < 6 * HIGH
+
+
+def test_a_given_mean_wins_over_the_utility_which_is_told():
+    planner, darts, rng = new_planner(STEEP), darts_of(mean_candidates=5.5), np.random.default_rng(0)
+    rollout(planner, darts, rng)
+    plan = planner.plan(KEYS, darts)
+    assert plan.budgets.sum() == plan.utility.total == 33
+    assert plan.utility.cost > 0
+
+
+def test_forecasts_are_made_before_and_compared_after():
+    planner, darts, rng = new_planner(STEEP), darts_of(mean_candidates=6), np.random.default_rng(0)
+    plan, _, metrics = rollout(planner, darts, rng)
+    assert plan.predicted_s is None, "nothing is known about lengths"
+    assert "darts/latency/predicted_s" not in metrics
+    plan, observed, metrics = rollout(planner, darts, rng, seconds=99.0)
+    assert metrics["darts/latency/predicted_s"] == plan.predicted_s
+    assert metrics["darts/latency/predicted_over_measured"] == pytest.approx(plan.predicted_s / 99)
+    assert metrics["darts/allocation/time_cost_measured"] == pytest.approx(99 / plan.base_s - 1)
+    assert metrics["darts/history/std_correlation"] == pytest.approx(np.corrcoef(plan.std, observed)[0, 1])
+    assert metrics["darts/history/std_correlation"] > 0.5
+    assert metrics["darts/latency/overhead_s"] > 0
+    planned = ("darts/allocation/", "darts/history/", "darts/latency/")
+    assert set(metrics) == {name for name in METRICS if name.startswith(planned)}
+    budgets = [metrics[f"darts/allocation/{name}"] for name in ("total", "budget_min", "budget_median", "budget_max")]
+    assert budgets == [36, plan.budgets.min(), np.median(plan.budgets), plan.budgets.max()]
+
+
+def test_a_forecast_knows_that_early_stop_saves_time():
+    planner, rng = new_planner(STEEP), np.random.default_rng(0)
+    darts = darts_of(mean_candidates=HIGH)
+    rollout(planner, darts, rng, spreads=[60] * 6)
+    waits = DartsConfig.from_block({"allocation": {"mean_candidates": HIGH}, "early_stop": "off"}, LOW)
+    assert planner.plan(KEYS, darts).predicted_s < 0.9 * planner.plan(KEYS, waits).predicted_s
+
+
+def test_more_engines_are_faster_and_a_limit_of_sequences_slower():
+    predicted = {}
+    for name, changes in (("one", {}), ("two", {"num_engines": 2}), ("limited", {"max_running": 2})):
+        planner = new_planner(FLAT if name == "limited" else STEEP, **changes)
+        darts, rng = darts_of(mean_candidates=6), np.random.default_rng(0)
+        rollout(planner, darts, rng)
+        predicted[name] = planner.plan(KEYS, darts).predicted_s
+    unlimited = new_planner(FLAT)
+    rollout(unlimited, darts_of(mean_candidates=6), np.random.default_rng(0))
+    assert predicted["two"] < predicted["one"]
+    assert predicted["limited"] > 3 * unlimited.plan(KEYS, darts_of(mean_candidates=6)).predicted_s
+
+
+def test_refinement_can_be_switched_off():
+    planner, rng = new_planner(STEEP), np.random.default_rng(0)
+    darts = DartsConfig.from_block({"latency": {"refine": False}}, LOW)
+    for _ in range(3):
+        *_, metrics = rollout(planner, darts, rng, seconds=99.0)
+    assert (planner.cost.curve, planner.cost.overhead_s) == (STEEP, None)
+    assert "darts/latency/overhead_s" not in metrics
+
+
+def test_a_planner_that_loads_the_state_goes_on_as_the_saved_one():
+    darts, rng = darts_of(), np.random.default_rng(0)
+    first = new_planner(STEEP)
+    for _ in range(3):
+        rollout(first, darts, rng)
+    second = new_planner()
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert second.cost.source == "test"
+    for step in range(4):
+        plans = [
+            rollout(planner, darts, np.random.default_rng(step), seconds=1.5 + step)[0] for planner in (first, second)
+        ]
+        assert plans[0].budgets.tolist() == plans[1].budgets.tolist()
+        assert (plans[0].utility, plans[0].predicted_s) == (plans[1].utility, plans[1].predicted_s)
+    assert json.dumps(first.state_dict()) == json.dumps(second.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "version=2: must be 1"),
+        ({"steps": -1}, "steps=-1"),
+        ({"steps": "3"}, "steps='3'"),
+        ({"history": None}, "state=None"),
+        ({"history": {"version": 1, "prompts": {"a": [1.0]}}}, r"\['a'\]"),
+        ({"cost": {"curve": None}}, "cost model="),
+    ],
+)
+def test_a_state_that_cannot_be_used_is_refused_and_changes_nothing(change, message):
+    planner, rng = new_planner(STEEP), np.random.default_rng(0)
+    rollout(planner, darts_of(), rng)
+    before = planner.state_dict()
+    with pytest.raises(ValueError, match=message):
+        planner.load_state_dict(before | change)
+    assert planner.state_dict() == before
+    with pytest.raises(ValueError, match="must be a mapping"):
+        planner.load_state_dict([1])
+
+
+def test_heavy_prompts_start_first_and_on_different_workers():
+    planner, darts = new_planner(), darts_of(mean_candidates=5)
+    plan = planner.plan(KEYS, darts)
+    lengths = [[60, 140, 60, 140, 100]] + [[100, 100, 100, 100, 101]] * 5
+    lengths[2] = lengths[0]
+    planner.observe(plan, darts, pool_of(lengths), 1.0, StepTimes())
+    plan = planner.plan(KEYS, darts)
+    assert plan.budgets.tolist() == [7, 4, 7, 4, 4, 4]
+    assert sorted(part[0] for part in plan.parts(2)) == [0, 2]
+    assert set(plan.launch_order[:2]) == {0, 2}
+
+
+def test_an_empty_batch_gives_an_empty_plan():
+    planner, darts, rng = new_planner(STEEP), darts_of(), np.random.default_rng(0)
+    assert planner.plan([], darts).budgets.tolist() == []
+    rollout(planner, darts, rng)
+    plan = planner.plan([], darts)
+    assert plan.budgets.tolist() == []
+    assert plan.parts(3) == []
+
+
+def test_prompts_that_never_vary_get_uniform_budgets():
+    planner, darts = new_planner(STEEP), darts_of(mean_candidates=5)
+    plan = planner.plan(KEYS, darts)
+    planner.observe(plan, darts, pool_of([[7] * budget for budget in plan.budgets]), 1.0, StepTimes())
+    assert planner.plan(KEYS, darts).budgets.tolist() == [5] * 6

@@ -186,7 +186,7 @@ class LengthHistory:
 
 def _encode(content: object) -> bytes:
     """Kind, size and body of content, the bodies of containers made of their parts: unequal for unequal content."""
-    if isinstance(content, np.generic):
+    if isinstance(content, np.number | np.bool_):
         content = content.item()
     if isinstance(content, np.ndarray) and (content.ndim < 2 or content.dtype.kind not in "biuf"):
         content = content.tolist()

@@ -35,6 +35,7 @@ CHUNKS = 8
 MOST_PROMPT_TOKENS = 256
 """Prompts are as long as the run's may be, up to this: they only fill the cache, and cost time to prefill."""
 WARM_UP_SIZE = 8
+SIZES = ("max_num_seqs", "max_model_len", "prompt_length", "data_parallel_size", "tensor_model_parallel_size")
 STOP_S = 30.0
 """Seconds in which a server must have ended aborted requests."""
 
@@ -81,13 +82,7 @@ class Workload:
             ValueError: fewer than two batch sizes, too few tokens, a context that is too short for them, or a size in
                 `rollout` that is no integer.
         """
-        for name in (
-            "max_num_seqs",
-            "max_model_len",
-            "prompt_length",
-            "data_parallel_size",
-            "tensor_model_parallel_size",
-        ):
+        for name in SIZES:
             value = getattr(rollout, name)
             if not isinstance(value, int) and (value, name) != (None, "max_model_len"):
                 raise ValueError(f"actor_rollout_ref.rollout.{name}={value!r}: must be an integer.")
@@ -163,16 +158,20 @@ async def profile_servers(
     Raises:
         ValueError: as `Workload.plan`, no servers, or a limit that is not positive.
         ConfigError: as `model_id`.
-        ProfileError: fewer than two batch sizes within the limit, or a server that does not stop its requests.
+        ProfileError: fewer than two batch sizes within the limit, or a server that does not answer or does not stop its
+            requests.
     """
     if not servers:
         raise ValueError("servers=[]: there must be at least one.")
     if not limit_s > 0:
         raise ValueError(f"limit_s={limit_s}: must be positive.")
     end = time.monotonic() + limit_s
-    rollout = await asyncio.wait_for(_result(servers[0].get_rollout_config.remote()), limit_s)
+    try:
+        rollout = await asyncio.wait_for(_result(servers[0].get_rollout_config.remote()), limit_s)
+        device = await asyncio.wait_for(engine_device(servers[0]), limit_s)
+    except asyncio.TimeoutError:
+        raise ProfileError(f"a server did not answer within {limit_s:g} s: look at its log.") from None
     work = Workload.plan(rollout, vocabulary(model_config(model)), largest, tokens, prompt_tokens, seeded)
-    device = await asyncio.wait_for(engine_device(servers[0]), limit_s)
     points = await _measure(servers, work, end, limit_s, say or (lambda line: None))
     return LatencyProfile(
         model=model,
@@ -304,7 +303,8 @@ class _Batch:
             await asyncio.gather(abort, return_exceptions=True)
             await asyncio.wait([self._answers[name] for name in left], timeout=0.1)
         for answer in self._answers.values():
-            answer.exception()  # whoever needed it has heard it
+            if not answer.cancelled():
+                answer.exception()  # whoever needed it has heard it
 
 
 async def _result(ref: Any) -> Any:

@@ -16,7 +16,7 @@ from verl.utils.config import validate_config
 import recipe.darts.main_darts  # noqa: F401  (registers the resolver that quickstart.yaml uses)
 from darts import CONFIG_DIR, checks
 from darts.checks import check_run
-from darts.config import ConfigError, DartsConfig
+from darts.config import SECTIONS, ConfigError, DartsConfig
 from darts.testbed import LIMITS, assets_dir
 
 PRIMARY = sorted(path.stem for path in CONFIG_DIR.glob("*.yaml") if "searchpath" in path.read_text())
@@ -72,10 +72,10 @@ def test_the_yaml_block_is_the_typed_block():
     """The same keys, and null or the default as values."""
     block = yaml.safe_load((CONFIG_DIR / "darts_base.yaml").read_text())["darts"]
     typed = DartsConfig(group_size=8)
-    for section in ("allocation", "selection", "reward"):
-        fields = set(typed.__dataclass_fields__[section].default_factory.__dataclass_fields__)
-        assert set(block[section]) == fields
+    for section, section_type in SECTIONS.items():
+        assert set(block[section]) == set(section_type.__dataclass_fields__)
     assert set(block) == set(typed.__dataclass_fields__) - {"group_size"}
+    assert block.pop("trace") == "${trainer.default_local_dir}/darts.jsonl", "it names the run's folder"
     assert DartsConfig.from_block(block, 8) == typed == DartsConfig.from_block({}, 8)
 
 

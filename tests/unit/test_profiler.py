@@ -232,6 +232,13 @@ def test_a_server_that_does_not_stop_its_requests_is_an_error(model, monkeypatch
         profile([Engine(deaf=True, pause=0.001)], model)
 
 
+def test_a_server_that_does_not_answer_is_an_error(model):
+    engine = Engine()
+    engine.get_rollout_config = SimpleNamespace(remote=lambda: asyncio.sleep(60))
+    with pytest.raises(ProfileError, match=r"did not answer within 0\.1 s"):
+        profile([engine], model, limit_s=0.1)
+
+
 def test_an_abort_is_repeated_until_it_has_arrived(model):
     engine = Engine(late=2)
     measured, _ = profile([engine], model, largest=2)

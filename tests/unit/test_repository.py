@@ -19,7 +19,9 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
-PURE_METHOD = ("selection", "group", "allocation", "history", "latency", "config", "metrics", "simulation")
+PURE_METHOD = (
+    "selection", "group", "allocation", "history", "latency", "forecast", "planning", "config", "metrics", "simulation",
+)  # fmt: skip
 NOT_IN_THE_METHOD = {"ray", "vllm", "verl", "verl_patches", "torch", "transformers", "tensordict"}
 MAX_LINES = 500
 ENTRY_POINTS = {

@@ -22,7 +22,7 @@ import numpy as np
 
 from darts.testbed import LIMITS, assets_dir
 
-ARMS = {"plain": ["darts.enable=false"], "darts": ["darts.enable=true"]}
+ARMS = {"plain": ["darts.enable=false"], "darts": ["darts.allocation.mode=uniform", "darts.allocation.high=11"]}
 RATES = (3e-5, 1e-4, 3e-4)
 
 
@@ -47,7 +47,8 @@ def run(testbed: str, arm: str, rate: float, steps: int, out: Path) -> dict[str,
     out.mkdir(parents=True, exist_ok=True)
     command = [
         sys.executable, "-m", "recipe.darts.main_darts", "--config-name", "quickstart", f"testbed={testbed}",
-        *ARMS[arm], f"actor_rollout_ref.actor.optim.lr={rate}", f"trainer.total_training_steps={steps}",
+        *ARMS[arm], "data.train_max_samples=-1", f"actor_rollout_ref.actor.optim.lr={rate}",
+        f"trainer.total_training_steps={steps}",
         "actor_rollout_ref.rollout.val_kwargs.n=4", f"trainer.validation_data_dir={out}/validation",
         "trainer.save_freq=-1", f"hydra.run.dir={out}/hydra",
     ]  # fmt: skip

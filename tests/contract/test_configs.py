@@ -104,6 +104,8 @@ BAD = [
     (["actor_rollout_ref.hybrid_engine=false"], "actor_rollout_ref.hybrid_engine=False"),
     (["actor_rollout_ref.rollout.agent.agent_loop_manager_class=null"], "agent_loop_manager_class=None"),
     (["darts.reward.pool=true", "reward.reward_model.enable=true"], "darts.reward.pool=True"),
+    (["darts.latency.profile=/no/such.json"], "darts.latency.profile='/no/such.json'"),
+    (["darts.allocation.cost_weight=-1"], "darts.allocation.cost_weight=-1"),
     (["darts.early_stop=fast"], "darts.early_stop='fast'"),
     (["darts.selection.long_wait=5"], "darts.selection.long_wait=5"),
     (["darts.streaming.chunk_tokens=0"], "darts.streaming.chunk_tokens=0"),

@@ -30,6 +30,7 @@ def manager(engine, tmp_path_factory):
         'def look_up(key: str) -> str:\n    """Looks up.\n\n    Args:\n        key: a key.\n    """\n    return key\n'
     )
     config = engine_config(
+        "darts.allocation.mode=uniform",
         "darts.allocation.high=null",
         f"darts.allocation.mean_candidates={CANDIDATES}",
         "darts.selection.mode=shortest_only",

@@ -33,9 +33,6 @@ class WatchedEngine:
     async def generate(self, **kwargs: Any) -> AsyncIterator[Any]:
         from vllm.sampling_params import RequestOutputKind  # every process imports this module, vLLM's alone have it
 
-        self._started += 1
-        if self._started == self._kill_after:
-            self._kill_engine()
         about = {
             "weights": self._server.global_steps,
             "seed": kwargs["sampling_params"].seed,
@@ -44,6 +41,9 @@ class WatchedEngine:
         }
         profile = kwargs["sampling_params"].ignore_eos
         if not profile:
+            self._started += 1
+            if self._started == self._kill_after:
+                self._kill_engine()
             write({"started": time.time(), "prompt": list(kwargs["prompt"]["prompt_token_ids"]), **about})
         last, tokens = None, []
         async for last in self._engine.generate(**kwargs):

@@ -355,6 +355,7 @@ def test_the_state_is_compact_and_none_of_it_is_shared():
         ({"version": 1, "prompts": [["b", 1.0, 1.0]]}, "prompts=.*: must be a dict of key to"),
         ({"version": 1, "prompts": {"b": [1.0, 1.0], 7: [1.0, 1.0]}}, r"prompts\[7\]"),
         ({"version": 1, "prompts": {"b": [1.0, 1.0], "c": [1.0]}}, r"prompts\['c'\]=\[1.0\]: must be text: "),
+        ({"version": 1, "prompts": {"b": [1.0, 1.0, 1.0]}}, r"prompts\['b'\]=\[1.0, 1.0, 1.0\]"),
         *(
             ({"version": 1, "prompts": {"b": values}}, r"prompts\['b'\]=.* both finite and >= 0")
             for number in ("2", None, True, -0.5, math.nan, math.inf, 10**400)

@@ -3,7 +3,8 @@
     python -m benchmarks.training --out outputs/training.json
 
 Contract. Whole runs of the quickstart with verl, Ray and vLLM, which differ in `darts.allocation.mode` alone: equally
-many candidates, bounds and seeds (prompts and their order, candidates, mini-batches).
+many candidates, bounds and seeds (prompts and their order, candidates, mini-batches). With these bounds no uniform
+budget reaches M_up, so shortest-only groups, and what early stop saves, are in the adaptive arm alone.
 
 1. Every testbed x seed x arm is one run; the arms alternate in time, and which of them is first alternates by seed. The
    forecasts' curve is measured once per testbed. Runs have folders in `--runs`; one whose trace has all steps is not

@@ -1,0 +1,281 @@
+"""The pure parts of the benchmarks: what they compare with, how runs are paired, what the tables say."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import allocate, common, overhead, rollouts, training, training_report
+from darts.allocation import allocate as darts_allocate
+from darts.config import DartsConfig
+from darts.planning import RolloutPlanner
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("script", ["allocate", "overhead", "rollouts", "training"])
+def test_help_shows_the_contract(script):
+    command = [sys.executable, "-m", f"benchmarks.{script}", "--help"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    assert "Contract" in run.stdout
+    assert "--out FILE" in run.stdout
+
+
+# --- allocate --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompts", [1, 2, 37])
+@pytest.mark.parametrize("mean", [8, 10.5, 16])
+def test_the_greedy_loop_allocates_as_darts_does(prompts, mean):
+    rng = np.random.default_rng(prompts)
+    total = int(mean * prompts)
+    for weights in (rng.lognormal(size=prompts), rng.integers(0, 3, prompts).astype(float), np.ones(prompts)):
+        expected = darts_allocate(weights, total, 8, 16).tolist()
+        assert allocate.greedy(weights, total, 8, 16).tolist() == expected
+
+
+def test_allocation_is_measured_with_every_repetition_in_the_file(tmp_path, capsys):
+    out = tmp_path / "new" / "a.json"
+    arguments = ["--prompts", "3", "40", "--repetitions=4", f"--out={out}"]
+    assert allocate.main(arguments) == 0
+    written = json.loads(out.read_text())
+    assert written["settings"]["prompts"] == [3, 40]
+    assert {"date", "commit", "cores", "processor", "python"} <= written["machine"].keys()
+    assert len(written["records"]) == 2 * 4 * 4
+    assert "| optimal_total | 40 |" in capsys.readouterr().out
+
+
+def test_only_a_hundred_thousand_prompts_have_a_target():
+    def records(prompts, seconds):
+        return [{"prompts": prompts, "repetition": n, "arm": allocate.ALLOCATE, "seconds": seconds} for n in range(3)]
+
+    assert allocate.checks(records(4096, 9.0)) == []
+    assert [check.passed for check in allocate.checks(records(100_000, 0.049))] == [True]
+    assert [check.passed for check in allocate.checks(records(100_000, 0.051))] == [False]
+
+
+# --- overhead --------------------------------------------------------------------------------------------------------
+
+
+def test_the_synthetic_rollout_is_one_that_early_stop_could_leave():
+    rng = np.random.default_rng(0)
+    keys = [f"{n:016x}" for n in range(64)]
+    darts = DartsConfig.from_block({"allocation": {"mean_candidates": overhead.MEAN}}, overhead.GROUP_SIZE)
+    plan = overhead.planner_of(keys, rng).plan(keys, darts)
+    pool = overhead.pool_of(plan, rng)
+    assert plan.adaptive
+    assert np.array_equal(np.bincount(pool.prompt), plan.budgets)
+    assert len(pool) == 12 * 64
+    assert 0.15 < pool.aborted.mean() < 0.25
+    assert not (pool.kept & pool.aborted).any()
+    for prompt in range(64):
+        some = pool.prompt == prompt
+        assert pool.kept[some].sum() == overhead.GROUP_SIZE
+        if pool.aborted[some].any():
+            assert set(pool.length[some & pool.aborted]) == {pool.length[some & ~pool.aborted].max()}
+
+
+def test_overhead_at_scale_times_every_part(capsys):
+    assert overhead.main(["--prompts", "2", "--history=4", "--repetitions=1"]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 2 |")]
+    assert row.startswith("| 2 | 24 |")
+    assert all(float(cell) > 0 for cell in row.split("|")[4:-1])
+
+
+def write_trace(path, steps):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"version": 1, "step": step, "metrics": metrics}) for step, metrics in steps]
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def own(seconds, step=10.0):
+    return {"darts/rollout/own_s": seconds, "timing_s/step": step}
+
+
+def test_overhead_of_runs_is_the_share_of_each_step(tmp_path, capsys):
+    for name, seconds in (("good", [0.05, 0.06, 0.4]), ("bad", [0.2, 0.2, 0.05])):
+        write_trace(tmp_path / name / "darts.jsonl", enumerate(map(own, seconds), 1))
+    assert overhead.main(["--prompts", "--runs", str(tmp_path / "good")]) == 0
+    assert f"| {tmp_path / 'good'} | 3 | 0.060 | 10.00 | 0.60% | 4.00% |" in capsys.readouterr().out
+    assert overhead.main(["--prompts", "--runs", str(tmp_path / "good"), str(tmp_path / "bad")]) == 1
+
+
+def test_a_run_without_the_metric_is_named(tmp_path):
+    write_trace(tmp_path / "darts.jsonl", [(1, {"timing_s/step": 3.0})])
+    with pytest.raises(ValueError, match="no step of the trace has both"):
+        overhead.of_run(tmp_path)
+
+
+def test_of_a_trace_what_a_resume_replaced_and_a_cut_line_do_not_count(tmp_path):
+    path = tmp_path / "darts.jsonl"
+    write_trace(path, [(1, {"x": 1}), (2, {"x": 2}), (3, {"x": 3}), (2, {"x": 4})])
+    with path.open("a") as file:
+        file.write('{"version": 1, "st')
+    assert common.trace_metrics(tmp_path) == {1: {"x": 1}, 2: {"x": 4}}
+
+
+# --- rollouts --------------------------------------------------------------------------------------------------------
+
+
+def test_the_arms_launch_equally_many_and_saturate_as_named():
+    saturated = {}
+    for arm in rollouts.ALLOCATIONS:
+        darts = rollouts.settings(arm, 3, "deadline", 16)
+        planner = RolloutPlanner(ema_weight=0.3, response_length=256)
+        planner.steps = 1
+        for key, longest in zip("abcd", (10, 20, 40, 400), strict=True):
+            planner.history.update(key, [10.0, longest], [False, False])
+        plan = planner.plan(list("abcd"), darts)
+        assert plan.budgets.sum() == 42
+        assert darts.seed == 3
+        assert darts.selection.long_wait == "deadline"
+        saturated[arm] = sum(darts.num_long_for(budget) == 0 for budget in plan.budgets.tolist())
+    assert saturated == {rollouts.UNIFORM: 0, rollouts.HALF: 2, rollouts.ADAPTIVE: 2}
+
+
+def test_every_epoch_has_the_pool_once_in_another_order():
+    questions = [f"q{n}" for n in range(100)]
+    steps = list(rollouts.batches(questions, pool=8, prompts=4, steps=5, seed=1))
+    assert [epoch for epoch, _ in steps] == [0, 0, 1, 1, 2]
+    first, second = steps[0][1] + steps[1][1], steps[2][1] + steps[3][1]
+    assert sorted(first) == sorted(second)
+    assert len(set(first)) == 8
+    assert first != second
+    assert set(steps[4][1]) <= set(first)
+    assert steps == list(rollouts.batches(questions, pool=8, prompts=4, steps=5, seed=1))
+    other = [some for _, some in rollouts.batches(questions, pool=8, prompts=4, steps=2, seed=2)]
+    assert sorted(other[0] + other[1]) != sorted(first)
+
+
+def rollout(arm, step, seconds, seed=0, **changes):
+    record = {
+        "arm": arm, "seed": seed, "step": step, "epoch": step // 2, "seconds": seconds, "tokens": 100,
+        "tokens_kept": 60, "aborted": 3, "launched": 20, "kept_mean": 7.5, "pool_mean": 9.0, "saturated_share": 0.5,
+        "std_correlation": None if step < 2 else 0.25, "budget_min": 8.0, "budget_max": 12.0, "refined_s": seconds,
+        "unrefined_s": seconds / 2,
+    }  # fmt: skip
+    return record | changes
+
+
+def test_the_last_steps_seconds_are_those_of_the_same_arm_and_seed():
+    records = [
+        rollout("a", 0, 1.0), rollout("b", 0, 2.0), rollout("b", 1, 4.0), rollout("a", 1, 3.0),
+        rollout("a", 0, 5.0, seed=1), rollout("a", 1, 6.0, seed=1),
+    ]  # fmt: skip
+    assert [record["last_s"] for record in rollouts.with_last(records)] == [None, None, 2.0, 1.0, None, 5.0]
+
+
+def test_the_error_of_a_forecast_is_relative_and_leaves_out_what_was_not_forecast():
+    records = [rollout("a", step, 2.0, refined_s=forecast) for step, forecast in enumerate([None, 1.0, 2.2, 3.0])]
+    assert rollouts.error(records, "refined_s") == pytest.approx(0.5)
+    assert np.isnan(rollouts.error(records[:1], "refined_s"))
+
+
+def test_the_tables_are_of_known_prompts_and_pair_the_arms():
+    records = [rollout(rollouts.UNIFORM, step, 9.0 if step < 2 else 2.0) for step in range(4)]
+    records += [rollout(rollouts.ADAPTIVE, step, 1.0, tokens=90) for step in range(4)]
+    text = rollouts.tables(records)
+    assert "| uniform | 4.0 | 1 | 200 | 1 | 120 | 7.5 | 9.0 | 6 of 40 | 50% | 8 to 12 | 0.25 |" in text
+    assert "| adaptive | 2.0 | 0.50 [0.50, 0.50] | 180 | 0.90 [0.90, 0.90] |" in text
+    assert "| uniform | 2 | 0.0% | 50.0% | 175.0% |" in text
+    assert "| adaptive | 2 | 0.0% | 50.0% | 0.0% |" in text
+    assert "| all | 4 |" in text
+    with pytest.raises(ValueError, match="adaptive"):
+        rollouts.tables(records[:-1])
+    assert "no prompt was known" in rollouts.tables(records[:2])
+
+
+def test_a_pool_that_does_not_divide_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        rollouts.main(["--pool", "30"])
+    assert "--pool 30: must be a multiple of --prompts 8" in capsys.readouterr().err
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def train_step(epoch, seconds, length, correlation=None):
+    step = {
+        "training/epoch": float(epoch), "darts/history/known_share": float(epoch > 0),
+        "darts/rollout/seconds": seconds, "darts/tokens/generated": 10 * length, "darts/length/pool_mean": length,
+        "darts/length/pool_p99": 4 * length, "darts/length/kept_mean": length / 2, "darts/reward/pool_mean": 0.5,
+        "darts/group/saturated_share": 0.25,
+    }  # fmt: skip
+    return step if correlation is None else step | {"darts/history/std_correlation": correlation}
+
+
+def training_record(arm, seed=0, factor=1.0):
+    steps = {
+        1: train_step(0, 9.0, 40.0), 2: train_step(0, 9.0, 50.0), 3: train_step(1, 2.0 * factor, 60.0 * factor, 0.2),
+        4: train_step(1, 4.0 * factor, 80.0 * factor, 0.4),
+    }  # fmt: skip
+    figures = training_report.record_of(steps, [0.5, 0.6 * factor])
+    return {"testbed": "depth", "seed": seed, "arm": arm} | figures
+
+
+def test_a_run_is_summed_where_its_prompts_are_known():
+    record = training_record("uniform")
+    assert (record["steps"], record["known"], record["seconds"], record["tokens"]) == (4, 2, 6.0, 1400.0)
+    assert record["pool_mean"] == [45.0, 70.0]
+    assert record["validation"] == [0.5, 0.6]
+    assert record["std_correlation"] == pytest.approx(0.3)
+    row = "| depth | 0 | uniform | 6.0 | 3.00 | 1,400 | 45.0 -> 70.0 | 180 -> 280 | 22.5 -> 35.0 | 0.500 -> 0.500 | "
+    assert f"{row}0.500 -> 0.600 | 0.30 | 25% |" in training_report.runs_table([record])
+
+
+def test_runs_are_compared_by_seed_and_a_lone_arm_is_left_out():
+    records = [
+        training_record("uniform"), training_record("adaptive", factor=0.5), training_record("uniform", seed=1),
+        training_record("adaptive", seed=1, factor=0.9), training_record("uniform", seed=2),
+    ]  # fmt: skip
+    lines = training_report.ratios_table(records).splitlines()[2:]
+    assert lines == [
+        "| depth | 0 | 0.50 | 0.50 | 0.50 | 0.50 | 0.50 | 1.00 | -0.300 |",
+        "| depth | 1 | 0.90 | 0.90 | 0.90 | 0.90 | 0.90 | 1.00 | -0.060 |",
+        "| depth | all | 0.70 | 0.70 | 0.70 | 0.70 | 0.70 | 1.00 | -0.180 |",
+    ]
+
+
+def test_a_run_of_one_epoch_has_no_known_steps_and_still_a_row():
+    figures = training_report.record_of({1: train_step(0, 9.0, 40.0)}, [0.5, 0.6])
+    record = {"testbed": "depth", "seed": 0, "arm": "uniform"} | figures
+    assert "| 0.0 | nan | 0 |" in training_report.runs_table([record])
+    assert "| nan | nan | 1.00 |" in training_report.ratios_table([record, record | {"arm": "adaptive"}])
+
+
+def test_arms_alternate_in_time():
+    assert list(training.planned(["depth"], 2)) == [
+        ("depth", 0, "uniform"), ("depth", 0, "adaptive"), ("depth", 1, "adaptive"), ("depth", 1, "uniform"),
+    ]  # fmt: skip
+
+
+def test_a_whole_run_is_not_repeated_and_one_of_other_settings_is_refused(tmp_path, monkeypatch):
+    called = []
+
+    def call(command, log, **environment):
+        called.append(command)
+        write_trace(log.parent / "darts.jsonl", [(step, {}) for step in range(1, 1 + whole)])
+        log.write_text(f"{' '.join(command)}\n")
+
+    monkeypatch.setattr(training, "call", call)
+    arguments = [tmp_path / "run", tmp_path / "latency.json", ["testbed=depth"], 0, "adaptive", 3]
+    whole = 2
+    training.train(*arguments)
+    whole = 3
+    training.train(*arguments)
+    training.train(*arguments)
+    assert len(called) == 2, "a run that lacks a step starts anew, a whole one is not repeated"
+    assert "darts.allocation.mode=adaptive" in called[0]
+    with pytest.raises(RuntimeError, match="a run of other settings"):
+        training.train(*arguments[:3], 1, *arguments[4:])
+
+
+def test_a_command_that_fails_names_its_log(tmp_path):
+    log = tmp_path / "new" / "run.log"
+    with pytest.raises(RuntimeError, match=r"exit code 1; see .*run\.log"):
+        training.call(["benchmarks.no_such_module"], log)
+    assert log.read_text().startswith("benchmarks.no_such_module\n")

@@ -15,7 +15,7 @@ import numpy as np
 
 from darts.report import find_file
 from darts.testbed.rollouts import machine
-from darts.testbed.rollouts_report import _table as table
+from darts.testbed.rollouts_report import table
 from darts.testbed.rollouts_report import arms_of, paired, speed_up
 from darts.testbed.statistics import Estimate
 

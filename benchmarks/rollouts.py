@@ -41,8 +41,6 @@ ALLOCATIONS = {
 GROUP_SIZE, MEAN = 8, 10.5
 BY = ("seed", "step")
 PREDICTORS = {"refined_s": "refined model", "unrefined_s": "model as measured", "last_s": "last step"}
-PROFILE_TOKENS = 64
-"""Fit into the context of either testbed."""
 
 
 def settings(arm: str, seed: int, wait: str, chunk_tokens: int) -> DartsConfig:
@@ -146,7 +144,7 @@ def run(options: argparse.Namespace, opening: dict[str, Any]) -> list[dict[str, 
     model, questions, records = config.actor_rollout_ref.model.path, train_questions(options.testbed), []
     say("starting one server ...")
     with local_ray(num_gpus=1), start_servers(config, StreamingReplica) as servers:
-        measured = profile_servers(servers.server_handles, model, tokens=PROFILE_TOKENS, seeded=True, say=say)
+        measured = profile_servers(servers.server_handles, model, seeded=True, say=say)
         profile = asyncio.run(measured)
         bench = PlannedBench(servers, config)
 

@@ -33,8 +33,6 @@ from darts.testbed import LIMITS
 from darts.testbed.rollouts import ENVIRONMENT, rotated, say
 
 ARMS = (UNIFORM, ADAPTIVE)
-PROFILE_TOKENS = 64
-"""Fit into the context of either testbed."""
 
 
 def planned(testbeds: Sequence[str], seeds: int) -> Iterator[tuple[str, int, str]]:
@@ -110,7 +108,7 @@ def run(options: argparse.Namespace, opening: dict[str, Any]) -> list[dict[str, 
         folder, profile = root / f"steps{options.steps}-seed{seed}-{arm}", root / "latency.json"
         if not profile.is_file():
             say(f"{testbed}: measuring the engine ...")
-            command = ["darts.latency", "profile", *where, f"--out={profile}", f"--tokens={PROFILE_TOKENS}"]
+            command = ["darts.latency", "profile", *where, f"--out={profile}"]
             call(command, root / "latency.log")
         train(folder, profile, where, seed, arm, options.steps)
         figures = record_of(steps_of(folder), read_validation(folder / "metrics.jsonl"))

@@ -111,15 +111,20 @@ class LengthHistory:
         self._prompts: dict[str, tuple[float, float]] = {}  # (mean, variance), the prompt updated last comes last
         self._dataset: tuple[float, float] | None = None  # (mean, std) until the next update
 
-    def update(self, key: str, lengths: Sequence[float], censored: Sequence[bool]) -> float:
-        """Takes one observation of a prompt, returns its `censored_std`. One without a single token changes nothing.
+    def update(self, key: str, lengths: Sequence[float], censored: Sequence[bool], correction: float = 1.0) -> float:
+        """Takes one observation of a prompt, returns its `censored_std` times `correction`.
+
+        One without a single token changes nothing.
 
         Raises:
-            ValueError: a key that is not text, or as `censored_moments`.
+            ValueError: a key that is not text, a correction that is not above 0, or as `censored_moments`.
         """
         if not isinstance(key, str):
             raise ValueError(f"key={key!r}: must be text, from prompt_key().")
+        if not 0 < correction < math.inf:
+            raise ValueError(f"correction={correction}: must be finite and above 0.")
         mean, std = censored_moments(lengths, censored)
+        std *= correction
         if mean > 0:
             old_mean, old_variance = self._prompts.pop(key, (mean, std * std))
             variance = old_variance + self.weight * (std * std - old_variance)

@@ -48,7 +48,7 @@ def _parse(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config-dir", type=Path, metavar="DIR", help="where it lies (default: the project's configs)")
     parser.add_argument("--largest", type=int, metavar="N", help="largest batch size (default: rollout.max_num_seqs)")
     parser.add_argument(
-        "--tokens", type=int, default=TOKENS, metavar="N", help="steps to be timed (default: %(default)s)"
+        "--tokens", type=int, metavar="N", help=f"steps to be timed (default: {TOKENS}, or what fits into the context)"
     )
     parser.add_argument(
         "--prompt-tokens", type=int, metavar="N", help=f"default: the longest prompt, at most {MOST_PROMPT_TOKENS}"

@@ -34,6 +34,10 @@ METRICS: dict[str, tuple[str, str]] = {
     "darts/history/known_share": ("share", "prompts of the batch that were seen before; the others take the mean"),
     "darts/history/std_mean": ("tokens", "sigma_D: std of response length within a prompt, mean of recent prompts"),
     "darts/history/length_mean": ("tokens", "mean response length of recent prompts, corrected for what was stopped"),
+    "darts/history/stop_correction": (
+        "ratio",
+        "of the std of full groups to its estimate had they been stopped; stopped groups are corrected by it",
+    ),
     "darts/history/std_correlation": (
         "",
         "of predicted with observed std over the prompts seen before; near 0 adaptive budgets are a lottery",

@@ -27,6 +27,7 @@ from darts.allocation import (
     spread_parts,
     uniform_budgets,
 )
+from darts.calibration import StopCorrection
 from darts.config import DartsConfig
 from darts.forecast import CostModel, draw_lengths, stopped_lengths
 from darts.history import LengthHistory
@@ -86,6 +87,7 @@ class RolloutPlanner:
         self, *, ema_weight: float, response_length: int, num_engines: int = 1, max_running: int | None = None
     ) -> None:
         self.history = LengthHistory(ema_weight)
+        self.correction = StopCorrection()
         self.cost: CostModel | None = None
         self.steps = 0  # rollouts observed
         self.num_engines = num_engines
@@ -147,11 +149,12 @@ class RolloutPlanner:
             The std of each prompt's lengths as observed, corrected for censoring, shape [num_prompts]; and metrics.
         """
         groups = np.split(np.arange(len(pool)), np.cumsum(plan.budgets)[:-1])
-        observed = self._learn_lengths(plan.keys, groups, pool)
+        observed = self._learn_lengths(plan.keys, groups, pool, darts.group_size)
         metrics = plan_metrics(plan, observed, seconds) | {
             "darts/history/prompts": len(self.history),
             "darts/history/std_mean": self.history.dataset_std,
             "darts/history/length_mean": self.history.dataset_mean,
+            "darts/history/stop_correction": self.correction.factor,
         }
         if self.cost is not None and darts.latency.refine:
             decoded = pool.length[np.concatenate([groups[prompt] for prompt in plan.launch_order])]
@@ -163,7 +166,13 @@ class RolloutPlanner:
     def state_dict(self) -> dict[str, Any]:
         """All that later plans depend on, for JSON."""
         cost = None if self.cost is None else self.cost.state_dict()
-        return {"version": STATE_VERSION, "steps": self.steps, "history": self.history.state_dict(), "cost": cost}
+        return {
+            "version": STATE_VERSION,
+            "steps": self.steps,
+            "history": self.history.state_dict(),
+            "correction": self.correction.state_dict(),
+            "cost": cost,
+        }
 
     def load_state_dict(self, state: Any) -> None:
         """Goes on where `state_dict` was called; all or nothing.
@@ -179,8 +188,10 @@ class RolloutPlanner:
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
             raise ValueError(f"steps={steps!r}: must be an integer that is not negative.")
         cost = None if state.get("cost") is None else CostModel.from_state(state["cost"])
+        correction = StopCorrection()
+        correction.load_state_dict(state.get("correction"))
         self.history.load_state_dict(state.get("history"))
-        self.steps, self.cost = steps, cost
+        self.steps, self.correction, self.cost = steps, correction, cost
 
     def _to_the_end(self, lengths: NDArray[np.float64], budgets: NDArray[np.int64]) -> float:
         """Seconds if every candidate runs to its end; both in the order of launch."""
@@ -209,16 +220,19 @@ class RolloutPlanner:
         return Utility(total, gain - allocation.cost_weight * cost, gain, cost)
 
     def _learn_lengths(
-        self, keys: list[str], groups: list[NDArray[np.int64]], pool: CandidatePool
+        self, keys: list[str], groups: list[NDArray[np.int64]], pool: CandidatePool, num_keep: int
     ) -> NDArray[np.float64]:
+        """Updates the history; returns the std of each prompt's lengths."""
         censored = pool.aborted | pool.truncated | pool.lost
+        self.correction.learn([pool.length[group] for group in groups if not censored[group].any()], num_keep)
         rows: dict[str, list[NDArray[np.int64]]] = {}
         for key, group in zip(keys, groups, strict=True):
             rows.setdefault(key, []).append(group)
         observed = {}
         for key, parts in rows.items():
             together = np.concatenate(parts)
-            observed[key] = self.history.update(key, pool.length[together], censored[together])
+            correction = self.correction.factor if pool.aborted[together].any() else 1.0
+            observed[key] = self.history.update(key, pool.length[together], censored[together], correction)
         return np.array([observed[key] for key in keys])
 
 

@@ -32,6 +32,8 @@ from darts.latency_profile import LatencyProfile, model_config, model_id, vocabu
 TOKENS = 96
 CHUNKS = 8
 """Chunks in the timed part of a request."""
+MARGIN = 16
+"""Tokens that the first of a batch may make before all of it decode."""
 MOST_PROMPT_TOKENS = 256
 """Prompts are as long as the run's may be, up to this: they only fill the cache, and cost time to prefill."""
 WARM_UP_SIZE = 8
@@ -64,7 +66,7 @@ class Workload:
         rollout: Any,
         vocabulary: int,
         largest: int | None = None,
-        tokens: int = TOKENS,
+        tokens: int | None = None,
         prompt_tokens: int | None = None,
         seeded: bool = False,
     ) -> "Workload":
@@ -74,7 +76,7 @@ class Workload:
             rollout: verl's `RolloutConfig`, or the configuration that becomes one.
             vocabulary: Size of the model's.
             largest: Largest batch size; None: `max_num_seqs`.
-            tokens: Decoding steps to be timed.
+            tokens: Decoding steps to be timed; None: `TOKENS`, or as many as fit into the context.
             prompt_tokens: Of a request; None: `rollout.prompt_length`, at most `MOST_PROMPT_TOKENS`.
             seeded: Requests have a sampling seed each, as with `darts.seed`.
 
@@ -89,13 +91,17 @@ class Workload:
         top = rollout.max_num_seqs if largest is None else min(largest, rollout.max_num_seqs)
         if top < 2:
             raise ValueError(f"largest batch size {top}: must be at least 2 (max_num_seqs={rollout.max_num_seqs}).")
-        if tokens < CHUNKS:
-            raise ValueError(f"tokens={tokens}: must be at least {CHUNKS}.")
         prompt = min(rollout.prompt_length, MOST_PROMPT_TOKENS) if prompt_tokens is None else prompt_tokens
         if prompt < 1:
             raise ValueError(f"prompt_tokens={prompt}: must be at least 1.")
+        context = rollout.max_model_len
+        if tokens is None:
+            room = TOKENS if context is None else (context - prompt - MARGIN) * CHUNKS // (CHUNKS + 2)
+            tokens = max(min(TOKENS, room), CHUNKS)
+        if tokens < CHUNKS:
+            raise ValueError(f"tokens={tokens}: must be at least {CHUNKS}.")
         # Before all of a batch decode, the first to do so have made some tokens, and two chunks are not timed.
-        context, needed = rollout.max_model_len, tokens + 2 * tokens // CHUNKS + 16
+        needed = tokens + 2 * tokens // CHUNKS + MARGIN
         if context is not None and prompt + needed > context:
             raise ValueError(
                 f"prompt_tokens={prompt}, tokens={tokens}: {prompt + needed} tokens do not fit into "
@@ -139,7 +145,7 @@ async def profile_servers(
     *,
     limit_s: float = 60.0,
     largest: int | None = None,
-    tokens: int = TOKENS,
+    tokens: int | None = None,
     prompt_tokens: int | None = None,
     seeded: bool = False,
     command: str = "",

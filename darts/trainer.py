@@ -131,7 +131,7 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
         )
         try:
             profile = asyncio.run(measured)
-        except ProfileError as error:
+        except (ProfileError, ValueError) as error:  # ValueError: the settings leave nothing to measure
             warnings.warn(
                 f"darts.latency.profile=auto: {error} There is no cost model: the mean number of candidates is "
                 f"{self.darts.allocation.fallback_mean:g}.",

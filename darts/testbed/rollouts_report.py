@@ -73,7 +73,7 @@ def streaming_table(records: Sequence[Record]) -> str:
             chunks = paired(some, arm, "chunks", PAIRED_BY["streaming"])
             ratio = "1" if arm == PLAIN else format(streaming_ratio(some, arm), ".3f")
             rows.append([requests, arm, len(speeds), f"{np.median(speeds):,.0f}", ratio, f"{np.mean(chunks):,.0f}"])
-    return _table(["requests", "arm", "repetitions", "tokens/s, median", "over plain", "chunks"], rows)
+    return table(["requests", "arm", "repetitions", "tokens/s, median", "over plain", "chunks"], rows)
 
 
 def streaming_checks(records: Sequence[Record], chunk: int = 256) -> list[Check]:
@@ -118,7 +118,7 @@ def early_stop_table(records: Sequence[Record]) -> str:
         "arm", "seconds, median", "seconds, total", "speed-up over plain n=M", "tokens", "kept", "aborted",
         "tokens after the decision", "tail, s", "kept length",
     ]  # fmt: skip
-    return _table(columns, rows)
+    return table(columns, rows)
 
 
 def repeated_groups(records: Sequence[Record], arm: str, other: str) -> Array:
@@ -185,7 +185,7 @@ def overhead_table(records: Sequence[Record]) -> str:
             ]
         )
     columns = ["arm", "speed-up of the engine's CPU time", "share outside of the engine", "after the last request"]
-    return _table([*columns, *(f"CPU of {name}" for name in records[0]["cpu_s"])], rows)
+    return table([*columns, *(f"CPU of {name}" for name in records[0]["cpu_s"])], rows)
 
 
 def _columns(records: Sequence[Record], arm: str) -> list[Record]:
@@ -228,7 +228,7 @@ def routing_table(records: Sequence[Record]) -> str:
                 ]
             )
     columns = ["response tokens", "routing", "prefix cached", "prompt tokens computed", "imbalance", "seconds, median"]
-    return _table([*columns, "speed-up over balanced"], rows)
+    return table([*columns, "speed-up over balanced"], rows)
 
 
 def imbalance(requests: Sequence[int]) -> float:
@@ -236,6 +236,6 @@ def imbalance(requests: Sequence[int]) -> float:
     return max(requests) / (sum(requests) / len(requests))
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])

@@ -296,6 +296,15 @@ def test_engines_that_cannot_be_measured_are_a_warning(profiling):
         assert profiling.start() is None
 
 
+def test_settings_that_leave_nothing_to_measure_are_a_warning(profiling, monkeypatch):
+    async def too_short(*arguments, **options):
+        raise ValueError("tokens=8: 80 tokens do not fit into max_model_len=70.")
+
+    monkeypatch.setattr(trainer_module, "profile_servers", too_short)
+    with pytest.warns(UserWarning, match=r"do not fit .* the mean number of candidates is 12"):
+        assert profiling.start() is None
+
+
 def test_a_file_is_used_unless_the_state_has_its_refinement(profiling, tmp_path):
     path = str(tmp_path / "profile.json")
     profile_of(str(tmp_path)).save(path)

@@ -207,6 +207,8 @@ def test_a_planner_that_loads_the_state_goes_on_as_the_saved_one():
         ({"history": None}, "state=None"),
         ({"history": {"version": 1, "prompts": {"a": [1.0]}}}, r"\['a'\]"),
         ({"cost": {"curve": None}}, "cost model="),
+        ({"correction": [1.0]}, "correction="),
+        ({"correction": [1.0, float("nan")]}, "correction="),
     ],
 )
 def test_a_state_that_cannot_be_used_is_refused_and_changes_nothing(change, message):

@@ -271,6 +271,16 @@ def test_prompts_are_as_long_as_the_runs_but_not_very_long():
     assert planned(prompt_tokens=500).prompt_tokens == 500
 
 
+def test_as_many_steps_are_timed_as_fit_into_the_context():
+    assert planned(tokens=None).tokens == profiler.TOKENS
+    assert planned(tokens=None, max_model_len=None).tokens == profiler.TOKENS
+    short = planned(tokens=None, prompt_length=48, max_model_len=176)
+    assert 80 < short.tokens < profiler.TOKENS
+    assert planned(tokens=short.tokens, prompt_length=48, max_model_len=176) == short
+    with pytest.raises(ValueError, match="do not fit into max_model_len=70"):
+        planned(tokens=None, prompt_length=48, max_model_len=70)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

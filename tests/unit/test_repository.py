@@ -20,7 +20,8 @@ else:
 
 ROOT = Path(__file__).resolve().parents[2]
 PURE_METHOD = (
-    "selection", "group", "allocation", "history", "latency", "forecast", "planning", "config", "metrics", "simulation",
+    "selection", "group", "allocation", "history", "calibration", "latency", "forecast", "planning", "config",
+    "metrics", "simulation",
 )  # fmt: skip
 NOT_IN_THE_METHOD = {"ray", "vllm", "verl", "verl_patches", "torch", "transformers", "tensordict"}
 MAX_LINES = 500

@@ -15,8 +15,7 @@ import numpy as np
 
 from darts.report import find_file
 from darts.testbed.rollouts import machine
-from darts.testbed.rollouts_report import table
-from darts.testbed.rollouts_report import arms_of, paired, speed_up
+from darts.testbed.rollouts_report import arms_of, paired, speed_up, table
 from darts.testbed.statistics import Estimate
 
 __all__ = ["arms_of", "document", "found", "mean", "over", "paired", "parser", "save", "table", "trace_metrics"]

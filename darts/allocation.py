@@ -54,6 +54,8 @@ def allocate(weights: ArrayLike, total: int, low: int, high: int) -> NDArray[np.
     if len(wrong):
         raise ValueError(f"weights[{wrong[0]}]={weights[wrong[0]]}: must be finite and not negative.")
     least, most = low * len(weights), high * len(weights)
+    if total != int(total):
+        raise ValueError(f"total={total}: must be a whole number of candidates.")
     if not least <= total <= most:
         raise ValueError(
             f"total={total}: {len(weights)} prompts with low={low} and high={high} take {least} to {most} candidates."

@@ -1,7 +1,7 @@
 """What early stop hides: how far `censored_std` is off for groups that were stopped, learnt from groups that were not.
 
 Contract: pure. The tail beyond the M shortest is a matter of the model of lengths, which no workload obeys. Groups that
-ran to their end show the truth: censored as early stop would have done, their estimate can be compared with it. Our
+ran to their end show the truth: censored as deeply as early stop censors, their estimate can be compared with it. Our
 choice; without it prompts that are stopped would look too even where tails are heavy, and lose their budget for it.
 """
 
@@ -40,17 +40,22 @@ class StopCorrection:
             return 1.0
         return float(np.clip(np.sqrt(self._means[0] / self._means[1]), 1 / MOST, MOST))
 
-    def learn(self, groups: Sequence[NDArray[np.int64]], num_keep: int) -> None:
+    def learn(self, groups: Sequence[NDArray[np.int64]], num_keep: int, most: int) -> None:
         """Takes the groups of a rollout that ran to their end.
 
+        A stopped group has `most` candidates and ends after M of them. Full groups have fewer, so they are censored
+        after the same share of theirs.
+
         Args:
-            groups: lengths of all candidates of each group; those of `num_keep` candidates or fewer say nothing.
-            num_keep: M, after which a stopped group would have ended.
+            groups: lengths of all candidates of each group.
+            num_keep: M, after which a stopped group ends.
+            most: M_up, candidates of a group that is stopped.
         """
         pairs = []
         for lengths in groups:
-            if len(lengths) > num_keep:
-                end = np.partition(lengths, num_keep - 1)[num_keep - 1]
+            ended = max(round(len(lengths) * num_keep / most), 2)
+            if ended < len(lengths):
+                end = np.partition(lengths, ended - 1)[ended - 1]
                 pairs.append((lengths.var(), censored_std(np.minimum(lengths, end), lengths > end) ** 2))
         if pairs:
             new = np.mean(pairs, axis=0)

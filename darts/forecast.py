@@ -1,12 +1,15 @@
 """What a rollout will take: drawn lengths, the rules that cut them, and the cost model that turns them into seconds.
 
-Contract: pure. Lengths are drawn with a fixed seed, so every total of candidates is compared on the same draws.
+Contract: pure. Lengths are always drawn with the same seed, so totals of candidates are compared on the same draws, and
+do not change from step to step by chance.
 
 1. Lengths of a prompt are log-normal with its mean and std (our choice), at most the response limit.
 2. What the groups stop is stopped where their rules say, counted in tokens: all candidates start together.
-3. Candidates go to the engines in turns, from the heaviest prompt to the lightest, as the manager launches them.
+3. Candidates go to the engines in turns, in the order in which they are launched: as `darts.routing=balanced` does it.
 """
 
+import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,14 +19,15 @@ from darts.config import DartsConfig
 from darts.latency import LatencyCurve, StepTimes, makespan
 
 REFINE_WEIGHT = 0.3
-"""Weight of a new rollout in the refined cost model (our choice)."""
+"""Weight of a new rollout in the refined curve (our choice)."""
+OVERHEADS = 5
+"""Rollouts over which the median of what decoding does not explain is taken: the first one may be slow (our choice)."""
 DRAWN_CANDIDATES = 2048
-"""Lengths are drawn for at least so many candidates, in several draws of the batch where it is small (our choice)."""
+LEAST_DRAWS = 16
+"""A batch is drawn so often, a small one more often: with fewer draws the best total changes by chance (ours)."""
 
 
-def draw_lengths(
-    mean: NDArray[np.float64], std: NDArray[np.float64], most: int, limit: int, seed: int
-) -> NDArray[np.float64]:
+def draw_lengths(mean: NDArray[np.float64], std: NDArray[np.float64], most: int, limit: int) -> NDArray[np.float64]:
     """Lengths of `most` candidates of each prompt, in tokens.
 
     Args:
@@ -31,13 +35,12 @@ def draw_lengths(
         std: the same.
         most: candidates per prompt.
         limit: longest response.
-        seed: of the draws.
 
     Returns:
         Whole numbers in [1, limit], shape [draws, num_prompts, most].
     """
-    draws = -(-DRAWN_CANDIDATES // (len(mean) * most))
-    normal = np.random.default_rng(seed).standard_normal((draws, len(mean), most))
+    draws = max(LEAST_DRAWS, -(-DRAWN_CANDIDATES // (len(mean) * most)))
+    normal = np.random.default_rng(0).standard_normal((draws, len(mean), most))
     mean = np.maximum(mean, 1.0)[:, None]
     variance = np.log1p((std[:, None] / mean) ** 2)
     return np.clip(np.ceil(np.exp(np.log(mean) - variance / 2 + np.sqrt(variance) * normal)), 1, limit)
@@ -78,15 +81,21 @@ class CostModel:
     Args:
         curve: PTL of one engine.
         source: says where the curve comes from.
+        overheads: seconds of the last rollouts that decoding does not explain.
     """
 
-    def __init__(self, curve: LatencyCurve, source: str, overhead_s: float | None = None) -> None:
+    def __init__(self, curve: LatencyCurve, source: str, overheads: Sequence[float] = ()) -> None:
         self.curve = curve
         self.source = source
-        self.overhead_s = overhead_s
+        self._overheads = list(overheads)[-OVERHEADS:]
+
+    @property
+    def overhead_s(self) -> float:
+        """Seconds that a rollout takes besides decoding: the median of the last ones."""
+        return statistics.median(self._overheads) if self._overheads else 0.0
 
     def seconds(self, lengths: NDArray[np.float64], num_engines: int, max_running: int | None) -> float:
-        """Mean over the draws.
+        """Mean over the draws, with what a rollout takes besides decoding.
 
         Args:
             lengths: decoded tokens in the order of launch, shape [draws, num_prompts, most]; those of 0 do not run.
@@ -98,7 +107,7 @@ class CostModel:
             launched = draw[draw > 0]
             engines = [launched[engine::num_engines] for engine in range(num_engines)]
             slowest.append(makespan(engines, self.curve, max_running))
-        return float(np.mean(slowest)) + (self.overhead_s or 0.0)
+        return float(np.mean(slowest)) + self.overhead_s
 
     def refine(
         self,
@@ -118,13 +127,12 @@ class CostModel:
             max_running: as of `seconds`.
         """
         self.curve = self.curve.refined(step_times, REFINE_WEIGHT, max_running)
-        known, self.overhead_s = self.overhead_s, 0.0
-        overhead = max(seconds - self.seconds(decoded[None, None].astype(np.float64), num_engines, max_running), 0.0)
-        self.overhead_s = overhead if known is None else known + REFINE_WEIGHT * (overhead - known)
+        explained = self.seconds(decoded[None, None].astype(np.float64), num_engines, max_running) - self.overhead_s
+        self._overheads = [*self._overheads, max(seconds - explained, 0.0)][-OVERHEADS:]
 
     def state_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"curve": self.curve.to_dict(), "source": self.source, "overhead_s": self.overhead_s}
+        return {"curve": self.curve.to_dict(), "source": self.source, "overheads": list(self._overheads)}
 
     @classmethod
     def from_state(cls, state: Any) -> "CostModel":
@@ -133,12 +141,15 @@ class CostModel:
         Raises:
             ValueError: something else; the message says what is wrong.
         """
-        if not isinstance(state, dict) or set(state) != {"curve", "source", "overhead_s"}:
-            raise ValueError(f"cost model={state!r:.80}: must have curve, source and overhead_s.")
-        source, overhead = state["source"], state["overhead_s"]
+        if not isinstance(state, dict) or set(state) != {"curve", "source", "overheads"}:
+            raise ValueError(f"cost model={state!r:.80}: must have curve, source and overheads.")
+        source, overheads = state["source"], state["overheads"]
         if not isinstance(source, str):
             raise ValueError(f"source={source!r}: must be a text.")
-        number = isinstance(overhead, int | float) and not isinstance(overhead, bool) and np.isfinite(overhead)
-        if not (overhead is None or (number and overhead >= 0)):
-            raise ValueError(f"overhead_s={overhead!r}: must be finite and not negative, or null.")
-        return cls(LatencyCurve.from_dict(state["curve"]), source, overhead)
+        if not (isinstance(overheads, list) and all(_is_seconds(overhead) for overhead in overheads)):
+            raise ValueError(f"overheads={overheads!r:.80}: must be finite numbers that are not negative.")
+        return cls(LatencyCurve.from_dict(state["curve"]), source, overheads)
+
+
+def _is_seconds(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value)) and value >= 0

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 PRIOR_SPREAD = 0.1  # std over location of cube roots; in tokens 0.3 of the mean, as responses to one prompt may have
 MAX_STRETCH = 4.0  # no length counts as more than this many times the longest known
 STATE_VERSION = 1
+LARGE = 4096  # bytes of a part of a prompt that count by their hash: images are not copied from level to level
 LOG_SQRT_TAU = 0.5 * math.log(math.tau)
 FAR_TAIL = 30.0  # in standard deviations; erfc underflows a little further out
 
@@ -213,6 +214,8 @@ def _encode(content: object) -> bytes:
         kind, body = b"o", _encode(form) + bytes(content.tobytes())
     else:
         raise TypeError(f"content of type {type(content).__module__}.{type(content).__qualname__} has no stable form.")
+    if len(body) > LARGE:
+        kind, body = kind.upper(), hashlib.sha256(body).digest()
     return b"%b%d:%b" % (kind, len(body), body)
 
 

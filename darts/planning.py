@@ -5,7 +5,8 @@ Contract: pure, without a clock; prompts' keys in, a `Plan` out; what the candid
 1. `plan` changes nothing; `observe` is called once after each rollout that was planned and ended. All that both
    depend on besides the settings is in `state_dict`: a planner that loads it plans what the saved one would have.
 2. Prompts of the same key share a history: their candidates count as one observation.
-3. The utility's T takes every candidate to its end (our reading of the paper); `predicted_s` follows the groups' rules.
+3. The utility's T takes every candidate to its end (our reading of the paper), and is a moving mean over the batches;
+   `predicted_s` follows the groups' rules.
 4. Without a cost model nothing is predicted, and the mean number of candidates is `allocation.mean_candidates` or the
    middle of the bounds. So it is in the warm-up, whose budgets are uniform.
 """
@@ -35,6 +36,9 @@ from darts.latency import StepTimes
 from darts.metrics import CandidatePool
 
 STATE_VERSION = 1
+TIME_WEIGHT = 0.1
+"""Weight of a new batch in the moving mean of relative rollout times (our choice): the slowest engine is decided by a
+few draws of the longest responses, and the best total shall not jump with them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -48,13 +52,14 @@ class Plan:
     mean: NDArray[np.float64]  # predicted mean length; 0 where nothing was ever observed
     adaptive: bool
     utility: Utility | None = None  # None without a cost model
+    times: tuple[float, ...] = ()  # moving mean of seconds with M_low to M_up candidates over base_s; with a utility
     base_s: float | None = None  # expected seconds with M candidates per prompt, all run to their end
     predicted_s: float | None = None  # expected seconds of this rollout
 
     @property
     def launch_order(self) -> NDArray[np.int64]:
         """Positions of the prompts, from the heaviest to the lightest; the batch's order where budgets are uniform."""
-        return np.argsort(-self.budgets * self.mean, kind="stable") if self.adaptive else np.arange(len(self.keys))
+        return launch_order(self.budgets, self.mean, self.adaptive)
 
     def parts(self, num_parts: int) -> list[NDArray[np.int64]]:
         """Positions of the prompts of each worker, in the order of launch."""
@@ -90,6 +95,7 @@ class RolloutPlanner:
         self.correction = StopCorrection()
         self.cost: CostModel | None = None
         self.steps = 0  # rollouts observed
+        self._times: tuple[float, ...] = ()  # of the last plan with a utility
         self.num_engines = num_engines
         self.max_running = max_running
         self._response_length = response_length
@@ -102,24 +108,25 @@ class RolloutPlanner:
         adaptive = allocation.mode == "adaptive" and self.steps >= allocation.warmup_steps and bool(std.any())
         lengths = None
         if self.cost is not None and mean.any():
-            order = np.argsort(-mean, kind="stable")
-            lengths = draw_lengths(mean, std, max(allocation.high, size), self._response_length, seed=self.steps)
-        utility = None
+            lengths = draw_lengths(mean, std, max(allocation.high, size), self._response_length)
+        utility, times = None, ()
         if allocation.mode == "off":
             budgets = np.full(len(keys), size)
         elif adaptive:
             weights = std / std.mean()
             total = rounded_total(len(keys), allocation.fallback_mean)
             if lengths is not None:
-                utility = self._utility(weights, lengths[:, order], order, darts)
+                times = self._relative_times(weights, lengths, mean, darts)
+                utility = self._utility(len(keys), times, darts)
                 total = utility.total
             budgets = allocate(weights, total, allocation.low, allocation.high)
         else:
             budgets = uniform_budgets(len(keys), allocation.fallback_mean, allocation.low, allocation.high)
         base_s = predicted_s = None
         if lengths is not None:
-            base_s = self._to_the_end(lengths[:, order], np.full(len(keys), size))
+            base_s = self._to_the_end(lengths, np.full(len(keys), size), mean, adaptive)
             decoded = stopped_lengths(lengths, budgets, darts, self._response_length)
+            order = launch_order(budgets, mean, adaptive)
             predicted_s = self.cost.seconds(decoded[:, order], self.num_engines, self.max_running)
         return Plan(
             keys=list(keys),
@@ -129,6 +136,7 @@ class RolloutPlanner:
             mean=mean,
             adaptive=adaptive,
             utility=utility,
+            times=times,
             base_s=base_s,
             predicted_s=predicted_s,
         )
@@ -149,7 +157,7 @@ class RolloutPlanner:
             The std of each prompt's lengths as observed, corrected for censoring, shape [num_prompts]; and metrics.
         """
         groups = np.split(np.arange(len(pool)), np.cumsum(plan.budgets)[:-1])
-        observed = self._learn_lengths(plan.keys, groups, pool, darts.group_size)
+        observed = self._learn_lengths(plan.keys, groups, pool, darts)
         metrics = plan_metrics(plan, observed, seconds) | {
             "darts/history/prompts": len(self.history),
             "darts/history/std_mean": self.history.dataset_std,
@@ -161,6 +169,7 @@ class RolloutPlanner:
             self.cost.refine(decoded, seconds, step_times, self.num_engines, self.max_running)
             metrics["darts/latency/overhead_s"] = self.cost.overhead_s
         self.steps += 1
+        self._times = plan.times or self._times
         return observed, {name: float(value) for name, value in metrics.items()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -172,6 +181,7 @@ class RolloutPlanner:
             "history": self.history.state_dict(),
             "correction": self.correction.state_dict(),
             "cost": cost,
+            "times": list(self._times),
         }
 
     def load_state_dict(self, state: Any) -> None:
@@ -188,28 +198,43 @@ class RolloutPlanner:
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
             raise ValueError(f"steps={steps!r}: must be an integer that is not negative.")
         cost = None if state.get("cost") is None else CostModel.from_state(state["cost"])
+        times = state.get("times")
+        if not (isinstance(times, list) and all(isinstance(t, float) and np.isfinite(t) and t >= 0 for t in times)):
+            raise ValueError(f"times={times!r:.80}: must be finite numbers that are not negative.")
         correction = StopCorrection()
         correction.load_state_dict(state.get("correction"))
         self.history.load_state_dict(state.get("history"))
-        self.steps, self.correction, self.cost = steps, correction, cost
+        self.steps, self.correction, self.cost, self._times = steps, correction, cost, tuple(times)
 
-    def _to_the_end(self, lengths: NDArray[np.float64], budgets: NDArray[np.int64]) -> float:
-        """Seconds if every candidate runs to its end; both in the order of launch."""
+    def _to_the_end(
+        self, lengths: NDArray[np.float64], budgets: NDArray[np.int64], mean: NDArray[np.float64], adaptive: bool
+    ) -> float:
+        """Seconds if every candidate runs to its end."""
         runs = np.arange(lengths.shape[-1]) < budgets[:, None]
-        return self.cost.seconds(np.where(runs, lengths, 0.0), self.num_engines, self.max_running)
+        order = launch_order(budgets, mean, adaptive)
+        return self.cost.seconds(np.where(runs, lengths, 0.0)[:, order], self.num_engines, self.max_running)
 
-    def _utility(
-        self, weights: NDArray[np.float64], lengths: NDArray[np.float64], order: NDArray[np.int64], darts: DartsConfig
-    ) -> Utility:
-        """What the total brings that the settings ask for, or the best one; `lengths` in the order of launch."""
-        allocation, num_prompts = darts.allocation, len(weights)
+    def _relative_times(
+        self, weights: NDArray[np.float64], lengths: NDArray[np.float64], mean: NDArray[np.float64], darts: DartsConfig
+    ) -> tuple[float, ...]:
+        """Seconds with M_low, ..., M_up candidates in the mean over those with M: moving mean over batches."""
+        low, high, count = darts.allocation.low, darts.allocation.high, len(weights)
+        base = self._to_the_end(lengths, np.full(count, darts.group_size), mean, adaptive=True)
+        new = [
+            self._to_the_end(lengths, allocate(weights, each * count, low, high), mean, adaptive=True) / base
+            for each in range(low, high + 1)
+        ]
+        if len(self._times) != len(new):  # the first, or other bounds than before
+            return tuple(new)
+        return tuple(old + TIME_WEIGHT * (now - old) for old, now in zip(self._times, new, strict=True))
+
+    def _utility(self, num_prompts: int, times: tuple[float, ...], darts: DartsConfig) -> Utility:
+        """What the total brings that the settings ask for, or the best one."""
+        allocation = darts.allocation
         low, high = allocation.low, allocation.high
         terms = {
-            "seconds": [
-                self._to_the_end(lengths, allocate(weights, mean * num_prompts, low, high)[order])
-                for mean in range(low, high + 1)
-            ],
-            "base_seconds": self._to_the_end(lengths, np.full(num_prompts, darts.group_size)),
+            "seconds": times,
+            "base_seconds": 1.0,
             "group_size": darts.group_size,
             "variation": self.history.dataset_std / self.history.dataset_mean,
         }
@@ -220,11 +245,12 @@ class RolloutPlanner:
         return Utility(total, gain - allocation.cost_weight * cost, gain, cost)
 
     def _learn_lengths(
-        self, keys: list[str], groups: list[NDArray[np.int64]], pool: CandidatePool, num_keep: int
+        self, keys: list[str], groups: list[NDArray[np.int64]], pool: CandidatePool, darts: DartsConfig
     ) -> NDArray[np.float64]:
         """Updates the history; returns the std of each prompt's lengths."""
         censored = pool.aborted | pool.truncated | pool.lost
-        self.correction.learn([pool.length[group] for group in groups if not censored[group].any()], num_keep)
+        full = [pool.length[group] for group in groups if not censored[group].any()]
+        self.correction.learn(full, darts.group_size, darts.allocation.high)
         rows: dict[str, list[NDArray[np.int64]]] = {}
         for key, group in zip(keys, groups, strict=True):
             rows.setdefault(key, []).append(group)
@@ -234,6 +260,11 @@ class RolloutPlanner:
             correction = self.correction.factor if pool.aborted[together].any() else 1.0
             observed[key] = self.history.update(key, pool.length[together], censored[together], correction)
         return np.array([observed[key] for key in keys])
+
+
+def launch_order(budgets: NDArray[np.int64], mean: NDArray[np.float64], adaptive: bool) -> NDArray[np.int64]:
+    """Positions of the prompts, from the heaviest to the lightest; the batch's order where budgets are uniform."""
+    return np.argsort(-budgets * mean, kind="stable") if adaptive else np.arange(len(budgets))
 
 
 def plan_metrics(plan: Plan, observed: NDArray[np.float64], seconds: float) -> dict[str, float]:

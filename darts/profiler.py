@@ -41,11 +41,18 @@ SIZES = ("max_num_seqs", "max_model_len", "prompt_length", "data_parallel_size",
 STOP_S = 30.0
 """Seconds in which a server must have ended aborted requests."""
 
+DRAWS = random.Random()
+"""Of its own: whether engines were measured shall not show in anything that is drawn later."""
+
 Say = Callable[[str], None]
 
 
 class ProfileError(RuntimeError):
-    """Servers could not be measured."""
+    """Servers could not be measured; nothing runs on them."""
+
+
+class StuckRequests(RuntimeError):
+    """A server did not end what was aborted: it cannot be used any more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,12 +135,12 @@ class Workload:
         """A new request, as arguments of `generate_streamed`."""
         sampling = {key: value for key, value in self.sampling.items() if key != "seeded"}
         if self.sampling["seeded"]:
-            sampling["seed"] = random.getrandbits(31)
+            sampling["seed"] = DRAWS.getrandbits(31)
         # From the middle of the vocabulary: special tokens stand at its ends.
         low, high = self.vocabulary // 4, self.vocabulary // 2
         return {
             "request_id": uuid4().hex,
-            "prompt_ids": random.choices(range(low, high), k=self.prompt_tokens),
+            "prompt_ids": DRAWS.choices(range(low, high), k=self.prompt_tokens),
             "sampling_params": sampling | {"ignore_eos": True, "max_tokens": self.max_tokens},
             "chunk_tokens": max(self.tokens // CHUNKS, 1),
         }
@@ -164,8 +171,8 @@ async def profile_servers(
     Raises:
         ValueError: as `Workload.plan`, no servers, or a limit that is not positive.
         ConfigError: as `model_id`.
-        ProfileError: fewer than two batch sizes within the limit, or a server that does not answer or does not stop its
-            requests.
+        ProfileError: fewer than two batch sizes within the limit, or a server that does not answer.
+        StuckRequests: a server that does not stop its requests.
     """
     if not servers:
         raise ValueError("servers=[]: there must be at least one.")
@@ -303,7 +310,7 @@ class _Batch:
         end = time.monotonic() + STOP_S
         while left := [name for name, answer in self._answers.items() if not answer.done()]:
             if time.monotonic() > end:
-                raise ProfileError(f"a server did not stop {len(left)} requests within {STOP_S:g} s of their abort.")
+                raise StuckRequests(f"a server did not stop {len(left)} requests within {STOP_S:g} s of their abort.")
             # If the call fails, so do the requests.
             abort = asyncio.wait_for(_result(self._server.abort_streams.remote(left)), STOP_S)
             await asyncio.gather(abort, return_exceptions=True)

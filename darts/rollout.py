@@ -14,6 +14,7 @@ prompt are kept. From what all candidates became, the planner learns.
 """
 
 import asyncio
+import json
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,7 @@ class DartsAgentLoopManager(AgentLoopManager):
         )
         self._last: Rollout | None = None
         self._number = 0  # of the last rollout
+        self._warned_of_keys = False
 
     @auto_await
     async def generate_sequences(self, prompts: DataProto) -> DataProto:
@@ -78,7 +80,7 @@ class DartsAgentLoopManager(AgentLoopManager):
         start = time.monotonic()
         uids = self._group_uids(prompts)
         groups = prompts.select_idxs(np.arange(0, len(prompts), self.darts.group_size))
-        plan = self.planner.plan([prompt_key(prompt) for prompt in groups.non_tensor_batch["raw_prompt"]], self.darts)
+        plan = self.planner.plan([self._key(prompt) for prompt in groups.non_tensor_batch["raw_prompt"]], self.darts)
         planned = time.monotonic()
         budgets, parts = plan.budgets, plan.parts(len(self.agent_loop_workers))
         groups.non_tensor_batch[BUDGET] = budgets
@@ -132,6 +134,16 @@ class DartsAgentLoopManager(AgentLoopManager):
                 "its own; darts.rollout relies on verl 0.9.1's RayPPOTrainer for that."
             )
         return firsts
+
+    def _key(self, prompt: Any) -> str:
+        """The prompt's key; by its text alone, with one warning, where it holds something without a stable form."""
+        try:
+            return prompt_key(prompt)
+        except TypeError as cause:
+            if not self._warned_of_keys:
+                self._warned_of_keys = True
+                print(f"[darts] prompts are told apart by their text alone: {cause}", flush=True)
+            return prompt_key(json.dumps(prompt, sort_keys=True, default=lambda part: type(part).__name__))
 
     async def _gather(self, jobs: list["_Job"]) -> list[tuple[DataProto, CandidatePool, StepTimes]]:
         """Waits for the workers, with progress lines and a time limit; the first failure ends the wait, and them."""

@@ -38,7 +38,8 @@ def save_state(folder: Path, step: int, state: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{FILE_NAME}.tmp"
     with temporary.open("w") as file:
-        json.dump({"format": FORMAT, "step": step, "state": state}, file, allow_nan=False, separators=(",", ":"))
+        # Not json.dump, which takes twice as long.
+        file.write(json.dumps({"format": FORMAT, "step": step, "state": state}, allow_nan=False, separators=(",", ":")))
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(folder / FILE_NAME)

@@ -99,7 +99,8 @@ def failures(steps: list[dict[str, float]], moved: float, allocation: Allocation
     if is_darts(steps) and allocation is not None:
         low, mean, high = allocation.low, allocation.mean_candidates, allocation.high
         saturates = allocation.mode == "uniform" and mean > high - 1
-        known = [step for step in steps if step.get("darts/history/known_share", 0) > 0.5]
+        warm = steps[allocation.warmup_steps :]
+        known = [step for step in warm if step.get("darts/history/known_share", 0) > 0.5]
         adapts = allocation.mode == "adaptive" and mean is not None and low + 1 <= mean <= high - 1 and known
         spreads = [step["darts/allocation/budget_max"] - step["darts/allocation/budget_min"] for step in known]
         checks |= {

@@ -31,9 +31,9 @@ from verl.utils.skip import SkipManager
 import verl_patches.register
 from darts.checks import check_run, latency_profile
 from darts.forecast import CostModel
-from darts.latency_profile import LatencyProfile
+from darts.latency_profile import LatencyProfile, model_id
 from darts.planning import Rollout, RolloutPlanner
-from darts.profiler import ProfileError, profile_servers
+from darts.profiler import ProfileError, engine_device, profile_servers
 from darts.rollout import DartsAgentLoopManager
 from darts.state import StateError, load_state, save_state, step_folder
 from darts.trace import Trace
@@ -94,6 +94,17 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
         finally:
             self._shutdown_dump_executor()
 
+    def _warn_of_saturation(self) -> None:
+        all_saturated = self.metrics.get("darts/group/saturated_share") == 1
+        if all_saturated and self.darts.selection.mode == "auto" and not self._warned_of_saturation:
+            self._warned_of_saturation = True
+            warnings.warn(
+                f"all prompts of step {self.global_steps} have M_up candidates, so all groups are shortest-only and no "
+                "long response is kept: raise darts.allocation.cost_weight, set darts.allocation.mean_candidates, or "
+                "darts.selection.mode=dual_end, unless this is what you want.",
+                stacklevel=2,
+            )
+
     @property
     def planner(self) -> RolloutPlanner:
         """What plans the rollouts and learns from them."""
@@ -105,18 +116,25 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
         self._rollout: Rollout | None = None
         self._trace = Trace(self.darts.trace)
         self._cost_model_is_set = False
+        self._warned_of_saturation = False
 
     def _set_cost_model(self) -> None:
         """Before the first rollout: what the settings ask for, unless the state has a refinement of it."""
         latency, cost = self.darts.latency, self.planner.cost
         profile = latency_profile(self.config, self.darts)
+        if profile is not None:
+            device = asyncio.run(engine_device(self.llm_server_manager.server_handles[0]))
+            profile.require(latency.profile, profile.model_id, profile.tensor_parallel, device)
         if latency.profile == "off" or (latency.profile == "auto" and self.darts.allocation.mode != "adaptive"):
             self.planner.cost = None
         elif profile is not None:
             if cost is None or cost.source != source_of(profile):
                 self.planner.cost = CostModel(profile.curve(), source_of(profile))
-        elif cost is None and (profile := self._measured_profile()) is not None:
-            self.planner.cost = CostModel(profile.curve(), source_of(profile))
+        elif cost is None or not cost.source.startswith(engine_of(self.config)):
+            if cost is not None:
+                print(f"[darts] the checkpoint's latency model is of another engine ({cost.source})", flush=True)
+            profile = self._measured_profile()
+            self.planner.cost = None if profile is None else CostModel(profile.curve(), source_of(profile))
 
     def _measured_profile(self) -> LatencyProfile | None:
         """Measures the engines, which are awake; None, with a warning, where they cannot be measured."""
@@ -138,8 +156,11 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
                 stacklevel=2,
             )
             return None
-        profile.save(path)
-        print(f"[darts] the latency profile is in {path}", flush=True)
+        try:
+            profile.save(path)
+            print(f"[darts] the latency profile is in {path}", flush=True)
+        except OSError as cause:
+            warnings.warn(f"{path}: the latency profile cannot be kept: {cause}", stacklevel=2)
         return profile
 
     def _load_checkpoint(self) -> None:
@@ -179,6 +200,7 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
         self._rollout = self.async_rollout_manager.pop_rollout()
         if self._rollout is not None:
             self.metrics.update(self._rollout.metrics)
+            self._warn_of_saturation()
         return batch
 
     def _fit_update_weights(self) -> None:
@@ -218,6 +240,12 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
 def source_of(profile: LatencyProfile) -> str:
     """Tells one profile from another, in the state."""
     return f"{profile.model_id}, tensor parallel {profile.tensor_parallel}, {profile.device}, {profile.date}"
+
+
+def engine_of(config: DictConfig) -> str:
+    """How the source of a profile of this run's engines begins."""
+    ours = config.actor_rollout_ref
+    return f"{model_id(ours.model.path)}, tensor parallel {ours.rollout.tensor_model_parallel_size}, "
 
 
 def progress_line(metrics: dict[str, Any], step: int, total: int) -> str:

@@ -39,6 +39,7 @@ def trainer():
         }
     )
     self.darts = DartsConfig.from_block({}, 8)
+    self._warned_of_saturation = False
     self.global_steps, self.is_last_step, self.max_steps_duration = 3, False, 0.0
     self.metrics, self.timing_raw = {}, {}
     self.checkpoint_manager = SimpleNamespace(
@@ -264,7 +265,12 @@ def profiling(trainer, tmp_path, monkeypatch):
         return profile_of(model)
 
     trainer.measured_error = None
+
+    async def engine_device(server):
+        return "a device"
+
     monkeypatch.setattr(trainer_module, "profile_servers", profile_servers)
+    monkeypatch.setattr(trainer_module, "engine_device", engine_device)
 
     def start(cost=None, **darts):
         trainer.darts = DartsConfig.from_block(darts, 8)
@@ -273,6 +279,7 @@ def profiling(trainer, tmp_path, monkeypatch):
         return trainer.planner.cost
 
     trainer.start = start
+    trainer.engine = trainer_module.engine_of(trainer.config)
     return trainer
 
 
@@ -283,11 +290,50 @@ def test_auto_measures_the_engines_and_keeps_the_profile(profiling, tmp_path):
 
 
 def test_auto_measures_only_what_is_needed(profiling):
-    refined = CostModel(LatencyCurve([1, 2], [1.0, 2.0]), "of the checkpoint")
+    source = f"{profiling.engine}of the checkpoint"
+    refined = CostModel(LatencyCurve([1, 2], [1.0, 2.0]), source)
     assert profiling.start(cost=refined) is refined
     assert profiling.start(allocation={"mode": "uniform"}) is None
     assert profiling.start(latency={"profile": "off"}, cost=refined) is None
     assert profiling.measured == []
+
+
+def test_a_checkpoint_of_another_engine_is_measured_again(profiling, capsys):
+    other = CostModel(LatencyCurve([1, 2], [1.0, 2.0]), profiling.engine.replace("parallel 1", "parallel 4"))
+    assert profiling.start(cost=other).curve == CURVE
+    assert "the checkpoint's latency model is of another engine" in capsys.readouterr().out
+
+
+def test_a_profile_that_cannot_be_kept_is_used_all_the_same(profiling, tmp_path):
+    (tmp_path / "out").write_text("a file where a folder should be")
+    with pytest.warns(UserWarning, match="the latency profile cannot be kept"):
+        assert profiling.start().curve == CURVE
+
+
+def test_a_file_of_another_device_is_a_warning(profiling, tmp_path):
+    path = str(tmp_path / "profile.json")
+    profile_of(str(tmp_path), device="another device").save(path)
+    with pytest.warns(UserWarning, match="another device"):
+        assert profiling.start(latency={"profile": path}).curve == CURVE
+
+
+def test_the_planner_knows_the_engines(trainer):
+    trainer.config.actor_rollout_ref = {"rollout": {"data_parallel_size": 2}}
+    trainer.llm_server_manager = SimpleNamespace(server_handles=["one", "two"])
+    trainer.async_rollout_manager = SimpleNamespace(planner=learnt())
+    trainer._prepare_planner()
+    assert trainer.planner.num_engines == 4
+
+
+def test_a_run_without_long_responses_is_told_once(trainer, monkeypatch):
+    monkeypatch.setattr(SeparateRayPPOTrainer, "_fit_generate", lambda self, batch: batch)
+    rollout = SimpleNamespace(metrics={"darts/group/saturated_share": 1.0})
+    trainer.async_rollout_manager = SimpleNamespace(pop_rollout=lambda: rollout)
+    with pytest.warns(UserWarning, match=r"all prompts of step 3 have M_up candidates"):
+        trainer._fit_generate("batch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer._fit_generate("batch")
 
 
 def test_engines_that_cannot_be_measured_are_a_warning(profiling):

@@ -149,6 +149,21 @@ def test_early_stop_feeds_the_history_with_censored_lengths(fresh, monkeypatch):
             assert rollout.observed_std[prompt] > rollout.pool.length[rows].std()
 
 
+def test_the_planner_is_told_the_engines_limits(fresh, make_config):
+    manager, _ = fresh
+    config = make_config("actor_rollout_ref.rollout.max_num_seqs=77")
+    planner = DartsAgentLoopManager(config, manager.llm_client).planner
+    assert planner.max_running == 77
+
+
+def test_prompts_without_a_stable_form_are_told_apart_by_their_text(fresh, capsys):
+    manager, _ = fresh
+    odd = [[{"role": "user", "content": [{"type": "text", "text": text}, {"video": object()}]}] for text in "aab"]
+    keys = [manager._key(prompt) for prompt in odd]
+    assert keys[0] == keys[1] != keys[2]
+    assert capsys.readouterr().out.count("told apart by their text alone") == 1
+
+
 def test_an_empty_batch_is_refused(fresh):
     manager, _ = fresh
     empty = prompts(["1+1="], GROUP_SIZE).select_idxs(np.zeros(0, dtype=np.int64))

@@ -99,6 +99,7 @@ def test_equal_weights_give_uniform_budgets_to_the_first():
         (([1.0, 1.0], 15, 8, 16), "total=15: 2 prompts with low=8 and high=16 take 16 to 32"),
         (([1.0, 1.0], 33, 8, 16), "total=33"),
         (([], 1, 8, 16), "total=1: 0 prompts"),
+        (([1.0], 8.5, 8, 16), "total=8.5: must be a whole number"),
         (([1.0], 8, 0, 16), "low=0, high=16"),
         (([1.0], 8, 9, 8), "low=9, high=8"),
     ],

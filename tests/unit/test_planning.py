@@ -109,6 +109,7 @@ def test_planning_changes_nothing():
     assert json.dumps(planner.state_dict()) == before
     assert first.budgets.tolist() == second.budgets.tolist()
     assert (first.predicted_s, first.utility) == (second.predicted_s, second.utility)
+    assert first.times == second.times
 
 
 def test_the_utility_decides_the_total_by_the_cost_of_time():
@@ -151,6 +152,66 @@ def test_forecasts_are_made_before_and_compared_after():
     assert budgets == [36, plan.budgets.min(), np.median(plan.budgets), plan.budgets.max()]
 
 
+def test_the_best_total_does_not_jump_from_batch_to_batch():
+    """The same history, another order of the prompts, so other draws, in every step."""
+    rng = np.random.default_rng(0)
+    keys = [f"prompt {number}" for number in range(128)]
+    planner = new_planner(LatencyCurve([1, 64, 256], [0.02, 0.022, 0.03]), num_engines=8, max_running=256)
+    darts = DartsConfig.from_block({"allocation": {"mode": "adaptive"}, "latency": {"refine": False}}, 8)
+    lengths = {key: np.maximum(rng.lognormal(6, rng.uniform(0.2, 0.7), size=16), 1).astype(int) for key in keys}
+    costs, single = [], []
+    for _ in range(40):
+        plan = planner.plan([keys[n] for n in rng.permutation(len(keys))], darts)
+        rows = [lengths[key][:budget].tolist() for key, budget in zip(plan.keys, plan.budgets, strict=True)]
+        planner.observe(plan, darts, pool_of(rows), 30.0, StepTimes())
+        if plan.utility is not None:
+            costs.append(plan.times[-1])
+            before, planner._times = planner._times, ()
+            single.append(planner.plan(plan.keys, darts).times[-1])
+            planner._times = before
+    assert np.std(costs[20:]) < 0.4 * np.std(single[20:])
+    assert np.mean(costs[20:]) == pytest.approx(np.mean(single), rel=0.05)
+
+
+def test_other_bounds_start_the_moving_mean_anew():
+    planner, rng = new_planner(STEEP), np.random.default_rng(0)
+    for high in (8, 8, 6):
+        darts = darts_of(high=high)
+        plan = planner.plan(KEYS, darts)
+        observed = [rng.integers(50, 150, size=budget).tolist() for budget in plan.budgets]
+        planner.observe(plan, darts, pool_of(observed), 1.0, StepTimes())
+    assert len(plan.times) == 6 - LOW + 1
+
+
+@pytest.mark.parametrize(("mode", "order"), [("uniform", [0, 1, 2]), ("adaptive", [2, 1, 0])])
+def test_a_forecast_has_engines_queues_limits_and_the_order_of_launch(mode, order):
+    """Lengths that do not vary, so it can be reckoned: 2 engines of 2 sequences, responses of at most 35 tokens."""
+    planner = new_planner(LatencyCurve([1, 2], [1.0, 1.5]), num_engines=2, max_running=2, response_length=35)
+    darts = DartsConfig.from_block({"allocation": {"mode": mode, "mean_candidates": 2, "high": 2}, "selection":
+        {"mode": "dual_end", "num_long": 1}, "latency": {"refine": False}}, 2)  # fmt: skip
+    lengths = [10, 20, 50]
+    state = planner.state_dict() | {"steps": 5}
+    prompts = {key: [float(n), 1e-9] for key, n in zip("abc", lengths, strict=True)}
+    planner.load_state_dict(state | {"history": {"version": 1, "prompts": prompts}, "cost": planner.cost.state_dict()})
+    plan = planner.plan(["a", "b", "c"], darts)
+    assert plan.adaptive == (mode == "adaptive")
+    assert plan.launch_order.tolist() == order
+    # Each engine gets one candidate of each prompt, two run, the third waits for the first slot.
+    first, second, third = (min(lengths[prompt], 35) for prompt in order)
+    free, other = min(first, second), max(first, second)
+    ends = sorted([other, free + third])
+    expected = ends[0] * 1.5 + (ends[1] - ends[0]) * 1.0
+    assert plan.predicted_s == pytest.approx(expected, rel=0.05)
+    assert plan.base_s == pytest.approx(expected, rel=0.05)
+
+
+def test_the_gain_is_that_of_the_datasets_variation():
+    planner, darts = new_planner(STEEP), darts_of(mean_candidates=6)
+    plan = planner.plan(["one"], darts)
+    planner.observe(plan, darts, pool_of([[50, 150, 50, 150, 50, 150]]), 1.0, StepTimes())
+    assert planner.plan(["one"], darts).utility.gain == pytest.approx((50 / 100) * (1 - 4 / 6))
+
+
 def test_a_forecast_knows_that_early_stop_saves_time():
     planner, rng = new_planner(STEEP), np.random.default_rng(0)
     darts = darts_of(mean_candidates=HIGH)
@@ -177,7 +238,7 @@ def test_refinement_can_be_switched_off():
     darts = DartsConfig.from_block({"latency": {"refine": False}}, LOW)
     for _ in range(3):
         *_, metrics = rollout(planner, darts, rng, seconds=99.0)
-    assert (planner.cost.curve, planner.cost.overhead_s) == (STEEP, None)
+    assert (planner.cost.curve, planner.cost.overhead_s) == (STEEP, 0.0)
     assert "darts/latency/overhead_s" not in metrics
 
 
@@ -207,6 +268,8 @@ def test_a_planner_that_loads_the_state_goes_on_as_the_saved_one():
         ({"history": None}, "state=None"),
         ({"history": {"version": 1, "prompts": {"a": [1.0]}}}, r"\['a'\]"),
         ({"cost": {"curve": None}}, "cost model="),
+        ({"times": None}, "times=None"),
+        ({"times": [float("nan")]}, "times="),
         ({"correction": [1.0]}, "correction="),
         ({"correction": [1.0, float("nan")]}, "correction="),
     ],

@@ -95,7 +95,10 @@ class LatencyProfile:
 
 
 def _refuse_file(path: str | Path, rule: str) -> NoReturn:
-    fix = f"measure again with `python -m darts.latency profile --out {path}`, or set {KEY}=auto."
+    fix = (
+        f"measure again with `python -m darts.latency profile --config-name ... --out {Path(path).absolute()}` and the "
+        f"overrides of this run, or set {KEY}=auto."
+    )
     raise ConfigError(KEY, str(path), rule, fix) from None
 
 

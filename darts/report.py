@@ -131,7 +131,7 @@ def _mean(values: Any) -> float:
 
 
 def find_file(run: Path) -> Path:
-    """The `darts.jsonl` of a run.
+    """The `darts.jsonl` of a run; what the quickstart keeps of the run before, in `previous/`, is not looked at.
 
     Raises:
         ReportError: there is no such path, no such file below it, or more than one.
@@ -140,7 +140,7 @@ def find_file(run: Path) -> Path:
         return run
     if not run.is_dir():
         raise ReportError(f"RUN={run}: must be the folder of a run or its {FILE}, but nothing is there; check the path")
-    found = sorted(run.rglob(FILE))
+    found = sorted(file for file in run.rglob(FILE) if "previous" not in file.relative_to(run).parts)
     if not found:
         raise ReportError(f"RUN={run}: must hold one {FILE}, but none is in or below it; name the folder of a run")
     if len(found) > 1:
@@ -254,6 +254,8 @@ def summary(run: Run) -> list[tuple[str, str]]:
 
     def change(key: str, form: str) -> str:
         first, last = first_and_last(run.series(key))
+        if len([value for value in run.series(key) if not math.isnan(value)]) == 1:
+            return f"{last:{form}}, once"
         return "" if math.isnan(first) else f"{first:{form}} -> {last:{form}}"
 
     def share(part: float, whole: float) -> str:

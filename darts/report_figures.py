@@ -395,8 +395,10 @@ def _cost(run: Run) -> tuple[Figure, str]:
     if terms:
         for (name, values), color in zip(terms.items(), (BLUE, GREEN, RED, ORANGE), strict=False):
             _line(grid[0], run, values, color, name, "--" if "measured" in name else "-")
-        _dress(grid[0], "Utility of the chosen budget", "ratio", legend=4 if latency else 2)
-        said.append("utility is gain minus weighted time cost, and the mean budget with the most is chosen")
+        _dress(grid[0], "Utility of the mean budget", "ratio", legend=4 if latency else 2)
+        said.append(
+            "utility is gain minus weighted time cost; the mean budget with the most is chosen, unless it is a setting"
+        )
     return figure, _sentence(said) + _notes(run, "lines")
 
 

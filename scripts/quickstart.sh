@@ -24,10 +24,11 @@ done
 mkdir -p "$out"
 touch "$out/.quickstart"
 cd "$out"
-# The last run's results are kept, one generation.
-rm -rf previous
+# The last run's results are kept, one generation; aside, until the settings are accepted.
+keep() { if [[ -e .before ]]; then rm -rf previous && mv .before previous; fi; }
+keep
 for name in "${results[@]}"; do
-  if [[ -e $name ]]; then mkdir -p previous && mv "$name" previous/; fi
+  if [[ -e $name ]]; then mkdir -p .before && mv "$name" .before/; fi
 done
 export VERL_FILE_LOGGER_PATH="$out/metrics.jsonl" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
@@ -42,9 +43,12 @@ timeout --signal=INT --kill-after=60 "${DARTS_QUICKSTART_TIMEOUT:-1200}" \
 status=${PIPESTATUS[0]}
 set -e
 if ((status == 2)); then
+  rm -rf "${results[@]}"
+  if [[ -e .before ]]; then mv .before/* . && rmdir .before; fi
   say "the settings were refused, see the line above; nothing was started"
   exit 2
 fi
+keep
 if ((status != 0)); then
   tail -n 25 run.log >&2
   die "the training ended with exit code $status; the full log is $out/run.log"

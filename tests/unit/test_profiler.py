@@ -315,7 +315,7 @@ def refused(path):
     assert raised.value.key == "darts.latency.profile"
     text = str(raised.value)
     assert text.startswith(f"darts.latency.profile={str(path)!r}: ")
-    assert f"Fix: measure again with `python -m darts.latency profile --out {path}`" in text
+    assert f"Fix: measure again with `python -m darts.latency profile --config-name ... --out {path}`" in text
     return text
 
 

@@ -178,7 +178,7 @@ def test_table(tmp_path):
         "saturated groups": "50.0%",
         "mean length, pool": "38.9 -> 2.3",
         "mean length, kept": "37.0 -> 1.8",
-        "reward (critic/rewards/mean)": "0.250 -> 0.250",
+        "reward (critic/rewards/mean)": "0.250, once",
         "val-core/x/acc/mean@1": "0.500 -> 0.750",
         "seconds a step": "4.0 -> 3.0",
         "rollout's share of the step": "65.0%",  # 3.9 of 6: the third step has no rollout
@@ -271,9 +271,10 @@ def test_paths_that_are_refused(tmp_path, capsys):
     paths = [write(tmp_path / name / "darts.jsonl", [step(1)]) for name in ("one", "two")]
     assert main([str(tmp_path)]) == 2
     assert f"holds {paths[0]}, {paths[1]}; name one of them" in capsys.readouterr().err
-    assert find_file(paths[1]) == find_file(tmp_path / "two") == paths[1]
+    (tmp_path / "one").rename(tmp_path / "previous")  # where the quickstart keeps the run before
+    assert find_file(paths[1]) == find_file(tmp_path / "two") == find_file(tmp_path) == paths[1]
     (tmp_path / "file").write_text("")
-    assert main([str(paths[0]), "--out", str(tmp_path / "file")]) == 2
+    assert main([str(paths[1]), "--out", str(tmp_path / "file")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 

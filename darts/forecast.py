@@ -22,9 +22,10 @@ REFINE_WEIGHT = 0.3
 """Weight of a new rollout in the refined curve (our choice)."""
 OVERHEADS = 5
 """Rollouts over which the median of what decoding does not explain is taken: the first one may be slow (our choice)."""
-DRAWN_CANDIDATES = 2048
 LEAST_DRAWS = 16
-"""A batch is drawn so often, a small one more often: with fewer draws the best total changes by chance (ours)."""
+"""A batch is drawn so often: with fewer draws the best total changes by chance (our choice)."""
+DRAWN_CANDIDATES = 2048
+"""A small batch is drawn more often, until there are so many candidates (our choice)."""
 
 
 def draw_lengths(mean: NDArray[np.float64], std: NDArray[np.float64], most: int, limit: int) -> NDArray[np.float64]:

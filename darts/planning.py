@@ -109,6 +109,9 @@ class RolloutPlanner:
         lengths = None
         if self.cost is not None and mean.any():
             lengths = draw_lengths(mean, std, max(allocation.high, size), self._response_length)
+        base_s = predicted_s = None
+        if lengths is not None:
+            base_s = self._to_the_end(lengths, np.full(len(keys), size), mean, adaptive)
         utility, times = None, ()
         if allocation.mode == "off":
             budgets = np.full(len(keys), size)
@@ -116,15 +119,13 @@ class RolloutPlanner:
             weights = std / std.mean()
             total = rounded_total(len(keys), allocation.fallback_mean)
             if lengths is not None:
-                times = self._relative_times(weights, lengths, mean, darts)
+                times = self._relative_times(weights, lengths, mean, base_s, darts)
                 utility = self._utility(len(keys), times, darts)
                 total = utility.total
             budgets = allocate(weights, total, allocation.low, allocation.high)
         else:
             budgets = uniform_budgets(len(keys), allocation.fallback_mean, allocation.low, allocation.high)
-        base_s = predicted_s = None
         if lengths is not None:
-            base_s = self._to_the_end(lengths, np.full(len(keys), size), mean, adaptive)
             decoded = stopped_lengths(lengths, budgets, darts, self._response_length)
             order = launch_order(budgets, mean, adaptive)
             predicted_s = self.cost.seconds(decoded[:, order], self.num_engines, self.max_running)
@@ -215,13 +216,17 @@ class RolloutPlanner:
         return self.cost.seconds(np.where(runs, lengths, 0.0)[:, order], self.num_engines, self.max_running)
 
     def _relative_times(
-        self, weights: NDArray[np.float64], lengths: NDArray[np.float64], mean: NDArray[np.float64], darts: DartsConfig
+        self,
+        weights: NDArray[np.float64],
+        lengths: NDArray[np.float64],
+        mean: NDArray[np.float64],
+        base_s: float,
+        darts: DartsConfig,
     ) -> tuple[float, ...]:
-        """Seconds with M_low, ..., M_up candidates in the mean over those with M: moving mean over batches."""
+        """Seconds with M_low, ..., M_up candidates in the mean over `base_s`: moving mean over batches."""
         low, high, count = darts.allocation.low, darts.allocation.high, len(weights)
-        base = self._to_the_end(lengths, np.full(count, darts.group_size), mean, adaptive=True)
         new = [
-            self._to_the_end(lengths, allocate(weights, each * count, low, high), mean, adaptive=True) / base
+            self._to_the_end(lengths, allocate(weights, each * count, low, high), mean, adaptive=True) / base_s
             for each in range(low, high + 1)
         ]
         if len(self._times) != len(new):  # the first, or other bounds than before

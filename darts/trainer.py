@@ -123,7 +123,8 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
         latency, cost = self.darts.latency, self.planner.cost
         profile = latency_profile(self.config, self.darts)
         if profile is not None:
-            device = asyncio.run(engine_device(self.llm_server_manager.server_handles[0]))
+            answer = engine_device(self.llm_server_manager.server_handles[0])
+            device = asyncio.run(asyncio.wait_for(answer, latency.profile_s))
             profile.require(latency.profile, profile.model_id, profile.tensor_parallel, device)
         if latency.profile == "off" or (latency.profile == "auto" and self.darts.allocation.mode != "adaptive"):
             self.planner.cost = None

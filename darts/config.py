@@ -17,6 +17,8 @@ ALLOCATION_MODES = ("adaptive", "uniform", "off")
 SELECTION_MODES = ("auto", "dual_end", "shortest_only")
 NO_VALID_POLICIES = ("fill", "fail")
 ROUTINGS = ("balanced", "group")
+PLACEMENTS = ("colocated", "disaggregated")
+OVERLAP_MODES = ("auto", "off", "sequence", "token")
 
 
 class ConfigError(ValueError):
@@ -108,6 +110,22 @@ class StreamingConfig:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OverlapConfig:
+    """Which log-probs are computed while generation runs."""
+
+    mode: str = field(
+        default="auto",
+        metadata={
+            "help": "sequence: of complete responses; token: of growing ones too; off: none; auto: token where "
+            "disaggregated, else off"
+        },
+    )
+    kv_cache_gib: float = field(
+        default=8.0, metadata={"help": "memory per actor rank for the prefixes of growing responses (token)"}
+    )
+
+
 SECTIONS = {
     "allocation": AllocationConfig,
     "selection": SelectionConfig,
@@ -115,6 +133,7 @@ SECTIONS = {
     "streaming": StreamingConfig,
     "latency": LatencyConfig,
     "state": StateConfig,
+    "overlap": OverlapConfig,
 }
 
 
@@ -129,6 +148,10 @@ class DartsConfig:
 
     group_size: int = field(metadata={"help": "M = actor_rollout_ref.rollout.n; not a key of this block"})
     enable: bool = field(default=True, metadata={"help": "false: plain verl"})
+    placement: str = field(
+        default="colocated",
+        metadata={"help": "colocated: servers on the trainer's GPUs; disaggregated: on GPUs of their own"},
+    )
     allocation: AllocationConfig = field(default_factory=AllocationConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -139,6 +162,7 @@ class DartsConfig:
     streaming: StreamingConfig = field(default_factory=StreamingConfig)
     latency: LatencyConfig = field(default_factory=LatencyConfig)
     state: StateConfig = field(default_factory=StateConfig)
+    overlap: OverlapConfig = field(default_factory=OverlapConfig)
     trace: str | None = field(
         default=None,
         metadata={"help": "JSONL file with every step's metrics and lengths, for darts.report"},
@@ -182,7 +206,7 @@ class DartsConfig:
         Args:
             block: the content of `darts:`; nested mappings, missing keys take their default. `low` and `high` default
                 to M and 2 M, `mean_candidates` of a uniform allocation to the middle of the two. With `enable: false`
-                the rest is not read: plain verl takes any group size.
+                only `placement` is read: plain verl takes any group size.
             group_size: M, `actor_rollout_ref.rollout.n`.
 
         Raises:
@@ -192,8 +216,9 @@ class DartsConfig:
         refuse_unknown_keys(block)
         enable = block.get("enable", True)
         _require("darts.enable", enable, isinstance(enable, bool), "must be true or false.", "set darts.enable=true.")
+        placement = _choice("darts.placement", block.get("placement"), "colocated", PLACEMENTS)
         if not enable:
-            return cls(group_size=group_size, enable=False)
+            return cls(group_size=group_size, enable=False, placement=placement)
         _require(
             "actor_rollout_ref.rollout.n",
             group_size,
@@ -203,6 +228,7 @@ class DartsConfig:
         )
         return cls(
             group_size=group_size,
+            placement=placement,
             allocation=_allocation(_section(block, "allocation"), group_size),
             selection=_selection(_section(block, "selection"), group_size),
             reward=_reward(_section(block, "reward")),
@@ -210,6 +236,7 @@ class DartsConfig:
             streaming=_streaming(_section(block, "streaming")),
             latency=_latency(_section(block, "latency")),
             state=_state(_section(block, "state")),
+            overlap=_overlap(_section(block, "overlap"), placement),
             trace=_trace(block.get("trace")),
             routing=_choice("darts.routing", block.get("routing"), "balanced", ROUTINGS),
             seed=_seed(block.get("seed")),
@@ -312,6 +339,21 @@ def _latency(section: Mapping[str, Any]) -> LatencyConfig:
 
 def _state(section: Mapping[str, Any]) -> StateConfig:
     return StateConfig(strict=_flag("darts.state.strict", section.get("strict"), False))
+
+
+def _overlap(section: Mapping[str, Any], placement: str) -> OverlapConfig:
+    mode = _choice("darts.overlap.mode", section.get("mode"), "auto", OVERLAP_MODES)
+    if mode == "auto":
+        mode = "token" if placement == "disaggregated" else "off"
+    kv_cache_gib = _default(section.get("kv_cache_gib"), 8.0)
+    _require(
+        "darts.overlap.kv_cache_gib",
+        kv_cache_gib,
+        _is_number(kv_cache_gib) and kv_cache_gib >= 0,
+        "must be a finite number of GiB of at least 0.",
+        "set darts.overlap.kv_cache_gib=8.",
+    )
+    return OverlapConfig(mode=mode, kv_cache_gib=float(kv_cache_gib))
 
 
 def _trace(path: object) -> str | None:

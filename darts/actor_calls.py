@@ -1,0 +1,96 @@
+"""What the rollout's process and the ranks of the overlapped actor say to each other.
+
+Contract: records without behaviour, pickled by Ray in every call. A sequence is a prompt and its response as one list of
+tokens; it is named by (uid, candidate), never by a row. Every call carries the step it belongs to.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+
+class SequenceKey(NamedTuple):
+    """Names a sequence within a step."""
+
+    uid: str
+    candidate: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSettings:
+    """How the log-probs of a step are computed.
+
+    Example:
+        >>> StepSettings(step=3, mode="token", temperature=1.0, max_tokens=16_384, max_cache_tokens=4_096)
+    """
+
+    step: int
+    mode: str  # sequence or token
+    temperature: float
+    max_tokens: int  # of a forward on one rank: rows times the longest row, or their sum where verl packs
+    with_reference: bool = False
+    sum_pi_squared: bool = False  # as verl's actor.calculate_sum_pi_squared
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankAbility:
+    """What a rank can do in this step."""
+
+    refusal: str | None  # why it cannot continue a prefix (mode token); None: it can
+    bytes_per_token: int  # of keys and values on one rank, of actor and reference; 0 with a refusal
+    device_bytes: int  # memory of the device
+    free_bytes: int  # of it, not in use now
+    parameter_bytes: int  # of the model's shard and what is gathered for a forward
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Row:
+    """The next tokens of one sequence, for the rank that owns it.
+
+    Example: prompt of 20 tokens, 64 generated, then 30 more and the end:
+        >>> Row(key=SequenceKey("a", 0), prompt_tokens=20, start=0, token_ids=np.arange(84, dtype=np.int32), last=False)
+        >>> Row(key=SequenceKey("a", 0), prompt_tokens=20, start=84, token_ids=np.arange(30, dtype=np.int32), last=True)
+    """
+
+    key: SequenceKey
+    prompt_tokens: int
+    start: int  # tokens of the sequence that came in earlier rows; 0 begins it, again if the rank knew it
+    token_ids: np.ndarray  # int32 [new tokens]
+    last: bool  # the sequence ends here: its prefix is not kept
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RankCall:
+    """What one rank is to do now. All ranks get a call at the same time, with the same two flags."""
+
+    step: int
+    number: int  # of the call within the step, from 0
+    drop: list[SequenceKey] = field(default_factory=list)  # forget these, results too
+    whole: list[Row] = field(default_factory=list)  # complete sequences (start 0, last): one forward of verl's own
+    growing: list[Row] = field(default_factory=list)  # one forward that continues cached prefixes
+    forward_whole: bool = False  # some rank has `whole` rows
+    forward_growing: bool = False  # some rank has `growing` rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankReport:
+    """What one rank did in a call; times are `time.time()` on its host."""
+
+    began: float
+    ended: float
+    tokens: int  # forwarded through the actor for rows that were asked for, not for padding or company
+    cache_bytes: int  # kept now
+    peak_cache_bytes: int  # kept and in use at once, at most, so far in the step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RankResults:
+    """The finished sequences that a rank was asked for; one that it does not have is left out.
+
+    `values[key]` has, by verl's names, float32 [response tokens]: `old_log_probs`, `entropys`, and where asked for
+    `ref_log_prob` and `sum_pi_squared`.
+    """
+
+    values: dict[SequenceKey, dict[str, np.ndarray]]
+    mfu: float  # of all forwards of the step, as verl's perf/mfu/actor_infer

@@ -1,7 +1,7 @@
 """What the rollout's process and the ranks of the overlapped actor say to each other.
 
-Contract: records without behaviour, pickled by Ray in every call. A sequence is a prompt and its response as one list of
-tokens; it is named by (uid, candidate), never by a row. Every call carries the step it belongs to.
+Contract: records without behaviour, pickled by Ray in every call. A sequence is a prompt and its response as one list
+of tokens; it is named by (uid, candidate), never by a row. Every call carries the step it belongs to.
 """
 
 from dataclasses import dataclass, field

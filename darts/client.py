@@ -62,7 +62,7 @@ class RequestListener(Protocol):
     def opened(self, request: "OpenRequest") -> None:
         """A request is on its way."""
 
-    def grew(self, request: "OpenRequest", latency: float) -> None:
+    def grew(self, request: "OpenRequest", chunk: Chunk, latency: float) -> None:
         """A chunk arrived `latency` seconds after it was made (by the clocks of both hosts)."""
 
     def dropped(self, request: "OpenRequest") -> None:
@@ -80,7 +80,7 @@ class OpenRequest:
 
     def __init__(self, request: dict[str, Any], server_id: str, server: Any, listener: RequestListener) -> None:
         self.request_id: str = request["request_id"]
-        self.prompt_tokens = len(request["prompt_ids"])
+        self.prompt_ids: list[int] = request["prompt_ids"]
         self.server_id = server_id
         self.server = server
         self.listener = listener
@@ -265,7 +265,7 @@ class DartsServerClient(LLMServerClient):
                 for chunk in chunks:
                     if (opened := self._open.get(chunk.request_id)) is not None:
                         opened.grow(chunk, self._step_times, self._engines)
-                        opened.listener.grew(opened, max(now - chunk.made_at, 0.0))
+                        opened.listener.grew(opened, chunk, max(now - chunk.made_at, 0.0))
         except ray.exceptions.RayActorError:
             pass  # the requests that run there fail with the same cause
         except Exception as error:

@@ -213,6 +213,29 @@ class CandidateGroup:
         """
         return index in self.kept
 
+    def chance(self, index: int) -> float:
+        """How likely candidate `index` is kept, in [0, 1] (our choice).
+
+        1 is certain; so is 0, except that a truncated candidate may fill a group with too few valid ones.
+        """
+        if self.complete:
+            return float(self.keeps(index))
+        if index in self._aborted or index in self._lost or index in self._truncated:
+            return 0.0
+        wanted = self._wanted()
+        num_short = self.num_keep - self.num_long
+        if index in self._running:
+            places = max(num_short - len(self._valid), 0) + self.num_long
+            return min(0.9, max(places, 0.5) / len(wanted))
+        end = (self._lengths[index], index)
+        shorter = sum(other < end for other in self._valid)
+        may_be_shorter = sum((self._lengths[other], other) < end for other in wanted)
+        if shorter + may_be_shorter < num_short:
+            return 1.0
+        if shorter >= num_short and len(self._valid) - 1 - shorter >= self.num_long:
+            return 0.0
+        return 0.9 if shorter < num_short else max(self.num_long, 0.5) / (self.num_long + 1 + len(wanted))
+
     @property
     def num_valid(self) -> int:
         """Finished candidates that ended by themselves, before they were asked to abort."""

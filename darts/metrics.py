@@ -113,6 +113,21 @@ METRICS: dict[str, tuple[str, str]] = {
         "s",
         "from a chunk's last token to its arrival at the group, mean; by both hosts' clocks",
     ),
+    "darts/overlap/hidden_s": ("s", "the actor computed log-probs while generation ran; by the clock of its ranks"),
+    "darts/overlap/exposed_s": ("s", "the trainer waited for log-probs after generation, of the reference too"),
+    "darts/overlap/hidden_share": ("share", "hidden over hidden and exposed seconds; near 1 where overlap pays"),
+    "darts/overlap/calls": ("count", "forwards of the actor for them"),
+    "darts/overlap/tokens_forwarded": ("tokens", "of prompts and responses, in those calls"),
+    "darts/overlap/tokens_twice": ("tokens", "of them, those of sequences that began again; 0 in a healthy run"),
+    "darts/overlap/tokens_wasted": ("tokens", "response tokens of candidates that were not kept"),
+    "darts/overlap/forwarded_per_kept": ("ratio", "tokens forwarded per kept response token; prompts count too"),
+    "darts/overlap/in_rollout_share": ("share", "kept tokens whose log-probs were there when generation ended"),
+    "darts/overlap/before_end_share": (
+        "share",
+        "kept tokens whose log-probs were there when their own response ended; 0 in mode sequence",
+    ),
+    "darts/overlap/late_rows": ("count", "kept rows that verl computed after generation; 0 in a healthy run"),
+    "darts/overlap/cache_peak_gib": ("GiB", "keys and values of prefixes on the fullest rank, the forward's included"),
 }
 
 

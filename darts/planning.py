@@ -12,7 +12,7 @@ Contract: pure, without a clock; prompts' keys in, a `Plan` out; what the candid
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -76,6 +76,9 @@ class Rollout:
     pool: CandidatePool  # every launched candidate, sorted by prompt
     observed_std: NDArray[np.float64]  # of each prompt's lengths, corrected for censoring
     metrics: dict[str, float]  # `darts.metrics.METRICS`
+    uids: list[str] = field(default_factory=list)  # of the prompts; a uid is of one step alone
+    began: float = 0.0  # `time.time()`
+    ended: float = 0.0
 
 
 class RolloutPlanner:

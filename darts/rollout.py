@@ -33,6 +33,7 @@ from darts.client import DartsServerClient
 from darts.history import prompt_key
 from darts.latency import StepTimes
 from darts.metrics import CandidatePool, rollout_metrics
+from darts.overlap_session import OverlapSession
 from darts.planning import Rollout, RolloutPlanner
 from darts.worker import BUDGET, PROMPT, DartsAgentLoopWorker
 
@@ -48,6 +49,7 @@ class DartsAgentLoopManager(AgentLoopManager):
         if not hasattr(self, "agent_loop_workers_class"):  # a subclass may have one of its own
             self.agent_loop_workers_class = ray.remote(DartsAgentLoopWorker)
         self.darts = darts_config(config)
+        self.overlap: OverlapSession | None = None  # set by whoever owns the actor
         super().__init__(config, DartsServerClient.of(llm_client) if self.darts.enable else llm_client, *args, **kwargs)
         rollout = config.actor_rollout_ref.rollout
         self.planner = RolloutPlanner(
@@ -77,7 +79,7 @@ class DartsAgentLoopManager(AgentLoopManager):
     @SkipManager.annotate(role="rollout")
     async def _generate_groups(self, prompts: DataProto) -> DataProto:
         """The kept rows in the batch's order, without `uid`; ends as `AgentLoopManager.generate_sequences` (0.9.1)."""
-        start = time.monotonic()
+        start, began = time.monotonic(), time.time()
         uids = self._group_uids(prompts)
         groups = prompts.select_idxs(np.arange(0, len(prompts), self.darts.group_size))
         plan = self.planner.plan([self._key(prompt) for prompt in groups.non_tensor_batch["raw_prompt"]], self.darts)
@@ -96,8 +98,14 @@ class DartsAgentLoopManager(AgentLoopManager):
             )
             for worker, part in zip(self.agent_loop_workers, parts, strict=False)
         ]
-        results = await self._gather(jobs)
-        ended = time.monotonic()
+        overlapping = None
+        if self.overlap is not None:
+            workers = [job.worker for job in jobs]
+            overlapping = asyncio.ensure_future(
+                self.overlap.run(workers, self._number, prompts.meta_info.get("global_steps", -1))
+            )
+        results = await self._gather(jobs, overlapping)
+        ended, end = time.monotonic(), time.time()
         outputs = [output for output, _, _ in results]
         metrics = [output.meta_info.pop("metrics") for output in outputs]
         size = self.darts.group_size
@@ -117,7 +125,15 @@ class DartsAgentLoopManager(AgentLoopManager):
         observed, learnt = self.planner.observe(plan, self.darts, pool, ended - start, step_times)
         told = rollout_metrics(pool, self.darts.group_size, ended - start) | learnt
         told["darts/rollout/own_s"] = planned - start + time.monotonic() - ended
-        self._last = Rollout(plan=plan, pool=pool, observed_std=observed, metrics=told)
+        self._last = Rollout(
+            plan=plan,
+            pool=pool,
+            observed_std=observed,
+            metrics=told,
+            uids=uids.tolist(),
+            began=began,
+            ended=end,
+        )
         if pool.lost.any():
             print(f"[darts] rollout: {pool.lost.sum()} candidates were ended by their servers unasked", flush=True)
         return output
@@ -145,22 +161,26 @@ class DartsAgentLoopManager(AgentLoopManager):
                 print(f"[darts] prompts are told apart by their text alone: {cause}", flush=True)
             return prompt_key(json.dumps(prompt, sort_keys=True, default=lambda part: type(part).__name__))
 
-    async def _gather(self, jobs: list["_Job"]) -> list[tuple[DataProto, CandidatePool, StepTimes]]:
-        """Waits for the workers, with progress lines and a time limit; the first failure ends the wait, and them."""
+    async def _gather(
+        self, jobs: list["_Job"], overlapping: asyncio.Future | None
+    ) -> list[tuple[DataProto, CandidatePool, StepTimes]]:
+        """Waits for the workers, with progress lines and a time limit; the first failure, of them or of what overlaps,
+        ends the wait, and them."""
         deadline = time.monotonic() + self.darts.timeout_s
         futures = {asyncio.wrap_future(job.ref.future()): job for job in jobs}
         pending = set(futures)
-        waiter = asyncio.ensure_future(self._deadline(jobs))
+        beside = {asyncio.ensure_future(self._deadline(jobs)), *([] if overlapping is None else [overlapping])}
         try:
-            while pending:
+            # What overlaps ends right after the workers: it has to hear their last reports.
+            while pending or not (overlapping is None or overlapping.done()):
                 left = deadline - time.monotonic()
                 wait = max(min(left, self.darts.progress_s or left), 0.0)
-                watched = pending if waiter.done() else pending | {waiter}
+                watched = pending | {future for future in beside if not future.done()}
                 done, _ = await asyncio.wait(watched, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
                 for future in done & pending:
                     futures[future].raise_failure(future)
-                if waiter in done:
-                    waiter.result()
+                for future in done & beside:
+                    future.result()
                 pending -= done
                 if not done:
                     expired = time.monotonic() >= deadline
@@ -168,7 +188,9 @@ class DartsAgentLoopManager(AgentLoopManager):
                     await self._report(jobs, running, expired)
             return [future.result() for future in futures]
         finally:
-            waiter.cancel()
+            for future in beside:
+                future.cancel()
+            await asyncio.gather(*beside, return_exceptions=True)
             for future in pending:
                 ray.cancel(futures[future].ref)
 

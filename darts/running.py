@@ -8,17 +8,21 @@ worker's event loop. A `RunningCandidate` listens to the requests of its agent l
 2. An abort stops the open request; a candidate between two requests (tool, judge) is cancelled, which releases what it
    holds. Either way its agent loop is left by a `CancelledError`, and its task returns without a result.
 3. Length is counted in generated tokens over all turns; tool answers do not count.
+4. With an outbox, the overlapped actor is told of what grows, ends and is dropped (`darts.growth`).
 """
 
 import asyncio
 import time
+from collections.abc import Iterable
 
 import numpy as np
 from verl.workers.rollout.replica import TokenOutput
 
-from darts.client import DartsServerClient, OpenRequest
+from darts.actor_calls import SequenceKey
+from darts.client import Chunk, DartsServerClient, OpenRequest
 from darts.config import DartsConfig
 from darts.group import CandidateGroup
+from darts.growth import GrowthOutbox
 from darts.metrics import CandidatePool
 
 
@@ -52,13 +56,15 @@ class RunningCandidate:
     def opened(self, request: OpenRequest) -> None:
         """A turn begins."""
         self.requests[request.request_id] = request
-        self.prompt_tokens += request.prompt_tokens
+        self.prompt_tokens += len(request.prompt_ids)
 
-    def grew(self, request: OpenRequest, latency: float) -> None:
+    def grew(self, request: OpenRequest, chunk: Chunk, latency: float) -> None:
         """A turn has more tokens."""
         self.chunks += 1
         self.chunk_seconds += latency
         self.group.progress(self.index, self.generated + sum(open_.tokens for open_ in self.requests.values()))
+        if self.single_turn and not (self.over or self.ended):
+            self.group.tell_growth(self.index, request.prompt_ids, chunk)
 
     def closed(self, request: OpenRequest, output: TokenOutput, finish_reason: str) -> bool:
         """A turn has ended. Returns whether the agent loop goes on."""
@@ -139,8 +145,10 @@ class RunningGroup:
         darts: DartsConfig,
         client: DartsServerClient,
         routing_key: str | None = None,
+        outbox: GrowthOutbox | None = None,
     ) -> None:
         self.uid = uid
+        self._outbox = outbox  # None: nobody computes log-probs meanwhile
         self.routing_key = routing_key
         self.prompt = prompt
         self.darts = darts
@@ -217,9 +225,27 @@ class RunningGroup:
         if requests:
             self._client.abort(requests, self.darts.streaming.abort_timeout_s)
 
+    def tell_growth(self, index: int, prompt_ids: list[int], chunk: Chunk) -> None:
+        """The overlapped actor may go on with a response that grows."""
+        if self._outbox is not None:
+            chance = self.state.chance(index)
+            self._outbox.grow(SequenceKey(self.uid, index), prompt_ids, chunk.offset, chunk.token_ids, chance)
+
+    def tell_end(self, index: int, prompt_ids: list[int], response_ids: list[int]) -> None:
+        """The overlapped actor has the whole response."""
+        if self._outbox is not None:
+            self._outbox.finish(SequenceKey(self.uid, index), prompt_ids, response_ids, self.state.chance(index))
+
+    def _tell_dropped(self, indices: Iterable[int]) -> None:
+        if self._outbox is not None:
+            for index in indices:
+                self._outbox.drop(SequenceKey(self.uid, index))
+
     def _act(self, losers: list[int]) -> None:
         self.stop_requests([request for index in losers for request in self.candidates[index].abort()])
-        if self.state.complete:
+        self._tell_dropped(losers)
+        if self.state.complete and not self._decided.is_set():
             self._decided.set()
+            self._tell_dropped(set(range(len(self.candidates))).difference(self.state.kept))
         if self.state.complete or self.state.ready:
             self.settled.set()

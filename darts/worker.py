@@ -21,6 +21,7 @@ from verl.protocol import DataProto
 
 from darts.client import AbortTimeout, DartsServerClient, current_listener
 from darts.config import DartsConfig
+from darts.growth import GrowthOutbox, Progress
 from darts.latency import StepTimes
 from darts.metrics import CandidatePool
 from darts.running import RunningCandidate, RunningGroup
@@ -57,6 +58,7 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         super().__init__(*args, **kwargs)
         self._groups: dict[str, RunningGroup] = {}
         self._number = 0  # of the last rollout that began
+        self._outbox: GrowthOutbox | None = None  # of that rollout
         self._begun = asyncio.Condition()
         self._darts: DartsConfig | None = None  # of the rollout that runs
         self._step = -1
@@ -89,8 +91,11 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         rows.non_tensor_batch["priority"] = rows.non_tensor_batch["priority"] + candidates
         self._step = prompts.meta_info.get("global_steps", -1)
         self._darts = darts
+        self._outbox = self._new_outbox()
         self._groups = {
-            uid: RunningGroup(uid, int(prompt), budget, darts, self.llm_client, self._routing_key(uid, int(prompt)))
+            uid: RunningGroup(
+                uid, int(prompt), budget, darts, self.llm_client, self._routing_key(uid, int(prompt)), self._outbox
+            )
             for uid, prompt, budget in zip(
                 prompts.non_tensor_batch["uid"], prompts.non_tensor_batch[PROMPT], budgets.tolist(), strict=True
             )
@@ -107,6 +112,8 @@ class DartsAgentLoopWorker(AgentLoopWorker):
             for group in self._groups.values():
                 group.settled.set()
             self._groups = {}
+            if self._outbox is not None:
+                self._outbox.end()
 
     async def settled(self, number: int) -> None:
         """Returns once every group of rollout `number` is ready for the deadline, or complete.
@@ -123,6 +130,14 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         if self._number == number:
             for group in self._groups.values():
                 group.deadline()
+
+    async def take_growth(self, number: int, wait_s: float) -> Progress:
+        """What candidates of rollout `number` have reported since the last call; see `darts.growth`."""
+        async with self._begun:
+            await self._begun.wait_for(lambda: self._number >= number)
+        if self._number != number or self._outbox is None:
+            return Progress([], [], True)
+        return await self._outbox.take(wait_s)
 
     async def progress(self) -> tuple[int, list[str]] | None:
         """Of the rollout that runs: finished candidates, and the uids of incomplete prompts; None if none runs."""
@@ -202,6 +217,7 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         # does not say so, and counts as ended.
         cut = candidate.generated > length and len(output.response_ids) >= self.rollout_config.response_length
         candidate.finish(length, truncated=candidate.finish_reason == "length" or cut)
+        group.tell_end(candidate.index, output.prompt_ids, output.response_ids)
         if self._darts.reward.pool:
             output.extra_fields["raw_prompt"] = kwargs["raw_prompt"]  # as verl does before it scores
             await self._compute_score([output], kwargs=kwargs)
@@ -233,6 +249,12 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         output.non_tensor_batch["uid"] = columns["uid"]
         output.non_tensor_batch[CANDIDATE] = columns[CANDIDATE]
         return output
+
+    def _new_outbox(self) -> GrowthOutbox | None:
+        """None where no log-probs are computed meanwhile, or where inputs have more than tokens."""
+        if self._darts.overlap.mode == "off" or self.processor is not None:
+            return None
+        return GrowthOutbox(growing=self._darts.overlap.mode == "token")
 
     def _routing_key(self, uid: str, prompt: int) -> str | None:
         """What verl's balancer keeps together; None leaves each candidate to it. A uid differs from run to run."""

@@ -196,7 +196,7 @@ class ChunkCounter:
     def opened(self, request: Any) -> None:
         """Nothing to do."""
 
-    def grew(self, request: Any, latency: float) -> None:
+    def grew(self, request: Any, chunk: Any, latency: float) -> None:
         """One more chunk."""
         self.chunks += 1
 

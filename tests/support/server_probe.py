@@ -103,7 +103,7 @@ class Listener:
         """As `RequestListener.opened`."""
         self.request = request
 
-    def grew(self, request: OpenRequest, latency: float) -> None:
+    def grew(self, request: OpenRequest, chunk: Chunk, latency: float) -> None:
         """As `RequestListener.grew`."""
         self.grown.append(request.tokens)
         self.grown_after_the_end += self.finish_reason is not None

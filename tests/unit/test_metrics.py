@@ -109,7 +109,7 @@ def test_pool_reward_only_where_all_were_scored():
     stops = [np.nan] * 5 + [0.1]
     scored = rollout_metrics(pool(reward=[1.0, 0.0, 0.0, 1.0, 1.0, 0.0], stop_seconds=stops), 2, 1.0)
     assert scored["darts/reward/pool_mean"] == 0.6, "the last was to be aborted: it is not scored, or by chance"
-    planned = ("darts/allocation/", "darts/history/", "darts/latency/", "darts/rollout/own_s")
+    planned = ("darts/allocation/", "darts/history/", "darts/latency/", "darts/overlap/", "darts/rollout/own_s")
     assert set(scored) == {name for name in METRICS if not name.startswith(planned)}
     unscored = rollout_metrics(pool(reward=[np.nan] * 6), 2, 1.0)
     assert not any(name.startswith("darts/reward/") for name in unscored)

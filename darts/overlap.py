@@ -1,0 +1,244 @@
+"""Which log-probs the actor computes next, while generation runs.
+
+Contract: pure, no clock and no I/O. What candidates report goes in, calls for the actor's ranks come out. It runs in
+the process of the rollout manager (`darts.overlap_session`): that process hears of all candidates, holds the handles of
+the actor's ranks, and does little else while a rollout runs. In an agent-loop worker the ranks, which must forward
+together, would have many masters; in the actor nobody would know what the others have.
+
+1. A call is at most one forward of complete sequences (verl's own, packed where verl packs) and one that continues
+   cached prefixes, on every rank: `max_tokens` bounds both. So a call is short, and the next one has what came since.
+2. A sequence stays on the rank that began it; one that begins goes to the rank that was given the fewest tokens.
+3. What is likely to be kept comes first; what cannot be kept is not computed. `drop` ends a sequence: it is forgotten
+   here, and on its rank with the next call.
+4. On each rank, half of `max_cache_tokens` holds prefixes; the other half is for the prefixes that a forward works on,
+   padded to the longest. A prefix that does not fit does not grow: its sequence waits until it is complete, and goes on
+   from there. So nothing is evicted, and no token is forwarded twice.
+5. Each sequence has a checksum of the tokens that were reported; whoever uses its log-probs compares.
+"""
+
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from darts.actor_calls import RankCall, Row, SequenceKey
+
+Tokens = NDArray[np.int32]
+
+
+class Growth(NamedTuple):
+    """New tokens of a candidate, and how likely it is kept (0 to 1)."""
+
+    row: Row
+    chance: float
+
+
+def checksum(token_ids: Tokens, before: int = 0) -> int:
+    """CRC-32 of tokens, going on from that of the tokens `before` them."""
+    return zlib.crc32(np.ascontiguousarray(token_ids, dtype=np.int32).tobytes(), before)
+
+
+@dataclass(slots=True, eq=False)
+class _Sequence:
+    """A sequence that has not been dropped."""
+
+    key: SequenceKey
+    order: int  # of its first report
+    prompt_tokens: int
+    chance: float = 0.0
+    complete: bool = False  # no more tokens come
+    checksum: int = 0
+    rank: int | None = None  # that owns it; None: nothing was sent
+    sent: int = 0  # tokens
+    held: int = 0  # of them, those in the rank's cache
+    done: bool = False  # all was sent
+    waiting: list[Tokens] = field(default_factory=list)  # reported, not sent
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(len(part) for part in self.waiting)
+
+    def take(self) -> Row:
+        """All that waits, as the next row."""
+        tokens = np.concatenate(self.waiting) if self.waiting else np.empty(0, dtype=np.int32)
+        row = Row(key=self.key, prompt_tokens=self.prompt_tokens, start=self.sent, token_ids=tokens, last=self.complete)
+        self.waiting = []
+        self.sent += len(tokens)
+        self.done = self.complete
+        return row
+
+
+@dataclass(slots=True)
+class _Rank:
+    """A rank, and what it is to do in the call that is being made."""
+
+    given: int = 0  # tokens in this step
+    held: int = 0  # tokens of prefixes in its cache
+    drop: list[SequenceKey] = field(default_factory=list)
+    whole: list[Row] = field(default_factory=list)
+    whole_tokens: int = 0
+    growing: list[Row] = field(default_factory=list)
+    widest: int = 0  # new tokens of the longest growing row
+    longest: int = 0  # cached and new tokens of the longest growing row
+
+
+class OverlapSchedule:
+    """The sequences of one step, and the calls for the ranks.
+
+    Args:
+        step: number of the training step.
+        num_ranks: data-parallel ranks of the actor.
+        max_tokens: of one forward on one rank (verl's limit of a micro-batch, which no sequence exceeds).
+        max_cache_tokens: of prefixes on one rank, kept and in use; 0: complete sequences alone (mode `sequence`).
+
+    Raises:
+        ValueError: a number below its least.
+    """
+
+    def __init__(self, step: int, num_ranks: int, max_tokens: int, max_cache_tokens: int) -> None:
+        for name, value, least in (
+            ("num_ranks", num_ranks, 1),
+            ("max_tokens", max_tokens, 1),
+            ("max_cache_tokens", max_cache_tokens, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name}={value}: must be at least {least}.")
+        self.step = step
+        self._max_tokens = max_tokens
+        self._max_held = max_cache_tokens // 2
+        self._ranks = [_Rank() for _ in range(num_ranks)]
+        self._sequences: dict[SequenceKey, _Sequence] = {}
+        self._dropped: set[SequenceKey] = set()
+        self._calls = 0
+        self._reported = 0
+        self.restarted_tokens = 0
+        """Sent for sequences that began again: forwarded twice."""
+
+    def grow(self, growth: Growth) -> None:
+        """A candidate has new tokens. What comes after its `drop` is ignored.
+
+        Raises:
+            ValueError: the tokens do not continue those that were reported, or the sequence was complete.
+        """
+        row = growth.row
+        if row.key in self._dropped:
+            return
+        sequence = self._sequences.get(row.key)
+        if sequence is None or (row.start == 0 and len(row.token_ids)):
+            sequence = self._begin(row, sequence)
+        reported = sequence.sent + sequence.num_waiting
+        if sequence.complete or row.start != reported:
+            raise ValueError(
+                f"{row.key}: tokens from {row.start} on, after {reported} tokens"
+                f"{' and the end' if sequence.complete else ''} were reported; they must continue each other."
+            )
+        sequence.chance = growth.chance
+        sequence.complete = row.last
+        if len(row.token_ids):
+            sequence.checksum = checksum(row.token_ids, sequence.checksum)
+            sequence.waiting.append(row.token_ids)
+
+    def drop(self, key: SequenceKey) -> None:
+        """The sequence is not needed, and will not be."""
+        self._dropped.add(key)
+        sequence = self._sequences.pop(key, None)
+        if sequence is not None and sequence.rank is not None:
+            rank = self._ranks[sequence.rank]
+            rank.held -= sequence.held
+            rank.drop.append(key)
+
+    def keep_only(self, keys: Iterable[SequenceKey]) -> None:
+        """Generation has ended, and these are the kept: all others are dropped."""
+        kept = set(keys)
+        for key, sequence in list(self._sequences.items()):
+            if key in kept:
+                sequence.chance = 1.0
+            else:
+                self.drop(key)
+
+    def next_call(self) -> list[RankCall] | None:
+        """What the ranks do next, one call each; None if there is nothing to do. The caller sends it, in order."""
+        ready = [sequence for sequence in self._sequences.values() if self._is_ready(sequence)]
+        for sequence in sorted(ready, key=lambda sequence: (-sequence.chance, sequence.order)):
+            self._place(sequence)
+        if not any(rank.drop or rank.whole or rank.growing for rank in self._ranks):
+            return None
+        whole = any(rank.whole for rank in self._ranks)
+        growing = any(len(row.token_ids) for rank in self._ranks for row in rank.growing)
+        calls = [
+            RankCall(
+                step=self.step,
+                number=self._calls,
+                drop=rank.drop,
+                whole=rank.whole,
+                growing=rank.growing,
+                forward_whole=whole,
+                forward_growing=growing,
+            )
+            for rank in self._ranks
+        ]
+        for number, rank in enumerate(self._ranks):
+            self._ranks[number] = _Rank(given=rank.given, held=rank.held)
+        self._calls += 1
+        return calls
+
+    def complete(self, keys: Iterable[SequenceKey]) -> list[list[SequenceKey]]:
+        """By rank, those of `keys` whose tokens have all been sent."""
+        by_rank: list[list[SequenceKey]] = [[] for _ in self._ranks]
+        for key in keys:
+            sequence = self._sequences.get(key)
+            if sequence is not None and sequence.done and sequence.rank is not None:
+                by_rank[sequence.rank].append(key)
+        return by_rank
+
+    def checksum(self, key: SequenceKey) -> int | None:
+        """Of all tokens that were reported for a sequence; None for one that is unknown or dropped."""
+        sequence = self._sequences.get(key)
+        return None if sequence is None else sequence.checksum
+
+    def _begin(self, row: Row, known: _Sequence | None) -> _Sequence:
+        """A new sequence, or a known one that begins again, on the rank that has its first beginning."""
+        sequence = _Sequence(row.key, self._reported, row.prompt_tokens)
+        self._reported += 1
+        if known is not None and known.rank is not None:
+            self._ranks[known.rank].held -= known.held
+            self.restarted_tokens += known.sent
+            sequence.rank = known.rank
+        self._sequences[row.key] = sequence
+        return sequence
+
+    def _is_ready(self, sequence: _Sequence) -> bool:
+        """Whether something of it may be sent."""
+        if sequence.done or sequence.chance <= 0:
+            return False
+        return sequence.complete or (bool(self._max_held) and bool(sequence.waiting))
+
+    def _place(self, sequence: _Sequence) -> None:
+        """Adds the sequence's next row to the call, if it fits."""
+        if sequence.rank is not None:
+            number = sequence.rank
+        else:
+            number = min(range(len(self._ranks)), key=lambda number: self._ranks[number].given)
+        rank, waiting = self._ranks[number], sequence.num_waiting
+        if sequence.complete and sequence.sent == 0:
+            if rank.whole and rank.whole_tokens + waiting > self._max_tokens:
+                return
+            rank.whole.append(sequence.take())
+            rank.whole_tokens += waiting
+        else:
+            rows, widest = len(rank.growing) + 1, max(rank.widest, waiting)
+            longest = max(rank.longest, sequence.held + waiting)
+            if not sequence.complete and rank.held + waiting > self._max_held:
+                return
+            if rank.growing and (rows * widest > self._max_tokens or rows * longest > self._max_held):
+                return
+            rank.growing.append(sequence.take())
+            rank.widest, rank.longest = widest, longest
+            rank.held -= sequence.held
+            sequence.held = 0 if sequence.complete else sequence.held + waiting
+            rank.held += sequence.held
+        sequence.rank = number
+        rank.given += waiting

@@ -347,3 +347,34 @@ def test_impossible_reports_are_refused_and_change_nothing(event, arguments, mes
 def test_impossible_groups_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         CandidateGroup(*arguments)
+
+
+@over(*EVERY_MODE)
+def test_a_chance_of_one_is_kept_and_of_zero_only_fills(case):
+    world, certain, hopeless = World(case), set(), set()
+    for _ in world.live():
+        for index in range(case.size):
+            chance = world.group.chance(index)
+            assert 0 <= chance <= 1
+            if chance == 1 and not world.group.complete:
+                certain.add(index)
+            if chance == 0:
+                hopeless.add(index)
+    kept = set(world.group.kept)
+    assert certain <= kept
+    assert {index for index in kept & hopeless if not case.candidates[index].truncated} == set()
+    assert {index for index in range(case.size) if world.group.chance(index)} == kept
+
+
+def test_who_finished_early_is_likelier_kept_than_who_runs():
+    group = CandidateGroup(6, num_keep=3, num_long=0, early_stop="eager")
+    group.finish(0, 5, truncated=False)
+    assert group.chance(0) > group.chance(1) > 0
+    group.finish(1, 9, truncated=False)
+    assert group.chance(1) > group.chance(2)
+    dual = CandidateGroup(4, num_keep=3, num_long=1)
+    for index, length in enumerate((5, 6, 7)):
+        dual.finish(index, length, truncated=False)
+    dual.progress(3, 8)
+    assert [dual.chance(0), dual.chance(1)] == [1, 1]
+    assert dual.chance(2) < dual.chance(3)

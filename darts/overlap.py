@@ -167,7 +167,7 @@ class OverlapSchedule:
         if not any(rank.drop or rank.whole or rank.growing for rank in self._ranks):
             return None
         whole = any(rank.whole for rank in self._ranks)
-        growing = any(len(row.token_ids) for rank in self._ranks for row in rank.growing)
+        growing = any(rank.growing for rank in self._ranks)
         calls = [
             RankCall(
                 step=self.step,

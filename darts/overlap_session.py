@@ -184,17 +184,31 @@ class OverlapSession:
     async def _drive(self, step: _Step) -> None:
         """Calls the ranks, one call after the other."""
         while True:
-            answers = asyncio.gather(*[_answer(ref) for ref in step.waiting])
-            try:
-                reports = await asyncio.wait_for(answers, self._limits.timeout_s)
-            except asyncio.TimeoutError:
-                raise self._too_late() from None
-            except ray.exceptions.RayError as cause:
-                raise failed(cause) from cause
+            reports = await self._answers(step.waiting)
             self._take(step, reports)
             while not self._send(step):
                 self._more.clear()
                 await self._more.wait()
+
+    async def _answers(self, refs: list[Any]) -> list[Any]:
+        """What all ranks answer, or the first failure. If it is cancelled the ranks go on."""
+        tasks = [asyncio.ensure_future(_answer(ref)) for ref in refs]
+        for task in tasks:
+            task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # retrieved
+        try:
+            done, pending = await asyncio.wait(
+                tasks, timeout=self._limits.timeout_s, return_when=asyncio.FIRST_EXCEPTION
+            )
+            for task in done:
+                task.result()
+        except ray.exceptions.RayError as cause:
+            raise failed(cause) from cause
+        finally:
+            for task in tasks:
+                task.cancel()
+        if pending:
+            raise self._too_late()
+        return [task.result() for task in tasks]
 
     def _send(self, step: _Step) -> bool:
         """Sends the next call. Returns whether there was one."""

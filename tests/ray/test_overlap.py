@@ -1,0 +1,284 @@
+"""The overlapped actor's session within a real rollout: manager, workers and verl's balancer real, lengths and ranks
+scripted. What each rank was told is compared with what the batch holds."""
+
+import time
+import types
+
+import numpy as np
+import pytest
+import ray
+import torch
+from fakes import CountingReward, Script, ScriptedServer, Turn, balancer, prompts
+from scripted_actor import ScriptedActor, scripted_log_probs
+from verl.protocol import DataProto
+from verl.workers.rollout.llm_server import LLMServerClient
+
+from darts.config import OverlapConfig
+from darts.metrics import METRICS
+from darts.overlap_join import OverlappedLogProbs, sequence_keys
+from darts.overlap_session import ActorLimits, OverlapSession
+from darts.rollout import DartsAgentLoopManager
+from darts.worker import candidate_seed
+
+GROUP_SIZE, CANDIDATES, PROMPTS = 4, 6, 5
+LIMITS = ActorLimits(
+    num_ranks=2, max_tokens=600, longest=80, temperature=1.0, with_reference=True, sum_pi_squared=False, timeout_s=20.0
+)
+
+
+@pytest.fixture(scope="module", params=["token", "sequence"])
+def cluster(request, local_ray, make_config):
+    """Two servers, two workers, one manager that overlaps; groups are shortest-only, so losers are aborted."""
+    config = make_config(
+        "actor_rollout_ref.rollout.agent.num_workers=2",
+        f"darts.allocation.mean_candidates={CANDIDATES}",
+        "darts.selection.mode=shortest_only",
+        "darts.early_stop=eager",
+        "darts.streaming.chunk_tokens=4",
+        f"darts.overlap.mode={request.param}",
+    )
+    script = Script(end_token=_end_token(config))
+    servers = [ray.remote(ScriptedServer).options(max_concurrency=1000).remote(script) for _ in range(2)]
+    client = LLMServerClient(config, balancer({str(number): server for number, server in enumerate(servers)}))
+    reward = ray.remote(CountingReward).remote()
+    manager = DartsAgentLoopManager.create(config=config, llm_client=client, reward_loop_worker_handles=[reward])
+    return types.SimpleNamespace(manager=manager, servers=servers, mode=request.param, step=0)
+
+
+@pytest.fixture
+def overlap(cluster):
+    """Gives the cluster's manager an actor of scripted ranks."""
+    made = []
+
+    def make(limits=LIMITS, kv_cache_gib=1.0, **script):
+        actor = ScriptedActor(limits.num_ranks, **script)
+        lines: list[str] = []
+        session = OverlapSession(
+            actor, OverlapConfig(mode=cluster.mode, kv_cache_gib=kv_cache_gib), limits, say=lines.append
+        )
+        cluster.manager.overlap = session
+        made.append(actor)
+        return types.SimpleNamespace(actor=actor, session=session, said=lines, log_probs=_log_probs(session, limits))
+
+    yield make
+    cluster.manager.overlap = None
+    for actor in made:
+        for rank in actor.ranks:
+            ray.kill(rank)
+
+
+def _log_probs(session, limits):
+    return OverlappedLogProbs(session, limits)
+
+
+def _end_token(config) -> int:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(config.actor_rollout_ref.model.path).eos_token_id
+
+
+def roll(cluster, seed, delay=0.4):
+    """A rollout of random lengths, as a step of its own; returns verl's batch as the trainer has it, rows in another
+    order."""
+    step = cluster.step = cluster.step + 1
+    dice = np.random.default_rng(seed)
+    lengths = dice.integers(2, 31, size=(PROMPTS, CANDIDATES))
+    turns = {
+        candidate_seed(0, step, prompt, candidate): [Turn(int(length), delay=delay * length / 30)]
+        for (prompt, candidate), length in np.ndenumerate(lengths)
+    }
+    ray.get([server.load.remote(turns) for server in cluster.servers])
+    batch = cluster.manager.generate_sequences(prompts([f"{n}+2=" for n in range(PROMPTS)], GROUP_SIZE, step=step))
+    batch = batch.select_idxs(dice.permutation(len(batch)))
+    batch.meta_info = {"temperature": 1.0}
+    return batch
+
+
+def wait_until_stopped(cluster, limit_s=10):
+    """Nothing runs at the servers any more, and the workers can take another rollout."""
+    deadline = time.monotonic() + limit_s
+    while True:
+        running = ray.get([server.count_running.remote() for server in cluster.servers])
+        open_groups = ray.get([worker.progress.remote() for worker in cluster.manager.agent_loop_workers])
+        if running == [0, 0] and open_groups == [None, None]:
+            return
+        assert time.monotonic() < deadline, (running, open_groups)
+        time.sleep(0.1)
+
+
+def expected(batch):
+    """What the scripted ranks say to the tokens that the batch holds."""
+    wide = torch.zeros(batch.batch["responses"].shape)
+    for row in range(len(batch)):
+        mask = batch.batch["attention_mask"][row].bool()
+        prompt = int(mask[: batch.batch["prompts"].shape[1]].sum())
+        values = scripted_log_probs(batch.batch["input_ids"][row][mask].numpy(), prompt)
+        wide[row, : len(values)] = torch.from_numpy(values)
+    return wide
+
+
+def nothing_left(part):
+    raise AssertionError(f"{len(part)} rows were left to verl")
+
+
+def test_every_kept_row_has_the_result_of_its_own_tokens(cluster, overlap):
+    made = overlap()
+    for seed in (1, 2):
+        batch = roll(cluster, seed)
+        assert made.session.begun
+        old, mfu = made.log_probs.old(batch, nothing_left)
+        wide = expected(batch)
+        assert torch.equal(old.batch["old_log_probs"], wide)
+        ends = batch.batch["attention_mask"][:, batch.batch["prompts"].shape[1] :].bool()
+        assert torch.equal(old.batch["entropys"], (wide + 0.5) * ends)
+        ref = made.log_probs.reference(batch, nothing_left)
+        assert torch.equal(ref.batch["ref_log_prob"], -wide)
+        assert mfu == 0.25
+        for rank in made.actor.seen():
+            assert rank["open"] == [], "cleared"
+            assert rank["steps"][-1] == cluster.step
+        metrics = made.log_probs.metrics(cluster.manager.pop_rollout())
+        assert set(metrics) <= set(METRICS)
+        assert metrics["darts/overlap/late_rows"] == metrics["darts/overlap/tokens_twice"] == 0
+        assert metrics["darts/overlap/tokens_forwarded"] > 0
+
+
+def test_losers_are_dropped_and_complete_ones_go_whole(cluster, overlap):
+    made = overlap()
+    batch = roll(cluster, 3)
+    made.log_probs.old(batch, nothing_left)
+    kept = set(sequence_keys(batch))
+    for rank in made.actor.seen():
+        calls = rank["calls"]
+        forwarded = {row.key for call in calls for row in (*call.whole, *call.growing)}
+        dropped = {key for call in calls for key in call.drop}
+        assert dropped == forwarded - kept
+        assert bool([row for call in calls for row in call.growing]) == (cluster.mode == "token")
+        assert all(row.start == 0 and row.last for call in calls for row in call.whole)
+    assert len({tuple((c.forward_whole, c.forward_growing) for c in rank["calls"]) for rank in made.actor.seen()}) == 1
+
+
+def test_work_is_done_while_the_rollout_runs(cluster, overlap):
+    made = overlap(seconds=0.01)
+    batch = roll(cluster, 4, delay=3.0)
+    made.log_probs.old(batch, nothing_left)
+    metrics = made.log_probs.metrics(cluster.manager.pop_rollout())
+    assert metrics["darts/overlap/in_rollout_share"] > 0.8
+    assert metrics["darts/overlap/hidden_share"] > 0.5
+    if cluster.mode == "sequence":
+        assert metrics["darts/overlap/before_end_share"] == 0
+    else:
+        assert 0.3 < metrics["darts/overlap/before_end_share"] <= metrics["darts/overlap/in_rollout_share"] <= 1
+
+
+def test_a_slow_actor_does_not_hold_the_rollout_up(cluster, overlap):
+    made = overlap(seconds=3.0)
+    start = time.monotonic()
+    batch = roll(cluster, 5)
+    assert time.monotonic() - start < 2.5
+    old, _ = made.log_probs.old(batch, nothing_left)
+    assert torch.equal(old.batch["old_log_probs"], expected(batch))
+
+
+def test_a_model_that_cannot_continue_prefixes_falls_back_and_says_so_once(cluster, overlap):
+    made = overlap(refusal="scripted: it has no cache")
+    for seed in (6, 7):
+        batch = roll(cluster, seed)
+        old, _ = made.log_probs.old(batch, nothing_left)
+        assert torch.equal(old.batch["old_log_probs"], expected(batch))
+    assert not [row for rank in made.actor.seen() for call in rank["calls"] for row in call.growing]
+    assert len(made.said) == (cluster.mode == "token")
+    assert all("scripted: it has no cache" in line for line in made.said)
+
+
+def test_a_small_cache_falls_back_and_names_the_setting(cluster, overlap):
+    if cluster.mode == "sequence":
+        pytest.skip("has no cache")
+    made = overlap(kv_cache_gib=100 * 1024 / (1 << 30))  # 100 tokens
+    batch = roll(cluster, 8)
+    old, _ = made.log_probs.old(batch, nothing_left)
+    assert torch.equal(old.batch["old_log_probs"], expected(batch))
+    assert "darts.overlap.kv_cache_gib" in made.said[0]
+    assert "100 tokens" in made.said[0]
+
+
+def test_over_budget_nothing_is_lost(cluster, overlap):
+    made = overlap(kv_cache_gib=200 * 1024 / (1 << 30))  # 100 tokens of prefixes on each rank
+    batch = roll(cluster, 9)
+    old, _ = made.log_probs.old(batch, nothing_left)
+    assert torch.equal(old.batch["old_log_probs"], expected(batch))
+
+
+@pytest.mark.parametrize("trouble", ["raise", "die"])
+@pytest.mark.parametrize("call", [0, 2])
+def test_a_rank_that_fails_ends_the_step_with_the_cause(cluster, overlap, trouble, call):
+    made = overlap(seconds=0.02)
+    ray.get(made.actor.ranks[1].set_trouble.remote((trouble, call)))
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"overlapped actor failed: .*(scripted: out of memory|actor)"):
+        made.log_probs.old(roll(cluster, 10, delay=2.0), nothing_left)
+    assert time.monotonic() - start < 10
+    wait_until_stopped(cluster)
+
+
+def test_a_rank_that_hangs_ends_the_step_in_time(cluster, overlap):
+    limits = ActorLimits(**{name: getattr(LIMITS, name) for name in LIMITS.__dataclass_fields__} | {"timeout_s": 1.5})
+    made = overlap(limits=limits)
+    ray.get(made.actor.ranks[0].set_trouble.remote(("hang", 1)))
+    with pytest.raises(TimeoutError, match="the overlapped actor did not answer"):
+        made.log_probs.old(roll(cluster, 11, delay=1.0), nothing_left)
+    wait_until_stopped(cluster)
+
+
+def test_a_replayed_rollout_is_computed_by_verl(cluster, overlap):
+    made = overlap()
+    asked = []
+
+    def compute(part):
+        asked.append(len(part))
+        return part, 0.5
+
+    batch = DataProto.from_dict(non_tensors={"uid": np.array(["a"]), "darts_candidate": np.array([0])})
+    assert made.log_probs.old(batch, compute) == (batch, 0.5)
+    assert made.log_probs.reference(batch, lambda part: part) is batch
+    assert asked == [1]
+
+
+def test_rows_with_other_tokens_are_computed_by_verl(cluster, overlap):
+    """A batch that somebody changed after generation, a row that the actor never had."""
+    made = overlap()
+    batch = roll(cluster, 12)
+    width = batch.batch["prompts"].shape[1]
+    batch.batch["responses"][3, 0] += 1
+    batch.batch["input_ids"][3, width] += 1
+    batch.non_tensor_batch["darts_candidate"][7] = 77
+    parts = []
+
+    def compute(part):
+        parts.append(part)
+        return DataProto.from_single_dict({"old_log_probs": expected(part), "entropys": expected(part) + 0.5}), 0.5
+
+    old, mfu = made.log_probs.old(batch, compute)
+    assert torch.equal(old.batch["old_log_probs"], expected(batch))
+    (part,) = parts
+    assert part.meta_info["use_dynamic_bsz"]
+    assert part.meta_info["max_token_len_per_gpu"] == LIMITS.max_tokens
+    assert len(part) == 2
+    assert torch.equal(part.batch["input_ids"], batch.batch["input_ids"][[3, 7]])
+    assert mfu == 0.25
+    assert made.log_probs.metrics(cluster.manager.pop_rollout())["darts/overlap/late_rows"] == 2
+
+
+def test_one_missing_row_is_padded_for_two_ranks(cluster, overlap):
+    made = overlap()
+    batch = roll(cluster, 13)
+    batch.non_tensor_batch["darts_candidate"][2] = 77
+    sizes = []
+
+    def compute(part):
+        sizes.append(len(part))
+        return DataProto.from_single_dict({"old_log_probs": expected(part), "entropys": expected(part) + 0.5}), 0.5
+
+    old, _ = made.log_probs.old(batch, compute)
+    assert sizes == [2]
+    assert torch.equal(old.batch["old_log_probs"], expected(batch))

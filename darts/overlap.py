@@ -36,6 +36,15 @@ class Growth(NamedTuple):
     chance: float
 
 
+@dataclass(frozen=True, slots=True)
+class ActorCall:
+    """A call that the ranks have answered."""
+
+    began: float  # `time.time()` at the first rank that began
+    ended: float  # at the last that ended
+    tokens: int  # over all ranks
+
+
 def checksum(token_ids: Tokens, before: int = 0) -> int:
     """CRC-32 of tokens, going on from that of the tokens `before` them."""
     return zlib.crc32(np.ascontiguousarray(token_ids, dtype=np.int32).tobytes(), before)

@@ -17,7 +17,7 @@ from verl.protocol import DataProto, pad_dataproto_to_divisor, unpad_dataproto
 
 from darts.actor_calls import SequenceKey
 from darts.config import DartsConfig
-from darts.overlap import checksum
+from darts.overlap import ActorCall, checksum
 from darts.overlap_session import ActorLimits, OverlapOutcome, OverlapSession, overlap_metrics
 from darts.planning import Rollout
 from darts.worker import CANDIDATE
@@ -184,12 +184,10 @@ class OverlappedLogProbs:
         metrics["darts/overlap/late_rows"] = float(joined.usable.count(False))
         return metrics
 
-    def calls(self, rollout: Rollout) -> list[tuple[float, float, int]]:
-        """The actor's calls of that step: begin and end in seconds since the rollout began, and tokens."""
-        if self._joined is None:
-            return []
-        calls = self._joined.outcome.calls
-        return [(call.began - rollout.began, call.ended - rollout.began, call.tokens) for call in calls]
+    @property
+    def calls(self) -> list[ActorCall]:
+        """The actor's calls of that step."""
+        return [] if self._joined is None else self._joined.outcome.calls
 
     def _join(self, batch: DataProto, names: list[str], compute: Callable[[DataProto], DataProto]) -> DataProto:
         joined, limits = self._joined, self._limits

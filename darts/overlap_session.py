@@ -24,7 +24,7 @@ import ray
 from darts.actor_calls import RankAbility, RankCall, RankReport, RankResults, SequenceKey, StepSettings
 from darts.config import OverlapConfig
 from darts.growth import Progress
-from darts.overlap import OverlapSchedule
+from darts.overlap import ActorCall, OverlapSchedule
 
 POLL_S = 5.0
 GIB = 1 << 30
@@ -41,15 +41,6 @@ class ActorLimits:
     with_reference: bool
     sum_pi_squared: bool
     timeout_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class ActorCall:
-    """A call that the ranks have answered."""
-
-    began: float  # `time.time()` at the first rank that began
-    ended: float  # at the last that ended
-    tokens: int  # over all ranks
 
 
 @dataclass(slots=True, eq=False)

@@ -10,15 +10,18 @@ import math
 import os
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from darts.metrics import CandidatePool
+from darts.overlap import ActorCall
 from darts.planning import Rollout
 
 VERSION = 1
+MOST = 256  # points of a timeline
 LONGEST_LINE = 1 << 26
 """Bytes; a step with 2,048 candidates takes some 30,000."""
 
@@ -34,14 +37,17 @@ class Trace:
         self._path = None if path is None else Path(path)
         self._whole = False  # the file is known to end with a whole line
 
-    def write(self, step: int, metrics: dict[str, Any], rollout: Rollout | None) -> None:
-        """Appends one step; `rollout` is None where DARTS generated nothing."""
+    def write(
+        self, step: int, metrics: dict[str, Any], rollout: Rollout | None, calls: Sequence[ActorCall] = ()
+    ) -> None:
+        """Appends one step; `rollout` is None where DARTS generated nothing. `calls`: of the overlapped actor."""
         if self._path is None:
             return
         line: dict[str, Any] = {"version": VERSION, "step": step, "at": round(time.time(), 3)}
         line["metrics"] = {name: number for name, value in metrics.items() if (number := _number(value)) is not None}
         if rollout is not None:
             line["rollout"] = rollout_columns(rollout)
+            line["timeline"] = timeline_columns(rollout, calls)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             if not self._whole and self._path.exists():
@@ -85,6 +91,33 @@ def rollout_columns(rollout: Rollout) -> dict[str, Any]:
     if not np.isnan(pool.reward).all():
         columns["reward"] = [[_number(reward) for reward in rewards] for rewards in np.split(pool.reward, ends)]
     return columns
+
+
+def timeline_columns(rollout: Rollout, calls: Sequence[ActorCall]) -> dict[str, Any]:
+    """When candidates ended and the actor computed, in seconds since the rollout began.
+
+    Example: `{"seconds": 12.5, "running": [[0.0, 84], [3.1, 42], [12.4, 0]], "calls": [[0.8, 1.1, 4096]]}`: candidates
+    that run from then on, and begin, end and tokens of the actor's calls. Of many, `MOST` of each are told: candidates
+    at evenly spaced ranks, and calls joined with their neighbours.
+    """
+    ended = np.sort(rollout.pool.ended_at - rollout.began)
+    ranks = np.unique(np.linspace(0, len(ended) - 1, min(len(ended), MOST)).astype(int))
+    running = [[0.0, len(ended)], *([round(float(ended[rank]), 3), len(ended) - 1 - int(rank)] for rank in ranks)]
+    joined = [
+        calls[start : start + -(-len(calls) // MOST)] for start in range(0, len(calls), -(-len(calls) // MOST) or 1)
+    ]
+    return {
+        "seconds": round(rollout.ended - rollout.began, 3),
+        "running": running,
+        "calls": [
+            [
+                round(some[0].began - rollout.began, 3),
+                round(some[0].began - rollout.began + sum(call.ended - call.began for call in some), 3),
+                sum(call.tokens for call in some),
+            ]
+            for some in joined
+        ],
+    }
 
 
 def fate(pool: CandidatePool) -> np.ndarray:

@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch.distributed.fsdp import CPUOffloadPolicy
 from verl.plugin.platform import PlatformBase, PlatformRegistry, platform_manager
 
 from verl_patches.patching import replace
@@ -193,9 +194,28 @@ def _with_gloo_backend(upstream: Callable[..., None]) -> Callable[..., None]:
     return initialize_global_process_group_ray
 
 
+def patch_offload_policy() -> bool:
+    """Leave the memory of offloaded parameters unpinned.
+
+    Symptom: ``RuntimeError: Cannot access accelerator device when none is available`` at the start of a run with a
+    reference: verl's FSDP2 engine offloads it with ``CPUOffloadPolicy(pin_memory=True)``.
+    Upstream: ``torch.distributed.fsdp.CPUOffloadPolicy`` (torch 2.13), as verl 0.9.1's FSDP engine uses it.
+    Delete: when torch does not pin without an accelerator.
+    """
+    return replace(CPUOffloadPolicy, "__init__", ("self", "pin_memory"), _without_pinning)
+
+
+def _without_pinning(upstream: Callable[..., None]) -> Callable[..., None]:
+    def __init__(self: CPUOffloadPolicy, pin_memory: bool = False) -> None:
+        upstream(self, pin_memory=False)
+
+    return __init__
+
+
 def activate() -> tuple[str, ...]:
     """Register and patch; return the names of what is in force."""
     set_process_env()
     register_platform()
     patch_process_group_backend()
-    return ("cpu platform", "process group backend")
+    patch_offload_policy()
+    return ("cpu platform", "process group backend", "offload policy")

@@ -21,7 +21,7 @@ else:
 ROOT = Path(__file__).resolve().parents[2]
 PURE_METHOD = (
     "selection", "group", "allocation", "history", "calibration", "latency", "forecast", "planning", "config",
-    "metrics", "simulation",
+    "metrics", "actor_calls", "overlap", "simulation",
 )  # fmt: skip
 NOT_IN_THE_METHOD = {"ray", "vllm", "verl", "verl_patches", "torch", "transformers", "tensordict"}
 MAX_LINES = 500

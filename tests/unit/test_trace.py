@@ -1,5 +1,6 @@
 """The trace: one line per step with what became of every candidate; what cannot be written does not end a run."""
 
+import dataclasses
 import json
 import warnings
 
@@ -9,8 +10,9 @@ from pools import pool_of
 
 from darts.config import DartsConfig
 from darts.latency import StepTimes
+from darts.overlap import ActorCall
 from darts.planning import Rollout, RolloutPlanner
-from darts.trace import Trace
+from darts.trace import Trace, timeline_columns
 
 
 def rollout(rewards=None) -> Rollout:
@@ -86,3 +88,28 @@ def test_no_path_no_trace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Trace(None).write(1, {}, rollout())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_timeline_has_the_running_candidates_and_the_calls(tmp_path):
+    done = rollout()
+    done = dataclasses.replace(done, began=100.0, ended=112.5)
+    ended_at = np.array([101.0, 102, 103, 112.4, 101.5, 101.6, 101.7, 104])
+    done = dataclasses.replace(done, pool=dataclasses.replace(done.pool, ended_at=ended_at))
+    calls = [ActorCall(100.5, 101.25, 40), ActorCall(111.0, 113.0, 7)]
+    line = timeline_columns(done, calls)
+    assert line["seconds"] == 12.5
+    assert line["running"][:3] == [[0.0, 8], [1.0, 7], [1.5, 6]]
+    assert line["running"][-1] == [12.4, 0]
+    assert line["calls"] == [[0.5, 1.25, 40], [11.0, 13.0, 7]]
+    Trace(str(tmp_path / "t.jsonl")).write(1, {}, done, calls)
+    assert json.loads((tmp_path / "t.jsonl").read_text())["timeline"] == line
+    assert timeline_columns(done, [])["calls"] == []
+
+
+def test_a_long_timeline_is_thinned_out(tmp_path):
+    done = rollout()
+    many = [ActorCall(100 + n, 100.5 + n, 2) for n in range(1000)]
+    calls = timeline_columns(done, many)["calls"]
+    assert len(calls) <= 256
+    assert sum(tokens for *_, tokens in calls) == 2000
+    assert sum(end - begin for begin, end, _ in calls) == pytest.approx(500)

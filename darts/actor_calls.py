@@ -22,13 +22,14 @@ class StepSettings:
     """How the log-probs of a step are computed.
 
     Example:
-        >>> StepSettings(step=3, mode="token", temperature=1.0, max_tokens=16_384, max_cache_tokens=4_096)
+        >>> StepSettings(step=3, mode="token", temperature=1.0, max_tokens=16_384)
     """
 
     step: int
     mode: str  # sequence or token
     temperature: float
-    max_tokens: int  # of a forward on one rank: rows times the longest row, or their sum where verl packs
+    max_tokens: int  # new tokens of a forward on one rank: their sum in whole rows, rows times the most in growing ones
+    max_prefix_tokens: int | None = None  # rows times the longest sequence of a growing forward; None: 8 * max_tokens
     with_reference: bool = False
     sum_pi_squared: bool = False  # as verl's actor.calculate_sum_pi_squared
 
@@ -67,8 +68,8 @@ class RankCall:
     step: int
     number: int  # of the call within the step, from 0
     drop: list[SequenceKey] = field(default_factory=list)  # forget these, results too
-    whole: list[Row] = field(default_factory=list)  # complete sequences (start 0, last): one forward of verl's own
-    growing: list[Row] = field(default_factory=list)  # one forward that continues cached prefixes
+    whole: list[Row] = field(default_factory=list)  # complete sequences (start 0, last), through verl's own forward
+    growing: list[Row] = field(default_factory=list)  # forwards that continue cached prefixes, within the limits
     forward_whole: bool = False  # some rank has `whole` rows
     forward_growing: bool = False  # some rank has `growing` rows
 

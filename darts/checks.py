@@ -12,12 +12,15 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from darts.actor_calls import RankAbility
 from darts.config import ConfigError, DartsConfig, refuse_unknown_keys
 from darts.latency_profile import LatencyProfile, model_id
+from darts.placement import check_placement
 
 VERL_VERSION = "0.9.1"
 ALLOW_OTHER_VERL = "DARTS_ALLOW_OTHER_VERL"
 WITHOUT_GROUP_BASELINE = ("gae", "reinforce_plus_plus")
+GIB = 1 << 30
 MANAGER = "darts.rollout.DartsAgentLoopManager"
 
 
@@ -32,6 +35,9 @@ def darts_config(config: DictConfig) -> DartsConfig:
             "darts", config.get("darts"), "the block `darts:` is missing.", "start from configs/darts_trainer.yaml."
         )
     block: Any = OmegaConf.to_container(config.darts, resolve=True)
+    overlap = block.get("overlap") or {}
+    if isinstance(overlap, dict) and overlap.get("mode") in (None, "auto") and _without_overlap(config):
+        block["overlap"] = overlap | {"mode": "off"}
     return DartsConfig.from_block(block, group_size=config.actor_rollout_ref.rollout.n)
 
 
@@ -54,10 +60,11 @@ def check_run(config: DictConfig) -> DartsConfig:
         raise ConfigError(
             "actor_rollout_ref.hybrid_engine",
             False,
-            "actor and rollout share their GPUs in this version.",
-            "set actor_rollout_ref.hybrid_engine=True.",
+            "RayPPOTrainer wants it true; which GPUs serve is what darts.placement says.",
+            "set actor_rollout_ref.hybrid_engine=True, and darts.placement=disaggregated for servers of their own.",
         )
     _check_paths(config)
+    check_placement(config)
     if not darts.enable:
         return darts
     rollout, estimator = config.actor_rollout_ref.rollout, str(config.algorithm.adv_estimator).lower()
@@ -120,6 +127,7 @@ def check_run(config: DictConfig) -> DartsConfig:
             "a colocated reward model scores after generation, when only the kept are left.",
             "set darts.reward.pool=false, or give the reward model a pool of its own.",
         )
+    _check_overlap(config, darts)
     latency_profile(config, darts)
     return darts
 
@@ -139,6 +147,48 @@ def latency_profile(config: DictConfig, darts: DartsConfig) -> LatencyProfile | 
     return profile
 
 
+def check_memory(
+    darts: DartsConfig,
+    abilities: list[RankAbility],
+    *,
+    logit_bytes: int,
+    server_share: float,
+) -> None:
+    """Checks that actor and server fit on one device while both work, which plain verl never has them do.
+
+    Args:
+        darts: the settings; nothing is checked unless log-probs are overlapped on the servers' devices.
+        abilities: of the ranks, with the servers asleep.
+        logit_bytes: of the largest forward.
+        server_share: of the device that an awake server takes, `rollout.gpu_memory_utilization`; 0 where it holds its
+            memory already.
+
+    Raises:
+        ConfigError: they do not fit.
+    """
+    if darts.placement != "colocated" or darts.overlap.mode == "off":
+        return
+    for ability in abilities:
+        cache = darts.overlap.kv_cache_gib if darts.overlap.mode == "token" and ability.refusal is None else 0.0
+        parts = {
+            "in use with the servers asleep": (ability.device_bytes - ability.free_bytes) / GIB,
+            "the servers (rollout.gpu_memory_utilization)": server_share * ability.device_bytes / GIB,
+            "gathered parameters": ability.parameter_bytes / GIB,
+            "prefixes (darts.overlap.kv_cache_gib)": cache,
+            "logits of one forward": logit_bytes / GIB,
+        }
+        if sum(parts.values()) > ability.device_bytes / GIB:
+            listed = " + ".join(f"{name} {size:.1f}" for name, size in parts.items())
+            raise ConfigError(
+                "darts.overlap.mode",
+                darts.overlap.mode,
+                f"actor and servers work at the same time, and need {sum(parts.values()):.1f} GiB of the device's "
+                f"{ability.device_bytes / GIB:.1f}: {listed}.",
+                "lower actor_rollout_ref.rollout.gpu_memory_utilization or darts.overlap.kv_cache_gib, or set "
+                "darts.overlap.mode=off, or darts.placement=disaggregated.",
+            )
+
+
 def refuse_unknown_overrides(arguments: list[str]) -> None:
     """Refuses command-line overrides of unknown `darts.*` keys, for which Hydra would advise to append them with `+`.
 
@@ -152,6 +202,33 @@ def refuse_unknown_overrides(arguments: list[str]) -> None:
             for name in reversed(key.split(".")[1:]):
                 block = {name: block}
             refuse_unknown_keys(block)
+
+
+def _check_overlap(config: DictConfig, darts: DartsConfig) -> None:
+    """What overlapped log-probs need of verl's configuration."""
+    if darts.overlap.mode == "off":
+        return
+    reason = _without_overlap(config)
+    if reason is not None:
+        raise ConfigError("darts.overlap.mode", darts.overlap.mode, *reason)
+
+
+def _without_overlap(config: DictConfig) -> tuple[str, str] | None:
+    """Why verl's settings exclude overlapped log-probs, and what to change; None where they do not."""
+    corrected = config.algorithm.get("rollout_correction")
+    if corrected and corrected.get("bypass_mode", False):
+        return (
+            "with algorithm.rollout_correction.bypass_mode=True the servers' own log-probs are the old log-probs, so "
+            "there is nothing to compute while generation runs.",
+            "set darts.overlap.mode=off, or algorithm.rollout_correction.bypass_mode=False.",
+        )
+    strategy = config.actor_rollout_ref.actor.strategy
+    if strategy not in ("fsdp", "fsdp2"):
+        return (
+            f"the overlapped actor is verl's FSDP engine; actor_rollout_ref.actor.strategy={strategy!r} is not.",
+            "set darts.overlap.mode=off, or actor_rollout_ref.actor.strategy=fsdp2.",
+        )
+    return None
 
 
 def _check_paths(config: DictConfig) -> None:

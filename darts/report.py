@@ -4,7 +4,9 @@ Contract.
 1. The input is the only `darts.jsonl` in or below RUN, or the file RUN itself; one JSON object per training step,
    `VERSION` 1. A step that is written again (a resume) replaces the one before, and all that came after that one: they
    are of weights that no longer exist. A last line that was cut off is left out with a note; any other is an error.
-2. The file is read once, line by line, and of a step only what the page needs is held: some kilobytes.
+2. The file is read once, line by line, and of a step only what the page needs is held: some kilobytes. The page shows
+   the timeline of one step, which is known at the end: of the others only the place of their line is held, and that
+   step's line is read again.
 3. The output is PNG figures and one `index.html` that needs nothing else. A figure without data is left out, and the
    page says why. "First" and "last" are means over the first and last tenth of the steps that have the value.
 4. Time is the sum of the steps' own times, without validation: what lies between a kill and a resume does not count.
@@ -43,10 +45,17 @@ INSIDE_STEP = (
 REWARDS = ("critic/rewards/mean", "critic/score/mean", "darts/reward/kept_mean")
 """The reward of a run is the first of these that it has."""
 UTILITY = tuple(f"darts/allocation/{name}" for name in ("utility", "gain", "time_cost", "time_cost_measured"))
+OVERLAP = tuple(
+    f"darts/overlap/{name}"
+    for name in (
+        "hidden_s", "exposed_s", "hidden_share", "calls", "forwarded_per_kept", "in_rollout_share", "before_end_share",
+        "cache_peak_gib", "tokens_twice", "late_rows",
+    )
+)  # fmt: skip
 LOGGED = (
-    *(f"timing_s/{name}" for name in ("step", *INSIDE_STEP, "testing")), *REWARDS, *UTILITY, "darts/reward/pool_mean",
-    "darts/group/saturated_share", "darts/history/std_correlation", "darts/latency/predicted_s",
-    "darts/rollout/seconds",
+    *(f"timing_s/{name}" for name in ("step", *INSIDE_STEP, "testing")), *REWARDS, *UTILITY, *OVERLAP,
+    "darts/reward/pool_mean", "darts/group/saturated_share", "darts/history/std_correlation",
+    "darts/latency/predicted_s", "darts/rollout/seconds",
 )  # fmt: skip
 VALIDATION = "val-core/"
 MAX_LENGTHS = 512  # held of a step; of more, as many evenly spaced ranks
@@ -75,6 +84,18 @@ class Step:
     number: int
     values: dict[str, float]  # what was logged and what was computed from the rollout; finite
     rollout: Rollout | None
+    offset: int | None = None  # byte at which its line begins in the file; None: the line has no timeline
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeline:
+    """One step, in seconds since its rollout began. Example: that of `darts.trace.timeline_columns`, chosen of 4."""
+
+    step: Step
+    chosen_of: int  # steps, of which this has the median time
+    seconds: float  # of the rollout
+    running: Array  # [points; from when on, candidates that had not ended]
+    calls: Array  # [calls of the actor, maybe none; begin, end, tokens]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -84,6 +105,7 @@ class Run:
     name: str
     steps: list[Step] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    timeline: Timeline | None = None
 
     @property
     def rolled(self) -> list[Step]:
@@ -152,7 +174,8 @@ def read_run(path: Path) -> Run:
     """Reads a file of steps, with progress on stderr if it takes long.
 
     Raises:
-        ReportError: an empty file, a version other than `VERSION`, or a line that is not a step (but a cut last one).
+        ReportError: an empty file, a version other than `VERSION`, a line that is not a step (but a cut last one), or
+            a timeline that is none.
     """
     run, replaced, done, said = Run(name=path.name), 0, 0, time.monotonic()
     with path.open("rb") as file:
@@ -169,7 +192,7 @@ def read_run(path: Path) -> Run:
                 run.notes.append(f"Line {number}, the last, was cut off (a killed run?) and is left out.")
                 break
             try:
-                step = _step(record)
+                step = _step(record, done - len(line))
             except ReportError as error:
                 raise ReportError(f"{path}, line {number}: {error}") from None
             except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -184,10 +207,11 @@ def read_run(path: Path) -> Run:
         run.notes.append(f"Repeated or undone by a resume: {replaced} steps; only what replaced them counts.")
     if missing := int(np.isnan(run.series("timing_s/step")).sum()):
         run.notes.append(f"Without timing_s/step: {missing} steps; on axes of time they take the median of the others.")
+    run.timeline = _timeline(path, run.steps)
     return run
 
 
-def _step(record: dict[str, Any]) -> Step:
+def _step(record: dict[str, Any], offset: int) -> Step:
     if record["version"] != VERSION:
         raise ReportError(f"version={record['version']!r}: must be {VERSION}; use the verl-darts that wrote the file")
     logged, block = record["metrics"], record.get("rollout")
@@ -195,7 +219,36 @@ def _step(record: dict[str, Any]) -> Step:
     keys = [key for key in LOGGED if key in logged] + [sys.intern(key) for key in logged if key.startswith(VALIDATION)]
     values |= {key: float(logged[key]) for key in keys if isinstance(logged[key], int | float)}
     finite = {key: value for key, value in values.items() if math.isfinite(value)}
-    return Step(number=int(record["step"]), values=finite, rollout=rollout)
+    place = offset if record.get("timeline") else None
+    return Step(number=int(record["step"]), values=finite, rollout=rollout, offset=place)
+
+
+def _timeline(path: Path, steps: Sequence[Step]) -> Timeline | None:
+    """Of the last tenth of the steps with a timeline and a time, the one with the (lower) median time; read again."""
+    last = tenths([step for step in steps if step.offset is not None and "timing_s/step" in step.values])[1]
+    if not last:
+        return None
+    step = sorted(last, key=lambda some: some.values["timing_s/step"])[(len(last) - 1) // 2]
+    with path.open("rb") as file:
+        file.seek(step.offset)
+        line = file.readline()
+    try:
+        told = json.loads(line)["timeline"]
+        running, calls = (np.array(told[name], dtype=float) for name in ("running", "calls"))
+        timeline = Timeline(
+            step=step,
+            chosen_of=len(last),
+            seconds=float(told["seconds"]),
+            running=running.reshape(len(running), 2),
+            calls=calls.reshape(len(calls), 3),
+        )
+        if not len(running) or not np.isfinite([timeline.seconds, *running.flat, *calls.flat]).all():
+            raise ValueError("running is empty, or something is not a finite number")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ReportError(
+            f"{path}, step {step.number}: timeline must have seconds, running and calls, but {error!r}; remove the line"
+        ) from None
+    return timeline
 
 
 def reduce_rollout(block: dict[str, Any]) -> tuple[Rollout, dict[str, float]]:
@@ -284,6 +337,7 @@ def summary(run: Run) -> list[tuple[str, str]]:
         *((key, change(key, ".3f")) for key in run.validations()[:3]),
         ("seconds a step", change("timing_s/step", ".1f")),
         ("rollout's share of the step", share(rollout_s, step_s)),
+        ("log-prob seconds under the rollout", change("darts/overlap/hidden_share", ".1%")),
     ]
     return [(label, value) for label, value in rows if value]
 
@@ -321,9 +375,9 @@ def page(run: Run, figures: Sequence["Drawn"]) -> str:
 
 def write_report(run: Run, out: Path) -> Path:
     """Draws all figures into a folder, also as one page; returns the page. Figures of a report before are replaced."""
-    from darts import report_figures  # needs matplotlib
+    from darts import report_figures, report_timeline  # need matplotlib
 
-    figures = report_figures.draw(run)
+    figures = report_figures.draw(run, report_figures.FIGURES | report_timeline.FIGURES)
     out.mkdir(parents=True, exist_ok=True)
     for figure in figures:
         path = out / f"{figure.name}.png"

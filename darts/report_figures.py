@@ -1,9 +1,9 @@
 """The figures of `darts.report`: a run in, PNG pictures with a title and a caption out.
 
-Contract: needs matplotlib; no display, no pyplot. Each function of `FIGURES` gives a figure and the sentence that says
-how to read it, or raises `Missing` with the reason. The colours (Okabe and Ito's, Tol's) are told apart by the
-colour-blind. From `SMOOTH_FROM` steps on a line is a running mean over the pale values; of more than `MAX_COLUMNS`
-steps a column is the mean of several. Captions say so.
+Contract: needs matplotlib; no display, no pyplot. Each function of a table like `FIGURES` gives a figure and the
+sentence that says how to read it, or raises `Missing` with the reason. The colours (Okabe and Ito's, Tol's) are told
+apart by the colour-blind. From `SMOOTH_FROM` steps on a line is a running mean over the pale values; of more than
+`MAX_COLUMNS` steps a column is the mean of several. Captions say so.
 """
 
 import io
@@ -42,6 +42,8 @@ STYLE: dict[str, Any] = {
 }  # fmt: skip
 SMOOTH_FROM, MAX_COLUMNS, MAX_POINTS, MAX_BARS = 100, 75, 2000, 40
 STEPS = "training step"
+Figures = dict[str, tuple[str, Callable[[Run], tuple[Figure, str]]]]
+"""Name of a figure -> its title and what draws it, with the sentence that says how to read it."""
 
 
 class Missing(Exception):
@@ -58,10 +60,10 @@ class Drawn:
     png: bytes | None
 
 
-def draw(run: Run) -> list[Drawn]:
-    """All figures, in the order of the page."""
+def draw(run: Run, figures: Figures | None = None) -> list[Drawn]:
+    """The figures of a table, in its order; without one, those of `FIGURES`."""
     drawn = []
-    for name, (title, make) in FIGURES.items():
+    for name, (title, make) in (figures or FIGURES).items():
         png, buffer = None, io.BytesIO()
         with rc_context(STYLE):
             try:
@@ -85,7 +87,9 @@ def _window(run: Run) -> int:
     return 1 if len(run.steps) < SMOOTH_FROM else 2 * (len(run.steps) // 40) + 1
 
 
-def _line(axes: Axes, run: Run, values: Array, color: str, label: str, form: str = "-", x: Array | None = None) -> None:
+def plot_line(
+    axes: Axes, run: Run, values: Array, color: str, label: str, form: str = "-", x: Array | None = None
+) -> None:
     """The known values over steps (or x)."""
     known = np.isfinite(values)
     if not known.any():
@@ -107,7 +111,7 @@ def _columns(run: Run) -> tuple[Array, list[Array]]:
     return np.array([*(numbers[group[0]] - 0.5 for group in groups), numbers[-1] + 0.5]), groups
 
 
-def _stack(axes: Axes, run: Run, parts: dict[str, Array], colors: dict[str, str]) -> None:
+def plot_stack(axes: Axes, run: Run, parts: dict[str, Array], colors: dict[str, str]) -> None:
     """Columns of parts on top of each other; steps whose parts are NaN are not in the means."""
     edges, groups = _columns(run)
     floor = np.zeros(len(groups))
@@ -119,7 +123,7 @@ def _stack(axes: Axes, run: Run, parts: dict[str, Array], colors: dict[str, str]
     axes.set(xlim=(edges[0], edges[-1]), ylim=(0, None))
 
 
-def _dress(axes: Axes, title: str, y: str, x: str = STEPS, legend: int = 0) -> None:
+def dress(axes: Axes, title: str, y: str, x: str = STEPS, legend: int = 0) -> None:
     """Title, labels and, between title and data, a legend of so many columns."""
     entries = len(axes.get_legend_handles_labels()[0]) if legend else 0
     axes.set_title(title, pad=6 + 16 * math.ceil(entries / max(legend, 1)))
@@ -147,7 +151,7 @@ def _ends(steps: Sequence[Step]) -> dict[str, Sequence[Step]]:
     return {name if len(some) > 1 else f"step {some[0].number}": some for name, some in both}
 
 
-def _notes(run: Run, *parts: str) -> str:
+def how_drawn(run: Run, *parts: str) -> str:
     """What a caption says of its lines and columns in a run with many steps."""
     window, size = _window(run), math.ceil(len(run.steps) / MAX_COLUMNS)
     lines = f" Bold lines are running means over {window} steps, pale ones the steps."
@@ -177,10 +181,10 @@ def _lengths(run: Run) -> tuple[Figure, str]:
         "kept": ("mean of the kept", BLACK),
     }  # fmt: skip
     for name, (label, color) in lines.items():
-        _line(left, run, run.series(f"length/{name}"), color, label, "--" if name == "kept" else "-")
+        plot_line(left, run, run.series(f"length/{name}"), color, label, "--" if name == "kept" else "-")
     values = np.concatenate([run.series(f"length/{name}") for name in lines])
     _log(left, "y", values[np.isfinite(values)], 8)
-    _dress(left, "Over the run", "response length, tokens", legend=3)
+    dress(left, "Over the run", "response length, tokens", legend=3)
 
     ends = _ends(run.rolled)
     lengths = {name: np.concatenate([step.rollout.lengths for step in some]) for name, some in ends.items()}
@@ -196,7 +200,7 @@ def _lengths(run: Run) -> tuple[Figure, str]:
         right.stairs(share, bins, color=color, linewidth=1.8, label=f"{name}: mean {mean:,.0f}")
         right.axvline(mean, color=color, linestyle="--", linewidth=1.2)
     cut = max(length.max() for length in lengths.values()) > bins[-1]
-    _dress(
+    dress(
         right, "First against last", "% of the candidates",
         f"response length, tokens (bars of {width}{', the last: or longer' if cut else ''})", legend=1,
     )  # fmt: skip
@@ -206,7 +210,7 @@ def _lengths(run: Run) -> tuple[Figure, str]:
         "histogram at the end of the run than at its start (right; dashed: means); an aborted candidate counts with "
         "the tokens it had."
     )
-    return figure, caption + _notes(run, "lines")
+    return figure, caption + how_drawn(run, "lines")
 
 
 def _budgets(run: Run) -> tuple[Figure, str]:
@@ -238,7 +242,7 @@ def _budgets(run: Run) -> tuple[Figure, str]:
     for axes in grid[len(panels) :]:
         axes.remove()
     note = "" if points else " No standard deviation was predicted, so budgets are shown alone."
-    return figure, _sentence([said for said, _ in panels]) + note + _notes(run, "lines", "columns")
+    return figure, _sentence([said for said, _ in panels]) + note + how_drawn(run, "lines", "columns")
 
 
 def _scatter(axes: Axes, points: dict[str, Array], column: int, jitter: float) -> Array:
@@ -256,7 +260,7 @@ def _scatter(axes: Axes, points: dict[str, Array], column: int, jitter: float) -
 def _budget_by_std(axes: Axes, points: dict[str, Array]) -> None:
     _log(axes, "x", _scatter(axes, points, 2, 0.25)[:, 0], 20)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    _dress(axes, "Budget by predicted spread", "candidates M' (jittered)", "predicted std of length, tokens", legend=2)
+    dress(axes, "Budget by predicted spread", "candidates M' (jittered)", "predicted std of length, tokens", legend=2)
 
 
 def _observed_by_predicted(axes: Axes, points: dict[str, Array]) -> None:
@@ -266,14 +270,14 @@ def _observed_by_predicted(axes: Axes, points: dict[str, Array]) -> None:
     axes.set(xlim=limits, ylim=limits)
     for which in "xy":
         _log(axes, which, values, 10)
-    _dress(axes, "Observed by predicted spread", "observed std, tokens", "predicted std of length, tokens", legend=2)
+    dress(axes, "Observed by predicted spread", "observed std, tokens", "predicted std of length, tokens", legend=2)
 
 
 def _correlations(axes: Axes, run: Run, values: Array) -> None:
-    _line(axes, run, values, BLUE, "over the prompts of a step")
+    plot_line(axes, run, values, BLUE, "over the prompts of a step")
     axes.axhline(0, color=GREY, linewidth=1)
     axes.set_ylim(min(-0.05, np.nanmin(values) - 0.05), 1.02)
-    _dress(axes, "Predicted with observed spread", "correlation", legend=1)
+    dress(axes, "Predicted with observed spread", "correlation", legend=1)
 
 
 def _budget_map(axes: Axes, run: Run) -> None:
@@ -286,11 +290,11 @@ def _budget_map(axes: Axes, run: Run) -> None:
     mesh = axes.pcolormesh(edges, np.arange(low, high + 2) - 0.5, np.where(cells > 0, 100 * cells, math.nan),
                            cmap=SHARES, vmin=0)  # fmt: skip
     axes.figure.colorbar(mesh, ax=axes, label="% of the prompts", pad=0.02).outline.set_visible(False)
-    _line(axes, run, table @ np.arange(low, high + 1) / prompts, RED, "mean")
+    plot_line(axes, run, table @ np.arange(low, high + 1) / prompts, RED, "mean")
     axes.set(xlim=(edges[0], edges[-1]), ylim=(low - 1, high + 1))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(False)
-    _dress(axes, "Budgets over the run", "candidates M'", legend=1)
+    dress(axes, "Budgets over the run", "candidates M'", legend=1)
 
 
 def _selection(run: Run) -> tuple[Figure, str]:
@@ -300,22 +304,22 @@ def _selection(run: Run) -> tuple[Figure, str]:
     figure = Figure(figsize=(11, 7.4))
     grid = figure.subplot_mosaic([["length", "reward" if rewards else "length"], ["fate", "fate"]])
     for name, color, form in (("pool", ORANGE, "-"), ("kept", BLUE, "--")):
-        _line(grid["length"], run, run.series(f"length/{name}"), color, name, form)
+        plot_line(grid["length"], run, run.series(f"length/{name}"), color, name, form)
         if name in rewards:
-            _line(grid["reward"], run, rewards[name], color, name, form)
-    _dress(grid["length"], "Mean response length", "tokens", legend=2)
+            plot_line(grid["reward"], run, rewards[name], color, name, form)
+    dress(grid["length"], "Mean response length", "tokens", legend=2)
     if rewards:
-        _dress(grid["reward"], "Mean reward", "reward", legend=2)
+        dress(grid["reward"], "Mean reward", "reward", legend=2)
     counts = np.array([step.rollout.fates if step.rollout else np.full(len(FATES), math.nan) for step in run.steps]).T
-    _stack(grid["fate"], run, {name: row for name, row in zip(FATES, counts, strict=True) if np.nansum(row)}, FATES)
-    _dress(grid["fate"], "What became of the candidates", "candidates a step", legend=6)
+    plot_stack(grid["fate"], run, {name: row for name, row in zip(FATES, counts, strict=True) if np.nansum(row)}, FATES)
+    dress(grid["fate"], "What became of the candidates", "candidates a step", legend=6)
     caption = (
         "The gap between kept and pool is the bias of selection (top), and all that is not kept is what redundancy "
         "costs (bottom)."
     )
     if "pool" not in rewards:
         caption += " The pool has no reward: not all that ended were scored (darts.reward.pool=false?)."
-    return figure, caption + _notes(run, "lines", "columns")
+    return figure, caption + how_drawn(run, "lines", "columns")
 
 
 def _time(run: Run) -> tuple[Figure, str]:
@@ -331,8 +335,8 @@ def _time(run: Run) -> tuple[Figure, str]:
         parts["testing"] = testing
     figure = Figure(figsize=(11, 4.6))
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    _stack(left, run, {name: np.where(timed, values, math.nan) for name, values in parts.items()}, PHASES)
-    _dress(left, "Seconds of a step", "seconds")
+    plot_stack(left, run, {name: np.where(timed, values, math.nan) for name, values in parts.items()}, PHASES)
+    dress(left, "Seconds of a step", "seconds")
     means, whole = {name: values[timed].mean() for name, values in parts.items()}, step[timed].mean()
     bars = right.barh(list(means), list(means.values()), color=[PHASES[name] for name in means])
     labels = [f"{mean:.2f}" + (f" ({mean / whole:.0%})" if name != "testing" else "") for name, mean in means.items()]
@@ -340,14 +344,14 @@ def _time(run: Run) -> tuple[Figure, str]:
     right.set_xlim(0, 1.35 * max(means.values()))
     right.grid(False)
     right.tick_params(axis="y", length=0)
-    _dress(right, "Mean of all steps", "", f"seconds (share of a step of {whole:.1f} s)")
+    dress(right, "Mean of all steps", "", f"seconds (share of a step of {whole:.1f} s)")
     caption = (
         "A column is what a step took, stacked in the order and colours of the bars on the right: DARTS acts on gen, "
         "the rollout, and other is what verl does not name."
     )
     if testing is not None:
         caption += " Testing (validation) is not part of the step's own time and stands on top of it."
-    return figure, caption + _notes(run, "columns")
+    return figure, caption + how_drawn(run, "columns")
 
 
 def _reward(run: Run) -> tuple[Figure, str]:
@@ -361,17 +365,17 @@ def _reward(run: Run) -> tuple[Figure, str]:
     grid = figure.subplots(1, len(scales), sharey=True, squeeze=False)[0]
     for axes, (label, x) in zip(grid, scales.items(), strict=True):
         if np.isfinite(values).any():
-            _line(axes, run, values, BLUE, f"{name} (training)", x=x)
+            plot_line(axes, run, values, BLUE, f"{name} (training)", x=x)
         for key, color, marker in zip(keys, (RED, GREEN, ORANGE, PINK, BLACK), "sD^vP", strict=False):
             known = np.isfinite(points := run.series(key))
             form, size = f"{marker}:" if known.sum() <= 100 else "-", 5 if known.sum() <= 20 else 3.5
             axes.plot(x[known], points[known], form, markersize=size, color=color, linewidth=1.2, label=key)
-        _dress(axes, "", ("reward or score" if keys else "reward") if axes is grid[0] else "", label)
+        dress(axes, "", ("reward or score" if keys else "reward") if axes is grid[0] else "", label)
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
     caption = "Over steps the reward shows what a step teaches, over time (no validation, no gaps) what an hour does."
     if len(keys) > 5:
         caption += f" {len(keys) - 5} more validation metrics are not shown."
-    return figure, caption + _notes(run, "lines")
+    return figure, caption + how_drawn(run, "lines")
 
 
 def _cost(run: Run) -> tuple[Figure, str]:
@@ -385,28 +389,29 @@ def _cost(run: Run) -> tuple[Figure, str]:
     grid = list(figure.subplots(1, latency + bool(terms), squeeze=False)[0])
     if latency:
         axes = grid.pop(0)
-        _line(axes, run, measured, ORANGE, "measured")
-        _line(axes, run, predicted, BLUE, "predicted", "--")
+        plot_line(axes, run, measured, ORANGE, "measured")
+        plot_line(axes, run, predicted, BLUE, "predicted", "--")
         axes.set_ylim(bottom=0)
-        _dress(axes, "Duration of the rollout", "seconds", legend=2)
+        dress(axes, "Duration of the rollout", "seconds", legend=2)
         ratio = first_and_last(predicted / measured)[1]
         text = f" (predicted / measured is {ratio:.2f} at the end)" if math.isfinite(ratio) else ""
         said.append(f"the cost model is right where the lines meet{text}")
     if terms:
         for (name, values), color in zip(terms.items(), (BLUE, GREEN, RED, ORANGE), strict=False):
-            _line(grid[0], run, values, color, name, "--" if "measured" in name else "-")
-        _dress(grid[0], "Utility of the mean budget", "ratio", legend=4 if latency else 2)
+            plot_line(grid[0], run, values, color, name, "--" if "measured" in name else "-")
+        dress(grid[0], "Utility of the mean budget", "ratio", legend=4 if latency else 2)
         said.append(
             "utility is gain minus weighted time cost; the mean budget with the most is chosen, unless it is a setting"
         )
-    return figure, _sentence(said) + _notes(run, "lines")
+    return figure, _sentence(said) + how_drawn(run, "lines")
 
 
-FIGURES: dict[str, tuple[str, Callable[[Run], tuple[Figure, str]]]] = {
+FIGURES: Figures = {
     "lengths": ("Response length", _lengths),
     "budgets": ("Budgets and spread", _budgets),
     "selection": ("Kept against pool", _selection),
-    "time": ("Where the time goes", _time),
     "reward": ("Reward", _reward),
     "cost": ("Cost model and utility", _cost),
+    "time": ("Where the time goes", _time),
 }
+"""What the page begins with; the figures of `darts.report_timeline` follow."""

@@ -101,6 +101,7 @@ def timeline_columns(rollout: Rollout, calls: Sequence[ActorCall]) -> dict[str, 
     at evenly spaced ranks, and calls joined with their neighbours.
     """
     ended = np.sort(rollout.pool.ended_at - rollout.began)
+    ended = ended[np.isfinite(ended)]
     ranks = np.unique(np.linspace(0, len(ended) - 1, min(len(ended), MOST)).astype(int))
     running = [[0.0, len(ended)], *([round(float(ended[rank]), 3), len(ended) - 1 - int(rank)] for rank in ranks)]
     joined = [

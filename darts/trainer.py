@@ -4,9 +4,10 @@ Contract.
 1. The trainer refuses to start if the plugin is not active or the rollout manager is not DARTS's.
 2. With `darts.enable=false` it runs `RayPPOTrainer.init_workers` and `RayPPOTrainer.fit`: plain verl.
 3. With DARTS on, a step is verl's own, by the `_fit_*` methods of `SeparateRayPPOTrainer` (one per phase). Workers and
-   servers are those of `RayPPOTrainer.init_workers` (colocated). Where the two trainers of verl differ, the colocated
-   order is restored: a checkpoint is saved while the engines sleep (and not during critic warm-up), engines are woken
-   also during critic warm-up, the profiler's finish command runs after the last profiled step, and rollout dump and
+   servers are those of `RayPPOTrainer.init_workers`, colocated or (`darts.placement=disaggregated`) on GPUs of their
+   own, with current weights at every step. Where the two trainers of verl differ, the colocated order is restored: a
+   checkpoint is saved while the engines sleep (and not during critic warm-up), engines are woken also during critic
+   warm-up, the profiler's finish command runs after the last profiled step, and rollout dump and
    replay (`skip.rollout`) works; a replayed step has no `darts/*` metrics. Not restored: GDPO's per-component reward
    metrics, and that the dataset's `on_batch_end` is not called after the last step.
 4. The manager decides, the trainer only reports: `darts/*` metrics are added to verl's, and the trace gets every step.
@@ -21,22 +22,28 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import ray
 from omegaconf import DictConfig
 from verl.experimental.separation.ray_trainer import SeparateRayPPOTrainer
 from verl.protocol import DataProto
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer, compute_spec_decode_metrics
 from verl.utils.debug import marked_timer
+from verl.utils.device import get_resource_name
 from verl.utils.skip import SkipManager
 
 import verl_patches.register
-from darts.checks import check_run, latency_profile
+from darts.checks import check_memory, check_run, latency_profile
 from darts.forecast import CostModel
 from darts.latency_profile import LatencyProfile, model_id
+from darts.overlap_join import OverlappedLogProbs, actor_limits
+from darts.overlap_session import OverlapSession
+from darts.placement import check_cluster, pools
 from darts.planning import Rollout, RolloutPlanner
 from darts.profiler import ProfileError, engine_device, profile_servers
 from darts.rollout import DartsAgentLoopManager
 from darts.state import StateError, load_state, save_state, step_folder
 from darts.trace import Trace
+from verl_patches.placement import patch_llm_server_manager
 
 
 class RayDartsTrainer(SeparateRayPPOTrainer):
@@ -47,10 +54,16 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
     def __init__(self, config: DictConfig, *args: Any, **kwargs: Any) -> None:
         verl_patches.register.assert_active()
         self.darts = check_run(config)
+        self._log_probs: OverlappedLogProbs | None = None
         super().__init__(config, *args, **kwargs)
 
     def init_workers(self) -> None:
-        """Colocated workers and managers, exactly as `RayPPOTrainer` makes them, and servers that stream."""
+        """Workers and managers exactly as `RayPPOTrainer` makes them, servers on GPUs of their own where disaggregated,
+        and servers that stream."""
+        if self.darts.placement == "disaggregated":
+            others = self.resource_pool_manager.get_n_gpus() - pools(self.config).train
+            check_cluster(pools(self.config), others, ray.cluster_resources().get(get_resource_name(), 0))
+            patch_llm_server_manager()
         print("[darts] starting workers, engines and reward loop", flush=True)
         if self.darts.enable:
             from verl_patches import vllm_stream_server  # imports vLLM
@@ -64,14 +77,16 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
                     "DARTS would do nothing."
                 )
             self._prepare_planner()
+            self._prepare_overlap()
             # SeparateRayPPOTrainer asks the rollout manager to start the servers' profilers: the server manager does.
             self.async_rollout_manager.start_profile = lambda global_step: self.llm_server_manager.start_profile()
         print(self.banner(), flush=True)
 
     def banner(self) -> str:
         """One line that says whether DARTS is on, and with which settings."""
+        placed = f"; {pools(self.config)}" if self.darts.placement == "disaggregated" else ""
         if not self.darts.enable:
-            return "[darts] plugin active, darts.enable=false: plain verl"
+            return f"[darts] plugin active, darts.enable=false: plain verl{placed}"
         allocation, selection = self.darts.allocation, self.darts.selection
         mean = self.darts.group_size if allocation.mode == "off" else allocation.mean_candidates
         count = "as many candidates as pay" if mean is None else f"{mean:g} candidates"
@@ -79,7 +94,7 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
             f"[darts] plugin active: M={self.darts.group_size} of {count} ({allocation.mode}, "
             f"{allocation.low} to {allocation.high}), selection {selection.mode}: K={self.darts.num_short} shortest "
             f"and L={selection.num_long} longest (wait: {selection.long_wait}), early stop {self.darts.early_stop}"
-            f"{'' if self.darts.some_shortest_only else ' (no group is shortest-only: it never acts)'}"
+            f"{'' if self.darts.some_shortest_only else ' (no group is shortest-only: it never acts)'}{placed}"
         )
 
     def fit(self) -> None:
@@ -117,6 +132,23 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
         self._trace = Trace(self.darts.trace)
         self._cost_model_is_set = False
         self._warned_of_saturation = False
+
+    def _prepare_overlap(self) -> None:
+        """Where log-probs are computed during generation: the session with the actor, its abilities and memory."""
+        if self.darts.overlap.mode == "off":
+            return
+        num_ranks = self._get_dp_size(self.actor_rollout_wg, "actor")
+        limits = actor_limits(self.config, self.darts, num_ranks, self.use_reference_policy)
+        session = OverlapSession(self.actor_rollout_wg, self.darts.overlap, limits)
+        rollout = self.config.actor_rollout_ref.rollout
+        check_memory(
+            self.darts,
+            session.abilities(),
+            logit_bytes=8 * limits.max_tokens * len(self.tokenizer),  # bfloat16, and what is made of it
+            server_share=0.0 if self.config.trainer.device == "cpu" else rollout.gpu_memory_utilization,
+        )
+        self._log_probs = OverlappedLogProbs(session, limits)
+        self.async_rollout_manager.overlap = session
 
     def _set_cost_model(self) -> None:
         """Before the first rollout: what the settings ask for, unless the state has a refinement of it."""
@@ -204,8 +236,23 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
             self._warn_of_saturation()
         return batch
 
+    def _compute_old_log_prob(self, batch: DataProto) -> tuple[DataProto, float]:
+        compute = super()._compute_old_log_prob
+        return compute(batch) if self._log_probs is None else self._log_probs.old(batch, compute)
+
+    def _compute_ref_log_prob(self, batch: DataProto) -> DataProto:
+        compute = super()._compute_ref_log_prob
+        return compute(batch) if self._log_probs is None else self._log_probs.reference(batch, compute)
+
+    def _fit_compute_ref_log_prob(self, batch: DataProto) -> DataProto:
+        batch = super()._fit_compute_ref_log_prob(batch)
+        if self._log_probs is not None and self._rollout is not None:
+            self.metrics.update(self._log_probs.metrics(self._rollout))
+        return batch
+
     def _fit_update_weights(self) -> None:
-        """Saves while the engines sleep, then wakes them with the new weights; as in `RayPPOTrainer.fit`."""
+        """Saves while the engines sleep (or idle, on GPUs of their own), then gives them the new weights; as in
+        `RayPPOTrainer.fit`."""
         if self.config.trainer.critic_warmup <= self.global_steps:
             super()._fit_save_checkpoint()
             super()._fit_update_weights()
@@ -234,7 +281,8 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
 
     def _fit_postprocess_step(self) -> None:
         print(f"[darts] {progress_line(self.metrics, self.global_steps, self.total_training_steps)}", flush=True)
-        self._trace.write(self.global_steps, self.metrics, self._rollout)
+        calls = [] if self._log_probs is None else self._log_probs.calls
+        self._trace.write(self.global_steps, self.metrics, self._rollout, calls)
         super()._fit_postprocess_step()
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up .venv and runs the tests. The last line says how it went.
 #
-#   scripts/test.sh                  tiers unit, contract, ray, engine, e2e without the slow tests
+#   scripts/test.sh                  tiers unit, contract, actor, ray, engine, e2e without the slow tests
 #   scripts/test.sh --full           the slow tests too
 #   scripts/test.sh tests/unit -x    anything else goes to pytest
 #

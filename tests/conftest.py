@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-TIERS = ("unit", "contract", "ray", "engine", "e2e")
+TIERS = ("unit", "contract", "actor", "ray", "engine", "e2e")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,18 +1,19 @@
 """A weight update that fails in vLLM ends the run instead of hanging it. For GPU and CPU alike.
 
 Contract:
-1. Importing this module applies the patches in this process. verl does so in every actor worker where
+1. Importing this module applies the patches in this process, and registers the checkpoint engine ``gloo``. verl does so
+   in every process that moves weights (actor workers, the workers beside servers of their own, the trainer) where
    ``actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module=verl_patches.weight_sync``; not sooner, since the
    patched modules import vLLM.
-2. While the trainer waits for vLLM to take a bucket of weights, an exception of the receiving engine or the death of
-   its server is raised in the trainer within ``POLL_S``.
+2. While the process beside vLLM waits for it to take a bucket of weights, an exception of the receiving engine or the
+   death of its server is raised there within ``POLL_S``: in the actor worker where trainer and servers share GPUs, else
+   in the server's own worker, from which it reaches the trainer.
 3. What cannot be seen so (an engine process that was killed leaves its call open) ends after ``TIMEOUT_S`` without an
    answer, as ``TimeoutError``.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -23,10 +24,9 @@ import zmq
 from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightSender
 from verl.workers.rollout.vllm_rollout.vllm_rollout import ServerAdapter
 
+import verl_patches.gloo_checkpoint_engine  # noqa: F401  (registers it)
+from verl_patches.limits import POLL_S, TIMEOUT_S
 from verl_patches.patching import replace
-
-POLL_S = 1.0
-TIMEOUT_S = float(os.environ.get("VERL_PATCHES_WEIGHT_TIMEOUT_S", "600"))
 
 # The call in which vLLM receives the weights that this task sends; None on ranks without a server.
 _receiver: ContextVar[ray.ObjectRef | None] = ContextVar("weight_receiver", default=None)

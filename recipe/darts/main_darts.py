@@ -16,14 +16,16 @@ import ray
 from omegaconf import DictConfig, OmegaConf
 from verl.trainer.main_ppo import run_ppo
 from verl.trainer.main_ppo_v0 import BaseTaskRunner
+from verl.trainer.ppo.ray_trainer import Role
 from verl.trainer.ppo.utils import create_rl_dataset, create_rl_sampler, need_critic, need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 from verl.utils.device import auto_set_device
 
 import verl_patches.register
 from darts import CONFIG_DIR
-from darts.checks import check_run, refuse_unknown_overrides
+from darts.checks import check_run, darts_config, refuse_unknown_overrides
 from darts.config import ConfigError
+from darts.placement import ClusterTooSmall, choose_backend, is_disaggregated
 from darts.testbed import register_resolver
 
 register_resolver()
@@ -32,10 +34,28 @@ register_resolver()
 class DartsTaskRunner(BaseTaskRunner):
     """verl's legacy task runner (`verl.trainer.main_ppo_v0.TaskRunner`, 0.9.1) with `RayDartsTrainer`."""
 
-    def run(self, config: DictConfig) -> None:
-        """Sets up roles, data and trainer as `TaskRunner.run` does, and trains."""
+    def add_actor_rollout_worker(self, config: DictConfig) -> tuple[type, type]:
+        """As verl's; the worker holds no rollout where the servers stand alone, and has the RPCs of the overlap."""
+        worker, worker_group = super().add_actor_rollout_worker(config)
+        darts = darts_config(config)
+        if darts.enable and darts.overlap.mode != "off":
+            from verl_patches.dp_actor import OverlappedActorWorker as worker
+        elif is_disaggregated(config):
+            from verl_patches.placement import PlacedActorWorker as worker
+        else:
+            return worker, worker_group
+        roles = (Role.ActorRollout, Role.ActorRolloutRef)
+        self.role_worker_mapping |= {role: ray.remote(worker) for role in roles if role in self.role_worker_mapping}
+        return worker, worker_group
+
+    def trainer_class(self) -> type:
+        """`RayDartsTrainer`; a subclass may train with a subclass of it."""
         from darts.trainer import RayDartsTrainer
 
+        return RayDartsTrainer
+
+    def run(self, config: DictConfig) -> None:
+        """Sets up roles, data and trainer as `TaskRunner.run` does, and trains."""
         print(f"DartsTaskRunner hostname: {socket.gethostname()}, PID: {os.getpid()}")
         pprint(OmegaConf.to_container(config, resolve=True))
         _, ray_worker_group_cls = self.add_actor_rollout_worker(config)
@@ -52,7 +72,7 @@ class DartsTaskRunner(BaseTaskRunner):
                 (data.val_files, False, data.get("val_max_samples", -1)),
             )
         )
-        trainer = RayDartsTrainer(
+        trainer = self.trainer_class()(
             config=config,
             tokenizer=model.tokenizer,
             processor=model.processor,
@@ -74,14 +94,24 @@ def main(config: DictConfig) -> None:
     auto_set_device(config)
     OmegaConf.resolve(config)
     try:
+        darts_config(config)
+        choose_backend(config)
         check_run(config)
     except ConfigError as error:
         refuse(error)
-    validate_config(config, need_reference_policy(config), need_critic(config))
-    run_ppo(config, task_runner_class=ray.remote(DartsTaskRunner))
+    try:
+        validate_config(config, need_reference_policy(config), need_critic(config))
+    except (AssertionError, ValueError) as error:  # verl's own rules
+        refuse(error)
+    try:
+        run_ppo(config, task_runner_class=ray.remote(DartsTaskRunner))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ClusterTooSmall):
+            refuse(error.cause)
+        raise
 
 
-def refuse(error: ConfigError) -> NoReturn:
+def refuse(error: Exception) -> NoReturn:
     """Ends the program with the one line that says what is wrong."""
     print(f"[darts] {error}", file=sys.stderr)
     sys.exit(2)

@@ -336,7 +336,7 @@ def test_page_needs_nothing_else(made):
     for image in page.images:
         text = text.replace(image, "")  # base64 may spell anything
     assert not re.search(r"https?:|href|src=\"[^\"]|@import|<script|<link|url\(", text)
-    assert "Left out" not in text
+    assert text.count("Left out") == 2  # its trace has neither timelines nor overlapped log-probs
 
 
 def test_names_are_escaped(tmp_path):
@@ -353,11 +353,11 @@ def test_missing_figures_are_named_with_the_reason(tmp_path, capsys):
     assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["index.html", "reward.png"]
     left_out = [text for text in Page((tmp_path / "report" / "index.html").read_text()).texts if "Left out" in text]
     assert [text.removeprefix("Left out: ")[:40] for text in left_out] == [
-        "no step has a DARTS rollout (was darts.e",
-        "no step has a DARTS rollout (was darts.e",
-        "no step has a DARTS rollout (was darts.e",
-        "no step has timing_s/step.",
+        *["no step has a DARTS rollout (was darts.e"] * 3,
         "no step has darts/latency/predicted_s or",
+        "no step has timing_s/step.",
+        "no step has a timeline and timing_s/step",
+        "no step has darts/overlap/* (was darts.o",
     ]
     assert "reward (critic/score/mean)" in capsys.readouterr().out
 

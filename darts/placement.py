@@ -1,0 +1,244 @@
+"""Which GPUs train and which serve: what `darts.placement` asks of the rest of a run's configuration.
+
+Contract: `choose_backend` fills in the one key that follows from the placement; `check_placement` raises one
+`ConfigError` (key, value, rule, fix) for sizes that cannot work, before Ray starts; `check_cluster` raises one
+`ClusterTooSmall` once Ray knows its GPUs, before anything waits for them. Sizes are verl's own keys: trainer.nnodes x
+trainer.n_gpus_per_node GPUs train, actor_rollout_ref.rollout.nnodes x .n_gpus_per_node serve where disaggregated.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig
+
+from darts.config import ConfigError
+
+COLOCATED_BACKEND = "naive"
+OUR_BACKEND_MODULE = "verl_patches.weight_sync"
+BACKEND = "actor_rollout_ref.rollout.checkpoint_engine.backend"
+GPU_BACKENDS = ("nccl", "nixl", "kimi_ckpt_engine", "mooncake", "delta_sharded")
+SEPARATE = "with darts.placement=disaggregated"
+
+
+class ClusterTooSmall(RuntimeError):
+    """The cluster has fewer GPUs than the run asks for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pools:
+    """Numbers of GPUs, e.g. `Pools(train=6, serve=2, separate=True)`; where colocated, `serve` of the same GPUs."""
+
+    train: int
+    serve: int
+    separate: bool
+
+    def __str__(self) -> str:
+        if not self.separate:
+            return f"{self.train} GPUs train and serve in turn (colocated)"
+        return f"disaggregated: {self.train} GPUs train, {self.serve} serve"
+
+
+def is_disaggregated(config: DictConfig) -> bool:
+    """Whether servers have GPUs of their own."""
+    return config.darts.get("placement") == "disaggregated"
+
+
+def pools(config: DictConfig) -> Pools:
+    """The sizes that the configuration asks for."""
+    trainer, rollout = config.trainer, config.actor_rollout_ref.rollout
+    train = trainer.nnodes * trainer.n_gpus_per_node
+    if not is_disaggregated(config):
+        return Pools(train=train, serve=train, separate=False)
+    return Pools(train=train, serve=rollout.nnodes * rollout.n_gpus_per_node, separate=True)
+
+
+def choose_backend(config: DictConfig) -> None:
+    """Sets the checkpoint engine of a disaggregated run that names none: nccl, or gloo on a CPU."""
+    engine = config.actor_rollout_ref.rollout.checkpoint_engine
+    if is_disaggregated(config) and engine.backend == COLOCATED_BACKEND:
+        engine.backend = "gloo" if config.trainer.device == "cpu" else "nccl"
+
+
+def check_placement(config: DictConfig) -> None:
+    """Checks that both pools can be what the configuration says, and that weights get from one to the other.
+
+    Raises:
+        ConfigError: see the module's contract.
+    """
+    _check_backend(config)
+    if is_disaggregated(config):
+        _check_sizes(config)
+        _check_separate(config)
+    _check_servers(config)
+    _check_training_ranks(config)
+
+
+def check_cluster(pools: Pools, others: int, available: float) -> None:
+    """Checks that the cluster has the GPUs of both pools; servers would wait for missing ones for ever.
+
+    Args:
+        pools: those of the run.
+        others: GPUs of further pools (reward model, teacher).
+        available: GPUs of the cluster, as Ray counts them.
+
+    Raises:
+        ClusterTooSmall: it has not.
+    """
+    wanted = pools.train + pools.serve + others
+    if pools.separate and available < wanted:
+        more = f", {others} for reward and teacher models" if others else ""
+        raise ClusterTooSmall(
+            f"darts.placement='disaggregated': the cluster has {available:g} GPUs, but {pools.train} train "
+            f"(trainer.nnodes x n_gpus_per_node) and {pools.serve} serve (actor_rollout_ref.rollout.nnodes x "
+            f"n_gpus_per_node){more}, {wanted} together. Fix: make a pool smaller, or the cluster larger (where GPUs "
+            "are logical: ray_kwargs.ray_init.num_gpus)."
+        )
+
+
+def _check_backend(config: DictConfig) -> None:
+    engine = config.actor_rollout_ref.rollout.checkpoint_engine
+    backend, module = engine.backend, engine.custom_backend_module
+    if not is_disaggregated(config):
+        if backend != COLOCATED_BACKEND:
+            raise ConfigError(
+                BACKEND,
+                backend,
+                "carries weights to servers with GPUs of their own, but darts.placement=colocated.",
+                f"set darts.placement=disaggregated, or {BACKEND}={COLOCATED_BACKEND}.",
+            )
+        return
+    on_cpu = config.trainer.device == "cpu"
+    fallback = "gloo" if on_cpu else "nccl"
+    if backend == COLOCATED_BACKEND:
+        raise ConfigError(
+            BACKEND,
+            backend,
+            f"cannot reach servers in other processes, {SEPARATE}.",
+            f"set {BACKEND}={fallback}, as darts.placement.choose_backend does.",
+        )
+    if on_cpu and backend in GPU_BACKENDS:
+        raise ConfigError(
+            BACKEND, backend, "needs GPUs, but trainer.device=cpu.", f"set {BACKEND}=gloo, or leave it at naive."
+        )
+    if backend == "gloo" and not module:
+        raise ConfigError(
+            f"{BACKEND.removesuffix('.backend')}.custom_backend_module",
+            module,
+            "gloo is a backend of this plugin, which verl's workers import by this key.",
+            f"set it to {OUR_BACKEND_MODULE}, as configs/darts_base.yaml does.",
+        )
+    if module not in (None, OUR_BACKEND_MODULE):
+        return  # it may register what it likes
+    from verl_patches.placement import why_unavailable  # imports verl's workers
+
+    reason = why_unavailable(backend)
+    if reason is not None:
+        cupy = "install cupy for your CUDA (uv pip install cupy-cuda12x), or " if "cupy" in reason else ""
+        raise ConfigError(
+            BACKEND,
+            backend,
+            f"cannot be used here: {reason}.",
+            f"{cupy}set {BACKEND}=gloo (slower: over TCP and the CPU).",
+        )
+
+
+def _check_sizes(config: DictConfig) -> None:
+    for pool, does in (("actor_rollout_ref.rollout", "serve"), ("trainer", "train")):
+        section: Any = config.trainer if pool == "trainer" else config.actor_rollout_ref.rollout
+        for name in ("nnodes", "n_gpus_per_node"):
+            if section[name] < 1:
+                raise ConfigError(
+                    f"{pool}.{name}",
+                    section[name],
+                    f"{SEPARATE}, {pool}.nnodes x n_gpus_per_node GPUs {does}: at least 1 x 1.",
+                    f"set {pool}.{name}=1 or more.",
+                )
+
+
+def _check_separate(config: DictConfig) -> None:
+    rollout, model = config.actor_rollout_ref.rollout, config.actor_rollout_ref.model
+    if rollout.get("disaggregation", {}).get("enabled", False):
+        raise ConfigError(
+            "actor_rollout_ref.rollout.disaggregation.enabled",
+            True,
+            f"pairs of prefill and decoding servers are not supported {SEPARATE}.",
+            "set actor_rollout_ref.rollout.disaggregation.enabled=False.",
+        )
+    lora = model.get("lora") or {}
+    has_adapter = model.get("lora_rank", 0) > 0 or lora.get("rank", 0) > 0 or model.get("lora_adapter_path") is not None
+    if has_adapter and not lora.get("merge", False):
+        raise ConfigError(
+            "actor_rollout_ref.model.lora.merge",
+            lora.get("merge", False),
+            f"{SEPARATE} verl 0.9.1 sends the base weights alone: servers would never get what the adapter learns.",
+            "set actor_rollout_ref.model.lora.merge=True, or darts.placement=colocated.",
+        )
+
+
+def _check_servers(config: DictConfig) -> None:
+    rollout = config.actor_rollout_ref.rollout
+    if rollout.get("disaggregation", {}).get("enabled", False):
+        return  # servers of several sizes
+    tensor, data, pipeline = (rollout[f"{name}_parallel_size"] for name in ("tensor_model", "data", "pipeline_model"))
+    server, have = tensor * data * pipeline, pools(config)
+    if have.separate:
+        nodes, per_node = rollout.nnodes, rollout.n_gpus_per_node
+        fits = per_node % server == 0 or (server % per_node == 0 and nodes % (server // per_node) == 0)
+        where = f"the {nodes} x {per_node} GPUs that serve (actor_rollout_ref.rollout.nnodes x n_gpus_per_node)"
+    else:
+        fits = have.train % server == 0
+        where = f"the {have.train} GPUs (trainer.nnodes x n_gpus_per_node)"
+    if not fits:
+        raise ConfigError(
+            "actor_rollout_ref.rollout.tensor_model_parallel_size",
+            tensor,
+            f"a server takes {server} GPUs (tensor {tensor} x data {data} x pipeline {pipeline} parallel), and such "
+            f"servers do not fill {where}{' evenly, whole nodes or whole parts of one' if have.separate else ''}.",
+            "choose parallel sizes whose product divides the number of GPUs.",
+        )
+
+
+def _check_training_ranks(config: DictConfig) -> None:
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    if not actor.strategy.startswith("fsdp"):
+        return  # verl knows their ranks
+    key = "actor_rollout_ref.actor.ulysses_sequence_parallel_size"
+    train, ulysses = pools(config).train, actor.get("ulysses_sequence_parallel_size", 1)
+    if ulysses <= 1:
+        ulysses = actor.fsdp_config.get("ulysses_sequence_parallel_size", 1)
+        key = "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size"
+    if ulysses < 1 or train % ulysses:
+        raise ConfigError(
+            key,
+            ulysses,
+            f"must divide the {train} GPUs that train (trainer.nnodes x n_gpus_per_node).",
+            f"set {key}=1, or change the number of GPUs.",
+        )
+    ranks = train // ulysses
+    batches = {
+        "data.train_batch_size": (config.data.train_batch_size, {"rollout.log_prob_micro_batch_size_per_gpu": rollout}),
+        "actor_rollout_ref.actor.ppo_mini_batch_size": (
+            actor.ppo_mini_batch_size,
+            {"actor.ppo_micro_batch_size_per_gpu": actor},
+        ),
+    }
+    for key, (prompts, micro_batches) in batches.items():
+        responses = prompts * rollout.n
+        if responses % ranks:
+            raise ConfigError(
+                key,
+                prompts,
+                f"times actor_rollout_ref.rollout.n={rollout.n} are {responses} responses, which must split evenly "
+                f"between {ranks} training ranks ({train} GPUs, Ulysses {ulysses}).",
+                f"set {key} to a multiple of {ranks}, or change the number of GPUs.",
+            )
+        for micro_key, section in micro_batches.items():
+            size = section.get(micro_key.split(".")[1])
+            if size and not actor.use_dynamic_bsz and responses // ranks % size:
+                raise ConfigError(
+                    f"actor_rollout_ref.{micro_key}",
+                    size,
+                    f"must divide the {responses // ranks} responses of a training rank ({key}={prompts} times "
+                    f"actor_rollout_ref.rollout.n={rollout.n}, between {ranks}).",
+                    f"set actor_rollout_ref.{micro_key}={responses // ranks} or a divisor of it.",
+                )

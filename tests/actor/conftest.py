@@ -1,0 +1,35 @@
+"""Two groups of real FSDP ranks, of one and of two processes, which all tests of the tier share."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+# The processes import the helpers of this folder by name.
+sys.path.insert(0, str(Path(__file__).parent))
+
+from actor_ranks import ranks
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="session")
+def one_rank(models):
+    with ranks(1, models) as group:
+        yield group
+
+
+@pytest.fixture(scope="session")
+def two_ranks(models):
+    with ranks(2, models) as group:
+        yield group
+
+
+@pytest.fixture(params=[1, 2], ids=["1 rank", "2 ranks"])
+def group(request):
+    return request.getfixturevalue({1: "one_rank", 2: "two_ranks"}[request.param])

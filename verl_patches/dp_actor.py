@@ -1,0 +1,408 @@
+"""The overlapped actor: log-probs and entropies of responses that are still being generated.
+
+Contract. `OverlappedActorWorker` is `verl.workers.engine_workers.ActorRolloutRefWorker` (verl 0.9.1) with four RPCs
+more, which act on records of `darts.actor_calls`. From `overlap_open` to `overlap_clear` the weights must not change.
+
+1. The results are those of a full forward of verl's engine over the complete sequence. When k tokens of a sequence are
+   known, the tokens 1 .. k-1 have log-probs; the last known one is forwarded with the first that follows it.
+2. A sequence lives on one data-parallel rank, named by its key. Rows must arrive in order and gapless. What does not
+   fit what the rank knows, is out of order or of another step raises on all ranks at once, and changes nothing.
+3. All ranks of the FSDP group run each forward equally often. A rank with nothing to do runs a company of two tokens,
+   which has no key and leaves no trace.
+4. A dropped, restarted or finished sequence has no prefix any more when the call returns; `cache_bytes` is exact.
+5. Whole rows go through verl's own `infer_batch`. Nothing survives `overlap_open` but what the check has found out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from verl.single_controller.base.decorator import Dispatch, collect_nd_compute, dispatch_nd_compute, register
+from verl.single_controller.base.worker_group import WorkerGroup
+from verl.utils.device import get_device_name, get_torch_device
+from verl.workers.engine_workers import TrainingWorker
+
+from darts.actor_calls import RankAbility, RankCall, RankReport, RankResults, Row, SequenceKey, StepSettings
+from verl_patches.overlap_engine import LogProbModel, plain_model, register_engine
+from verl_patches.placement import PlacedActorWorker
+from verl_patches.prefix_cache import Prefix, plan
+
+MESH = "actor"
+COMPANY = np.zeros(2, dtype=np.int64)
+"""Tokens of a rank that has no rows."""
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """What a rank knows of a sequence."""
+
+    prompt_tokens: int
+    prefixes: list[Prefix]  # of the actor and, where asked for, of the reference
+    known: int = 0  # tokens that came
+    tail: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))  # known, not forwarded: 0 or 1 token
+    finished: bool = False
+    values: dict[str, list[np.ndarray]] = field(default_factory=dict)  # of response tokens, float32, in pieces
+
+    @property
+    def forwarded(self) -> int:
+        return self.known - len(self.tail)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    """New tokens of a sequence for a forward, and the tokens that follow each of them."""
+
+    sequence: _Sequence
+    inputs: np.ndarray  # int64 [n]
+    labels: np.ndarray  # int64 [n]
+    begin: int  # of the labels, which of them is the response's first
+    last: bool
+
+
+class OverlapSession:
+    """One rank's sequences of one step."""
+
+    def __init__(self, actor: TrainingWorker, ref: TrainingWorker | None, lora: bool) -> None:
+        """`ref`: the reference in the same process; without one, `lora` says that the actor without adapter is it."""
+        self._actor_worker, self._lora = actor, lora
+        self._actor = LogProbModel(actor, {"log_probs": "old_log_probs", "entropy": "entropys"})
+        self._ref: LogProbModel | None = None
+        if ref is not None or lora:
+            self._ref = LogProbModel(ref or actor, {"log_probs": "ref_log_prob"}, adapter=ref is not None)
+        self._parameter_bytes: int | None = None
+        self._forget(None)
+
+    def open(self, settings: StepSettings) -> RankAbility:
+        """As `OverlappedActorWorker.overlap_open`."""
+        if settings.mode not in ("sequence", "token"):
+            raise ValueError(f"mode={settings.mode!r} is neither 'sequence' nor 'token'")
+        if settings.with_reference and self._ref is None:
+            raise ValueError("with_reference=True needs a reference in the actor's process: a fused one, or LoRA")
+        self._forget(settings)
+        names = {"log_probs": "old_log_probs", "entropy": "entropys"}
+        self._actor.names = names | ({"sum_pi_squared": "sum_pi_squared"} if settings.sum_pi_squared else {})
+        self._models = [self._actor, *([self._ref] if settings.with_reference else [])]
+        self._each_engine(get_device_name())
+        if self._parameter_bytes is None:
+            self._parameter_bytes = sum(_parameter_bytes(model) for model in (self._actor, self._ref) if model)
+        if settings.mode == "token":
+            for model in self._models:
+                self._refusal = self._refusal or model.refusal(settings.max_tokens)
+        able = settings.mode == "token" and self._refusal is None
+        free, total = get_torch_device().mem_get_info()
+        unused = get_torch_device().memory_reserved() - get_torch_device().memory_allocated()
+        return RankAbility(
+            refusal=self._refusal,
+            bytes_per_token=sum(model.geometry.bytes_per_token for model in self._models) if able else 0,
+            device_bytes=total,
+            free_bytes=free + unused,
+            parameter_bytes=self._parameter_bytes,
+        )
+
+    def extend(self, call: RankCall) -> RankReport:
+        """As `OverlappedActorWorker.overlap_extend`."""
+        began = time.time()
+        settings = self._settings
+        refusal = self._check(call)
+        batches: list[list[SequenceKey]] = []
+        longest = len(COMPANY)
+        if refusal is None:
+            longest = max([longest, *(len(row.token_ids) for row in call.whole)])
+            batches = self._plan(call.growing)
+        # One exchange tells each rank how much company it owes the others, and whether the call is refused.
+        refused, rows, longest, count = self._most(refusal is not None, len(call.whole), longest, len(batches))
+        if refused:
+            raise RuntimeError(refusal or "another rank has refused this call")
+
+        self._number += 1
+        for key in call.drop:
+            self._drop(key)
+        whole = [self._admit(row) for row in call.whole]
+        growing = {row.key: self._admit(row) for row in call.growing}
+        tokens = sum(len(row.token_ids) for row in call.whole) + sum(len(work.inputs) for work in growing.values())
+        if call.forward_whole:
+            # verl wants a row on each rank for each of its micro-batches, and none longer than a micro-batch.
+            sequences = [row.token_ids for row in call.whole] + [COMPANY] * (rows - len(whole))
+            self._forward_whole(whole, sequences, max(settings.max_tokens, longest))
+        if call.forward_growing:
+            works = [[growing[key] for key in batch] for batch in batches]
+            self._forward_growing(works + [[]] * (count - len(batches)))
+        for work in [*whole, *growing.values()]:
+            if work.last:
+                work.sequence.finished = True
+                work.sequence.prefixes = []
+        self._peak_bytes = max(self._peak_bytes, self.cache_bytes)
+        return RankReport(
+            began=began,
+            ended=time.time(),
+            tokens=tokens,
+            cache_bytes=self.cache_bytes,
+            peak_cache_bytes=self._peak_bytes,
+        )
+
+    def collect(self, step: int, keys: list[SequenceKey]) -> RankResults:
+        """As `OverlappedActorWorker.overlap_collect`."""
+        self._check_step(step)
+        values = {}
+        for key in keys:
+            sequence = self._sequences.get(key)
+            if sequence is not None and sequence.finished:
+                empty = [np.empty(0, dtype=np.float32)]
+                names = [name for model in self._models for name in model.names.values()]
+                values[key] = {name: np.concatenate(empty + sequence.values.get(name, [])) for name in names}
+        return RankResults(values=values, mfu=self._mfu())
+
+    def clear(self, step: int) -> None:
+        """As `OverlappedActorWorker.overlap_clear`."""
+        if self._settings is None:
+            return
+        self._check_step(step)
+        self._each_engine("cpu")
+        self._forget(None)
+        get_torch_device().empty_cache()
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of all prefixes."""
+        return sum(prefix.nbytes for sequence in self._sequences.values() for prefix in sequence.prefixes)
+
+    def _forget(self, settings: StepSettings | None) -> None:
+        self._settings = settings
+        self._models: list[LogProbModel] = []
+        self._refusal: str | None = None
+        self._sequences: dict[SequenceKey, _Sequence] = {}
+        self._number = 0  # of the next call
+        self._peak_bytes = 0
+        self._busy_s = 0.0  # of the actor's forwards
+        self._gone: list[int] = []  # forwarded tokens of dropped sequences
+
+    def _each_engine(self, device: str) -> None:
+        """Moves parameters where verl would move them for each forward."""
+        for engine in {id(model.engine): model.engine for model in self._models}.values():
+            if engine.is_param_offload_enabled:
+                engine.to(device, model=True, optimizer=False, grad=False)
+
+    def _other_step(self, step: int) -> str:
+        opened = None if self._settings is None else self._settings.step
+        return f"a call of step {step} came, the actor is open for step {opened}"
+
+    def _check_step(self, step: int) -> None:
+        if self._settings is None or step != self._settings.step:
+            raise RuntimeError(self._other_step(step))
+
+    def _check(self, call: RankCall) -> str | None:
+        """Why the call is refused; nothing is changed by then. None: it is not."""
+        if self._settings is None or call.step != self._settings.step:
+            return self._other_step(call.step)
+        if call.number != self._number:
+            return f"call {call.number} of step {call.step} came, call {self._number} is next"
+        if (call.whole and not call.forward_whole) or (call.growing and not call.forward_growing):
+            return "rows came without their flag, by which the other ranks know of the forward"
+        if call.forward_growing and (self._settings.mode != "token" or self._refusal is not None):
+            reason = self._refusal or f"the step's mode is {self._settings.mode}"
+            return f"a forward over growing sequences was asked for, but {reason}"
+        rows = call.whole + call.growing
+        if len({row.key for row in rows}) != len(rows):
+            return f"a sequence has two rows in one call: {sorted(row.key for row in rows)}"
+        for row in call.whole:
+            if row.start or not row.last:
+                return f"{row.key} is a whole row with start={row.start}, last={row.last}"
+        dropped = set(call.drop)
+        for row in rows:
+            known = self._sequences.get(row.key) if row.key not in dropped else None
+            if row.start and (known is None or known.finished or known.known != row.start):
+                state = "unknown" if known is None else "finished" if known.finished else f"at {known.known} tokens"
+                return f"{row.key} continues at token {row.start}, but here it is {state}"
+            if row.start and known.prompt_tokens != row.prompt_tokens:
+                return f"{row.key} has prompts of {known.prompt_tokens} and {row.prompt_tokens} tokens"
+            if row.prompt_tokens < 1 or (not row.start and row.prompt_tokens > len(row.token_ids)):
+                return f"{row.key} begins with {len(row.token_ids)} tokens, prompt {row.prompt_tokens}"
+        return None
+
+    def _drop(self, key: SequenceKey) -> None:
+        sequence = self._sequences.pop(key, None)
+        if sequence is not None and sequence.forwarded:
+            self._gone.append(sequence.forwarded)
+
+    def _admit(self, row: Row) -> _Work:
+        """Takes a row's tokens."""
+        if not row.start:
+            self._drop(row.key)
+            prefixes = [Prefix() for _ in self._models]
+            self._sequences[row.key] = _Sequence(prompt_tokens=row.prompt_tokens, prefixes=prefixes)
+        sequence = self._sequences[row.key]
+        begin = max(0, sequence.prompt_tokens - sequence.forwarded - 1)
+        tokens = np.concatenate((sequence.tail, row.token_ids)).astype(np.int64)
+        sequence.known += len(row.token_ids)
+        sequence.tail = tokens[-1:]
+        return _Work(sequence=sequence, inputs=tokens[:-1], labels=tokens[1:], begin=begin, last=row.last)
+
+    def _plan(self, growing: list[Row]) -> list[list[SequenceKey]]:
+        """The forwards over growing rows, before their tokens are taken; rows that need none are left out."""
+        keys, before, lengths = [], [], []
+        for row in growing:
+            forwarded = self._sequences[row.key].forwarded if row.start else 0
+            new = row.start + len(row.token_ids) - 1 - forwarded
+            if new > 0:
+                keys.append(row.key)
+                before.append(forwarded)
+                lengths.append(new)
+        limit = self._settings.max_tokens
+        batches = plan(before, lengths, limit, self._settings.max_prefix_tokens or 8 * limit)
+        return [[keys[at] for at in batch] for batch in batches]
+
+    def _most(self, *counts: int) -> list[int]:
+        """The largest of each number over the ranks."""
+        largest = torch.tensor(counts, dtype=torch.int64, device=get_device_name())
+        group = self._actor.engine.get_data_parallel_group()
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
+        return largest.tolist()
+
+    def _forward_whole(self, whole: list[_Work], sequences: list[np.ndarray], max_tokens: int) -> None:
+        for model in self._models:
+            with self._timed(model):
+                output = model.whole(sequences, self._settings.temperature, max_tokens)
+            if output is None:
+                continue
+            end = 0
+            for work in whole:
+                start, end = end, end + work.sequence.known
+                self._store(model, work, output[:, start : end - 1])
+
+    def _forward_growing(self, batches: list[list[_Work]]) -> None:
+        """One forward for each batch and model; an empty batch is company."""
+        for number, model in enumerate(self._models):
+            with self._timed(model):
+                outputs = [self._continue(number, model, works) for works in batches]
+                host = torch.cat(outputs, dim=1).cpu().numpy() if outputs else None
+            end = 0
+            for works in batches:
+                for work in works:
+                    start, end = end, end + len(work.inputs)
+                    self._store(model, work, host[:, start:end])
+
+    def _continue(self, number: int, model: LogProbModel, works: list[_Work]) -> torch.Tensor:
+        """float32 [outputs, new tokens of the works], on the device."""
+        prefixes = [work.sequence.prefixes[number] for work in works]
+        if works:
+            batch = model.batch(prefixes, [work.inputs for work in works], [work.labels for work in works])
+        else:
+            batch = model.batch([Prefix()], [COMPANY], [COMPANY])
+        output = model.growing(batch, self._settings.temperature)
+        batch.keep([at for at, work in enumerate(works) if not work.last])
+        self._peak_bytes = max(self._peak_bytes, self.cache_bytes + batch.nbytes)
+        batch.release()
+        for prefix in prefixes:
+            prefix.compact()
+        return output if works else output[:, :0]
+
+    def _store(self, model: LogProbModel, work: _Work, output: np.ndarray) -> None:
+        """Keeps the response's part of float32 [outputs, tokens]."""
+        for name, values in zip(model.names.values(), output, strict=True):
+            work.sequence.values.setdefault(name, []).append(values[work.begin :].copy())
+
+    @contextmanager
+    def _timed(self, model: LogProbModel) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        if model is self._actor:
+            self._busy_s += time.perf_counter() - began
+
+    def _mfu(self) -> float:
+        """Of the actor's forwards, of this rank. Attention's part is right for pieces too: the squares telescope."""
+        counter = self._actor_worker.flops_counter
+        lengths = self._gone + [sequence.forwarded for sequence in self._sequences.values() if sequence.forwarded]
+        if counter is None or not lengths or not self._busy_s:
+            return 0.0
+        estimated, promised = counter.estimate_flops(lengths, self._busy_s)
+        return float(estimated / promised / 3.0 / self._actor.engine.ulysses_sequence_parallel_size)
+
+
+def _parameter_bytes(model: LogProbModel) -> int:
+    """Of the shard, and of what FSDP gathers at once: the embeddings and two layers, or everything. An estimate."""
+    if not model.adapter:
+        return 0  # the actor's own
+    engine = model.engine
+    shards = [getattr(parameter, "_local_tensor", parameter) for parameter in engine.module.parameters()]
+    world = torch.distributed.get_world_size()
+    size = engine.engine_config.fsdp_size
+    elements = sum(shard.numel() for shard in shards) * (size if 0 < size < world else world)
+    text = plain_model(engine.module).config.get_text_config(decoder=True)
+    root = min(elements, 2 * text.vocab_size * text.hidden_size)
+    if engine.engine_config.reshard_after_forward:
+        elements = root + 2 * (elements - root) // text.num_hidden_layers
+    return sum(shard.nbytes for shard in shards) + elements * engine._autocast_dtype.itemsize
+
+
+def _for_each_rank(worker_group: WorkerGroup, *args: Any, **kwargs: Any) -> tuple[tuple, dict[str, Any]]:
+    """verl's dispatch by data-parallel rank, of lists that are split already; other arguments go to all ranks."""
+    if MESH not in worker_group._dispatch_info:
+        worker_group._dispatch_info[MESH] = worker_group._query_dispatch_info(MESH)
+    mapping = worker_group._dispatch_info[MESH]
+    size = max(mapping) + 1
+    values = [value if isinstance(value, list) else [value] * size for value in (*args, *kwargs.values())]
+    for value in values:
+        if len(value) != size:
+            raise ValueError(f"{len(value)} arguments came for {size} data-parallel ranks, one each is needed")
+    values, _ = dispatch_nd_compute(mapping, size, worker_group, *values)
+    return values[: len(args)], dict(zip(kwargs, values[len(args) :], strict=True))
+
+
+def _of_each_rank(worker_group: WorkerGroup, output: list[Any]) -> list[Any]:
+    """One answer for each data-parallel rank."""
+    if MESH not in worker_group._collect_info:
+        worker_group._collect_info[MESH] = worker_group._query_collect_info(MESH)
+    return collect_nd_compute(worker_group._collect_info[MESH], worker_group, output)
+
+
+EACH_RANK = {"dispatch_fn": _for_each_rank, "collect_fn": _of_each_rank}
+
+
+class OverlappedActorWorker(PlacedActorWorker):
+    """verl's worker with the overlapped actor; see the module's contract."""
+
+    _overlap: OverlapSession | None = None  # from the first `overlap_open` on
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def init_model(self) -> None:
+        """As upstream, with engines that can continue prefixes."""
+        register_engine()
+        super().init_model()
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+    def overlap_open(self, settings: StepSettings) -> RankAbility:
+        """Begins a step and forgets every other."""
+        if self._overlap is None:
+            self._overlap = OverlapSession(self.actor, self.ref, lora=self.actor.engine._is_lora)
+        return self._overlap.open(settings)
+
+    @register(dispatch_mode=EACH_RANK, blocking=False)
+    def overlap_extend(self, call: RankCall) -> RankReport:
+        """Drops, begins, continues and ends sequences. Callers give one call for each data-parallel rank.
+
+        Raises:
+            RuntimeError: the call is not the next one of the step, or a row does not fit what the rank knows.
+        """
+        return self._opened().extend(call)
+
+    @register(dispatch_mode=EACH_RANK, blocking=False)
+    def overlap_collect(self, step: int, keys: list[SequenceKey]) -> RankResults:
+        """Results of finished sequences. Callers give one list of keys for each data-parallel rank."""
+        return self._opened().collect(step, keys)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+    def overlap_clear(self, step: int) -> None:
+        """Ends the step and frees everything; without an open step it does nothing."""
+        if self._overlap is not None:
+            self._overlap.clear(step)
+
+    def _opened(self) -> OverlapSession:
+        if self._overlap is None:
+            raise RuntimeError("a call came before overlap_open")
+        return self._overlap

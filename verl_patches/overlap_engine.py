@@ -1,0 +1,243 @@
+"""verl's FSDP engine, continuing sequences of which it has seen the beginning; and one model as the overlapped actor
+uses it: complete sequences through verl's own path, growing ones through cached prefixes.
+
+Contract:
+1. `OverlapEngine` is `verl.workers.engine.fsdp.FSDPEngineWithLMHead` (verl 0.9.1); only a micro-batch that carries a
+   `PrefixBatch` gets other inputs than upstream's, and its outputs are computed by upstream's code.
+2. `LogProbModel` makes no difference between actor and reference but the adapter, the entropy and the names.
+3. Every method runs collectives of the FSDP group: all ranks call it equally often, with rows or with company.
+4. `refusal` is the same on all ranks. It is None only if the model has given, in this process, the same log-probs for
+   two sequences as a whole and in pieces: a model that nobody thought of is refused, not computed wrongly.
+
+`register_engine()` puts the engine in the place of upstream's in this process, for language models on fsdp and fsdp2.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_id, get_device_name, get_vendor
+from verl.workers.engine import EngineRegistry
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+from verl.workers.engine_workers import TrainingWorker
+
+from verl_patches.prefix_cache import CannotContinue, Geometry, Prefix, PrefixBatch
+
+BACKENDS = ("fsdp", "fsdp2")
+_BATCH = "prefix_batch"  # the marker of a micro-batch that continues prefixes
+
+CHECKED_PIECES = ((9, 1, 6, 8), (3, 10, 1, 2))
+"""Tokens of the pieces of the two sequences that the check of a model runs."""
+
+
+class OverlapEngine(FSDPEngineWithLMHead):
+    """verl's FSDP engine for language models; see invariant 1 of the module."""
+
+    def prepare_model_inputs(self, micro_batch: TensorDict) -> tuple[dict[str, Any], dict[str, Any]]:
+        batch: PrefixBatch | None = tu.get_non_tensor_data(data=micro_batch, key=_BATCH, default=None)
+        if batch is None:
+            return super().prepare_model_inputs(micro_batch)
+        temperature = float(micro_batch["temperature"])
+        model_inputs = {
+            "input_ids": batch.input_ids,
+            "attention_mask": batch.attention_mask,
+            "position_ids": batch.position_ids,
+            "past_key_values": batch.cache,
+        }
+        output_args = {
+            "temperature_is_one": temperature == 1.0,
+            "temperature": torch.full((len(batch.lengths),), temperature, device=batch.input_ids.device),
+            "input_ids_rmpad_rolled": batch.labels,
+        }
+        return model_inputs, output_args
+
+    def continue_prefixes(self, batch: PrefixBatch, **settings: Any) -> dict[str, torch.Tensor]:
+        """One forward of upstream's; returns its outputs by verl's names, each [sum of n_b]."""
+        new_tokens = torch.nested.as_nested_tensor(  # jagged [rows, n_b]
+            [row[: int(length)] for row, length in zip(batch.input_ids, batch.lengths, strict=True)],
+            layout=torch.jagged,
+        )
+        micro_batch = TensorDict({"input_ids": new_tokens}, batch_size=[len(batch.lengths)])
+        tu.assign_non_tensor(
+            micro_batch, **{_BATCH: batch}, **settings, use_remove_padding=False, use_fused_kernels=False
+        )
+        with torch.no_grad(), torch.profiler.record_function("continue_prefixes"):
+            _, output = self.forward_step(micro_batch, loss_function=None, forward_only=True)
+        return {name: values.values() for name, values in output["model_output"].items()}
+
+
+def register_engine() -> None:
+    """Makes verl build `OverlapEngine`s in this process; an engine that another plugin has put there is left as it is.
+
+    verl looks for an engine of the vendor first, and registers its own for all vendors.
+    """
+    device = os.getenv("VERL_ENGINE_DEVICE") or get_device_name()
+    vendor = os.getenv("VERL_ENGINE_VENDOR") or get_vendor()
+    for backend in BACKENDS:
+        if EngineRegistry.get_engine_cls("language_model", backend) is FSDPEngineWithLMHead:
+            EngineRegistry.register("language_model", backend, device, vendor)(OverlapEngine)
+            found = EngineRegistry.get_engine_cls("language_model", backend)
+            if found is not OverlapEngine:
+                raise RuntimeError(f"verl builds {found.__name__} for {backend} although OverlapEngine is registered")
+
+
+class LogProbModel:
+    """The actor, or the reference, as it is asked for log-probs."""
+
+    def __init__(self, worker: TrainingWorker, names: dict[str, str], *, adapter: bool = True) -> None:
+        """`names`: results by verl's names of the model's outputs, as {"log_probs": "old_log_probs"}."""
+        self.worker = worker
+        self.names = names
+        self.adapter = adapter
+        self.geometry: Geometry | None = None
+        self._refusal: str | None = None
+
+    @property
+    def engine(self) -> FSDPEngineWithLMHead:
+        return self.worker.engine
+
+    def whole(self, sequences: Sequence[np.ndarray], temperature: float, max_tokens: int) -> np.ndarray | None:
+        """Outputs for complete sequences through verl's own `infer_batch`; float32 [outputs, sum of tokens], where
+        each token's are those of its successor. None on a rank whose outputs verl does not use.
+        """
+        lengths = torch.tensor([len(tokens) for tokens in sequences])
+        offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        positions = np.concatenate([np.arange(len(tokens)) for tokens in sequences])
+        jagged = {"input_ids": np.concatenate(sequences), "position_ids": positions}
+        data = TensorDict(
+            {
+                key: torch.nested.nested_tensor_from_jagged(torch.from_numpy(values.astype(np.int64)), offsets)
+                for key, values in jagged.items()
+            }
+            | {"loss_mask": torch.ones(len(sequences), 1, dtype=torch.int64)},  # verl sums it for losses, of which none
+            batch_size=[len(sequences)],
+        )
+        tu.assign_non_tensor(
+            data, **self._settings(temperature), compute_loss=False, use_dynamic_bsz=True,
+            max_token_len_per_gpu=max_tokens, disable_auto_offload=True, no_lora_adapter=not self.adapter,
+        )  # fmt: skip
+        output = self.worker.infer_batch(data)
+        if output is None:
+            return None
+        return self._gather({name: tu.get(output, name).values() for name in self.names}).cpu().numpy()
+
+    def growing(self, batch: PrefixBatch, temperature: float) -> torch.Tensor:
+        """Outputs for the new tokens of a batch, on the device; float32 [outputs, sum of n_b]."""
+        adapter = nullcontext() if self.adapter else self.engine.disable_adapter()
+        with self.engine.eval_mode(disable_auto_offload=True), adapter:
+            return self._gather(self.engine.continue_prefixes(batch, **self._settings(temperature)))
+
+    def batch(self, prefixes: Sequence[Prefix], inputs: list[np.ndarray], labels: list[np.ndarray]) -> PrefixBatch:
+        """For `growing`."""
+        return PrefixBatch(self.geometry, prefixes, inputs, labels, get_device_id())
+
+    def refusal(self, max_tokens: int) -> str | None:
+        """Why the model cannot continue prefixes; None: it can. Found out once, by all ranks together."""
+        if self.geometry is None and self._refusal is None:
+            self._refusal = self._unsupported() or self._check(max_tokens)
+            if self._refusal is not None:
+                self.geometry = None
+        return self._refusal
+
+    def _settings(self, temperature: float) -> dict[str, Any]:
+        return {
+            "temperature": temperature,
+            "calculate_entropy": "entropy" in self.names,
+            "calculate_sum_pi_squared": "sum_pi_squared" in self.names,
+        }
+
+    def _gather(self, outputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.stack([outputs[name].float() for name in self.names])
+
+    def _unsupported(self) -> str | None:
+        """What is known without a forward."""
+        engine = self.engine
+        if not isinstance(engine, OverlapEngine):
+            return f"the engine is {type(engine).__name__}, not OverlapEngine"
+        if engine.ulysses_sequence_parallel_size > 1:
+            return f"ulysses_sequence_parallel_size={engine.ulysses_sequence_parallel_size} splits sequences over ranks"
+        if engine.model_config.use_fused_kernels:
+            return "use_fused_kernels=True computes log-probs without logits"
+        model = plain_model(engine.module)
+        config = model.config
+        if hasattr(config, "vision_config") or hasattr(config, "audio_config"):
+            return f"{type(config).__name__} is multimodal"
+        text = config.get_text_config(decoder=True)
+        if config.is_encoder_decoder or getattr(model, "_is_stateful", False):
+            return f"{config.model_type} keeps a state that is no cache of keys and values"
+        kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+        if kinds:
+            return f"{config.model_type} has layers of the kind {', '.join(sorted(kinds))}"
+        if getattr(text, "num_kv_shared_layers", 0):
+            return f"{config.model_type} has layers that share keys and values"
+        if "past_key_values" not in inspect.signature(model.forward).parameters:
+            return f"{type(model).__name__}.forward takes no past_key_values"
+        return None
+
+    def _check(self, max_tokens: int) -> str | None:
+        """Runs two sequences as a whole, together and alone, and in pieces. The mean difference of the pieces must be
+        within what rounding explains: that of the two ways to run them as a whole, and the precision of the numbers."""
+        random = np.random.default_rng(0)
+        vocabulary = plain_model(self.engine.module).config.get_text_config(decoder=True).vocab_size
+        sequences = [random.integers(0, vocabulary, sum(pieces) + 1) for pieces in CHECKED_PIECES]
+        limit = max(max_tokens, sum(map(len, sequences)))
+        together = self.whole(sequences, 1.0, limit)
+        alone = [self.whole([tokens], 1.0, limit) for tokens in sequences]
+        try:
+            pieces = self._in_pieces(sequences)
+            reason = None
+        except Exception as error:  # all ranks run the same tokens and fail alike
+            pieces, reason = [], f"continuing a prefix failed: {error!r}"
+        if reason is None:
+            cut = np.cumsum([len(tokens) for tokens in sequences])[:-1]
+            parts = zip(np.split(together, cut, axis=1), alone, pieces, strict=True)
+            rows = [(a[0, :-1], b[0, :-1], c[0]) for a, b, c in parts]  # log-probs; the last token has no successor
+            a, b, c = (np.concatenate(column) for column in zip(*rows, strict=True))
+            noise, off = float(np.abs(a - b).mean()), float(np.abs(c - (a + b) / 2).mean())
+            allowed = 1e-4 + 4 * noise + torch.finfo(self.engine._autocast_dtype).eps * float(np.abs(a).mean())
+            if not off <= allowed:
+                reason = f"log-probs in pieces are off by {off:.3g} nats on average, allowed are {allowed:.3g}"
+        failed = torch.tensor(float(reason is not None), device=get_device_name())
+        torch.distributed.all_reduce(failed, op=torch.distributed.ReduceOp.MAX)
+        if failed.item() and reason is None:
+            reason = "another rank cannot"
+        return reason
+
+    def _in_pieces(self, sequences: list[np.ndarray]) -> list[np.ndarray]:
+        """float32 [outputs, tokens - 1] of each sequence; learns the geometry on the way."""
+        device = get_device_id()
+        first = [tokens[: pieces[0]] for tokens, pieces in zip(sequences, CHECKED_PIECES, strict=True)]
+        batch = PrefixBatch(None, [Prefix() for _ in first], first, first, device)
+        self.growing(batch, 1.0)
+        layers = plain_model(self.engine.module).config.get_text_config(decoder=True).num_hidden_layers
+        self.geometry = Geometry.of(batch.cache, layers, int(batch.lengths.max()))
+
+        prefixes = [Prefix() for _ in sequences]
+        results: list[list[np.ndarray]] = [[] for _ in sequences]
+        for lengths in zip(*CHECKED_PIECES, strict=True):
+            starts = [prefix.tokens for prefix in prefixes]
+            spans = list(zip(sequences, starts, lengths, strict=True))
+            inputs = [tokens[start : start + length] for tokens, start, length in spans]
+            labels = [tokens[start + 1 : start + length + 1] for tokens, start, length in spans]
+            batch = self.batch(prefixes, inputs, labels)
+            for result, values in zip(results, batch.split(self.growing(batch, 1.0).cpu().numpy()), strict=True):
+                result.append(values)
+            batch.keep(range(len(sequences)))
+        return [np.concatenate(result, axis=1) for result in results]
+
+
+def plain_model(module: torch.nn.Module) -> torch.nn.Module:
+    """The transformers model inside FSDP and an adapter."""
+    module = getattr(module, "_fsdp_wrapped_module", module)
+    return module.get_base_model() if hasattr(module, "get_base_model") else module
+
+
+__all__ = ["BACKENDS", "CannotContinue", "LogProbModel", "OverlapEngine", "plain_model", "register_engine"]

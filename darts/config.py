@@ -115,10 +115,10 @@ class OverlapConfig:
     """Which log-probs are computed while generation runs."""
 
     mode: str = field(
-        default="auto",
+        default="off",
         metadata={
-            "help": "sequence: of complete responses; token: of growing ones too; off: none; auto: token where "
-            "disaggregated, else off"
+            "help": "sequence: of complete responses; token: of growing ones too; off: none; auto (the setting's "
+            "default): token where disaggregated, else off"
         },
     )
     kv_cache_gib: float = field(

@@ -50,11 +50,11 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
     """A `RayPPOTrainer` whose rollouts are shaped by DARTS. Arguments as `RayPPOTrainer`."""
 
     async_rollout_manager: DartsAgentLoopManager
+    _log_probs: OverlappedLogProbs | None = None  # where they are computed during generation
 
     def __init__(self, config: DictConfig, *args: Any, **kwargs: Any) -> None:
         verl_patches.register.assert_active()
         self.darts = check_run(config)
-        self._log_probs: OverlappedLogProbs | None = None
         super().__init__(config, *args, **kwargs)
 
     def init_workers(self) -> None:

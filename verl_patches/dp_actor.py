@@ -70,7 +70,7 @@ class OverlapSession:
 
     def __init__(self, actor: TrainingWorker, ref: TrainingWorker | None, lora: bool) -> None:
         """`ref`: the reference in the same process; without one, `lora` says that the actor without adapter is it."""
-        self._actor_worker, self._lora = actor, lora
+        self._actor_worker = actor
         self._actor = LogProbModel(actor, {"log_probs": "old_log_probs", "entropy": "entropys"})
         self._ref: LogProbModel | None = None
         if ref is not None or lora:

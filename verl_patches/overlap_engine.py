@@ -29,7 +29,7 @@ from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.engine_workers import TrainingWorker
 
-from verl_patches.prefix_cache import CannotContinue, Geometry, Prefix, PrefixBatch
+from verl_patches.prefix_cache import Geometry, Prefix, PrefixBatch
 
 BACKENDS = ("fsdp", "fsdp2")
 _BATCH = "prefix_batch"  # the marker of a micro-batch that continues prefixes
@@ -238,6 +238,3 @@ def plain_model(module: torch.nn.Module) -> torch.nn.Module:
     """The transformers model inside FSDP and an adapter."""
     module = getattr(module, "_fsdp_wrapped_module", module)
     return module.get_base_model() if hasattr(module, "get_base_model") else module
-
-
-__all__ = ["BACKENDS", "CannotContinue", "LogProbModel", "OverlapEngine", "plain_model", "register_engine"]

@@ -33,7 +33,7 @@ _receiver: ContextVar[ray.ObjectRef | None] = ContextVar("weight_receiver", defa
 
 
 class WatchedSocket:
-    """A REQ socket whose ``recv`` gives up when the peer cannot answer any more; the rest is the socket's."""
+    """A REQ socket that gives up when the peer cannot answer any more, or never came; the rest is the socket's."""
 
     def __init__(self, socket: zmq.Socket, receiver: ray.ObjectRef | None, timeout_s: float = TIMEOUT_S) -> None:
         self._socket = socket
@@ -41,16 +41,25 @@ class WatchedSocket:
         self._timeout_s = timeout_s
         socket.setsockopt(zmq.LINGER, 0)  # close() must not wait for a peer that is gone
 
+    def send_pyobj(self, *args: Any, **kwargs: Any) -> Any:
+        """Sends once the peer is there: one that fails before it connects would never be waited for in `recv`."""
+        self._wait_for(zmq.POLLOUT)
+        return self._socket.send_pyobj(*args, **kwargs)
+
     def recv(self, *args: Any, **kwargs: Any) -> bytes:
+        self._wait_for(zmq.POLLIN)
+        return self._socket.recv(*args, **kwargs)
+
+    def _wait_for(self, event: int) -> None:
         deadline = time.monotonic() + self._timeout_s
-        while not self._socket.poll(POLL_S * 1000):
+        while not self._socket.poll(POLL_S * 1000, event):
             self._raise_failure_of_receiver()
             if time.monotonic() > deadline:
+                what = "acknowledge" if event == zmq.POLLIN else "come for"
                 raise TimeoutError(
-                    f"vLLM did not acknowledge a bucket of weights within {self._timeout_s:g} s "
+                    f"vLLM did not {what} a bucket of weights within {self._timeout_s:g} s "
                     f"(VERL_PATCHES_WEIGHT_TIMEOUT_S): its engine process is dead or stuck, see its log"
                 )
-        return self._socket.recv(*args, **kwargs)
 
     def _raise_failure_of_receiver(self) -> None:
         if self._receiver is not None and ray.wait([self._receiver], timeout=0)[0]:
@@ -84,8 +93,8 @@ def _remembering_receiver(upstream: Callable[..., Any]) -> Callable[..., Any]:
 def patch_weight_sender() -> bool:
     """Watch the receiver while waiting for its answer.
 
-    Symptom: an exception of vLLM in ``update_weights_from_ipc`` leaves the actor worker in a ``recv`` without time
-    limit, the driver in ``update_weights``, and the run hanging for ever with the error in the log of the engine only.
+    Symptom: an exception of vLLM in ``update_weights_from_ipc`` leaves the actor worker in a ``recv`` (or, before vLLM has
+    connected, in a ``send``) without time limit, the driver in ``update_weights``, and the run hanging for ever with the error in the log of the engine only.
     Upstream: ``verl.workers.rollout.vllm_rollout.bucketed_weight_transfer.BucketedWeightSender`` (verl 0.9.1): a
     blocking REQ socket inside ``async_send_weights``; the call's result is awaited after it.
     Delete: when verl waits for the answer and the call together.

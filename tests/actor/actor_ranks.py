@@ -43,7 +43,6 @@ MODELS = {
             "num_experts_per_tok": 1, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
         },
     ),
-    "mamba": ("MambaConfig", {"state_size": 4, "num_attention_heads": 4, "num_key_value_heads": 2}),
 }  # fmt: skip
 
 
@@ -62,8 +61,8 @@ def make_model(name: str, folder: Path) -> Path:
 
 
 def _allow_cpu() -> None:
-    """What torch does not do without an accelerator, left out of verl's FSDP engine: sending rank 0's weights to the
-    others at the start of FSDP1 (each rank reads them instead), and pinning the offloaded weights of a reference."""
+    """What torch's FSDP1 does not do without an accelerator, left out of verl's engine: sending rank 0's weights to
+    the others at the start (each rank reads them instead), and offloading those of a reference."""
     from verl.workers.engine.fsdp import transformer_impl as target
 
     class Fsdp(target.FSDP):
@@ -72,8 +71,6 @@ def _allow_cpu() -> None:
 
     target.FSDP = Fsdp
     target.get_init_weight_context_manager = lambda **settings: nullcontext
-    policy = target.CPUOffloadPolicy
-    target.CPUOffloadPolicy = lambda pin_memory: policy(pin_memory=False)
 
 
 class Rank:

@@ -46,6 +46,19 @@ def test_exception_of_the_receiver_is_raised_in_the_sender(sockets, monkeypatch)
         socket.recv()
 
 
+@pytest.mark.parametrize("fails", [True, False])
+def test_receiver_that_never_connects_is_not_waited_for(tmp_path, monkeypatch, fails):
+    """An engine that is dead already fails the call before it opens its socket: a bare REQ socket blocks in `send`."""
+    fake_ray(monkeypatch, finished=lambda: fails, failure=RuntimeError("EngineDeadError"))
+    with zmq.Context() as context, context.socket(zmq.REQ) as alone:
+        alone.bind(f"ipc://{tmp_path}/alone.sock")
+        socket = weight_sync.WatchedSocket(alone, receiver="call", timeout_s=0.1)
+        with pytest.raises(
+            RuntimeError if fails else TimeoutError, match="EngineDead" if fails else "did not come for"
+        ):
+            socket.send_pyobj({"name": "shared memory"})
+
+
 def test_silent_receiver_times_out(sockets, monkeypatch):
     fake_ray(monkeypatch, finished=lambda: False)
     socket = weight_sync.WatchedSocket(sockets[0], receiver="call", timeout_s=0.1)
@@ -98,3 +111,5 @@ def test_upstream_is_what_the_patches_were_written_for():
     sender = inspect.getsource(weight_sync.BucketedWeightSender.async_send_weights)
     assert sender.index("self._init_socket()") < sender.index("self.socket.recv()")
     assert "self.socket.recv()" in sender, "verl no longer waits without a limit: delete patch_weight_sender"
+    whole = inspect.getsource(weight_sync.BucketedWeightSender)
+    assert whole.count("self.socket.send") == whole.count("self.socket.send_pyobj("), "a send that is not watched"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
@@ -20,6 +21,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 from verl_patches import dp_actor
 from verl_patches.dp_actor import OverlappedActorWorker
 from verl_patches.overlap_engine import OverlapEngine, register_engine
+from verl_patches.prefix_cache import Prefix, PrefixBatch
 
 
 def parameters(function) -> tuple[str, ...]:
@@ -80,6 +82,26 @@ def test_marker_survives_the_way_to_the_device():
     micro_batch = TensorDict({"input_ids": torch.zeros(2, 1)}, batch_size=[2])
     tu.assign_non_tensor(micro_batch, marker=marker)
     assert tu.get_non_tensor_data(data=micro_batch.to("cpu"), key="marker", default=None) is marker
+
+
+def test_packing_is_upstreams_for_whole_rows_and_not_for_continued_ones():
+    """`use_remove_padding=True` needs flash attention to run; here the inputs are composed only."""
+    engine = object.__new__(OverlapEngine)
+    engine.pad_to_length = engine.use_ulysses_sp = False
+    tokens = torch.nested.as_nested_tensor([torch.arange(3), torch.arange(5)], layout=torch.jagged)
+    whole = TensorDict({"input_ids": tokens, "position_ids": tokens}, batch_size=[2])
+    tu.assign_non_tensor(whole, temperature=0.7, use_remove_padding=True)
+    inputs, outputs = engine.prepare_model_inputs(whole)
+    assert inputs["input_ids"].shape == (1, 8)
+    assert "past_key_values" not in inputs
+    assert outputs["temperature_rmpad"].shape == (8,)
+
+    batch = PrefixBatch(None, [Prefix(), Prefix()], [np.arange(3), np.arange(5)], [np.arange(3), np.arange(5)], "cpu")
+    tu.assign_non_tensor(whole, prefix_batch=batch)
+    inputs, outputs = engine.prepare_model_inputs(whole)
+    assert inputs["input_ids"].shape == (2, 5)
+    assert inputs["past_key_values"] is batch.cache
+    assert outputs["temperature"].tolist() == pytest.approx([0.7, 0.7])
 
 
 def test_plain_cache_is_made_of_plain_layers():

@@ -25,6 +25,7 @@ from darts.testbed import assets_dir
 from darts.trainer import RayDartsTrainer
 from recipe.darts.main_darts import DartsTaskRunner
 from verl_patches import placement
+from verl_patches.dp_actor import OverlappedActorWorker
 from verl_patches.patching import original
 
 ROLLOUT, ACTOR = "actor_rollout_ref.rollout", "actor_rollout_ref.actor"
@@ -188,10 +189,21 @@ def test_the_command_refuses_what_verl_refuses_in_one_line_too(tmp_path):
 
 @pytest.mark.parametrize("reference", [True, False])
 @pytest.mark.parametrize(
-    ("where", "worker"), [("disaggregated", placement.PlacedActorWorker), ("colocated", ActorRolloutRefWorker)]
+    ("where", "mode", "worker"),
+    [
+        ("disaggregated", "off", placement.PlacedActorWorker),
+        ("disaggregated", "auto", OverlappedActorWorker),
+        ("colocated", "auto", ActorRolloutRefWorker),
+        ("colocated", "sequence", OverlappedActorWorker),
+    ],
 )
-def test_actor_workers_of_a_disaggregated_run_are_ours(where, worker, reference):
-    config = composed("quickstart", f"darts.placement={where}", f"actor_rollout_ref.actor.use_kl_loss={reference}")
+def test_actor_workers_are_what_placement_and_overlap_need(where, mode, worker, reference):
+    config = composed(
+        "quickstart",
+        f"darts.placement={where}",
+        f"darts.overlap.mode={mode}",
+        f"actor_rollout_ref.actor.use_kl_loss={reference}",
+    )
     runner = DartsTaskRunner()
     assert runner.add_actor_rollout_worker(config)[0] is worker
     (role, actor), *rest = runner.role_worker_mapping.items()

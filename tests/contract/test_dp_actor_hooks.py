@@ -54,7 +54,8 @@ def parameters(function) -> tuple[str, ...]:
     ids=lambda value: getattr(value, "__qualname__", ""),
 )
 def test_parameters(function, expected):
-    assert parameters(function) == expected
+    # Ray adds one to the methods of classes that it has made actors of.
+    assert tuple(name for name in parameters(function) if name != "_ray_trace_ctx") == expected
 
 
 def test_forward_step_asks_for_no_cache_and_goes_through_the_two_hooks():

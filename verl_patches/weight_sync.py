@@ -93,8 +93,9 @@ def _remembering_receiver(upstream: Callable[..., Any]) -> Callable[..., Any]:
 def patch_weight_sender() -> bool:
     """Watch the receiver while waiting for its answer.
 
-    Symptom: an exception of vLLM in ``update_weights_from_ipc`` leaves the actor worker in a ``recv`` (or, before vLLM has
-    connected, in a ``send``) without time limit, the driver in ``update_weights``, and the run hanging for ever with the error in the log of the engine only.
+    Symptom: an exception of vLLM in ``update_weights_from_ipc`` leaves the sending worker in a ``recv`` (or, before
+    vLLM has connected, in a ``send``) without time limit, the driver in ``update_weights``, and the run hanging for
+    ever with the error in the log of the engine only.
     Upstream: ``verl.workers.rollout.vllm_rollout.bucketed_weight_transfer.BucketedWeightSender`` (verl 0.9.1): a
     blocking REQ socket inside ``async_send_weights``; the call's result is awaited after it.
     Delete: when verl waits for the answer and the call together.

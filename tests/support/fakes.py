@@ -7,6 +7,7 @@ candidate), so a test says which candidate is how long, and how late. It records
 import asyncio
 import os
 import time
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,21 +59,20 @@ class ScriptedServer:
         self.running = 0
         self.most_running = 0
         self._stop: dict[str, asyncio.Event] = {}
-        self._chunks: list[Chunk] = []
+        self._chunks: dict[str, list[Chunk]] = defaultdict(list)  # by client
 
     async def generate(self, **request: Any) -> TokenOutput:
-        return await self._serve(streamed=False, chunk_tokens=1_000_000, **request)
+        return await self._serve(client=None, chunk_tokens=1_000_000, **request)
 
     async def generate_streamed(self, *, client: str, chunk_tokens: int, **request: Any) -> TokenOutput:
-        return await self._serve(streamed=True, chunk_tokens=chunk_tokens, **request)
+        return await self._serve(client=client, chunk_tokens=chunk_tokens, **request)
 
     async def take_chunks(self, client: str, wait_s: float) -> list[Chunk]:
         for _ in range(20):
-            if self._chunks:
+            if self._chunks[client]:
                 break
             await asyncio.sleep(0.005)
-        chunks, self._chunks = self._chunks, []
-        return chunks
+        return self._chunks.pop(client)
 
     async def abort_streams(self, request_ids: list[str]) -> list[str]:
         self.aborts.append(request_ids)
@@ -88,7 +88,7 @@ class ScriptedServer:
         request_id: str,
         prompt_ids: list[int],
         sampling_params: dict[str, Any],
-        streamed: bool,
+        client: str | None,
         chunk_tokens: int,
         **kwargs: Any,
     ) -> TokenOutput:
@@ -97,7 +97,7 @@ class ScriptedServer:
         turns = self.script.turns.get(seed)
         turn = turns[turn_number] if turns else self.script.default
         record = dict(seed=seed, request_id=request_id, priority=kwargs.get("priority", 0), ended=False, **vars(turn))
-        record |= {"streamed": streamed, "chunk_tokens": chunk_tokens, "server": f"{os.getpid()}-{id(self)}"}
+        record |= {"streamed": client is not None, "chunk_tokens": chunk_tokens, "server": f"{os.getpid()}-{id(self)}"}
         self.served.append(record)
         tokens = turn.tokens
         if tokens is None:
@@ -115,9 +115,9 @@ class ScriptedServer:
                     await asyncio.wait_for(stop.wait(), turn.delay * step / len(tokens))
                 except asyncio.TimeoutError:
                     done += step
-                    if streamed and done < len(tokens):
+                    if client is not None and done < len(tokens):
                         made = tokens[done - step : done]
-                        self._chunks.append(
+                        self._chunks[client].append(
                             Chunk(request_id, done - step, made, [-0.5] * len(made), time.time(), self.running)
                         )
         finally:
@@ -135,7 +135,7 @@ class ScriptedServer:
             stop_reason="aborted" if reason == "abort" else "completed",
             extra_fields={"global_steps": turn.weights, "num_cached_tokens": 0},
         )
-        if streamed:
+        if client is not None:
             output.extra_fields["finish_reason"] = reason
         return output
 

@@ -1,11 +1,12 @@
 """What the rollout's process and the ranks of the overlapped actor say to each other.
 
 Contract: records without behaviour, pickled by Ray in every call. A sequence is a prompt and its response as one list
-of tokens; it is named by (uid, candidate), never by a row. Every call carries the step it belongs to.
+of tokens; it is named by (uid, candidate), never by a row. Every call carries the step it belongs to. Images come by
+reference: no call grows with their pixels.
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,8 +29,7 @@ class StepSettings:
     step: int
     mode: str  # sequence or token
     temperature: float
-    max_tokens: int  # new tokens of a forward on one rank: their sum in whole rows, rows times the most in growing ones
-    max_prefix_tokens: int | None = None  # rows times the longest sequence of a growing forward; None: 8 * max_tokens
+    max_tokens: int  # of a forward over whole rows on one rank: verl's limit of a micro-batch
     with_reference: bool = False
     sum_pi_squared: bool = False  # as verl's actor.calculate_sum_pi_squared
 
@@ -46,6 +46,17 @@ class RankAbility:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Extras:
+    """What a model with a processor takes of a complete sequence besides its tokens, as verl's agent loop makes it.
+
+    Each field is the value or Ray's reference of it (`darts.multimodal`).
+    """
+
+    position_ids: Any  # integers [layers, tokens]: 4 layers with M-RoPE (text, time, height, width), else 1
+    multi_modal_inputs: Any  # dict by verl's names, as pixel_values and image_grid_thw; empty without images
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Row:
     """The next tokens of one sequence, for the rank that owns it.
 
@@ -59,6 +70,7 @@ class Row:
     start: int  # tokens of the sequence that came in earlier rows; 0 begins it, again if the rank knew it
     token_ids: np.ndarray  # int32 [new tokens]
     last: bool  # the sequence ends here: its prefix is not kept
+    extras: Extras | None = None  # of a whole sequence, where the model has a processor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -69,7 +81,7 @@ class RankCall:
     number: int  # of the call within the step, from 0
     drop: list[SequenceKey] = field(default_factory=list)  # forget these, results too
     whole: list[Row] = field(default_factory=list)  # complete sequences (start 0, last), through verl's own forward
-    growing: list[Row] = field(default_factory=list)  # forwards that continue cached prefixes, within the limits
+    growing: list[Row] = field(default_factory=list)  # one forward that continues cached prefixes
     forward_whole: bool = False  # some rank has `whole` rows
     forward_growing: bool = False  # some rank has `growing` rows
 

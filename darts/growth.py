@@ -7,18 +7,19 @@ which has one call per worker open at a time: calls do not grow with candidates 
    tells prompt and response as the agent loop returned them: what was not told before, or everything again where what
    was told is not how they begin.
 2. A candidate that is not kept is dropped once; nothing is told of it afterwards.
-3. Where the model takes more than tokens (a processor), there is no outbox: verl computes log-probs after generation.
+3. Where the model takes more than tokens (a processor), complete sequences alone are told, each at once and with its
+   extras.
 """
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from darts.actor_calls import Row, SequenceKey
+from darts.actor_calls import Extras, Row, SequenceKey
 from darts.overlap import Growth, checksum
 
 
@@ -61,15 +62,23 @@ class GrowthOutbox:
             key, told, len(prompt_ids), _array(token_ids if offset else [*prompt_ids, *token_ids]), False, chance
         )
 
-    def finish(self, key: SequenceKey, prompt_ids: Sequence[int], response_ids: Sequence[int], chance: float) -> None:
-        """A response is complete."""
+    def finish(
+        self,
+        key: SequenceKey,
+        prompt_ids: Sequence[int],
+        response_ids: Sequence[int],
+        chance: float,
+        extras: Callable[[], Extras] | None = None,
+    ) -> None:
+        """A response is complete. `extras` makes what the model takes besides tokens, and runs only if it is told."""
         told = self._told.setdefault(key, _Told())
         if told.over:
             return
         tokens = _array([*prompt_ids, *response_ids])
-        if told.tokens > len(tokens) or checksum(tokens[: told.tokens]) != told.checksum:
+        if extras is not None or told.tokens > len(tokens) or checksum(tokens[: told.tokens]) != told.checksum:
             told.tokens = told.checksum = 0
-        self._tell(key, told, len(prompt_ids), tokens[told.tokens :], True, chance)
+        made = None if extras is None else extras()
+        self._tell(key, told, len(prompt_ids), tokens[told.tokens :], True, chance, made)
 
     def drop(self, key: SequenceKey) -> None:
         """A candidate is not kept."""
@@ -94,9 +103,16 @@ class GrowthOutbox:
         return progress
 
     def _tell(
-        self, key: SequenceKey, told: _Told, prompt_tokens: int, new: np.ndarray, last: bool, chance: float
+        self,
+        key: SequenceKey,
+        told: _Told,
+        prompt_tokens: int,
+        new: np.ndarray,
+        last: bool,
+        chance: float,
+        extras: Extras | None = None,
     ) -> None:
-        row = Row(key=key, prompt_tokens=prompt_tokens, start=told.tokens, token_ids=new, last=last)
+        row = Row(key=key, prompt_tokens=prompt_tokens, start=told.tokens, token_ids=new, last=last, extras=extras)
         self._growths.append(Growth(row, chance))
         told.checksum = checksum(new, told.checksum)
         told.tokens += len(new)

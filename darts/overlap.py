@@ -10,9 +10,9 @@ together, would have many masters; in the actor nobody would know what the other
 2. A sequence stays on the rank that began it; one that begins goes to the rank that was given the fewest tokens.
 3. What is likely to be kept comes first; what cannot be kept is not computed. `drop` ends a sequence: it is forgotten
    here, and on its rank with the next call.
-4. On each rank, half of `max_cache_tokens` holds prefixes; the other half is for the prefixes that a forward works on,
-   padded to the longest. A prefix that does not fit does not grow: its sequence waits until it is complete, and goes on
-   from there. So nothing is evicted, and no token is forwarded twice.
+4. On each rank, half of `max_cache_tokens` holds prefixes; the other half is for the rows that a forward works on, each
+   with room for the longest prefix and the most new tokens among them. A prefix that does not fit does not grow: its
+   sequence waits until it is complete, and goes on from there. So nothing is evicted, and no token is forwarded twice.
 5. Each sequence has a checksum of the tokens that were reported; whoever uses its log-probs compares.
 """
 
@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from darts.actor_calls import RankCall, Row, SequenceKey
+from darts.actor_calls import Extras, RankCall, Row, SequenceKey
 
 Tokens = NDArray[np.int32]
 
@@ -65,6 +65,7 @@ class _Sequence:
     held: int = 0  # of them, those in the rank's cache
     done: bool = False  # all was sent
     waiting: list[Tokens] = field(default_factory=list)  # reported, not sent
+    extras: Extras | None = None  # reported with them
 
     @property
     def num_waiting(self) -> int:
@@ -73,8 +74,11 @@ class _Sequence:
     def take(self) -> Row:
         """All that waits, as the next row."""
         tokens = np.concatenate(self.waiting) if self.waiting else np.empty(0, dtype=np.int32)
-        row = Row(key=self.key, prompt_tokens=self.prompt_tokens, start=self.sent, token_ids=tokens, last=self.complete)
-        self.waiting = []
+        row = Row(
+            key=self.key, prompt_tokens=self.prompt_tokens, start=self.sent, token_ids=tokens, last=self.complete,
+            extras=self.extras,
+        )  # fmt: skip
+        self.waiting, self.extras = [], None
         self.sent += len(tokens)
         self.done = self.complete
         return row
@@ -91,7 +95,7 @@ class _Rank:
     whole_tokens: int = 0
     growing: list[Row] = field(default_factory=list)
     widest: int = 0  # new tokens of the longest growing row
-    longest: int = 0  # cached and new tokens of the longest growing row
+    deepest: int = 0  # cached tokens of the longest prefix among them
 
 
 class OverlapSchedule:
@@ -146,6 +150,7 @@ class OverlapSchedule:
             )
         sequence.chance = growth.chance
         sequence.complete = row.last
+        sequence.extras = row.extras
         if len(row.token_ids):
             sequence.checksum = checksum(row.token_ids, sequence.checksum)
             sequence.waiting.append(row.token_ids)
@@ -239,13 +244,13 @@ class OverlapSchedule:
             rank.whole_tokens += waiting
         else:
             rows, widest = len(rank.growing) + 1, max(rank.widest, waiting)
-            longest = max(rank.longest, sequence.held + waiting)
+            deepest = max(rank.deepest, sequence.held)
             if not sequence.complete and rank.held + waiting > self._max_held:
                 return
-            if rank.growing and (rows * widest > self._max_tokens or rows * longest > self._max_held):
+            if rank.growing and (rows * widest > self._max_tokens or rows * (deepest + widest) > self._max_held):
                 return
             rank.growing.append(sequence.take())
-            rank.widest, rank.longest = widest, longest
+            rank.widest, rank.deepest = widest, deepest
             rank.held -= sequence.held
             sequence.held = 0 if sequence.complete else sequence.held + waiting
             rank.held += sequence.held

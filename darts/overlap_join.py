@@ -75,9 +75,9 @@ def join(
     for row, key in enumerate(sequence_keys(batch)):
         if usable[row]:
             for name in names:
-                values = torch.from_numpy(outcome.values[key][name])
+                values = torch.tensor(outcome.values[key][name])  # a copy: what Ray gives is read-only
                 joined[name][row, : len(values)] = values
-    missing = np.flatnonzero(~np.asarray(usable, dtype=bool))
+    missing = _uneven(batch, np.flatnonzero(~np.asarray(usable, dtype=bool)))
     if len(missing):
         part, added = pad_dataproto_to_divisor(batch.select_idxs(missing), num_ranks)
         # Of any number of rows: verl's fixed micro-batches would have to divide them.
@@ -90,6 +90,18 @@ def join(
         for name in names:
             joined[name][missing] = computed.batch[name].float()
     return DataProto.from_single_dict(joined)
+
+
+def _uneven(batch: DataProto, rows: np.ndarray) -> np.ndarray:
+    """The rows and, where they have M-RoPE positions and are all equally long, one that is not: of such a batch verl
+    0.9.1 loses the positions (`left_right_2_no_padding` takes the layers for the ragged dimension, the engine the
+    tokens)."""
+    if len(rows) and batch.batch["position_ids"].dim() == 3:
+        lengths = batch.batch["attention_mask"].sum(dim=1).numpy()
+        others = np.flatnonzero(lengths != lengths[rows[0]])
+        if len(others) and not np.isin(rows, others).any():
+            return np.append(rows, others[0])
+    return rows
 
 
 def actor_limits(config: DictConfig, darts: DartsConfig, num_ranks: int, with_reference: bool) -> ActorLimits:

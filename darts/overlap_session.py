@@ -291,7 +291,7 @@ def overlap_metrics(
     forwarded = sum(call.tokens for call in outcome.calls)
     kept = sum(lengths.values())
     early = Counter()
-    for key in lengths:
+    for key in lengths.keys() & outcome.values.keys():
         for at, tokens in outcome.computed.get(key, []):
             early["rollout"] += tokens * (at <= generated)
             early["response"] += tokens * (at <= ended_at[key])

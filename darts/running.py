@@ -13,17 +13,18 @@ worker's event loop. A `RunningCandidate` listens to the requests of its agent l
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from verl.workers.rollout.replica import TokenOutput
 
-from darts.actor_calls import SequenceKey
+from darts.actor_calls import Extras, SequenceKey
 from darts.client import Chunk, DartsServerClient, OpenRequest
 from darts.config import DartsConfig
 from darts.group import CandidateGroup
 from darts.growth import GrowthOutbox
 from darts.metrics import CandidatePool
+from darts.multimodal import SharedInputs
 
 
 class RunningCandidate:
@@ -149,6 +150,7 @@ class RunningGroup:
     ) -> None:
         self.uid = uid
         self._outbox = outbox  # None: nobody computes log-probs meanwhile
+        self.shared = SharedInputs()  # of the candidates, for the outbox
         self.routing_key = routing_key
         self.prompt = prompt
         self.darts = darts
@@ -231,10 +233,13 @@ class RunningGroup:
             chance = self.state.chance(index)
             self._outbox.grow(SequenceKey(self.uid, index), prompt_ids, chunk.offset, chunk.token_ids, chance)
 
-    def tell_end(self, index: int, prompt_ids: list[int], response_ids: list[int]) -> None:
-        """The overlapped actor has the whole response."""
+    def tell_end(
+        self, index: int, prompt_ids: list[int], response_ids: list[int], extras: Callable[[], Extras] | None
+    ) -> None:
+        """The overlapped actor has the whole response; `extras` as in `GrowthOutbox.finish`."""
         if self._outbox is not None:
-            self._outbox.finish(SequenceKey(self.uid, index), prompt_ids, response_ids, self.state.chance(index))
+            key, chance = SequenceKey(self.uid, index), self.state.chance(index)
+            self._outbox.finish(key, prompt_ids, response_ids, chance, extras)
 
     def _tell_dropped(self, indices: Iterable[int]) -> None:
         if self._outbox is not None:

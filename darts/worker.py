@@ -24,6 +24,7 @@ from darts.config import DartsConfig
 from darts.growth import GrowthOutbox, Progress
 from darts.latency import StepTimes
 from darts.metrics import CandidatePool
+from darts.multimodal import make_extras
 from darts.running import RunningCandidate, RunningGroup
 
 # Columns of the batch between manager and worker. Agent loops never see them.
@@ -217,7 +218,8 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         # does not say so, and counts as ended.
         cut = candidate.generated > length and len(output.response_ids) >= self.rollout_config.response_length
         candidate.finish(length, truncated=candidate.finish_reason == "length" or cut)
-        group.tell_end(candidate.index, output.prompt_ids, output.response_ids)
+        extras = None if self.processor is None else lambda: group.shared.put(make_extras(self, output))
+        group.tell_end(candidate.index, output.prompt_ids, output.response_ids, extras)
         if self._darts.reward.pool:
             output.extra_fields["raw_prompt"] = kwargs["raw_prompt"]  # as verl does before it scores
             await self._compute_score([output], kwargs=kwargs)
@@ -251,10 +253,10 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         return output
 
     def _new_outbox(self) -> GrowthOutbox | None:
-        """None where no log-probs are computed meanwhile, or where inputs have more than tokens."""
-        if self._darts.overlap.mode == "off" or self.processor is not None:
+        """None where no log-probs are computed meanwhile. With a processor nothing is told of growing candidates."""
+        if self._darts.overlap.mode == "off":
             return None
-        return GrowthOutbox(growing=self._darts.overlap.mode == "token")
+        return GrowthOutbox(growing=self._darts.overlap.mode == "token" and self.processor is None)
 
     def _routing_key(self, uid: str, prompt: int) -> str | None:
         """What verl's balancer keeps together; None leaves each candidate to it. A uid differs from run to run."""

@@ -10,7 +10,10 @@ more, which act on records of `darts.actor_calls`. From `overlap_open` to `overl
 3. All ranks of the FSDP group run each forward equally often. A rank with nothing to do runs a company of two tokens,
    which has no key and leaves no trace.
 4. A dropped, restarted or finished sequence has no prefix any more when the call returns; `cache_bytes` is exact.
-5. Whole rows go through verl's own `infer_batch`. Nothing survives `overlap_open` but what the check has found out.
+5. Whole rows go through verl's own `infer_batch`, with the extras that they bring: rows with images beside rows and
+   ranks without. Of a model that verl cannot run so (no dummy image for text) they are left out, said once, and verl
+   computes them after generation.
+6. Nothing survives `overlap_open` but what the check has found out.
 """
 
 from __future__ import annotations
@@ -22,16 +25,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 from verl.single_controller.base.decorator import Dispatch, collect_nd_compute, dispatch_nd_compute, register
 from verl.single_controller.base.worker_group import WorkerGroup
 from verl.utils.device import get_device_name, get_torch_device
 from verl.workers.engine_workers import TrainingWorker
 
-from darts.actor_calls import RankAbility, RankCall, RankReport, RankResults, Row, SequenceKey, StepSettings
-from verl_patches.overlap_engine import LogProbModel, plain_model, register_engine
+from darts.actor_calls import Extras, RankAbility, RankCall, RankReport, RankResults, Row, SequenceKey, StepSettings
+from darts.multimodal import fetch
+from verl_patches.overlap_engine import LogProbModel, plain_model, register_engine, text_extras
 from verl_patches.placement import PlacedActorWorker
-from verl_patches.prefix_cache import Prefix, plan
+from verl_patches.prefix_cache import Prefix
+from verl_patches.vision import patch_forward_without_images
 
 MESH = "actor"
 COMPANY = np.zeros(2, dtype=np.int64)
@@ -76,6 +82,7 @@ class OverlapSession:
         if ref is not None or lora:
             self._ref = LogProbModel(ref or actor, {"log_probs": "ref_log_prob"}, adapter=ref is not None)
         self._parameter_bytes: int | None = None
+        self._said_of_images = False
         self._forget(None)
 
     def open(self, settings: StepSettings) -> RankAbility:
@@ -109,31 +116,36 @@ class OverlapSession:
         """As `OverlappedActorWorker.overlap_extend`."""
         began = time.time()
         settings = self._settings
-        refusal = self._check(call)
-        batches: list[list[SequenceKey]] = []
-        longest = len(COMPANY)
+        refusal, extras = self._check(call), []
         if refusal is None:
-            longest = max([longest, *(len(row.token_ids) for row in call.whole)])
-            batches = self._plan(call.growing)
-        # One exchange tells each rank how much company it owes the others, and whether the call is refused.
-        refused, rows, longest, count = self._most(refusal is not None, len(call.whole), longest, len(batches))
+            refusal, extras = _fetch(call.whole)
+        longest = max([len(COMPANY), *(len(row.token_ids) for row in call.whole)])
+        layers = max((len(one.position_ids) for one in extras if one is not None), default=0)
+        # One exchange tells each rank what company it owes the others, and whether the call is refused.
+        refused, rows, longest, layers = self._most(refusal is not None, len(call.whole), longest, layers)
         if refused:
             raise RuntimeError(refusal or "another rank has refused this call")
 
         self._number += 1
         for key in call.drop:
             self._drop(key)
-        whole = [self._admit(row) for row in call.whole]
-        growing = {row.key: self._admit(row) for row in call.growing}
-        tokens = sum(len(row.token_ids) for row in call.whole) + sum(len(work.inputs) for work in growing.values())
+        whole_rows = call.whole
+        if layers and self._refuses_images(layers):
+            whole_rows, extras = self._leave_images(call.whole, extras)
+        whole = [self._admit(row) for row in whole_rows]
+        growing = [self._admit(row) for row in call.growing]
+        tokens = sum(len(row.token_ids) for row in whole_rows) + sum(len(work.inputs) for work in growing)
         if call.forward_whole:
             # verl wants a row on each rank for each of its micro-batches, and none longer than a micro-batch.
-            sequences = [row.token_ids for row in call.whole] + [COMPANY] * (rows - len(whole))
-            self._forward_whole(whole, sequences, max(settings.max_tokens, longest))
+            company = rows - len(whole)
+            sequences = [row.token_ids for row in whole_rows] + [COMPANY] * company
+            if layers:
+                given = zip(sequences, extras + [None] * company, strict=True)
+                extras = [one or text_extras(len(sequence), layers) for sequence, one in given]
+            self._forward_whole(whole, sequences, max(settings.max_tokens, longest), extras if layers else [])
         if call.forward_growing:
-            works = [[growing[key] for key in batch] for batch in batches]
-            self._forward_growing(works + [[]] * (count - len(batches)))
-        for work in [*whole, *growing.values()]:
+            self._forward_growing([work for work in growing if len(work.inputs)])
+        for work in [*whole, *growing]:
             if work.last:
                 work.sequence.finished = True
                 work.sequence.prefixes = []
@@ -181,6 +193,7 @@ class OverlapSession:
         self._peak_bytes = 0
         self._busy_s = 0.0  # of the actor's forwards
         self._gone: list[int] = []  # forwarded tokens of dropped sequences
+        self._image_patches: list[int] = []  # of each image that was forwarded
 
     def _each_engine(self, device: str) -> None:
         """Moves parameters where verl would move them for each forward."""
@@ -243,20 +256,6 @@ class OverlapSession:
         sequence.tail = tokens[-1:]
         return _Work(sequence=sequence, inputs=tokens[:-1], labels=tokens[1:], begin=begin, last=row.last)
 
-    def _plan(self, growing: list[Row]) -> list[list[SequenceKey]]:
-        """The forwards over growing rows, before their tokens are taken; rows that need none are left out."""
-        keys, before, lengths = [], [], []
-        for row in growing:
-            forwarded = self._sequences[row.key].forwarded if row.start else 0
-            new = row.start + len(row.token_ids) - 1 - forwarded
-            if new > 0:
-                keys.append(row.key)
-                before.append(forwarded)
-                lengths.append(new)
-        limit = self._settings.max_tokens
-        batches = plan(before, lengths, limit, self._settings.max_prefix_tokens or 8 * limit)
-        return [[keys[at] for at in batch] for batch in batches]
-
     def _most(self, *counts: int) -> list[int]:
         """The largest of each number over the ranks."""
         largest = torch.tensor(counts, dtype=torch.int64, device=get_device_name())
@@ -264,10 +263,32 @@ class OverlapSession:
         torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
         return largest.tolist()
 
-    def _forward_whole(self, whole: list[_Work], sequences: list[np.ndarray], max_tokens: int) -> None:
+    def _refuses_images(self, layers: int) -> bool:
+        """Whether rows with images are left to verl, said once."""
+        reasons = [model.images_refusal(layers) for model in self._models]
+        reason = next(filter(None, reasons), None)
+        if reason is not None and not self._said_of_images and torch.distributed.get_rank() == 0:
+            print(f"[darts] overlap: responses with images are computed after generation, since {reason}", flush=True)
+        self._said_of_images = True
+        return reason is not None
+
+    def _leave_images(self, rows: list[Row], extras: list[Extras | None]) -> tuple[list[Row], list[Extras | None]]:
+        """Those without images; the others are not known here any more."""
+        kept = [at for at, one in enumerate(extras) if one is None or not one.multi_modal_inputs]
+        for at in set(range(len(rows))).difference(kept):
+            self._drop(rows[at].key)
+        return [rows[at] for at in kept], [extras[at] for at in kept]
+
+    def _forward_whole(
+        self, whole: list[_Work], sequences: list[np.ndarray], max_tokens: int, extras: list[Extras]
+    ) -> None:
+        """Extras of all sequences or of none."""
+        for one in extras:
+            if (lengths := one.multi_modal_inputs.get("images_seqlens")) is not None:
+                self._image_patches += lengths.tolist()
         for model in self._models:
             with self._timed(model):
-                output = model.whole(sequences, self._settings.temperature, max_tokens)
+                output = model.whole(sequences, self._settings.temperature, max_tokens, extras)
             if output is None:
                 continue
             end = 0
@@ -275,32 +296,23 @@ class OverlapSession:
                 start, end = end, end + work.sequence.known
                 self._store(model, work, output[:, start : end - 1])
 
-    def _forward_growing(self, batches: list[list[_Work]]) -> None:
-        """One forward for each batch and model; an empty batch is company."""
+    def _forward_growing(self, works: list[_Work]) -> None:
+        """One forward of each model; without works it is company."""
         for number, model in enumerate(self._models):
+            prefixes = [work.sequence.prefixes[number] for work in works]
             with self._timed(model):
-                outputs = [self._continue(number, model, works) for works in batches]
-                host = torch.cat(outputs, dim=1).cpu().numpy() if outputs else None
-            end = 0
-            for works in batches:
-                for work in works:
-                    start, end = end, end + len(work.inputs)
-                    self._store(model, work, host[:, start:end])
-
-    def _continue(self, number: int, model: LogProbModel, works: list[_Work]) -> torch.Tensor:
-        """float32 [outputs, new tokens of the works], on the device."""
-        prefixes = [work.sequence.prefixes[number] for work in works]
-        if works:
-            batch = model.batch(prefixes, [work.inputs for work in works], [work.labels for work in works])
-        else:
-            batch = model.batch([Prefix()], [COMPANY], [COMPANY])
-        output = model.growing(batch, self._settings.temperature)
-        batch.keep([at for at, work in enumerate(works) if not work.last])
-        self._peak_bytes = max(self._peak_bytes, self.cache_bytes + batch.nbytes)
-        batch.release()
-        for prefix in prefixes:
-            prefix.compact()
-        return output if works else output[:, :0]
+                if works:
+                    batch = model.batch(prefixes, [work.inputs for work in works], [work.labels for work in works])
+                else:
+                    batch = model.batch([Prefix()], [COMPANY], [COMPANY])
+                output = model.growing(batch, self._settings.temperature).cpu().numpy()
+            batch.keep([at for at, work in enumerate(works) if not work.last])
+            self._peak_bytes = max(self._peak_bytes, self.cache_bytes + batch.nbytes)
+            for work, values in zip(works, batch.split(output), strict=bool(works)):
+                self._store(model, work, values)
+            batch.release()
+            for prefix in prefixes:
+                prefix.compact()
 
     def _store(self, model: LogProbModel, work: _Work, output: np.ndarray) -> None:
         """Keeps the response's part of float32 [outputs, tokens]."""
@@ -320,8 +332,22 @@ class OverlapSession:
         lengths = self._gone + [sequence.forwarded for sequence in self._sequences.values() if sequence.forwarded]
         if counter is None or not lengths or not self._busy_s:
             return 0.0
-        estimated, promised = counter.estimate_flops(lengths, self._busy_s)
+        estimated, promised = counter.estimate_flops(lengths, self._busy_s, images_seqlens=self._image_patches)
         return float(estimated / promised / 3.0 / self._actor.engine.ulysses_sequence_parallel_size)
+
+
+def _fetch(rows: list[Row]) -> tuple[str | None, list[Extras | None]]:
+    """Extras of the rows, as values, or why there are none."""
+    try:
+        fetched = iter(fetch([row.extras for row in rows if row.extras is not None]))
+    except ray.exceptions.RayError as error:
+        return f"the extras of a row are gone: {error!r}", []
+    extras = [None if row.extras is None else next(fetched) for row in rows]
+    layers = {len(one.position_ids) for one in extras if one is not None}
+    for row, one in zip(rows, extras, strict=True):
+        if one is not None and (len(layers) > 1 or one.position_ids.shape[1:] != row.token_ids.shape):
+            return f"{row.key}: positions {one.position_ids.shape} of {len(row.token_ids)} tokens, layers {layers}", []
+    return None, extras
 
 
 def _parameter_bytes(model: LogProbModel) -> int:
@@ -371,9 +397,10 @@ class OverlappedActorWorker(PlacedActorWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
-        """As upstream, with engines that can continue prefixes."""
+        """As upstream, with engines that can continue prefixes, and forwards without images."""
         register_engine()
         super().init_model()
+        patch_forward_without_images()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
     def overlap_open(self, settings: StepSettings) -> RankAbility:

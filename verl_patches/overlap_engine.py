@@ -6,7 +6,9 @@ Contract:
    `PrefixBatch` gets other inputs than upstream's, and its outputs are computed by upstream's code.
 2. `LogProbModel` makes no difference between actor and reference but the adapter, the entropy and the names.
 3. Every method runs collectives of the FSDP group: all ranks call it equally often, with rows or with company.
-4. `refusal` is the same on all ranks. It is None only if the model has given, in this process, the same log-probs for
+4. A model with a processor, or of which parts see or hear, never continues prefixes and has no cache. Its complete
+   sequences go through verl's path with the positions and multimodal inputs that verl gives them.
+5. `refusal` is the same on all ranks. It is None only if the model has given, in this process, the same log-probs for
    two sequences as a whole and in pieces: a model that nobody thought of is refused, not computed wrongly.
 
 `register_engine()` puts the engine in the place of upstream's in this process, for language models on fsdp and fsdp2.
@@ -23,12 +25,14 @@ from typing import Any
 import numpy as np
 import torch
 from tensordict import TensorDict
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name, get_vendor
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.engine_workers import TrainingWorker
 
+from darts.actor_calls import Extras
 from verl_patches.prefix_cache import Geometry, Prefix, PrefixBatch
 
 BACKENDS = ("fsdp", "fsdp2")
@@ -99,27 +103,21 @@ class LogProbModel:
         self.adapter = adapter
         self.geometry: Geometry | None = None
         self._refusal: str | None = None
+        self._images_checked = False
+        self._images_refusal: str | None = None
 
     @property
     def engine(self) -> FSDPEngineWithLMHead:
         return self.worker.engine
 
-    def whole(self, sequences: Sequence[np.ndarray], temperature: float, max_tokens: int) -> np.ndarray | None:
+    def whole(
+        self, sequences: Sequence[np.ndarray], temperature: float, max_tokens: int, extras: Sequence[Extras] = ()
+    ) -> np.ndarray | None:
         """Outputs for complete sequences through verl's own `infer_batch`; float32 [outputs, sum of tokens], where
-        each token's are those of its successor. None on a rank whose outputs verl does not use.
+        each token's are those of its successor. None on a rank whose outputs verl does not use. `extras` are of all
+        sequences, as values and with equally many layers, or of none.
         """
-        lengths = torch.tensor([len(tokens) for tokens in sequences])
-        offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-        positions = np.concatenate([np.arange(len(tokens)) for tokens in sequences])
-        jagged = {"input_ids": np.concatenate(sequences), "position_ids": positions}
-        data = TensorDict(
-            {
-                key: torch.nested.nested_tensor_from_jagged(torch.from_numpy(values.astype(np.int64)), offsets)
-                for key, values in jagged.items()
-            }
-            | {"loss_mask": torch.ones(len(sequences), 1, dtype=torch.int64)},  # verl sums it for losses, of which none
-            batch_size=[len(sequences)],
-        )
+        data = jagged_rows(sequences, extras)
         tu.assign_non_tensor(
             data, **self._settings(temperature), compute_loss=False, use_dynamic_bsz=True,
             max_token_len_per_gpu=max_tokens, disable_auto_offload=True, no_lora_adapter=not self.adapter,
@@ -128,6 +126,30 @@ class LogProbModel:
         if output is None:
             return None
         return self._gather({name: tu.get(output, name).values() for name in self.names}).cpu().numpy()
+
+    def images_refusal(self, layers: int) -> str | None:
+        """Why a rank cannot forward images while another has none; None: it can. Found out once, by all ranks together:
+        a forward without images must enter all that FSDP gathers, or the collectives of the two ranks do not match.
+        """
+        if not self._images_checked and torch.distributed.get_world_size() > 1:
+            self._images_checked = True
+            named = self.engine.module.named_modules()
+            units = {
+                name: module for name, module in named if isinstance(module, FullyShardedDataParallel | FSDPModule)
+            }
+            entered: set[str] = set()
+            hooks = [
+                module.register_forward_pre_hook(lambda *_, name=name: entered.add(name))
+                for name, module in units.items()
+            ]
+            self.whole([np.zeros(2, dtype=np.int64)], 1.0, 2, [text_extras(2, layers)])
+            for hook in hooks:
+                hook.remove()
+            missed = sorted(units.keys() - entered)
+            if missed:
+                kind = type(plain_model(self.engine.module)).__name__
+                self._images_refusal = f"a forward of {kind} without images leaves out {missed[0]}"
+        return self._images_refusal
 
     def growing(self, batch: PrefixBatch, temperature: float) -> torch.Tensor:
         """Outputs for the new tokens of a batch, on the device; float32 [outputs, sum of n_b]."""
@@ -168,7 +190,8 @@ class LogProbModel:
             return "use_fused_kernels=True computes log-probs without logits"
         model = plain_model(engine.module)
         config = model.config
-        if hasattr(config, "vision_config") or hasattr(config, "audio_config"):
+        sees = hasattr(config, "vision_config") or hasattr(config, "audio_config")
+        if sees or engine.model_config.processor is not None:
             return f"{type(config).__name__} is multimodal"
         text = config.get_text_config(decoder=True)
         if config.is_encoder_decoder or getattr(model, "_is_stateful", False):
@@ -232,6 +255,32 @@ class LogProbModel:
                 result.append(values)
             batch.keep(range(len(sequences)))
         return [np.concatenate(result, axis=1) for result in results]
+
+
+def jagged_rows(sequences: Sequence[np.ndarray], extras: Sequence[Extras] = ()) -> TensorDict:
+    """As `verl.workers.utils.padding.left_right_2_no_padding` gives them; arguments as of `LogProbModel.whole`."""
+    lengths = torch.tensor([len(tokens) for tokens in sequences])
+    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    tokens = torch.from_numpy(np.concatenate(sequences).astype(np.int64))
+    layers = [one.position_ids for one in extras or [text_extras(len(tokens)) for tokens in sequences]]
+    positions = torch.from_numpy(np.concatenate(layers, axis=1).astype(np.int64))  # [layers, sum of tokens]
+    flat = {"values": positions[0]} if len(positions) == 1 else {"values": positions, "jagged_dim": 2}
+    data = TensorDict(
+        {
+            "input_ids": torch.nested.nested_tensor_from_jagged(tokens, offsets),
+            "position_ids": torch.nested.nested_tensor_from_jagged(offsets=offsets, **flat),
+            "loss_mask": torch.ones(len(sequences), 1, dtype=torch.int64),  # verl sums it for losses, of which none
+        },
+        batch_size=[len(sequences)],
+    )
+    if extras:
+        tu.assign_non_tensor_stack(data, "multi_modal_inputs", [one.multi_modal_inputs for one in extras])
+    return data
+
+
+def text_extras(tokens: int, layers: int = 1) -> Extras:
+    """Those of a sequence without images."""
+    return Extras(position_ids=np.tile(np.arange(tokens), (layers, 1)), multi_modal_inputs={})
 
 
 def plain_model(module: torch.nn.Module) -> torch.nn.Module:

@@ -228,19 +228,3 @@ class PrefixBatch:
         """Gives the padded keys and values back."""
         self.cache.layers = []
         self._keys = self._values = torch.empty(0)
-
-
-def plan(prefixes: Sequence[int], lengths: Sequence[int], max_tokens: int, max_prefix_tokens: int) -> list[list[int]]:
-    """Splits rows into forwards of which each has at most `max_tokens` padded new tokens (rows times the most new ones)
-    and `max_prefix_tokens` padded tokens in all; a row that is larger gets a forward of its own. Rows of like prefixes
-    go together."""
-    batches: list[list[int]] = []
-    prefix = length = 0
-    for row in sorted(range(len(lengths)), key=lambda row: (-prefixes[row], -lengths[row], row)):
-        count = len(batches[-1]) + 1 if batches else 0
-        prefix, length = max(prefix, prefixes[row]), max(length, lengths[row])
-        if not count or count * length > max_tokens or count * (prefix + length) > max_prefix_tokens:
-            batches.append([])
-            prefix, length = prefixes[row], lengths[row]
-        batches[-1].append(row)
-    return batches

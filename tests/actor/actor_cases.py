@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from actor_ranks import VOCABULARY
 
-from darts.actor_calls import RankCall, RankReport, Row, SequenceKey, StepSettings
+from darts.actor_calls import Extras, RankCall, RankReport, Row, SequenceKey, StepSettings
 
 SETTINGS = StepSettings(step=1, mode="token", temperature=0.7, max_tokens=512, sum_pi_squared=True)
 
@@ -23,6 +23,8 @@ class Script:
     rank: int
     pieces: list[int] = field(default_factory=list)
     dropped_after: int | None = None
+    images: list | None = None  # None: the model has no processor
+    extras: Extras | None = None
 
     @property
     def whole(self) -> bool:
@@ -34,7 +36,7 @@ class Script:
         start = sum(pieces[:number])
         return Row(
             key=self.key, prompt_tokens=self.prompt, start=start, last=number == len(pieces) - 1,
-            token_ids=self.tokens[start : start + pieces[number]],
+            token_ids=self.tokens[start : start + pieces[number]], extras=self.extras,
         )  # fmt: skip
 
 
@@ -123,6 +125,8 @@ def play(group, scripts: list[Script], settings: StepSettings = SETTINGS, seed: 
 def full(group, scripts: list[Script], settings: StepSettings = SETTINGS, **batching) -> dict:
     """The same sequences through verl's own forward."""
     sequences = [(one.tokens, one.prompt) for one in scripts]
+    if any(one.images is not None for one in scripts):
+        batching["images"] = [one.images for one in scripts]
     results = group.all("full", sequences, settings.temperature, **batching)[0]
     if settings.with_reference:
         more = group.all("full", sequences, settings.temperature, reference=True, **batching)[0]
@@ -281,6 +285,53 @@ def set_config(rank, name: str, value) -> None:
 
 def set_engine(rank, name: str, value) -> None:
     setattr(rank.worker.actor.engine, name, value)
+
+
+def set_processor(rank) -> None:
+    rank.worker.actor.engine.model_config.processor = object()
+
+
+def lose_extras(rank, of: int) -> None:
+    """On one rank, as where the worker that put them has died."""
+    from ray.exceptions import RayError
+
+    from verl_patches import dp_actor
+
+    def fetch(extras):
+        raise RayError("it is gone")
+
+    if rank.rank == of:
+        rank.fetch, dp_actor.fetch = dp_actor.fetch, fetch
+
+
+def find_extras(rank, of: int) -> None:
+    from verl_patches import dp_actor
+
+    if rank.rank == of:
+        dp_actor.fetch = rank.fetch
+
+
+def no_dummy_image(rank) -> None:
+    """As a model that verl has not patched."""
+    from verl.models.transformers import qwen3_vl
+
+    upstream = rank.upstream = qwen3_vl._get_input_embeds
+
+    def without(model, input_ids, attention_mask=None, pixel_values=None, *others):
+        if pixel_values is not None:
+            return upstream(model, input_ids, attention_mask, pixel_values, *others)
+        return {
+            "inputs_embeds": model.get_input_embeddings()(input_ids), "attention_mask": attention_mask,
+            "visual_pos_masks": None, "deepstack_visual_embeds": None,
+        }  # fmt: skip
+
+    qwen3_vl._get_input_embeds = without
+
+
+def dummy_image_again(rank) -> None:
+    from verl.models.transformers import qwen3_vl
+
+    qwen3_vl._get_input_embeds = rank.upstream
 
 
 def mfu(rank, promised: float) -> tuple[float, float]:

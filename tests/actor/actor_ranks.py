@@ -14,6 +14,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
+import vision
 
 ANSWER_S = 60
 VOCABULARY = 300
@@ -52,7 +53,9 @@ def make_model(name: str, folder: Path) -> Path:
     import transformers
 
     path = folder / name
-    if not path.exists():
+    if not path.exists() and name in vision.MODELS:
+        vision.make_model(name, path)
+    elif not path.exists():
         kind, sizes = MODELS[name]
         torch.manual_seed(0)
         config = getattr(transformers, kind)(**(_SIZES | sizes))
@@ -133,9 +136,10 @@ class Rank:
         """An RPC of the worker."""
         return getattr(self.worker, method)(*args)
 
-    def full(self, sequences, temperature, *, pad=0, micro_batch=1, reference=False):
+    def full(self, sequences, temperature, *, pad=0, micro_batch=1, reference=False, images=None):
         """As `RayPPOTrainer._compute_old_log_prob` and `_compute_ref_log_prob`, of (tokens, prompt tokens), with the
-        layout that the trainer has after generation, and `pad` columns more."""
+        layout that the trainer has after generation, and `pad` columns more. `images` of each sequence become what the
+        agent loop's padding gives a vision model."""
         import torch
         from tensordict import TensorDict
         from verl.utils import tensordict_utils as tu
@@ -156,6 +160,19 @@ class Rank:
             },
             batch_size=[len(sequences)],
         )  # fmt: skip
+        if images is not None:
+            # Of rows that are all equally long verl 0.9.1 loses the positions; tests/contract/test_vision_hooks.py.
+            assert len({len(tokens) for tokens, _ in sequences}) > 1, "nothing to compare with"
+            maker = vision.Maker(self.worker.actor.model_config.hf_config.model_type)
+            inputs, positions = [], []
+            for row, (tokens, start) in enumerate(sequences):
+                output = maker.output(tokens, start, images[row])
+                inputs.append(maker._compute_multi_modal_inputs(output, ids[row : row + 1]))
+                positions.append(
+                    maker._compute_position_ids(ids[row : row + 1], mask[row : row + 1], inputs[row])
+                )  # [1, 4, prompt + response]
+            data["position_ids"] = torch.cat(positions)
+            tu.assign_non_tensor_stack(data, "multi_modal_inputs", inputs)
         data = left_right_2_no_padding(data)
         worker = self.worker.actor
         settings = {"calculate_entropy": not reference, "calculate_sum_pi_squared": not reference}

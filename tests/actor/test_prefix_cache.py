@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from verl_patches.prefix_cache import CannotContinue, Geometry, Prefix, PrefixBatch, plan
+from verl_patches.prefix_cache import CannotContinue, Geometry, Prefix, PrefixBatch
 
 SIZES = {"layers": 2, "heads": 3, "key_dim": 4, "value_dim": 5}
 GEOMETRY = Geometry(**SIZES, key_dtype=torch.float32, value_dtype=torch.bfloat16, device=torch.device("cpu"))
@@ -88,19 +88,3 @@ def test_geometry_is_learnt_from_layers_that_are_alike():
     cache.layers[1].keys = torch.zeros(1, 3, 6, 8)
     with pytest.raises(CannotContinue, match="different sizes"):
         Geometry.of(cache, 2, 6)
-
-
-rows = st.lists(st.tuples(st.integers(0, 50), st.integers(1, 30)), max_size=20)
-
-
-@settings(deadline=None)
-@given(rows, st.integers(1, 100), st.integers(1, 400))
-def test_plan_keeps_the_limits_and_every_row(rows, max_tokens, max_prefix_tokens):
-    before, lengths = [row[0] for row in rows], [row[1] for row in rows]
-    batches = plan(before, lengths, max_tokens, max_prefix_tokens)
-    assert sorted(row for batch in batches for row in batch) == list(range(len(rows)))
-    for batch in batches:
-        new = max(lengths[row] for row in batch)
-        if len(batch) > 1:
-            assert len(batch) * new <= max_tokens
-            assert len(batch) * (max(before[row] for row in batch) + new) <= max_prefix_tokens

@@ -3,8 +3,9 @@
 import asyncio
 
 import numpy as np
+import pytest
 
-from darts.actor_calls import SequenceKey
+from darts.actor_calls import Extras, SequenceKey
 from darts.growth import GrowthOutbox
 
 A, B = SequenceKey("a", 0), SequenceKey("b", 1)
@@ -73,6 +74,35 @@ def test_ends_alone_in_mode_sequence():
     outbox.grow(A, PROMPT, 0, [4, 5], 0.5)
     outbox.finish(A, PROMPT, [4, 5], 0.5)
     assert rows(outbox) == [(0, [1, 2, 3, 4, 5], True, 0.5)]
+
+
+EXTRAS = Extras(position_ids=np.zeros((4, 5), dtype=np.int32), multi_modal_inputs={})
+
+
+@pytest.mark.parametrize("growing", [False, True])
+def test_extras_come_with_the_whole_sequence(growing):
+    outbox = GrowthOutbox(growing=growing)
+    outbox.grow(A, PROMPT, 0, [4], 0.5)
+    outbox.finish(A, PROMPT, [4, 5], 0.9, lambda: EXTRAS)
+    *before, whole = taken(outbox).growths
+    assert len(before) == growing
+    assert (whole.row.start, whole.row.token_ids.tolist(), whole.row.last) == (0, [1, 2, 3, 4, 5], True)
+    assert whole.row.extras is EXTRAS
+
+
+def test_extras_are_not_made_of_what_is_not_told():
+    """They cost the processor's time."""
+
+    def made():
+        raise AssertionError("nobody wants them")
+
+    outbox = GrowthOutbox(growing=False)
+    outbox.drop(A)
+    outbox.finish(A, PROMPT, [4], 0.5, made)
+    outbox.finish(B, PROMPT, [4], 0.5)
+    outbox.finish(B, PROMPT, [4], 0.5, made)  # again
+    (growth,) = taken(outbox).growths
+    assert growth.row.extras is None
 
 
 def test_drops_are_told_once_and_only_of_what_was_told():

@@ -1,14 +1,16 @@
 """The schedule of the actor's calls against ranks that keep books of their own: what arrives, where, in which order."""
 
 import random
+import sys
 from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from darts.actor_calls import Row, SequenceKey
+from darts.actor_calls import Extras, Row, SequenceKey
 from darts.overlap import Growth, OverlapSchedule, checksum
 
 
@@ -60,12 +62,10 @@ class Ranks:
             assert sum(len(part.token_ids) for part in call.whole) <= self.max_tokens or len(call.whole) == 1
             if call.growing:
                 widest = max(len(part.token_ids) for part in call.growing)
-                longest = max(
-                    len(running.get(part.key, ())) * (part.start > 0) + len(part.token_ids) for part in call.growing
-                )
+                deepest = max(len(running.get(part.key, ())) * (part.start > 0) for part in call.growing)
                 if len(call.growing) > 1:
                     assert len(call.growing) * widest <= self.max_tokens
-                    assert len(call.growing) * longest <= self.max_held
+                    assert len(call.growing) * (deepest + widest) <= self.max_held
             for part in call.growing:
                 known = running.pop(part.key, []) if part.start else []
                 assert part.start == len(known)
@@ -238,6 +238,18 @@ def test_gaps_and_wrong_settings_are_refused():
     for arguments in ((1, 0, 10, 0), (1, 1, 0, 0), (1, 1, 10, -1)):
         with pytest.raises(ValueError, match="must be at least"):
             OverlapSchedule(*arguments)
+
+
+def test_extras_go_with_the_row_and_are_kept_no_longer():
+    schedule = OverlapSchedule(1, 1, 100, 0)
+    extras = Extras(position_ids=np.zeros((4, 3)), multi_modal_inputs={})
+    held = sys.getrefcount(extras)
+    schedule.grow(Growth(replace(row(0, 0, [1, 2, 3], last=True), extras=extras), 1.0))
+    grow(schedule, 1, 0, [1, 2], last=True)
+    (call,) = schedule.next_call()
+    assert [part.extras for part in call.whole] == [extras, None]
+    del call
+    assert sys.getrefcount(extras) == held, "Ray frees what nobody refers to"
 
 
 def test_a_checksum_continues():

@@ -202,7 +202,8 @@ class Actor:
             flops = self._shape.forward_flops(len(growing) * widest, widest * padded)
             seconds += flops / (self._gpu.flops * self._gpu.train_share)
             seconds += 3 * padded * self._shape.kv_bytes / (self._gpu.bandwidth * self._gpu.memory_share)
-            held |= {key: before + new for key, before, new in growing}
+            ended = {row.key for row in call.growing if row.last}  # their new tokens are not kept
+            held |= {key: before + new for key, before, new in growing if key not in ended}
             self.peak_tokens = max(self.peak_tokens, sum(held.values()) + padded)
             forwards += 1
         for row in call.growing:
@@ -428,7 +429,7 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--servers", type=int, default=32, help="GPUs that serve (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=16384, help="of a forward (default: %(default)s)")
     parser.add_argument("--kv-cache-gib", type=float, default=8, help="on a rank (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="steps with lengths of their own (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=12, help="steps with lengths of their own (default: %(default)s)")
     options = parser.parse_args(given)
     opening = common.document(options)
     records = []

@@ -4,7 +4,7 @@
 
 Contract. One process, one data-parallel rank of `verl_patches.dp_actor.OverlappedActorWorker` with random weights, on
 the device that verl finds (a GPU if there is one, bfloat16 there). In each repeat the same responses are computed in
-three ways, in an order that rotates:
+three ways, all rows in one forward, in an order that rotates:
 
 1. `whole`: once, complete, by verl's own forward, as after generation and in mode `sequence`;
 2. `chunks`: as they grow, each chunk continuing the cached prefix (mode `token`);
@@ -85,11 +85,11 @@ def build(shape: str, dtype: str, options: argparse.Namespace) -> Any:
 class Step:
     """Calls to the worker, and how long they took."""
 
-    def __init__(self, worker: Any, number: int, mode: str, max_tokens: int) -> None:
+    def __init__(self, worker: Any, number: int, mode: str) -> None:
         from darts.actor_calls import StepSettings
 
         self._worker, self._step, self._calls = worker, number, 0
-        settings = StepSettings(step=number, mode=mode, temperature=1.0, max_tokens=max_tokens)
+        settings = StepSettings(step=number, mode=mode, temperature=1.0)
         if refusal := worker.overlap_open(settings).refusal:
             raise RuntimeError(f"the model cannot continue prefixes: {refusal}")
         self.seconds, self.tokens, self.peak_bytes = 0.0, 0, 0
@@ -98,8 +98,7 @@ class Step:
         """One forward over rows."""
         from darts.actor_calls import RankCall
 
-        kind = "growing" if growing else "whole"
-        call = RankCall(step=self._step, number=self._calls, **{kind: rows, f"forward_{kind}": True})
+        call = RankCall(step=self._step, number=self._calls, **{"growing" if growing else "whole": rows})
         start = time.perf_counter()
         report = self._worker.overlap_extend(call)
         self.seconds += time.perf_counter() - start
@@ -121,7 +120,7 @@ def measure(worker: Any, arm: str, number: int, tokens: np.ndarray, options: arg
     rows, length = tokens.shape
     keys = [SequenceKey(f"{row}", 0) for row in range(rows)]
     ends = [*range(options.prompt + options.chunk, length, options.chunk), length]
-    step = Step(worker, number, "token" if arm == CHUNKS else "sequence", options.max_tokens)
+    step = Step(worker, number, "token" if arm == CHUNKS else "sequence")
     for start, end in zip([0, *ends], ends, strict=False):
         if arm == WHOLE and end < length:
             continue
@@ -194,7 +193,6 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--prompt", type=int, default=128, help="tokens (default: %(default)s)")
     parser.add_argument("--response", type=int, default=1024, help="tokens (default: %(default)s)")
     parser.add_argument("--chunk", type=int, default=64, help="tokens (default: %(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=16384, help="of verl's forward (default: %(default)s)")
     parser.add_argument("--remove-padding", action="store_true", help="verl packs; needs flash-attention")
     parser.add_argument("--repeats", type=int, default=5, help="counted (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of tokens (default: %(default)s)")

@@ -23,13 +23,12 @@ class StepSettings:
     """How the log-probs of a step are computed.
 
     Example:
-        >>> StepSettings(step=3, mode="token", temperature=1.0, max_tokens=16_384)
+        >>> StepSettings(step=3, mode="token", temperature=1.0)
     """
 
     step: int
     mode: str  # sequence or token
     temperature: float
-    max_tokens: int  # of a forward over whole rows on one rank: verl's limit of a micro-batch
     with_reference: bool = False
     sum_pi_squared: bool = False  # as verl's actor.calculate_sum_pi_squared
 
@@ -41,8 +40,9 @@ class RankAbility:
     refusal: str | None  # why it cannot continue a prefix (mode token); None: it can
     bytes_per_token: int  # of keys and values on one rank, of actor and reference; 0 with a refusal
     device_bytes: int  # memory of the device
-    free_bytes: int  # of it, not in use now
-    parameter_bytes: int  # of the model's shard and what is gathered for a forward
+    free_bytes: int  # of it, not in use while the actor's shard is there
+    gathered_bytes: int  # of parameters, for a forward
+    optimizer_bytes: int  # of the state that the optimizer does not have yet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -75,15 +75,13 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RankCall:
-    """What one rank is to do now. All ranks get a call at the same time, with the same two flags."""
+    """What one rank is to do now. All ranks get a call at the same time, most of them with rows of their own."""
 
     step: int
     number: int  # of the call within the step, from 0
-    drop: list[SequenceKey] = field(default_factory=list)  # forget these, results too
-    whole: list[Row] = field(default_factory=list)  # complete sequences (start 0, last), through verl's own forward
+    drop: list[SequenceKey] = field(default_factory=list)  # forget these first, results too
+    whole: list[Row] = field(default_factory=list)  # complete (start 0, last): one forward, verl's own
     growing: list[Row] = field(default_factory=list)  # one forward that continues cached prefixes
-    forward_whole: bool = False  # some rank has `whole` rows
-    forward_growing: bool = False  # some rank has `growing` rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

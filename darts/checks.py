@@ -36,7 +36,7 @@ def darts_config(config: DictConfig) -> DartsConfig:
         )
     block: Any = OmegaConf.to_container(config.darts, resolve=True)
     overlap = block.get("overlap") or {}
-    if isinstance(overlap, dict) and overlap.get("mode") in (None, "auto") and _without_overlap(config):
+    if isinstance(overlap, dict) and overlap.get("mode") in (None, "auto") and without_overlap(config):
         block["overlap"] = overlap | {"mode": "off"}
     return DartsConfig.from_block(block, group_size=config.actor_rollout_ref.rollout.n)
 
@@ -160,8 +160,8 @@ def check_memory(
         darts: the settings; nothing is checked unless log-probs are overlapped on the servers' devices.
         abilities: of the ranks, with the servers asleep.
         logit_bytes: of the largest forward.
-        server_share: of the device that an awake server takes, `rollout.gpu_memory_utilization`; 0 where it holds its
-            memory already.
+        server_share: of the device that an awake server takes, `rollout.gpu_memory_utilization`; 0 where it never
+            sleeps, and so holds its memory already.
 
     Raises:
         ConfigError: they do not fit.
@@ -173,7 +173,8 @@ def check_memory(
         parts = {
             "in use with the servers asleep": (ability.device_bytes - ability.free_bytes) / GIB,
             "the servers (rollout.gpu_memory_utilization)": server_share * ability.device_bytes / GIB,
-            "gathered parameters": ability.parameter_bytes / GIB,
+            "gathered parameters": ability.gathered_bytes / GIB,
+            "the optimizer's state, once there is one": ability.optimizer_bytes / GIB,
             "prefixes (darts.overlap.kv_cache_gib)": cache,
             "logits of one forward": logit_bytes / GIB,
         }
@@ -208,12 +209,12 @@ def _check_overlap(config: DictConfig, darts: DartsConfig) -> None:
     """What overlapped log-probs need of verl's configuration."""
     if darts.overlap.mode == "off":
         return
-    reason = _without_overlap(config)
+    reason = without_overlap(config)
     if reason is not None:
         raise ConfigError("darts.overlap.mode", darts.overlap.mode, *reason)
 
 
-def _without_overlap(config: DictConfig) -> tuple[str, str] | None:
+def without_overlap(config: DictConfig) -> tuple[str, str] | None:
     """Why verl's settings exclude overlapped log-probs, and what to change; None where they do not."""
     corrected = config.algorithm.get("rollout_correction")
     if corrected and corrected.get("bypass_mode", False):
@@ -221,6 +222,13 @@ def _without_overlap(config: DictConfig) -> tuple[str, str] | None:
             "with algorithm.rollout_correction.bypass_mode=True the servers' own log-probs are the old log-probs, so "
             "there is nothing to compute while generation runs.",
             "set darts.overlap.mode=off, or algorithm.rollout_correction.bypass_mode=False.",
+        )
+    reward_model = config.reward.reward_model
+    if reward_model.enable and not reward_model.enable_resource_pool:
+        return (
+            "a reward model on the training GPUs (reward.reward_model.enable_resource_pool=False) wakes up right after "
+            "generation, when the overlapped actor still holds its memory.",
+            "set darts.overlap.mode=off, or give the reward model a pool of its own.",
         )
     strategy = config.actor_rollout_ref.actor.strategy
     if strategy not in ("fsdp", "fsdp2"):

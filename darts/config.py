@@ -27,6 +27,11 @@ class ConfigError(ValueError):
     def __init__(self, key: str, value: object, rule: str, fix: str) -> None:
         super().__init__(f"{key}={value!r}: {rule} Fix: {fix}")
         self.key = key
+        self._given = key, value, rule, fix
+
+    def __reduce__(self) -> Any:
+        """Ray carries it from the trainer's process to the user's."""
+        return type(self), self._given
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

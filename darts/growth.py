@@ -6,14 +6,15 @@ which has one call per worker open at a time: calls do not grow with candidates 
 1. Of a growing candidate, `grow` tells the tokens of each chunk (mode `token`, agent loops with one request). `finish`
    tells prompt and response as the agent loop returned them: what was not told before, or everything again where what
    was told is not how they begin.
-2. A candidate that is not kept is dropped once; nothing is told of it afterwards.
+2. Once a group has decided, `keep` names the candidates that stay; one that is not kept is dropped once, and nothing is
+   told of it afterwards.
 3. Where the model takes more than tokens (a processor), complete sequences alone are told, each at once and with its
    extras.
 """
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ class Progress(NamedTuple):
     """What was reported since the last call."""
 
     growths: list[Growth]
+    kept: list[SequenceKey]  # certain from now on
     dropped: list[SequenceKey]
     ended: bool  # nothing comes any more
 
@@ -47,6 +49,7 @@ class GrowthOutbox:
     growing: bool  # tell of growing candidates too
     _told: dict[SequenceKey, _Told] = field(default_factory=dict)
     _growths: list[Growth] = field(default_factory=list)
+    _kept: list[SequenceKey] = field(default_factory=list)
     _dropped: list[SequenceKey] = field(default_factory=list)
     _ended: bool = False
     _filled: asyncio.Event = field(default_factory=asyncio.Event)
@@ -80,6 +83,11 @@ class GrowthOutbox:
         made = None if extras is None else extras()
         self._tell(key, told, len(prompt_ids), tokens[told.tokens :], True, chance, made)
 
+    def keep(self, keys: Iterable[SequenceKey]) -> None:
+        """The candidates that a group keeps."""
+        self._kept.extend(keys)
+        self._filled.set()
+
     def drop(self, key: SequenceKey) -> None:
         """A candidate is not kept."""
         told = self._told.pop(key, None)
@@ -98,8 +106,8 @@ class GrowthOutbox:
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._filled.wait(), wait_s)
         self._filled.clear()
-        progress = Progress(self._growths, self._dropped, self._ended)
-        self._growths, self._dropped = [], []
+        progress = Progress(self._growths, self._kept, self._dropped, self._ended)
+        self._growths, self._kept, self._dropped = [], [], []
         return progress
 
     def _tell(

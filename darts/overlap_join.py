@@ -80,7 +80,6 @@ def join(
     missing = _uneven(batch, np.flatnonzero(~np.asarray(usable, dtype=bool)))
     if len(missing):
         part, added = pad_dataproto_to_divisor(batch.select_idxs(missing), num_ranks)
-        # Of any number of rows: verl's fixed micro-batches would have to divide them.
         part.meta_info = part.meta_info | {
             "global_token_num": part.batch["attention_mask"].sum(dim=-1).tolist(),
             "use_dynamic_bsz": True,
@@ -106,17 +105,24 @@ def _uneven(batch: DataProto, rows: np.ndarray) -> np.ndarray:
 
 def actor_limits(config: DictConfig, darts: DartsConfig, num_ranks: int, with_reference: bool) -> ActorLimits:
     """What verl's configuration says about the actor's forwards."""
-    rollout = config.actor_rollout_ref.rollout
-    longest = rollout.prompt_length + rollout.response_length
-    fixed = rollout.log_prob_micro_batch_size_per_gpu
-    dynamic = rollout.log_prob_use_dynamic_bsz or fixed is None
+    ours = config.actor_rollout_ref
+    rollout, longest = ours.rollout, ours.rollout.prompt_length + ours.rollout.response_length
+    asked = [rollout, ours.ref] if with_reference else [rollout]
+    fixed = [part.log_prob_micro_batch_size_per_gpu for part in asked if not part.log_prob_use_dynamic_bsz]
+    fixed = [size for size in fixed if size is not None]
+    dynamic = [part.log_prob_max_token_len_per_gpu for part in asked if part.log_prob_use_dynamic_bsz]
     return ActorLimits(
         num_ranks=num_ranks,
-        max_tokens=rollout.log_prob_max_token_len_per_gpu if dynamic else fixed * longest,
+        max_tokens=min([*dynamic, *(size * longest for size in fixed)], default=longest),
+        max_rows=min(fixed, default=None if dynamic else 1),
+        padded=not ours.model.use_remove_padding,
+        sequence_parallel=max(
+            ours.actor.ulysses_sequence_parallel_size, ours.actor.fsdp_config.get("ulysses_sequence_parallel_size", 1)
+        ),
         longest=longest,
         temperature=rollout.temperature,
         with_reference=with_reference,
-        sum_pi_squared=config.actor_rollout_ref.actor.get("calculate_sum_pi_squared", False),
+        sum_pi_squared=ours.actor.get("calculate_sum_pi_squared", False),
         timeout_s=darts.timeout_s,
     )
 
@@ -164,6 +170,8 @@ class OverlappedLogProbs:
 
         names = ["old_log_probs", "entropys"] + ["sum_pi_squared"] * self._limits.sum_pi_squared
         output = self._join(batch, names, missing)
+        if not self._limits.with_reference:
+            outcome.release()
         self._joined.exposed_s = time.monotonic() - start
         return output, mfu[0]
 
@@ -173,6 +181,7 @@ class OverlappedLogProbs:
             return compute(batch)
         start = time.monotonic()
         output = self._join(batch, ["ref_log_prob"], compute)
+        self._joined.outcome.release()
         self._joined.exposed_s += time.monotonic() - start
         return output
 
@@ -203,4 +212,6 @@ class OverlappedLogProbs:
 
     def _join(self, batch: DataProto, names: list[str], compute: Callable[[DataProto], DataProto]) -> DataProto:
         joined, limits = self._joined, self._limits
-        return join(batch, joined.outcome, joined.usable, names, compute, limits.num_ranks, limits.max_tokens)
+        # A fixed number of rows would have to divide them; one of the longest always fits.
+        max_tokens = limits.max_tokens if limits.max_rows is None else limits.longest
+        return join(batch, joined.outcome, joined.usable, names, compute, limits.num_ranks, max_tokens)

@@ -27,6 +27,8 @@ from darts.growth import Progress
 from darts.overlap import ActorCall, OverlapSchedule
 
 POLL_S = 5.0
+PAUSE_S = 0.05
+"""Between two polls of a worker: at 64 GPUs it has thousands of reports in a second, and one call brings them all."""
 GIB = 1 << 30
 
 
@@ -35,7 +37,10 @@ class ActorLimits:
     """What the run's configuration says about forwards of the actor."""
 
     num_ranks: int  # data-parallel
-    max_tokens: int  # of a forward on one rank
+    max_tokens: int  # of a forward on one GPU
+    max_rows: int | None  # of a forward; None: as many as `max_tokens` allows
+    padded: bool  # verl's forward pads its rows to the longest
+    sequence_parallel: int  # GPUs of a rank
     longest: int  # tokens of prompt and response, at most
     temperature: float
     with_reference: bool
@@ -59,6 +64,10 @@ class OverlapOutcome:
     restarted_tokens: int
     peak_cache_bytes: int
 
+    def release(self) -> None:
+        """Gives the values back: in long runs they are hundreds of megabytes of Ray's object store."""
+        self.values = {key: {} for key in self.values}
+
 
 @dataclass(slots=True, eq=False)
 class _Step:
@@ -75,23 +84,24 @@ class _Step:
 
 
 class OverlapSession:
-    """Drives the overlapped actor.
+    """Drives the overlapped actor, once `prepare` has asked it what it can do.
 
     Args:
         actor: worker group of `verl_patches.dp_actor.OverlappedActorWorker`.
         overlap: the settings; the mode is `sequence` or `token`.
         limits: of the actor's forwards.
-        say: prints a line.
+
+    Attributes:
+        mode: in which log-probs are computed; `sequence` also where `token` was asked for and cannot be.
+        cache_tokens: of prefixes that each rank may hold and work on; 0 in mode `sequence`.
     """
 
-    def __init__(
-        self, actor: Any, overlap: OverlapConfig, limits: ActorLimits, say: Callable[[str], None] = print
-    ) -> None:
+    def __init__(self, actor: Any, overlap: OverlapConfig, limits: ActorLimits) -> None:
         self._actor = actor
         self._overlap = overlap
         self._limits = limits
-        self._say = say
-        self._said: set[str] = set()
+        self.mode = overlap.mode
+        self.cache_tokens = 0
         self._step: _Step | None = None
         self._more = asyncio.Event()  # something was reported
 
@@ -100,12 +110,23 @@ class OverlapSession:
         """Whether a step has run and is not finished."""
         return self._step is not None
 
-    def abilities(self) -> list[RankAbility]:
-        """What each rank can do; opens a step of its own, number 0, and clears it."""
-        answers = self._get(self._actor.overlap_open(self._settings(0)))
+    def prepare(self, say: Callable[[str], None] = print) -> list[RankAbility]:
+        """Finds out what the ranks can do, in a step of its own, number 0, and says once if that excludes `token`.
+
+        Raises:
+            RuntimeError: a rank failed.
+            TimeoutError: a rank did not answer.
+        """
+        abilities: list[RankAbility] = self._get(self._actor.overlap_open(self._settings(0)))
         self._get(self._actor.overlap_clear(0))
-        self._cache_tokens(answers)  # says what it has to say
-        return answers
+        if self.mode == "token":
+            refusal = next((ability.refusal for ability in abilities if ability.refusal), None)
+            if refusal is None:
+                refusal = self._choose_cache(max(ability.bytes_per_token for ability in abilities))
+            if refusal is not None:
+                self.mode = "sequence"
+                say(f"[darts] overlap: complete responses alone (mode sequence), since {refusal}")
+        return abilities
 
     async def run(self, workers: Iterable[Any], rollout: int, step: int) -> None:
         """Computes while `workers` run rollout number `rollout`.
@@ -144,7 +165,8 @@ class OverlapSession:
                 self._take(step, self._get(step.waiting))
             step.schedule.keep_only(keys)
             sending = self._send(step)
-        results: list[RankResults] = self._get(self._actor.overlap_collect(step.number, step.schedule.complete(keys)))
+        answers = self._get(self._actor.overlap_collect(step.number, step.schedule.complete(keys)))
+        results: list[RankResults] = answers[: self._limits.num_ranks]
         self._get(self._actor.overlap_clear(step.number))
         values = {key: value for result in results for key, value in result.values.items()}
         return OverlapOutcome(
@@ -169,6 +191,7 @@ class OverlapSession:
                 self._more.set()
                 if progress.ended:
                     return
+                await asyncio.sleep(PAUSE_S)
         except ray.exceptions.RayActorError:
             return  # the rollout fails with the same cause
 
@@ -214,13 +237,19 @@ class OverlapSession:
         step.waiting = []
         if not step.sent:
             limits = self._limits
-            cache = self._cache_tokens(answers)
-            step.schedule = OverlapSchedule(step.number, limits.num_ranks, limits.max_tokens, cache)
+            step.schedule = OverlapSchedule(
+                step.number,
+                limits.num_ranks,
+                limits.max_tokens * limits.sequence_parallel,
+                self.cache_tokens,
+                max_rows=limits.max_rows,
+                padded=limits.padded,
+            )
             for progress in step.early:
                 _report(step.schedule, progress)
             step.early = []
             return
-        reports: list[RankReport] = answers
+        reports: list[RankReport] = answers[: self._limits.num_ranks]  # the others are parts of the same ranks
         ended = max(report.ended for report in reports)
         call = ActorCall(min(r.began for r in reports), ended, sum(r.tokens for r in reports))
         if call.tokens:
@@ -230,37 +259,30 @@ class OverlapSession:
             for row in (*rank_call.whole, *rank_call.growing):
                 # Log-probs there are now: of all tokens but the prompt's; a row's own first token has one too.
                 new = row.start + len(row.token_ids) - max(row.start, row.prompt_tokens)
-                step.computed.setdefault(row.key, []).append((ended, max(new, 0)))
+                if row.start == 0:
+                    step.computed[row.key] = []
+                step.computed[row.key].append((ended, max(new, 0)))
 
     def _settings(self, step: int) -> StepSettings:
         limits = self._limits
         return StepSettings(
             step=step,
-            mode=self._overlap.mode,
+            mode=self.mode,
             temperature=limits.temperature,
-            max_tokens=limits.max_tokens,
             with_reference=limits.with_reference,
             sum_pi_squared=limits.sum_pi_squared,
         )
 
-    def _cache_tokens(self, abilities: list[RankAbility]) -> int:
-        """Tokens of prefixes that each rank may hold and work on; 0, said once, where prefixes cannot be continued."""
-        if self._overlap.mode != "token":
-            return 0
-        refusal = next((ability.refusal for ability in abilities if ability.refusal), None)
-        if refusal is None:
-            per_token = max(ability.bytes_per_token for ability in abilities)
-            tokens = int(self._overlap.kv_cache_gib * GIB / per_token)
-            if tokens >= 2 * self._limits.longest:
-                return tokens
-            refusal = (
+    def _choose_cache(self, bytes_per_token: int) -> str | None:
+        """Sets `cache_tokens`, or says why there is no room."""
+        tokens, two = int(self._overlap.kv_cache_gib * GIB / bytes_per_token), 2 * self._limits.longest
+        if tokens < two:
+            return (
                 f"darts.overlap.kv_cache_gib={self._overlap.kv_cache_gib:g} holds {tokens} tokens on a rank; two "
-                f"sequences of {self._limits.longest} need {2 * self._limits.longest * per_token / GIB:.2f} GiB"
+                f"sequences of {self._limits.longest} need {two * bytes_per_token / GIB:.2f} GiB"
             )
-        if refusal not in self._said:
-            self._said.add(refusal)
-            self._say(f"[darts] overlap: complete responses alone (mode sequence), since {refusal}")
-        return 0
+        self.cache_tokens = tokens
+        return None
 
     def _get(self, refs: list[Any]) -> list[Any]:
         try:
@@ -318,6 +340,8 @@ def failed(cause: BaseException) -> RuntimeError:
 def _report(schedule: OverlapSchedule, progress: Progress) -> None:
     for growth in progress.growths:
         schedule.grow(growth)
+    for key in progress.kept:
+        schedule.keep(key)
     for key in progress.dropped:
         schedule.drop(key)
 

@@ -2,10 +2,12 @@
 
 Contract: `choose_backend` fills in the one key that follows from the placement; `check_placement` raises one
 `ConfigError` (key, value, rule, fix) for sizes that cannot work, before Ray starts; `check_cluster` raises one
-`ClusterTooSmall` once Ray knows its GPUs, before anything waits for them. Sizes are verl's own keys: trainer.nnodes x
-trainer.n_gpus_per_node GPUs train, actor_rollout_ref.rollout.nnodes x .n_gpus_per_node serve where disaggregated.
+`ClusterTooSmall` once Ray knows its GPUs, and `check_room_for_servers` once those that train are taken, before anything
+waits for them. Sizes are verl's own keys: trainer.nnodes x trainer.n_gpus_per_node GPUs train,
+actor_rollout_ref.rollout.nnodes x .n_gpus_per_node serve where disaggregated.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +23,7 @@ SEPARATE = "with darts.placement=disaggregated"
 
 
 class ClusterTooSmall(RuntimeError):
-    """The cluster has fewer GPUs than the run asks for."""
+    """The cluster has fewer GPUs than the run asks for, or has them on other nodes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,26 +75,60 @@ def check_placement(config: DictConfig) -> None:
     _check_training_ranks(config)
 
 
-def check_cluster(pools: Pools, others: int, available: float) -> None:
-    """Checks that the cluster has the GPUs of both pools; servers would wait for missing ones for ever.
+def check_cluster(config: DictConfig, others: int, nodes: Sequence[float]) -> None:
+    """Checks that the cluster has the GPUs of both pools, before anything waits for them: verl does so for ever.
 
     Args:
-        pools: those of the run.
+        config: of a disaggregated run.
         others: GPUs of further pools (reward model, teacher).
-        available: GPUs of the cluster, as Ray counts them.
+        nodes: GPUs of each node, as Ray counts them.
 
     Raises:
         ClusterTooSmall: it has not.
     """
-    wanted = pools.train + pools.serve + others
-    if pools.separate and available < wanted:
+    have, trainer = pools(config), config.trainer
+    wanted = have.train + have.serve + others
+    if sum(nodes) < wanted:
         more = f", {others} for reward and teacher models" if others else ""
         raise ClusterTooSmall(
-            f"darts.placement='disaggregated': the cluster has {available:g} GPUs, but {pools.train} train "
-            f"(trainer.nnodes x n_gpus_per_node) and {pools.serve} serve (actor_rollout_ref.rollout.nnodes x "
+            f"darts.placement='disaggregated': the cluster has {sum(nodes):g} GPUs, but {have.train} train "
+            f"(trainer.nnodes x n_gpus_per_node) and {have.serve} serve (actor_rollout_ref.rollout.nnodes x "
             f"n_gpus_per_node){more}, {wanted} together. Fix: make a pool smaller, or the cluster larger (where GPUs "
             "are logical: ray_kwargs.ray_init.num_gpus)."
         )
+    _require_parts(nodes, trainer.n_gpus_per_node, trainer.nnodes, "trainer.nnodes x n_gpus_per_node", "are on nodes")
+
+
+def check_room_for_servers(config: DictConfig, free: Sequence[float]) -> None:
+    """Checks that the servers fit on what the training GPUs leave of each node; Ray chooses the nodes of both.
+
+    Args:
+        config: of a disaggregated run.
+        free: GPUs of each node that are not taken, once those that train are.
+
+    Raises:
+        ClusterTooSmall: they do not.
+    """
+    rollout = config.actor_rollout_ref.rollout
+    part = min(_server_size(rollout), rollout.n_gpus_per_node)
+    _require_parts(
+        free, part, pools(config).serve // part, "parallel sizes of a server x number of servers", "are left on nodes"
+    )
+
+
+def _require_parts(nodes: Sequence[float], size: int, count: int, sizes: str, state: str) -> None:
+    """`count` times `size` GPUs of one node each."""
+    if sum(int(gpus // size) for gpus in nodes) < count:
+        listed = ", ".join(f"{gpus:g}" for gpus in nodes)
+        raise ClusterTooSmall(
+            f"darts.placement='disaggregated': {count} times {size} GPUs of one node are asked for ({sizes}), but "
+            f"{listed} GPUs {state}. Fix: choose sizes that fill whole nodes, or the same part of each."
+        )
+
+
+def _server_size(rollout: DictConfig) -> int:
+    """GPUs of one server."""
+    return rollout.tensor_model_parallel_size * rollout.data_parallel_size * rollout.pipeline_model_parallel_size
 
 
 def _check_backend(config: DictConfig) -> None:
@@ -180,7 +216,7 @@ def _check_servers(config: DictConfig) -> None:
     if rollout.get("disaggregation", {}).get("enabled", False):
         return  # servers of several sizes
     tensor, data, pipeline = (rollout[f"{name}_parallel_size"] for name in ("tensor_model", "data", "pipeline_model"))
-    server, have = tensor * data * pipeline, pools(config)
+    server, have = _server_size(rollout), pools(config)
     if have.separate:
         nodes, per_node = rollout.nnodes, rollout.n_gpus_per_node
         fits = per_node % server == 0 or (server % per_node == 0 and nodes % (server // per_node) == 0)

@@ -178,6 +178,7 @@ class RunningGroup:
     def lose(self, index: int, length: int) -> None:
         """As `CandidateGroup.lose`."""
         self._act(self.state.lose(index, length))
+        self._tell_dropped([index])
 
     def deadline(self) -> None:
         """As `CandidateGroup.deadline`."""
@@ -252,5 +253,7 @@ class RunningGroup:
         if self.state.complete and not self._decided.is_set():
             self._decided.set()
             self._tell_dropped(set(range(len(self.candidates))).difference(self.state.kept))
+            if self._outbox is not None:
+                self._outbox.keep(SequenceKey(self.uid, index) for index in self.state.kept)
         if self.state.complete or self.state.ready:
             self.settled.set()

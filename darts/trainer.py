@@ -19,6 +19,7 @@ Contract.
 
 import asyncio
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from verl.utils.device import get_resource_name
 from verl.utils.skip import SkipManager
 
 import verl_patches.register
-from darts.checks import check_memory, check_run, latency_profile
+from darts.checks import check_memory, check_run, latency_profile, without_overlap
 from darts.forecast import CostModel
 from darts.latency_profile import LatencyProfile, model_id
 from darts.overlap_join import OverlappedLogProbs, actor_limits
@@ -62,7 +63,8 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
         and servers that stream."""
         if self.darts.placement == "disaggregated":
             others = self.resource_pool_manager.get_n_gpus() - pools(self.config).train
-            check_cluster(pools(self.config), others, ray.cluster_resources().get(get_resource_name(), 0))
+            nodes = [node["Resources"].get(get_resource_name(), 0) for node in ray.nodes() if node["Alive"]]
+            check_cluster(self.config, others, nodes)
             patch_llm_server_manager()
         print("[darts] starting workers, engines and reward loop", flush=True)
         if self.darts.enable:
@@ -95,7 +97,18 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
             f"{allocation.low} to {allocation.high}), selection {selection.mode}: K={self.darts.num_short} shortest "
             f"and L={selection.num_long} longest (wait: {selection.long_wait}), early stop {self.darts.early_stop}"
             f"{'' if self.darts.some_shortest_only else ' (no group is shortest-only: it never acts)'}{placed}"
+            f"; log-probs {self._overlapped()}"
         )
+
+    def _overlapped(self) -> str:
+        """When log-probs are computed, for the banner."""
+        mode, reason = self.darts.overlap.mode, without_overlap(self.config)
+        if mode == "off":
+            why = f" ({reason[0]})" if reason is not None else ""
+            return f"after generation{why}"
+        tokens = 0 if self._log_probs is None else self._log_probs.session.cache_tokens
+        held = f", prefixes of up to {tokens:,} tokens on a rank" if tokens else ""
+        return f"during generation (overlap {mode}{held})"
 
     def fit(self) -> None:
         """Trains: plain verl's loop with `darts.enable=false`, else the loop of `SeparateRayPPOTrainer`."""
@@ -140,12 +153,17 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
         num_ranks = self._get_dp_size(self.actor_rollout_wg, "actor")
         limits = actor_limits(self.config, self.darts, num_ranks, self.use_reference_policy)
         session = OverlapSession(self.actor_rollout_wg, self.darts.overlap, limits)
+        abilities = session.prepare()
+        # Workers tell of growing responses only if somebody computes them.
+        self.darts = replace(self.darts, overlap=replace(self.darts.overlap, mode=session.mode))
+        self.async_rollout_manager.darts = self.darts
         rollout = self.config.actor_rollout_ref.rollout
+        asleep = self.config.trainer.device != "cpu" and rollout.free_cache_engine
         check_memory(
             self.darts,
-            session.abilities(),
+            abilities,
             logit_bytes=8 * limits.max_tokens * len(self.tokenizer),  # bfloat16, and what is made of it
-            server_share=0.0 if self.config.trainer.device == "cpu" else rollout.gpu_memory_utilization,
+            server_share=rollout.gpu_memory_utilization if asleep else 0.0,
         )
         self._log_probs = OverlappedLogProbs(session, limits)
         self.async_rollout_manager.overlap = session

@@ -137,7 +137,7 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         async with self._begun:
             await self._begun.wait_for(lambda: self._number >= number)
         if self._number != number or self._outbox is None:
-            return Progress([], [], True)
+            return Progress([], [], [], True)
         return await self._outbox.take(wait_s)
 
     async def progress(self) -> tuple[int, list[str]] | None:

@@ -7,9 +7,12 @@ more, which act on records of `darts.actor_calls`. From `overlap_open` to `overl
    known, the tokens 1 .. k-1 have log-probs; the last known one is forwarded with the first that follows it.
 2. A sequence lives on one data-parallel rank, named by its key. Rows must arrive in order and gapless. What does not
    fit what the rank knows, is out of order or of another step raises on all ranks at once, and changes nothing.
-3. All ranks of the FSDP group run each forward equally often. A rank with nothing to do runs a company of two tokens,
-   which has no key and leaves no trace.
-4. A dropped, restarted or finished sequence has no prefix any more when the call returns; `cache_bytes` is exact.
+3. All ranks run each forward of a call, or none does; before it they agree on which there are. The whole rows of a call
+   are one micro-batch on each rank, however many: who calls bounds them. A rank without rows runs a company of two
+   tokens, which has no key and leaves no trace.
+4. A dropped or restarted sequence has no prefix any more before the call's rows take room, a finished one when the call
+   returns. `cache_bytes` is exact; so is the peak, the padded batch of a forward included. Prefixes merge their chunks
+   when the batch is gone, which needs less than the batch did.
 5. Whole rows go through verl's own `infer_batch`, with the extras that they bring: rows with images beside rows and
    ranks without. Of a model that verl cannot run so (no dummy image for text) they are left out, said once, and verl
    computes them after generation.
@@ -25,16 +28,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import ray
 import torch
-from verl.single_controller.base.decorator import Dispatch, collect_nd_compute, dispatch_nd_compute, register
+from verl.single_controller.base.decorator import Dispatch, dispatch_nd_compute, register
 from verl.single_controller.base.worker_group import WorkerGroup
 from verl.utils.device import get_device_name, get_torch_device
 from verl.workers.engine_workers import TrainingWorker
 
 from darts.actor_calls import Extras, RankAbility, RankCall, RankReport, RankResults, Row, SequenceKey, StepSettings
-from darts.multimodal import fetch
-from verl_patches.overlap_engine import LogProbModel, plain_model, register_engine, text_extras
+from verl_patches.overlap_engine import LogProbModel, register_engine
+from verl_patches.overlap_extras import ImageRows, completed, fetch_extras, layers_of
 from verl_patches.placement import PlacedActorWorker
 from verl_patches.prefix_cache import Prefix
 from verl_patches.vision import patch_forward_without_images
@@ -42,6 +44,8 @@ from verl_patches.vision import patch_forward_without_images
 MESH = "actor"
 COMPANY = np.zeros(2, dtype=np.int64)
 """Tokens of a rank that has no rows."""
+NAMES = {"log_probs": "old_log_probs", "entropy": "entropys"}
+"""The actor's results, by verl's names of the model's outputs."""
 
 
 @dataclass(slots=True)
@@ -71,18 +75,17 @@ class _Work:
     last: bool
 
 
-class OverlapSession:
+class RankSession:
     """One rank's sequences of one step."""
 
     def __init__(self, actor: TrainingWorker, ref: TrainingWorker | None, lora: bool) -> None:
         """`ref`: the reference in the same process; without one, `lora` says that the actor without adapter is it."""
         self._actor_worker = actor
-        self._actor = LogProbModel(actor, {"log_probs": "old_log_probs", "entropy": "entropys"})
+        self._actor = LogProbModel(actor, NAMES)
         self._ref: LogProbModel | None = None
         if ref is not None or lora:
             self._ref = LogProbModel(ref or actor, {"log_probs": "ref_log_prob"}, adapter=ref is not None)
-        self._parameter_bytes: int | None = None
-        self._said_of_images = False
+        self._images = ImageRows()
         self._forget(None)
 
     def open(self, settings: StepSettings) -> RankAbility:
@@ -92,15 +95,12 @@ class OverlapSession:
         if settings.with_reference and self._ref is None:
             raise ValueError("with_reference=True needs a reference in the actor's process: a fused one, or LoRA")
         self._forget(settings)
-        names = {"log_probs": "old_log_probs", "entropy": "entropys"}
-        self._actor.names = names | ({"sum_pi_squared": "sum_pi_squared"} if settings.sum_pi_squared else {})
+        self._actor.names = NAMES | ({"sum_pi_squared": "sum_pi_squared"} if settings.sum_pi_squared else {})
         self._models = [self._actor, *([self._ref] if settings.with_reference else [])]
         self._each_engine(get_device_name())
-        if self._parameter_bytes is None:
-            self._parameter_bytes = sum(_parameter_bytes(model) for model in (self._actor, self._ref) if model)
         if settings.mode == "token":
             for model in self._models:
-                self._refusal = self._refusal or model.refusal(settings.max_tokens)
+                self._refusal = self._refusal or model.refusal()
         able = settings.mode == "token" and self._refusal is None
         free, total = get_torch_device().mem_get_info()
         unused = get_torch_device().memory_reserved() - get_torch_device().memory_allocated()
@@ -109,41 +109,35 @@ class OverlapSession:
             bytes_per_token=sum(model.geometry.bytes_per_token for model in self._models) if able else 0,
             device_bytes=total,
             free_bytes=free + unused,
-            parameter_bytes=self._parameter_bytes,
+            gathered_bytes=max(model.gathered_bytes for model in self._models),
+            optimizer_bytes=self._actor.optimizer_bytes,
         )
 
     def extend(self, call: RankCall) -> RankReport:
         """As `OverlappedActorWorker.overlap_extend`."""
         began = time.time()
-        settings = self._settings
         refusal, extras = self._check(call), []
         if refusal is None:
-            refusal, extras = _fetch(call.whole)
-        longest = max([len(COMPANY), *(len(row.token_ids) for row in call.whole)])
-        layers = max((len(one.position_ids) for one in extras if one is not None), default=0)
+            refusal, extras = fetch_extras(call.whole)
+        unseen = sum(len(row.token_ids) > (row.start == 0) for row in call.growing)  # rows with something to forward
         # One exchange tells each rank what company it owes the others, and whether the call is refused.
-        refused, rows, longest, layers = self._most(refusal is not None, len(call.whole), longest, layers)
+        refused, any_whole, any_unseen, layers = self._most(
+            refusal is not None, len(call.whole), unseen, layers_of(extras)
+        )
         if refused:
             raise RuntimeError(refusal or "another rank has refused this call")
 
         self._number += 1
-        for key in call.drop:
+        for key in (*call.drop, *(row.key for row in (*call.whole, *call.growing) if not row.start)):
             self._drop(key)
-        whole_rows = call.whole
-        if layers and self._refuses_images(layers):
-            whole_rows, extras = self._leave_images(call.whole, extras)
+        whole_rows, extras = self._images.usable(self._models, call.whole, extras, layers)
         whole = [self._admit(row) for row in whole_rows]
         growing = [self._admit(row) for row in call.growing]
         tokens = sum(len(row.token_ids) for row in whole_rows) + sum(len(work.inputs) for work in growing)
-        if call.forward_whole:
-            # verl wants a row on each rank for each of its micro-batches, and none longer than a micro-batch.
-            company = rows - len(whole)
-            sequences = [row.token_ids for row in whole_rows] + [COMPANY] * company
-            if layers:
-                given = zip(sequences, extras + [None] * company, strict=True)
-                extras = [one or text_extras(len(sequence), layers) for sequence, one in given]
-            self._forward_whole(whole, sequences, max(settings.max_tokens, longest), extras if layers else [])
-        if call.forward_growing:
+        if any_whole:
+            sequences = [row.token_ids for row in whole_rows] or [COMPANY]
+            self._forward_whole(whole, sequences, completed(sequences, extras, layers))
+        if any_unseen:
             self._forward_growing([work for work in growing if len(work.inputs)])
         for work in [*whole, *growing]:
             if work.last:
@@ -215,11 +209,9 @@ class OverlapSession:
             return self._other_step(call.step)
         if call.number != self._number:
             return f"call {call.number} of step {call.step} came, call {self._number} is next"
-        if (call.whole and not call.forward_whole) or (call.growing and not call.forward_growing):
-            return "rows came without their flag, by which the other ranks know of the forward"
-        if call.forward_growing and (self._settings.mode != "token" or self._refusal is not None):
+        if call.growing and (self._settings.mode != "token" or self._refusal is not None):
             reason = self._refusal or f"the step's mode is {self._settings.mode}"
-            return f"a forward over growing sequences was asked for, but {reason}"
+            return f"growing sequences came, but {reason}"
         rows = call.whole + call.growing
         if len({row.key for row in rows}) != len(rows):
             return f"a sequence has two rows in one call: {sorted(row.key for row in rows)}"
@@ -246,7 +238,6 @@ class OverlapSession:
     def _admit(self, row: Row) -> _Work:
         """Takes a row's tokens."""
         if not row.start:
-            self._drop(row.key)
             prefixes = [Prefix() for _ in self._models]
             self._sequences[row.key] = _Sequence(prompt_tokens=row.prompt_tokens, prefixes=prefixes)
         sequence = self._sequences[row.key]
@@ -257,38 +248,19 @@ class OverlapSession:
         return _Work(sequence=sequence, inputs=tokens[:-1], labels=tokens[1:], begin=begin, last=row.last)
 
     def _most(self, *counts: int) -> list[int]:
-        """The largest of each number over the ranks."""
+        """The largest of each number over all ranks, also those that share sequences (Ulysses): each may refuse."""
         largest = torch.tensor(counts, dtype=torch.int64, device=get_device_name())
-        group = self._actor.engine.get_data_parallel_group()
-        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
         return largest.tolist()
 
-    def _refuses_images(self, layers: int) -> bool:
-        """Whether rows with images are left to verl, said once."""
-        reasons = [model.images_refusal(layers) for model in self._models]
-        reason = next(filter(None, reasons), None)
-        if reason is not None and not self._said_of_images and torch.distributed.get_rank() == 0:
-            print(f"[darts] overlap: responses with images are computed after generation, since {reason}", flush=True)
-        self._said_of_images = True
-        return reason is not None
-
-    def _leave_images(self, rows: list[Row], extras: list[Extras | None]) -> tuple[list[Row], list[Extras | None]]:
-        """Those without images; the others are not known here any more."""
-        kept = [at for at, one in enumerate(extras) if one is None or not one.multi_modal_inputs]
-        for at in set(range(len(rows))).difference(kept):
-            self._drop(rows[at].key)
-        return [rows[at] for at in kept], [extras[at] for at in kept]
-
-    def _forward_whole(
-        self, whole: list[_Work], sequences: list[np.ndarray], max_tokens: int, extras: list[Extras]
-    ) -> None:
-        """Extras of all sequences or of none."""
+    def _forward_whole(self, whole: list[_Work], sequences: list[np.ndarray], extras: list[Extras]) -> None:
+        """One forward of each model; sequences without works are company. Extras are of all sequences or of none."""
         for one in extras:
             if (lengths := one.multi_modal_inputs.get("images_seqlens")) is not None:
                 self._image_patches += lengths.tolist()
         for model in self._models:
             with self._timed(model):
-                output = model.whole(sequences, self._settings.temperature, max_tokens, extras)
+                output = model.whole(sequences, self._settings.temperature, extras)
             if output is None:
                 continue
             end = 0
@@ -336,41 +308,9 @@ class OverlapSession:
         return float(estimated / promised / 3.0 / self._actor.engine.ulysses_sequence_parallel_size)
 
 
-def _fetch(rows: list[Row]) -> tuple[str | None, list[Extras | None]]:
-    """Extras of the rows, as values, or why there are none."""
-    try:
-        fetched = iter(fetch([row.extras for row in rows if row.extras is not None]))
-    except ray.exceptions.RayError as error:
-        return f"the extras of a row are gone: {error!r}", []
-    extras = [None if row.extras is None else next(fetched) for row in rows]
-    layers = {len(one.position_ids) for one in extras if one is not None}
-    for row, one in zip(rows, extras, strict=True):
-        if one is not None and (len(layers) > 1 or one.position_ids.shape[1:] != row.token_ids.shape):
-            return f"{row.key}: positions {one.position_ids.shape} of {len(row.token_ids)} tokens, layers {layers}", []
-    return None, extras
-
-
-def _parameter_bytes(model: LogProbModel) -> int:
-    """Of the shard, and of what FSDP gathers at once: the embeddings and two layers, or everything. An estimate."""
-    if not model.adapter:
-        return 0  # the actor's own
-    engine = model.engine
-    shards = [getattr(parameter, "_local_tensor", parameter) for parameter in engine.module.parameters()]
-    world = torch.distributed.get_world_size()
-    size = engine.engine_config.fsdp_size
-    elements = sum(shard.numel() for shard in shards) * (size if 0 < size < world else world)
-    text = plain_model(engine.module).config.get_text_config(decoder=True)
-    root = min(elements, 2 * text.vocab_size * text.hidden_size)
-    if engine.engine_config.reshard_after_forward:
-        elements = root + 2 * (elements - root) // text.num_hidden_layers
-    return sum(shard.nbytes for shard in shards) + elements * engine._autocast_dtype.itemsize
-
-
 def _for_each_rank(worker_group: WorkerGroup, *args: Any, **kwargs: Any) -> tuple[tuple, dict[str, Any]]:
     """verl's dispatch by data-parallel rank, of lists that are split already; other arguments go to all ranks."""
-    if MESH not in worker_group._dispatch_info:
-        worker_group._dispatch_info[MESH] = worker_group._query_dispatch_info(MESH)
-    mapping = worker_group._dispatch_info[MESH]
+    mapping = _ranks_of(worker_group)
     size = max(mapping) + 1
     values = [value if isinstance(value, list) else [value] * size for value in (*args, *kwargs.values())]
     for value in values:
@@ -381,10 +321,18 @@ def _for_each_rank(worker_group: WorkerGroup, *args: Any, **kwargs: Any) -> tupl
 
 
 def _of_each_rank(worker_group: WorkerGroup, output: list[Any]) -> list[Any]:
-    """One answer for each data-parallel rank."""
+    """Those that verl would collect, in data-parallel order, and then those of all other ranks, which may fail too."""
     if MESH not in worker_group._collect_info:
         worker_group._collect_info[MESH] = worker_group._query_collect_info(MESH)
-    return collect_nd_compute(worker_group._collect_info[MESH], worker_group, output)
+    collected, mapping = worker_group._collect_info[MESH], _ranks_of(worker_group)
+    return [output[at] for at in sorted(range(len(output)), key=lambda at: (not collected[at], mapping[at]))]
+
+
+def _ranks_of(worker_group: WorkerGroup) -> list[int]:
+    """The data-parallel rank of each worker."""
+    if MESH not in worker_group._dispatch_info:
+        worker_group._dispatch_info[MESH] = worker_group._query_dispatch_info(MESH)
+    return worker_group._dispatch_info[MESH]
 
 
 EACH_RANK = {"dispatch_fn": _for_each_rank, "collect_fn": _of_each_rank}
@@ -393,7 +341,7 @@ EACH_RANK = {"dispatch_fn": _for_each_rank, "collect_fn": _of_each_rank}
 class OverlappedActorWorker(PlacedActorWorker):
     """verl's worker with the overlapped actor; see the module's contract."""
 
-    _overlap: OverlapSession | None = None  # from the first `overlap_open` on
+    _overlap: RankSession | None = None  # from the first `overlap_open` on
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
@@ -406,7 +354,7 @@ class OverlappedActorWorker(PlacedActorWorker):
     def overlap_open(self, settings: StepSettings) -> RankAbility:
         """Begins a step and forgets every other."""
         if self._overlap is None:
-            self._overlap = OverlapSession(self.actor, self.ref, lora=self.actor.engine._is_lora)
+            self._overlap = RankSession(self.actor, self.ref, lora=self.actor.engine._is_lora)
         return self._overlap.open(settings)
 
     @register(dispatch_mode=EACH_RANK, blocking=False)
@@ -429,7 +377,7 @@ class OverlappedActorWorker(PlacedActorWorker):
         if self._overlap is not None:
             self._overlap.clear(step)
 
-    def _opened(self) -> OverlapSession:
+    def _opened(self) -> RankSession:
         if self._overlap is None:
             raise RuntimeError("a call came before overlap_open")
         return self._overlap

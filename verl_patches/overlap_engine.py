@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from tensordict import TensorDict
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from transformers import PretrainedConfig
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name, get_vendor
 from verl.workers.engine import EngineRegistry
@@ -33,6 +34,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.engine_workers import TrainingWorker
 
 from darts.actor_calls import Extras
+from verl_patches.overlap_extras import text_extras
 from verl_patches.prefix_cache import Geometry, Prefix, PrefixBatch
 
 BACKENDS = ("fsdp", "fsdp2")
@@ -40,6 +42,13 @@ _BATCH = "prefix_batch"  # the marker of a micro-batch that continues prefixes
 
 CHECKED_PIECES = ((9, 1, 6, 8), (3, 10, 1, 2))
 """Tokens of the pieces of the two sequences that the check of a model runs."""
+
+ANY_TOKENS = 1 << 40
+"""More than a forward has. verl makes as few micro-batches as its limit of tokens allows, equally many on all ranks."""
+
+FIXED_ROPE = {"default", "linear", "yarn", "llama3", "proportional"}
+"""Kinds of RoPE whose frequencies are those of the configuration. Others, as `dynamic` and `longrope`, choose them by
+the longest sequence of each forward: keys that are cached would have other frequencies than those beside them."""
 
 
 class OverlapEngine(FSDPEngineWithLMHead):
@@ -110,17 +119,48 @@ class LogProbModel:
     def engine(self) -> FSDPEngineWithLMHead:
         return self.worker.engine
 
+    @property
+    def gathered_bytes(self) -> int:
+        """Of what FSDP gathers at once: the embeddings and two layers, or everything. An estimate; 0 for the actor
+        without its adapter."""
+        if not self.adapter:
+            return 0
+        engine = self.engine
+        world = torch.distributed.get_world_size()
+        size = engine.engine_config.fsdp_size
+        elements = sum(shard.numel() for shard in self._shards()) * (size if 0 < size < world else world)
+        text = plain_model(engine.module).config.get_text_config(decoder=True)
+        root = min(elements, 2 * text.vocab_size * text.hidden_size)
+        if engine.engine_config.reshard_after_forward:
+            elements = root + 2 * (elements - root) // text.num_hidden_layers
+        return elements * engine._autocast_dtype.itemsize
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """Of the state that the optimizer will make with its first step, on the device: two moments of each trained
+        parameter, as Adam's. 0 once it is there, where it is offloaded, and for a reference."""
+        engine = self.engine
+        optimizer = getattr(engine, "optimizer", None)
+        if optimizer is None or optimizer.state or engine.is_optimizer_offload_enabled:
+            return 0
+        return 2 * sum(shard.nbytes for shard in self._shards(trained=True))
+
+    def _shards(self, trained: bool = False) -> list[torch.Tensor]:
+        """This rank's parts of the parameters."""
+        parameters = self.engine.module.parameters()
+        return [getattr(p, "_local_tensor", p) for p in parameters if p.requires_grad or not trained]
+
     def whole(
-        self, sequences: Sequence[np.ndarray], temperature: float, max_tokens: int, extras: Sequence[Extras] = ()
+        self, sequences: Sequence[np.ndarray], temperature: float, extras: Sequence[Extras] = ()
     ) -> np.ndarray | None:
-        """Outputs for complete sequences through verl's own `infer_batch`; float32 [outputs, sum of tokens], where
-        each token's are those of its successor. None on a rank whose outputs verl does not use. `extras` are of all
-        sequences, as values and with equally many layers, or of none.
+        """Outputs for complete sequences through verl's own `infer_batch`, in one micro-batch; float32 [outputs, sum of
+        tokens], where each token's are those of its successor. None on a rank whose outputs verl does not use. `extras`
+        are of all sequences, as values and with equally many layers, or of none.
         """
         data = jagged_rows(sequences, extras)
         tu.assign_non_tensor(
             data, **self._settings(temperature), compute_loss=False, use_dynamic_bsz=True,
-            max_token_len_per_gpu=max_tokens, disable_auto_offload=True, no_lora_adapter=not self.adapter,
+            max_token_len_per_gpu=ANY_TOKENS, disable_auto_offload=True, no_lora_adapter=not self.adapter,
         )  # fmt: skip
         output = self.worker.infer_batch(data)
         if output is None:
@@ -142,7 +182,7 @@ class LogProbModel:
                 module.register_forward_pre_hook(lambda *_, name=name: entered.add(name))
                 for name, module in units.items()
             ]
-            self.whole([np.zeros(2, dtype=np.int64)], 1.0, 2, [text_extras(2, layers)])
+            self.whole([np.zeros(2, dtype=np.int64)], 1.0, [text_extras(2, layers)])
             for hook in hooks:
                 hook.remove()
             missed = sorted(units.keys() - entered)
@@ -161,10 +201,10 @@ class LogProbModel:
         """For `growing`."""
         return PrefixBatch(self.geometry, prefixes, inputs, labels, get_device_id())
 
-    def refusal(self, max_tokens: int) -> str | None:
+    def refusal(self) -> str | None:
         """Why the model cannot continue prefixes; None: it can. Found out once, by all ranks together."""
         if self.geometry is None and self._refusal is None:
-            self._refusal = self._unsupported() or self._check(max_tokens)
+            self._refusal = self._unsupported() or self._check()
             if self._refusal is not None:
                 self.geometry = None
         return self._refusal
@@ -199,21 +239,26 @@ class LogProbModel:
         kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
         if kinds:
             return f"{config.model_type} has layers of the kind {', '.join(sorted(kinds))}"
+        kinds = _rope_kinds(text) - FIXED_ROPE
+        if kinds:
+            return (
+                f"{config.model_type} has RoPE of the kind {', '.join(sorted(kinds))}, whose frequencies may depend on "
+                "the longest sequence of a forward"
+            )
         if getattr(text, "num_kv_shared_layers", 0):
             return f"{config.model_type} has layers that share keys and values"
         if "past_key_values" not in inspect.signature(model.forward).parameters:
             return f"{type(model).__name__}.forward takes no past_key_values"
         return None
 
-    def _check(self, max_tokens: int) -> str | None:
+    def _check(self) -> str | None:
         """Runs two sequences as a whole, together and alone, and in pieces. The mean difference of the pieces must be
         within what rounding explains: that of the two ways to run them as a whole, and the precision of the numbers."""
         random = np.random.default_rng(0)
         vocabulary = plain_model(self.engine.module).config.get_text_config(decoder=True).vocab_size
         sequences = [random.integers(0, vocabulary, sum(pieces) + 1) for pieces in CHECKED_PIECES]
-        limit = max(max_tokens, sum(map(len, sequences)))
-        together = self.whole(sequences, 1.0, limit)
-        alone = [self.whole([tokens], 1.0, limit) for tokens in sequences]
+        together = self.whole(sequences, 1.0)
+        alone = [self.whole([tokens], 1.0) for tokens in sequences]
         try:
             pieces = self._in_pieces(sequences)
             reason = None
@@ -278,9 +323,14 @@ def jagged_rows(sequences: Sequence[np.ndarray], extras: Sequence[Extras] = ()) 
     return data
 
 
-def text_extras(tokens: int, layers: int = 1) -> Extras:
-    """Those of a sequence without images."""
-    return Extras(position_ids=np.tile(np.arange(tokens), (layers, 1)), multi_modal_inputs={})
+def _rope_kinds(config: PretrainedConfig) -> set[str]:
+    """All that a configuration names, for the model or for each kind of layers, in today's form or the older one."""
+    found = set()
+    for name in ("rope_parameters", "rope_scaling"):
+        settings = getattr(config, name, None) or {}
+        for one in (settings, *(value for value in settings.values() if isinstance(value, dict))):
+            found |= {one[key] for key in ("rope_type", "type") if one.get(key)}
+    return found
 
 
 def plain_model(module: torch.nn.Module) -> torch.nn.Module:

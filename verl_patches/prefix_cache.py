@@ -8,7 +8,8 @@ Contract:
    windows: keys of row b lie at columns [P - P_b, P + n_b), the attention mask is 0 elsewhere, positions are P_b,
    P_b + 1, ...
 3. Padding is finite (zeros) and has no position that the row itself does not have.
-4. Memory is exact: a batch takes `rows * (P + n) * bytes_per_token`, and the model writes into it in place.
+4. Memory is exact: a batch takes `rows * (P + n) * bytes_per_token`, and the model writes into it in place. Merging a
+   prefix's chunks takes no more than the prefix besides it, so after `release` less than the batch did.
 5. What does not fit the geometry learnt from the model itself raises `CannotContinue`: never cast, never guessed.
 """
 

@@ -106,7 +106,7 @@ def main(config: DictConfig) -> None:
     try:
         run_ppo(config, task_runner_class=ray.remote(DartsTaskRunner))
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, ClusterTooSmall):
+        if isinstance(error.cause, ClusterTooSmall | ConfigError):
             refuse(error.cause)
         raise
 

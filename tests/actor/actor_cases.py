@@ -10,7 +10,7 @@ from actor_ranks import VOCABULARY
 
 from darts.actor_calls import Extras, RankCall, RankReport, Row, SequenceKey, StepSettings
 
-SETTINGS = StepSettings(step=1, mode="token", temperature=0.7, max_tokens=512, sum_pi_squared=True)
+SETTINGS = StepSettings(step=1, mode="token", temperature=0.7, sum_pi_squared=True)
 
 
 @dataclass
@@ -93,7 +93,7 @@ def calls_of(scripts: list[Script], size: int, step: int = 1, seed: int = 0) -> 
             [
                 RankCall(
                     step=step, number=len(calls), whole=row["whole"][rank], growing=row["growing"][rank],
-                    drop=row["drop"][rank], forward_whole=any(row["whole"]), forward_growing=any(row["growing"]),
+                    drop=row["drop"][rank],
                 )
                 for rank in range(size)
             ]
@@ -151,6 +151,10 @@ def finished(scripts: list[Script]) -> list[Script]:
     return [one for one in scripts if one.dropped_after is None]
 
 
+def num_parameters(rank) -> int:
+    return sum(parameter.numel() for parameter in rank.worker.actor.engine.module.parameters())
+
+
 def largest(found: dict, expected: dict) -> float:
     return max(float(values.max()) for values in differences(found, expected).values())
 
@@ -192,9 +196,9 @@ def _prefix_one_to_the_left(batch):
 
 def _boundary_token_lost():
     """The first token of a chunk is predicted from itself, as where chunks are forwarded one by one."""
-    from verl_patches.dp_actor import OverlapSession
+    from verl_patches.dp_actor import RankSession
 
-    upstream = OverlapSession._admit
+    upstream = RankSession._admit
 
     def admit(self, row):
         work = upstream(self, row)
@@ -202,22 +206,22 @@ def _boundary_token_lost():
             work.inputs[0] = work.labels[0]
         return work
 
-    OverlapSession._admit = admit
-    return functools.partial(setattr, OverlapSession, "_admit", upstream)
+    RankSession._admit = admit
+    return functools.partial(setattr, RankSession, "_admit", upstream)
 
 
 def _labels_one_late():
-    from verl_patches.dp_actor import OverlapSession
+    from verl_patches.dp_actor import RankSession
 
-    upstream = OverlapSession._admit
+    upstream = RankSession._admit
 
     def admit(self, row):
         work = upstream(self, row)
         work.labels[:] = np.roll(work.labels, 1)
         return work
 
-    OverlapSession._admit = admit
-    return functools.partial(setattr, OverlapSession, "_admit", upstream)
+    RankSession._admit = admit
+    return functools.partial(setattr, RankSession, "_admit", upstream)
 
 
 def _error_in_layer():
@@ -295,20 +299,20 @@ def lose_extras(rank, of: int) -> None:
     """On one rank, as where the worker that put them has died."""
     from ray.exceptions import RayError
 
-    from verl_patches import dp_actor
+    from verl_patches import overlap_extras
 
     def fetch(extras):
         raise RayError("it is gone")
 
     if rank.rank == of:
-        rank.fetch, dp_actor.fetch = dp_actor.fetch, fetch
+        rank.fetch, overlap_extras.fetch = overlap_extras.fetch, fetch
 
 
 def find_extras(rank, of: int) -> None:
-    from verl_patches import dp_actor
+    from verl_patches import overlap_extras
 
     if rank.rank == of:
-        dp_actor.fetch = rank.fetch
+        overlap_extras.fetch = rank.fetch
 
 
 def no_dummy_image(rank) -> None:
@@ -332,6 +336,36 @@ def dummy_image_again(rank) -> None:
     from verl.models.transformers import qwen3_vl
 
     qwen3_vl._get_input_embeds = rank.upstream
+
+
+def watch_forwards(rank) -> None:
+    """Remembers the shapes of what the actor forwards, until `forwards`."""
+    engine = rank.worker.actor.engine
+    upstream, rank.shapes = engine.prepare_model_inputs, []
+
+    def prepare_model_inputs(micro_batch):
+        inputs, outputs = upstream(micro_batch=micro_batch)
+        rank.shapes.append(tuple(inputs["input_ids"].shape))
+        return inputs, outputs
+
+    engine.prepare_model_inputs = prepare_model_inputs
+
+
+def forwards(rank) -> list[tuple[int, ...]]:
+    del rank.worker.actor.engine.prepare_model_inputs
+    return rank.shapes
+
+
+def share_sequences(rank) -> None:
+    """As with Ulysses: the other ranks are not of this rank's data-parallel group."""
+    import torch
+
+    groups = [torch.distributed.new_group([one]) for one in range(torch.distributed.get_world_size())]
+    rank.worker.actor.engine.get_data_parallel_group = lambda: groups[rank.rank]
+
+
+def share_no_sequences(rank) -> None:
+    del rank.worker.actor.engine.get_data_parallel_group
 
 
 def mfu(rank, promised: float) -> tuple[float, float]:

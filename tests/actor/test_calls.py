@@ -4,8 +4,24 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from actor_cases import SETTINGS, cached_tensors, calls_of, collect, extend, full, in_step, largest, mfu, script
-from actor_ranks import RankError
+from actor_cases import (
+    SETTINGS,
+    cached_tensors,
+    calls_of,
+    collect,
+    extend,
+    forwards,
+    full,
+    in_step,
+    largest,
+    mfu,
+    num_parameters,
+    script,
+    share_no_sequences,
+    share_sequences,
+    watch_forwards,
+)
+from actor_ranks import VOCABULARY, RankError
 
 from darts.actor_calls import RankCall, SequenceKey
 
@@ -23,10 +39,9 @@ def opened(engines, group):
     return group
 
 
-def only(group, number, *, step=1, rank=0, drop=(), whole=(), growing=(), **flags):
+def only(group, number, *, step=1, rank=0, drop=(), whole=(), growing=()):
     """A call with work for one rank and company for the others."""
-    flags = {"forward_whole": bool(whole), "forward_growing": bool(growing)} | flags
-    call = RankCall(step=step, number=number, **flags)
+    call = RankCall(step=step, number=number)
     return [
         replace(call, drop=list(drop), whole=list(whole), growing=list(growing)) if at == rank else call
         for at in range(group.size)
@@ -65,6 +80,14 @@ def test_bytes_are_exact_and_fall_at_once(opened):
     assert largest(found, full(opened, [kept])) <= 1e-4  # the others are left out
     opened.all("call", "overlap_clear", 1)
     assert set(opened.all("run", cached_tensors)) == {0}
+
+
+def test_ranks_say_what_the_first_update_and_a_forward_will_take(opened):
+    """Two moments of each parameter in float32 over all ranks; of the parameters, what is gathered at once."""
+    number = opened.all("run", num_parameters)[0]  # FSDP2: of the whole model, on each rank
+    abilities = opened.all("call", "overlap_open", SETTINGS)
+    assert sum(ability.optimizer_bytes for ability in abilities) == 2 * 4 * number
+    assert all(2 * VOCABULARY * 32 * 4 < ability.gathered_bytes <= 4 * number for ability in abilities)
 
 
 def test_restarted_sequence_begins_anew(opened):
@@ -124,7 +147,6 @@ def test_calls_out_of_order_are_refused_and_change_nothing(opened, one):
         (only(opened, 1, growing=[other]), "prompts of 5 and 6 tokens"),
         (only(opened, 1, drop=[one.key], growing=[one.row(1)]), "here it is unknown"),
         (only(opened, 1, whole=[one.row(0)]), "whole row with start=0, last=False"),
-        (only(opened, 1, growing=[one.row(1)], forward_growing=False), "without their flag"),
     ]:
         with pytest.raises(RankError, match=why) as refused:
             extend(opened, wrong)
@@ -133,6 +155,37 @@ def test_calls_out_of_order_are_refused_and_change_nothing(opened, one):
     extend(opened, only(opened, 2, growing=[one.row(2)]))
     with pytest.raises(RankError, match="here it is finished"):
         extend(opened, only(opened, 3, growing=[replace(one.row(2), start=30)]))
+    assert largest(collect(opened, 1, [one.key]), full(opened, [one])) <= 1e-4
+
+
+def test_ranks_that_share_sequences_refuse_together(two_ranks, engines, one):
+    """Extras may be gone on one of them alone."""
+    two_ranks.all("call", "overlap_open", SETTINGS)
+    two_ranks.all("run", share_sequences)
+    try:
+        with pytest.raises(RankError, match="continues at token 10") as refused:
+            extend(two_ranks, only(two_ranks, 0, rank=1, growing=[one.row(1)]))
+    finally:
+        two_ranks.all("run", share_no_sequences)
+    assert "another rank has refused this call" in str(refused.value)
+
+
+def test_whole_rows_are_one_micro_batch_and_company_is_one_row(opened):
+    random = np.random.default_rng(9)
+    scripts = [script(random, f"s{at}", prompt=9, response=30 + at) for at in range(5)]
+    opened.all("run", watch_forwards)
+    extend(opened, only(opened, 0, whole=[one.row(0) for one in scripts]))
+    assert opened.all("run", forwards) == [[(5, 43)], [(1, 2)]][: opened.size]
+    assert largest(collect(opened, 1, [one.key for one in scripts]), full(opened, scripts)) <= 1e-4
+
+
+def test_nothing_is_forwarded_for_rows_that_bring_nothing(opened):
+    """A prompt of one token has no log-probs, and an end may come alone."""
+    one = script(np.random.default_rng(9), "one", prompt=1, response=8, pieces=[1, 8, 0])
+    opened.all("run", watch_forwards)
+    for number in range(3):
+        extend(opened, only(opened, number, growing=[one.row(number)]))
+    assert opened.all("run", forwards) == [[(1, 8)], [(1, 2)]][: opened.size]
     assert largest(collect(opened, 1, [one.key]), full(opened, [one])) <= 1e-4
 
 

@@ -73,6 +73,15 @@ def test_check_refuses(two_ranks, strategy, mistake):
     [
         (set_config, "vision_config", {}, "multimodal"),
         (set_config, "layer_types", ["full_attention", "chunked_attention"], "chunked_attention"),
+        (set_config, "rope_parameters", {"rope_type": "longrope", "rope_theta": 1e4}, "RoPE of the kind longrope,"),
+        (
+            set_config,
+            "rope_parameters",
+            {"full_attention": {"rope_type": "dynamic"}, "sliding_attention": {"rope_type": "default"}},
+            "RoPE of the kind dynamic,",
+        ),
+        (set_config, "rope_scaling", {"type": "dynamic", "factor": 2.0}, "RoPE of the kind dynamic,"),
+        (set_config, "rope_scaling", {"type": "somebody's", "rope_type": "default"}, "RoPE of the kind somebody's,"),
         (set_config, "num_kv_shared_layers", 1, "share keys"),
         (set_engine, "ulysses_sequence_parallel_size", 2, "ulysses_sequence_parallel_size=2"),
         (set_engine, "__class__", None, "not OverlapEngine"),

@@ -5,6 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from verl_patches.prefix_cache import CannotContinue, Geometry, Prefix, PrefixBatch
 
@@ -33,6 +35,52 @@ def test_prefix_holds_its_tokens_in_few_chunks(lengths):
     if lengths:
         assert torch.equal(keys, torch.cat([keys for keys, _ in all_states], dim=2))
         assert torch.equal(values, torch.cat([values for _, values in all_states], dim=2))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all numbers with a fraction that were made inside and live, and the most of them at once."""
+
+    def __init__(self):
+        super().__init__()
+        self._storages = {}
+        self.most = 0
+
+    def now(self):
+        self._storages = {at: one for at, one in self._storages.items() if not one[0].expired()}
+        return sum(size for _, size in self._storages.values())
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **kwargs or {})
+        for tensor in torch.utils._pytree.tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                storage = tensor.untyped_storage()
+                self._storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.most = max(self.most, self.now())
+        return made
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.lists(st.integers(1, 9), min_size=3, max_size=3), min_size=1, max_size=12))
+def test_merging_chunks_needs_less_than_the_batch_that_was_released(calls):
+    """The peak of prefixes and batch is the peak of all: what merging holds twice comes when the batch is gone."""
+    prefixes = [Prefix() for _ in range(3)]
+    with LiveBytes() as live:
+        for lengths in calls:
+            inputs = [np.zeros(length, dtype=np.int64) for length in lengths]
+            batch = PrefixBatch(GEOMETRY, prefixes, inputs, inputs, "cpu")
+            for layer in range(GEOMETRY.layers):
+                shape = (3, GEOMETRY.heads, max(lengths))
+                keys = torch.zeros(*shape, GEOMETRY.key_dim)
+                batch.cache.update(keys, torch.zeros(*shape, GEOMETRY.value_dim).bfloat16(), layer)
+                del keys
+            batch.keep(range(3))
+            allowed = sum(prefix.nbytes for prefix in prefixes) + batch.nbytes
+            batch.release()
+            live.most = 0
+            for prefix in prefixes:
+                prefix.compact()
+            assert live.most <= allowed
+            assert live.now() == sum(prefix.nbytes for prefix in prefixes)
 
 
 def test_batch_pads_prefixes_left_and_new_tokens_right():

@@ -39,13 +39,11 @@ def parameters(function) -> tuple[str, ...]:
         (FSDPEngineWithLMHead.forward_step, ("self", "micro_batch", "loss_function", "forward_only")),
         (FSDPEngine.eval_mode, ("self", "kwargs")),
         (FSDPEngine.disable_adapter, ("self",)),
-        (FSDPEngine.get_data_parallel_group, ("self",)),
         (FSDPEngine.to, ("self", "device", "model", "optimizer", "grad")),
         (BaseEngine.infer_batch, ("self", "data", "loss_function")),
         (TrainingWorker.infer_batch, ("self", "data")),
         (ActorRolloutRefWorker.init_model, ("self",)),
         (decorator.dispatch_nd_compute, ("dp_rank_mapping", "dp_size", "worker_group", "args", "kwargs")),
-        (decorator.collect_nd_compute, ("collect_mask", "worker_group", "output")),
         (EngineRegistry.get_engine_cls, ("model_type", "backend")),
         (DynamicLayer.update, ("self", "key_states", "value_states", "args", "kwargs")),
         (DynamicLayer.get_mask_sizes, ("self", "query_length")),
@@ -142,7 +140,7 @@ def test_register_engine_leaves_another_plugins_engine(monkeypatch):
 
 
 class Group(WorkerGroup):
-    """Four workers, of which two share a sequence (Ulysses)."""
+    """Four workers, of which two each share their sequences (Ulysses)."""
 
     def __init__(self):
         self._dispatch_info, self._collect_info = {}, {}
@@ -163,7 +161,9 @@ def test_each_rank_gets_its_own_argument(monkeypatch):
     assert dp_actor._for_each_rank(group, ["a", "b"]) == ((["a", "a", "b", "b"],), {})
     args, kwargs = dp_actor._for_each_rank(group, 7, keys=[[1], [2]])
     assert (args, kwargs) == (([7, 7, 7, 7],), {"keys": [[1], [1], [2], [2]]})
-    assert dp_actor._of_each_rank(group, ["w", "x", "y", "z"]) == ["w", "y"]
+    assert dp_actor._of_each_rank(group, ["w", "x", "y", "z"]) == ["w", "y", "x", "z"], "the collected come first"
+    group._dispatch_info["actor"], group._collect_info["actor"] = [1, 0, 1, 0], [False, False, True, True]
+    assert dp_actor._of_each_rank(group, ["w", "x", "y", "z"]) == ["z", "y", "x", "w"], "in data-parallel order"
     with pytest.raises(ValueError, match="3 arguments came for 2 data-parallel ranks"):
         dp_actor._for_each_rank(group, ["a", "b", "c"])
 

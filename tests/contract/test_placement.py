@@ -8,10 +8,12 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import ray
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from verl.checkpoint_engine import CheckpointEngineManager, CheckpointEngineRegistry
 from verl.checkpoint_engine.base import CheckpointEngineWorker
+from verl.single_controller.ray.base import ResourcePoolManager
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer, Role
 from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.rollout.llm_server import LLMServerManager
@@ -20,7 +22,7 @@ from darts import CONFIG_DIR
 from darts import trainer as trainer_module
 from darts.checks import check_run
 from darts.config import ConfigError
-from darts.placement import ClusterTooSmall, Pools, check_cluster, choose_backend, pools
+from darts.placement import ClusterTooSmall, Pools, check_cluster, check_room_for_servers, choose_backend, pools
 from darts.testbed import assets_dir
 from darts.trainer import RayDartsTrainer
 from recipe.darts.main_darts import DartsTaskRunner
@@ -162,13 +164,28 @@ def test_nccl_without_cupy_is_named_before_anything_starts(monkeypatch):
 
 
 def test_a_cluster_without_room_for_both_pools_is_named_with_the_numbers():
-    both = Pools(train=6, serve=2, separate=True)
-    check_cluster(both, others=0, available=8.0)
+    config = composed("quickstart", *SEPARATE, "trainer.n_gpus_per_node=6", f"{ROLLOUT}.n_gpus_per_node=2")
+    check_cluster(config, others=0, nodes=[8.0])
     with pytest.raises(ClusterTooSmall, match=r"has 7 GPUs, but 6 train .* and 2 serve .*, 8 together\. Fix: "):
-        check_cluster(both, others=0, available=7.0)
+        check_cluster(config, others=0, nodes=[7.0])
     with pytest.raises(ClusterTooSmall, match=r"2 serve .*, 1 for reward and teacher models, 9 together"):
-        check_cluster(both, others=1, available=8.0)
-    check_cluster(Pools(train=6, serve=6, separate=False), others=0, available=0.0)  # verl's own check
+        check_cluster(config, others=1, nodes=[8.0])
+    with pytest.raises(ClusterTooSmall, match=r"1 times 6 GPUs of one node .*, but 4, 4 GPUs are on nodes\. Fix: "):
+        check_cluster(config, others=0, nodes=[4.0, 4.0])
+
+
+def test_servers_that_do_not_fit_beside_the_training_gpus_are_named():
+    """Two nodes of 8: 4 of each train, so no server of 8 has a node, though 8 GPUs are left."""
+    halves = ["trainer.nnodes=2", "trainer.n_gpus_per_node=4", "data.train_batch_size=128"]
+    config = gpus(*halves, f"{ROLLOUT}.n_gpus_per_node=8", f"{ROLLOUT}.tensor_model_parallel_size=8")
+    check_cluster(config, others=0, nodes=[8.0, 8.0])
+    check_room_for_servers(config, free=[0.0, 8.0])
+    with pytest.raises(ClusterTooSmall, match=r"1 times 8 GPUs of one node .*, but 4, 4 GPUs are left on nodes\. Fix"):
+        check_room_for_servers(config, free=[4.0, 4.0])
+    config.actor_rollout_ref.rollout.tensor_model_parallel_size = 2
+    check_room_for_servers(config, free=[4.0, 4.0])
+    with pytest.raises(ClusterTooSmall, match=r"4 times 2 GPUs of one node"):
+        check_room_for_servers(config, free=[3.0, 5.0])
 
 
 def test_the_command_refuses_what_verl_refuses_in_one_line_too(tmp_path):
@@ -254,6 +271,7 @@ def patched(monkeypatch):
     """The patch, for the time of a test."""
     monkeypatch.setattr(LLMServerManager, "__init__", original(LLMServerManager.__init__))
     monkeypatch.setattr(LLMServerManager, "rollout_replica_class", Replica, raising=False)
+    monkeypatch.setattr(ray._private.state, "available_resources_per_node", lambda: {"a": {"GPU": 4}, "b": {"GPU": 5}})
     assert placement.patch_llm_server_manager()
     assert not placement.patch_llm_server_manager(), "a second time changes nothing"
 
@@ -276,6 +294,15 @@ def test_servers_stand_alone_where_the_run_is_disaggregated_and_nowhere_else(whe
     assert {replica.gpus_per_node for replica in manager.get_replicas()} == {4}
 
 
+@pytest.mark.usefixtures("patched")
+def test_servers_without_room_are_refused_before_anything_waits_for_them():
+    config = composed(
+        "quickstart", *SEPARATE, f"{ROLLOUT}.n_gpus_per_node=6", f"{ROLLOUT}.tensor_model_parallel_size=6"
+    )
+    with pytest.raises(ClusterTooSmall, match=r"1 times 6 GPUs of one node .*, but 4, 5 GPUs are left on nodes"):
+        LLMServerManager(config=config, worker_group=SimpleNamespace(world_size=6))
+
+
 def test_what_verl_does_around_it():
     """The call that the patch answers, and the order of an update."""
     source = inspect.getsource(RayPPOTrainer.init_workers)
@@ -288,6 +315,7 @@ def test_what_verl_does_around_it():
     steps = ["abort_replicas", "release_kv_cache_replicas", "build_process_group", "rollout.update_weights", "finalize",
              "resume_kv_cache_replicas", "resume_generation_replicas"]  # fmt: skip
     assert [source.index(step) for step in steps] == sorted(source.index(step) for step in steps)
+    assert "ray._private.state.available_resources_per_node()" in inspect.getsource(ResourcePoolManager)
     source = inspect.getsource(CheckpointEngineWorker.__init__)
     assert source.index("import_external_libs") < source.index("CheckpointEngineRegistry.new")
 
@@ -336,10 +364,12 @@ def trainer(monkeypatch):
 
 
 @pytest.mark.usefixtures("patched")
-@pytest.mark.parametrize("available", [{"GPU": 1.0}, {"GPU": 2.0}, {}])
-def test_the_trainer_looks_at_the_cluster_before_it_starts_anything(trainer, monkeypatch, capsys, available):
-    monkeypatch.setattr(trainer_module.ray, "cluster_resources", lambda: available)
-    if available.get("GPU") == 2.0:
+@pytest.mark.parametrize("nodes", [[1.0], [2.0], [1.0, 1.0], []])
+def test_the_trainer_looks_at_the_cluster_before_it_starts_anything(trainer, monkeypatch, capsys, nodes):
+    found = [{"Alive": True, "Resources": {"CPU": 4.0, "GPU": gpus}} for gpus in nodes]
+    found += [{"Alive": True, "Resources": {"CPU": 4.0}}, {"Alive": False, "Resources": {"GPU": 8.0}}]
+    monkeypatch.setattr(trainer_module.ray, "nodes", lambda: found)
+    if sum(nodes) == 2:
         trainer.init_workers()
         assert trainer.calls == ["init_workers"]
         assert "plain verl; disaggregated: 1 GPUs train, 1 serve" in capsys.readouterr().out

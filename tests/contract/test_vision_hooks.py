@@ -39,7 +39,8 @@ from verl_patches.vision import MODULE, patch_forward_without_images
     ],
 )
 def test_methods_that_make_the_inputs(name, expected):
-    assert list(inspect.signature(getattr(AgentLoopWorker, name)).parameters) == expected
+    found = inspect.signature(getattr(AgentLoopWorker, name)).parameters
+    assert [parameter for parameter in found if parameter != "_ray_trace_ctx"] == expected  # Ray may have touched it
     assert f"self.{name}(" in inspect.getsource(AgentLoopWorker._agent_loop_postprocess)
 
 

@@ -15,7 +15,7 @@ from recording import write
 from verl.trainer.ppo.ray_trainer import Role
 
 from recipe.darts import main_darts
-from verl_patches.dp_actor import OverlappedActorWorker, OverlapSession
+from verl_patches.dp_actor import OverlappedActorWorker, RankSession
 
 STEP, CALL = 2, 2
 
@@ -26,9 +26,9 @@ class FailingWorker(OverlappedActorWorker):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         write({"actor": os.getpid()})
-        upstream = OverlapSession._forward_growing
+        upstream = RankSession._forward_growing
 
-        def forward_growing(session: OverlapSession, works: list[Any]) -> None:
+        def forward_growing(session: RankSession, works: list[Any]) -> None:
             last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
             if last and session._settings.step == STEP and session._number > CALL:
                 write({"failed": time.time()})
@@ -37,7 +37,7 @@ class FailingWorker(OverlappedActorWorker):
                 raise MemoryError("scripted: out of memory in a forward")
             upstream(session, works)
 
-        OverlapSession._forward_growing = forward_growing
+        RankSession._forward_growing = forward_growing
 
 
 class FailingTaskRunner(main_darts.DartsTaskRunner):

@@ -38,8 +38,9 @@ class ScriptedRank:
         self.steps.append(settings.step)
         self.tokens, self.calls = {}, []
         return RankAbility(
-            refusal=self.refusal, bytes_per_token=1 << 10, device_bytes=1 << 33, free_bytes=1 << 32, parameter_bytes=1
-        )
+            refusal=self.refusal, bytes_per_token=1 << 10, device_bytes=0, free_bytes=0, gathered_bytes=0,
+            optimizer_bytes=0,
+        )  # fmt: skip
 
     def overlap_extend(self, call: RankCall) -> RankReport:
         began = time.time()

@@ -105,6 +105,13 @@ def test_extras_are_not_made_of_what_is_not_told():
     assert growth.row.extras is None
 
 
+def test_what_a_group_keeps_is_told_once():
+    outbox = GrowthOutbox(growing=True)
+    outbox.keep([A, B])
+    assert taken(outbox).kept == [A, B]
+    assert taken(outbox).kept == []
+
+
 def test_drops_are_told_once_and_only_of_what_was_told():
     outbox = GrowthOutbox(growing=True)
     outbox.grow(A, PROMPT, 0, [4, 5], 0.5)
@@ -122,7 +129,7 @@ def test_drops_are_told_once_and_only_of_what_was_told():
 def test_a_wait_ends_with_reports_time_or_the_end():
     async def main():
         outbox = GrowthOutbox(growing=True)
-        assert await outbox.take(0.01) == ([], [], False)
+        assert await outbox.take(0.01) == ([], [], [], False)
         waiting = asyncio.ensure_future(outbox.take(30))
         await asyncio.sleep(0)
         outbox.grow(A, PROMPT, 0, [4], 0.5)

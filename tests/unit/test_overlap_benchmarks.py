@@ -161,7 +161,7 @@ def test_generation_ends_when_the_cost_model_says():
 
 
 def call(number=0, **rows):
-    return RankCall(step=1, number=number, forward_whole="whole" in rows, forward_growing="growing" in rows, **rows)
+    return RankCall(step=1, number=number, **rows)
 
 
 def row(name, start, tokens, last):

@@ -129,9 +129,22 @@ def test_it_refuses_to_start_if_the_plugin_is_not_active(monkeypatch):
 
 
 def test_the_banner_says_what_is_on(trainer):
+    trainer.config = OmegaConf.create(
+        {
+            "algorithm": {"rollout_correction": {"bypass_mode": False}},
+            "reward": {"reward_model": {"enable": False}},
+            "actor_rollout_ref": {"actor": {"strategy": "fsdp2"}},
+        }
+    )
     trainer.darts = DartsConfig.from_block({"allocation": {"mode": "uniform", "mean_candidates": 10.5, "high": 11}}, 8)
     assert "plugin active: M=8 of 10.5 candidates (uniform, 8 to 11)" in trainer.banner()
     assert "K=7 shortest and L=1 longest" in trainer.banner()
+    assert trainer.banner().endswith("; log-probs after generation")
+    trainer.config.algorithm.rollout_correction.bypass_mode = True
+    assert "; log-probs after generation (with algorithm.rollout_correction.bypass_mode=True" in trainer.banner()
+    trainer.darts = DartsConfig.from_block({"overlap": {"mode": "token"}}, 8)
+    trainer._log_probs = SimpleNamespace(session=SimpleNamespace(cache_tokens=12_000))
+    assert trainer.banner().endswith("during generation (overlap token, prefixes of up to 12,000 tokens on a rank)")
     trainer.darts = DartsConfig.from_block({"enable": False}, 8)
     assert trainer.banner() == "[darts] plugin active, darts.enable=false: plain verl"
 

@@ -23,6 +23,8 @@ from darts.actor_calls import Extras
 if TYPE_CHECKING:
     from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, AgentLoopWorker
 
+FETCH_S = 60.0
+
 
 def make_extras(worker: AgentLoopWorker, output: AgentLoopOutput) -> Extras:
     """The extras of a complete response, as values."""
@@ -60,11 +62,11 @@ def fetch(extras: Sequence[Extras]) -> list[Extras]:
     """The same with values for references.
 
     Raises:
-        ray.exceptions.RayError: a value is gone, as with the worker that owned it.
+        ray.exceptions.RayError: a value is gone, as with the worker that owned it, or does not come within `FETCH_S`.
     """
     fields = [field for one in extras for field in (one.position_ids, one.multi_modal_inputs)]
     refs = list({field for field in fields if isinstance(field, ray.ObjectRef)})
-    values = dict(zip(refs, ray.get(refs), strict=True)) if refs else {}
+    values = dict(zip(refs, ray.get(refs, timeout=FETCH_S), strict=True)) if refs else {}
     found = [values[field] if isinstance(field, ray.ObjectRef) else field for field in fields]
     return [
         Extras(position_ids=positions, multi_modal_inputs=inputs)

@@ -155,14 +155,17 @@ def test_losers_are_dropped_and_complete_ones_go_whole(cluster, overlap):
     made = overlap()
     batch = roll(cluster, 3)
     made.log_probs.old(batch, nothing_left)
-    kept = set(sequence_keys(batch))
+    kept, told = set(sequence_keys(batch)), set()
     for rank in made.actor.seen():
         calls = rank["calls"]
         forwarded = {row.key for call in calls for row in (*call.whole, *call.growing)}
         dropped = {key for call in calls for key in call.drop}
         assert dropped <= forwarded - kept, "those of the last decisions are cleared with the step"
+        told |= dropped
         assert bool([row for call in calls for row in call.growing]) == (cluster.mode == "token")
         assert all(row.start == 0 and row.last for call in calls for row in call.whole)
+    if cluster.mode == "token":  # in `sequence` those that are complete before the decision are the kept
+        assert len({key.uid for key in told}) >= PROMPTS - 2, "the losers of all groups but the last to decide"
 
 
 def test_work_is_done_while_the_rollout_runs(cluster, overlap):

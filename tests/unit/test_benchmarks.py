@@ -16,7 +16,9 @@ from darts.planning import RolloutPlanner
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("script", ["allocate", "overhead", "rollouts", "training"])
+@pytest.mark.parametrize(
+    "script", ["allocate", "overhead", "overlap", "overlap_projection", "prefix_chunks", "rollouts", "training"]
+)
 def test_help_shows_the_contract(script):
     command = [sys.executable, "-m", f"benchmarks.{script}", "--help"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -2,9 +2,6 @@
 
 import argparse
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,17 +13,7 @@ from darts.actor_calls import RankCall, Row, SequenceKey
 from darts.latency import LatencyCurve, rollout_time
 from darts.testbed.statistics import Estimate
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = Shape(name="small", parameters=1e6, layers=2, hidden=64, kv_heads=2, head_dim=32, tensor_parallel=1)
-
-
-@pytest.mark.parametrize("script", ["overlap", "overlap_projection"])
-def test_help_shows_the_contract(script):
-    command = [sys.executable, "-m", f"benchmarks.{script}", "--help"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert run.returncode == 0, run.stderr
-    assert "Contract" in run.stdout
-    assert "--out FILE" in run.stdout
 
 
 # --- the run's workloads ---------------------------------------------------------------------------------------------

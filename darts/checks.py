@@ -16,10 +16,14 @@ from darts.actor_calls import RankAbility
 from darts.config import ConfigError, DartsConfig, refuse_unknown_keys
 from darts.latency_profile import LatencyProfile, model_id
 from darts.placement import check_placement
+from darts.strategy import Plain, strategy_class
 
 VERL_VERSION = "0.9.1"
 ALLOW_OTHER_VERL = "DARTS_ALLOW_OTHER_VERL"
 WITHOUT_GROUP_BASELINE = ("gae", "reinforce_plus_plus")
+BYPASS_MODE = "algorithm.rollout_correction.bypass_mode"
+WEIGHTED = ("grpo", "grpo_vectorized", "rloo", "rloo_vectorized")
+"""Estimators whose advantages `darts.selection.keep_probability` can weight."""
 GIB = 1 << 30
 MANAGER = "darts.rollout.DartsAgentLoopManager"
 
@@ -104,6 +108,14 @@ def check_run(config: DictConfig) -> DartsConfig:
             "that effect.",
             stacklevel=2,
         )
+    if darts.selection.keep_probability > 0 and estimator not in WEIGHTED:
+        raise ConfigError(
+            "darts.selection.keep_probability",
+            darts.selection.keep_probability,
+            f"weights one advantage per response, of a group's mean reward: algorithm.adv_estimator={estimator} has no "
+            f"such advantages; {', '.join(WEIGHTED)} do.",
+            "set darts.selection.keep_probability=0, or algorithm.adv_estimator=grpo.",
+        )
     if darts.early_stop == "exact" and darts.streaming.chunk_tokens >= rollout.response_length:
         warnings.warn(
             f"darts.early_stop=exact with darts.streaming.chunk_tokens={darts.streaming.chunk_tokens} and responses of "
@@ -127,6 +139,7 @@ def check_run(config: DictConfig) -> DartsConfig:
             "a colocated reward model scores after generation, when only the kept are left.",
             "set darts.reward.pool=false, or give the reward model a pool of its own.",
         )
+    _check_strategy(config, darts)
     _check_overlap(config, darts)
     latency_profile(config, darts)
     return darts
@@ -205,6 +218,36 @@ def refuse_unknown_overrides(arguments: list[str]) -> None:
             refuse_unknown_keys(block)
 
 
+def _check_strategy(config: DictConfig, darts: DartsConfig) -> None:
+    """What strategies need of verl's configuration."""
+    strategy, rollout = strategy_class(darts.strategy), config.actor_rollout_ref.rollout
+    if strategy.overrides.get(BYPASS_MODE) and not rollout.calculate_log_probs:
+        raise ConfigError(
+            "actor_rollout_ref.rollout.calculate_log_probs",
+            False,
+            f"darts.strategy={darts.strategy} trains with the servers' log-probs.",
+            "set actor_rollout_ref.rollout.calculate_log_probs=True.",
+        )
+    if not strategy.chooses_prompts:
+        return
+    if OmegaConf.select(config, "skip.rollout.enable", default=False):
+        raise ConfigError(
+            "skip.rollout.enable",
+            True,
+            f"darts.strategy={darts.strategy} decides during a rollout which prompts are trained on, so none can be "
+            "replayed.",
+            "set skip.rollout.enable=False, or darts.strategy=darts.",
+        )
+    batch_size = config.data.get("gen_batch_size")
+    if batch_size not in (None, config.data.train_batch_size):
+        raise ConfigError(
+            "data.gen_batch_size",
+            batch_size,
+            f"darts.strategy={darts.strategy} decides how many prompts a rollout launches.",
+            "set data.gen_batch_size=null.",
+        )
+
+
 def _check_overlap(config: DictConfig, darts: DartsConfig) -> None:
     """What overlapped log-probs need of verl's configuration."""
     if darts.overlap.mode == "off":
@@ -216,6 +259,12 @@ def _check_overlap(config: DictConfig, darts: DartsConfig) -> None:
 
 def without_overlap(config: DictConfig) -> tuple[str, str] | None:
     """Why verl's settings exclude overlapped log-probs, and what to change; None where they do not."""
+    strategy = OmegaConf.select(config, "darts.strategy")
+    if isinstance(strategy, str) and issubclass(strategy_class(strategy), Plain):
+        return (
+            f"darts.strategy={strategy} generates as plain verl does, whose servers do not stream.",
+            "set darts.overlap.mode=off; darts.allocation.mode=off overlaps without redundancy.",
+        )
     corrected = config.algorithm.get("rollout_correction")
     if corrected and corrected.get("bypass_mode", False):
         return (

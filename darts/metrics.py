@@ -81,6 +81,10 @@ METRICS: dict[str, tuple[str, str]] = {
     "darts/group/shortest_only_share": ("share", "groups without a long response: the saturated, or as the mode says"),
     "darts/group/filled": ("count", "truncated candidates that filled a group; 0 unless the limit is too tight"),
     "darts/group/no_valid": ("count", "groups in which every candidate was truncated; 0 unless the limit is too tight"),
+    "darts/group/returned": (
+        "count",
+        "groups that were launched and not trained on (tail_batching, sorted): their prompts come again",
+    ),
     "darts/group/mixed_reward_share": ("share", "groups whose kept rewards differ; only these teach GRPO anything"),
     "darts/selection/arrival_disagreement": (
         "share",
@@ -113,6 +117,7 @@ METRICS: dict[str, tuple[str, str]] = {
         "s",
         "from a chunk's last token to its arrival at the group, mean; by both hosts' clocks",
     ),
+    "darts/strategy/queue": ("count", "prompts that were launched and are to come again (tail_batching, sorted)"),
     "darts/overlap/hidden_s": ("s", "the actor computed log-probs while generation ran; by the clock of its ranks"),
     "darts/overlap/exposed_s": ("s", "the trainer waited for log-probs after generation, of the reference too"),
     "darts/overlap/hidden_share": ("share", "hidden over hidden and exposed seconds; near 1 where overlap pays"),
@@ -178,6 +183,50 @@ class CandidatePool:
         return CandidatePool(**{name: getattr(self, name)[order] for name in CandidatePool.__dataclass_fields__})
 
 
+def finished_pool(
+    length: NDArray[np.int64],
+    *,
+    truncated: NDArray[np.bool_],
+    reward: NDArray[np.float64],
+    group_size: int,
+    ended_at: float,
+) -> CandidatePool:
+    """The pool of a rollout without redundancy: all candidates have ended and are kept.
+
+    Args:
+        length: of each response, those of a prompt in a row, shape [num_prompts * group_size].
+        truncated: the same.
+        reward: the same; NaN where there is none.
+        group_size: M.
+        ended_at: of all, since nobody saw when each ended.
+    """
+    count = len(length)
+    candidate = np.arange(count) % group_size
+    none, unknown, no_time = np.zeros(count, dtype=np.int64), np.full(count, -1), np.full(count, np.nan)
+    return CandidatePool(
+        prompt=np.arange(count) // group_size,
+        candidate=candidate,
+        length=length.astype(np.int64),
+        truncated=truncated,
+        aborted=np.zeros(count, dtype=bool),
+        lost=np.zeros(count, dtype=bool),
+        kept=np.ones(count, dtype=bool),
+        arrival=candidate,
+        num_long=none,
+        saturated=np.zeros(count, dtype=bool),
+        reward=reward.astype(np.float64),
+        weights_min=unknown,
+        weights_max=unknown,
+        prompt_tokens=none,
+        cached_tokens=none,
+        chunks=none,
+        chunk_seconds=np.zeros(count),
+        ended_at=np.full(count, ended_at),
+        stop_seconds=no_time,
+        tokens_after=none,
+    )
+
+
 def rollout_metrics(pool: CandidatePool, num_keep: int, seconds: float) -> dict[str, float]:
     """The metrics of one rollout; keys as in `METRICS`.
 
@@ -196,6 +245,7 @@ def rollout_metrics(pool: CandidatePool, num_keep: int, seconds: float) -> dict[
     kept, length = pool.kept, pool.length
     some = np.maximum(length, 1)  # one that was aborted before it began has none
     groups = [np.flatnonzero(pool.prompt == prompt) for prompt in np.unique(pool.prompt)]
+    trained = [rows for rows in groups if kept[rows].any()]
     metrics = {
         "darts/candidates/launched": len(pool),
         "darts/candidates/finished": (~pool.truncated & ~pool.aborted & ~pool.lost).sum(),
@@ -220,7 +270,8 @@ def rollout_metrics(pool: CandidatePool, num_keep: int, seconds: float) -> dict[
         "darts/group/shortest_only_share": np.mean([pool.num_long[rows[0]] == 0 for rows in groups]),
         "darts/group/filled": (kept & pool.truncated).sum(),
         "darts/group/no_valid": sum((pool.truncated | pool.lost)[rows].all() for rows in groups),
-        "darts/selection/arrival_disagreement": np.mean([_arrival_disagrees(pool, rows, num_keep) for rows in groups]),
+        "darts/group/returned": len(groups) - len(trained),
+        "darts/selection/arrival_disagreement": np.mean([_arrival_disagrees(pool, rows, num_keep) for rows in trained]),
         "darts/rollout/seconds": seconds,
         "darts/rollout/tail_s": pool.ended_at.max() - pool.ended_at[kept].max(),
         "darts/rollout/prefix_cached_share": pool.cached_tokens.sum() / max(pool.prompt_tokens.sum(), 1),
@@ -238,7 +289,7 @@ def rollout_metrics(pool: CandidatePool, num_keep: int, seconds: float) -> dict[
     if not np.isnan(pool.reward[kept]).any():
         metrics["darts/reward/kept_mean"] = pool.reward[kept].mean()
         metrics["darts/group/mixed_reward_share"] = np.mean(
-            [np.ptp(pool.reward[rows[kept[rows]]]) > 0 for rows in groups]
+            [np.ptp(pool.reward[rows[kept[rows]]]) > 0 for rows in trained]
         )
     ended = pool.reward[np.isnan(pool.stop_seconds) & ~pool.aborted & ~pool.lost]
     if not np.isnan(ended).any():

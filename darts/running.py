@@ -147,8 +147,11 @@ class RunningGroup:
         client: DartsServerClient,
         routing_key: str | None = None,
         outbox: GrowthOutbox | None = None,
+        on_complete: Callable[[str], None] = lambda uid: None,
+        draw: float = 0.0,
     ) -> None:
         self.uid = uid
+        self._on_complete = on_complete  # told once
         self._outbox = outbox  # None: nobody computes log-probs meanwhile
         self.shared = SharedInputs()  # of the candidates, for the outbox
         self.routing_key = routing_key
@@ -156,7 +159,13 @@ class RunningGroup:
         self.darts = darts
         self.saturated = budget >= darts.allocation.high
         self.state = CandidateGroup(
-            budget, darts.group_size, darts.num_long_for(budget), darts.early_stop, darts.selection.long_wait
+            budget,
+            darts.group_size,
+            darts.num_long_for(budget),
+            darts.early_stop,
+            darts.selection.long_wait,
+            darts.selection.keep_probability,
+            draw,
         )
         self.candidates = [RunningCandidate(self, index) for index in range(budget)]
         self.settled = asyncio.Event()  # ready for the deadline, or complete
@@ -184,10 +193,19 @@ class RunningGroup:
         """As `CandidateGroup.deadline`."""
         self._act(self.state.deadline())
 
+    def abandon(self) -> None:
+        """As `CandidateGroup.abandon`: the rollout ends without this group, unless it is complete."""
+        if self.state.complete:
+            return
+        self._act(self.state.abandon())
+        self._tell_dropped(range(len(self.candidates)))
+        self._decided.set()
+        self.settled.set()
+
     async def keeps(self, index: int) -> bool:
         """Waits for the decision. Returns whether the candidate is kept."""
         await self._decided.wait()
-        return self.state.keeps(index)
+        return self.state.complete and self.state.keeps(index)
 
     def pool(self) -> CandidatePool:
         """The group's candidates, for metrics."""
@@ -195,7 +213,8 @@ class RunningGroup:
         arrival = np.full(budget, -1, dtype=np.int64)
         arrival[self.state.arrival] = np.arange(len(self.state.arrival))
         kept = np.zeros(budget, dtype=bool)
-        kept[self.state.kept] = True
+        if self.state.complete:
+            kept[self.state.kept] = True
 
         def column(name: str, dtype: type) -> np.ndarray:
             return np.array([getattr(candidate, name) for candidate in self.candidates], dtype=dtype)
@@ -252,6 +271,7 @@ class RunningGroup:
         self._tell_dropped(losers)
         if self.state.complete and not self._decided.is_set():
             self._decided.set()
+            self._on_complete(self.uid)
             self._tell_dropped(set(range(len(self.candidates))).difference(self.state.kept))
             if self._outbox is not None:
                 self._outbox.keep(SequenceKey(self.uid, index) for index in self.state.kept)

@@ -14,7 +14,9 @@ Contract.
 5. What the planner has learnt is in verl's checkpoint of the same step (`darts.state`), written before verl marks it. A
    resumed run takes it from the step that it resumes from; without it, it starts cold or not at all
    (`darts.state.strict`).
-6. With `darts.latency.profile=auto` the running engines are measured before the first step, unless a state had a model.
+6. A step's rollout is a round of the run's `darts.strategy`. Those that choose their prompts get them from a
+   `RoundLoader`; its position and the strategy's queue are in the same state, without which no run resumes.
+7. With `darts.latency.profile=auto` the running engines are measured before the first step, unless a state had a model.
 """
 
 import asyncio
@@ -23,8 +25,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
-from omegaconf import DictConfig
+import torch
+from omegaconf import DictConfig, OmegaConf
 from verl.experimental.separation.ray_trainer import SeparateRayPPOTrainer
 from verl.protocol import DataProto
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer, compute_spec_decode_metrics
@@ -34,6 +38,7 @@ from verl.utils.skip import SkipManager
 
 import verl_patches.register
 from darts.checks import check_memory, check_run, latency_profile, without_overlap
+from darts.config import ConfigError
 from darts.forecast import CostModel
 from darts.latency_profile import LatencyProfile, model_id
 from darts.overlap_join import OverlappedLogProbs, actor_limits
@@ -41,9 +46,13 @@ from darts.overlap_session import OverlapSession
 from darts.placement import check_cluster, pools
 from darts.planning import Rollout, RolloutPlanner
 from darts.profiler import ProfileError, engine_device, profile_servers
+from darts.reweighting import reweighted_advantages
 from darts.rollout import DartsAgentLoopManager
+from darts.rounds import RoundLoader
 from darts.state import StateError, load_state, save_state, step_folder
+from darts.strategy import Strategy, make_strategy
 from darts.trace import Trace
+from darts.worker import POPULATION, WEIGHT
 from verl_patches.placement import patch_llm_server_manager
 
 
@@ -51,12 +60,52 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
     """A `RayPPOTrainer` whose rollouts are shaped by DARTS. Arguments as `RayPPOTrainer`."""
 
     async_rollout_manager: DartsAgentLoopManager
+    strategy: Strategy
+    _rounds: RoundLoader | None = None  # where the strategy chooses its prompts
     _log_probs: OverlappedLogProbs | None = None  # where they are computed during generation
 
     def __init__(self, config: DictConfig, *args: Any, **kwargs: Any) -> None:
         verl_patches.register.assert_active()
         self.darts = check_run(config)
+        self._overridden: dict[str, Any] = {}
         super().__init__(config, *args, **kwargs)
+
+    def _create_dataloader(self, *args: Any, **kwargs: Any) -> None:
+        """As upstream; a strategy that chooses its prompts gets a loader of its own."""
+        super()._create_dataloader(*args, **kwargs)
+        if self.darts.enable:
+            self.use_strategy(make_strategy(self.darts, self.config.data.train_batch_size))
+            if self.strategy.chooses_prompts:
+                self.train_dataloader = self._rounds = self.round_loader()
+
+    def round_loader(self) -> RoundLoader:
+        """Batches by the strategy's rounds, over the data of verl's train dataloader, from its beginning.
+
+        Raises:
+            ConfigError: a round takes more prompts than there are.
+        """
+        loader = self.train_dataloader
+        new = self.strategy.next_round().new
+        if new > len(loader.dataset):
+            raise ConfigError(
+                "data.train_batch_size",
+                self.strategy.num_prompts,
+                f"a round of darts.strategy={self.darts.strategy} launches {new} prompts; the data have "
+                f"{len(loader.dataset)}.",
+                f"lower data.train_batch_size, or the factor in darts.{self.darts.strategy}.",
+            )
+        rows = loader.dataset, loader.sampler, loader.collate_fn
+        return RoundLoader(*rows, lambda: self.strategy.next_round(), self.config.data.train_batch_size)
+
+    def use_strategy(self, strategy: Strategy) -> None:
+        """From now on rounds are this strategy's. What it sets in verl's configuration is set; what the one before had
+        set is put back."""
+        for key, value in self._overridden.items():
+            OmegaConf.update(self.config, key, value)
+        self._overridden = {key: OmegaConf.select(self.config, key) for key in strategy.overrides}
+        for key, value in strategy.overrides.items():
+            OmegaConf.update(self.config, key, value)
+        self.strategy = strategy
 
     def init_workers(self) -> None:
         """Workers and managers exactly as `RayPPOTrainer` makes them, servers on GPUs of their own where disaggregated,
@@ -91,6 +140,8 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
             return f"[darts] plugin active, darts.enable=false: plain verl{placed}"
         allocation, selection = self.darts.allocation, self.darts.selection
         mean = self.darts.group_size if allocation.mode == "off" else allocation.mean_candidates
+        if self.darts.strategy != "darts":
+            return f"[darts] plugin active: strategy {self.darts.strategy}, M={self.darts.group_size}{placed}"
         count = "as many candidates as pay" if mean is None else f"{mean:g} candidates"
         return (
             f"[darts] plugin active: M={self.darts.group_size} of {count} ({allocation.mode}, "
@@ -124,7 +175,7 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
 
     def _warn_of_saturation(self) -> None:
         all_saturated = self.metrics.get("darts/group/saturated_share") == 1
-        if all_saturated and self.darts.selection.mode == "auto" and not self._warned_of_saturation:
+        if all_saturated and self.strategy.rules.selection.mode == "auto" and not self._warned_of_saturation:
             self._warned_of_saturation = True
             warnings.warn(
                 f"all prompts of step {self.global_steps} have M_up candidates, so all groups are shortest-only and no "
@@ -156,7 +207,7 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
         abilities = session.prepare()
         # Workers tell of growing responses only if somebody computes them.
         self.darts = replace(self.darts, overlap=replace(self.darts.overlap, mode=session.mode))
-        self.async_rollout_manager.darts = self.darts
+        self.use_strategy(make_strategy(self.darts, self.config.data.train_batch_size))
         rollout = self.config.actor_rollout_ref.rollout
         asleep = self.config.trainer.device != "cpu" and rollout.free_cache_engine
         check_memory(
@@ -222,22 +273,45 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
             folder = step_folder(self.config.trainer, self.global_steps)
             self._load_state(load_state(folder, self.global_steps))
         except StateError as error:
-            if self.darts.state.strict:
+            if self.darts.state.strict or self._rounds is not None:  # prompts would be lost
                 raise
             warnings.warn(f"{error} DARTS starts without what it had learnt.", stacklevel=2)
 
     def _load_state(self, state: Any) -> None:
         try:
+            rounds = state.pop("rounds", None) if isinstance(state, dict) else None
+            if self._rounds is not None:
+                self._load_rounds(rounds)
             self.planner.load_state_dict(state)
         except ValueError as cause:
             raise StateError(f"the state of step {self.global_steps} cannot be used: {cause}") from cause
         print(f"[darts] resumed with the length history of {len(self.planner.history)} prompts", flush=True)
 
+    def _load_rounds(self, state: Any) -> None:
+        if not isinstance(state, dict) or state.get("strategy") != self.darts.strategy:
+            made = state.get("strategy") if isinstance(state, dict) else "one without a queue"
+            raise ValueError(f"darts.strategy={self.darts.strategy}, but the checkpoint's strategy is {made}.")
+        self.strategy.load_state_dict(state.get("state"))
+        self._rounds.go_to(state.get("position"))
+
     def _save_checkpoint(self) -> None:
         if self.darts.enable:
             folder = step_folder(self.config.trainer, self.global_steps)
-            save_state(folder, self.global_steps, self.planner.state_dict())
+            state = self.planner.state_dict()
+            if self._rounds is not None:
+                state["rounds"] = {
+                    "strategy": self.darts.strategy,
+                    "state": self.strategy.state_dict(),
+                    "position": self._rounds.position,
+                }
+            save_state(folder, self.global_steps, state)
         super()._save_checkpoint()
+
+    def fit_step(self, batch_dict: Any = None) -> None:
+        """A step on a round of the strategy."""
+        if self._rounds is not None:
+            self.epoch = self._rounds.epoch
+        super().fit_step(batch_dict)
 
     def _fit_prepare_step(self) -> None:
         SkipManager.set_step(self.global_steps)
@@ -247,12 +321,34 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
             self._cost_model_is_set = True
 
     def _fit_generate(self, batch: DataProto = None) -> DataProto:
-        batch = super()._fit_generate(batch)
-        self._rollout = self.async_rollout_manager.pop_rollout()
+        manager, round_ = self.async_rollout_manager, self.strategy.next_round()
+        trained = list(range(len(batch)))
+
+        def keep(prompts: list[int]) -> None:
+            # verl's method repeats and joins the batch once its rows are there.
+            some = batch.select_idxs(np.array(prompts))
+            batch.batch, batch.non_tensor_batch = some.batch, some.non_tensor_batch
+            trained[:] = prompts
+
+        manager.darts, manager.harvest, manager.on_harvest = round_.rules, round_.harvest, keep
+        output = super()._fit_generate(batch)
+        if self._rounds is not None:
+            self.strategy.ended(self._rounds.launched, trained)
+            self.metrics["darts/strategy/queue"] = len(self.strategy.queue)
+        self._rollout = manager.pop_rollout()
         if self._rollout is not None:
             self.metrics.update(self._rollout.metrics)
             self._warn_of_saturation()
-        return batch
+        return output
+
+    def _update_actor(self, batch: DataProto) -> DataProto:
+        """As upstream; where the strategy says so, on the rows from the shortest response to the longest."""
+        if self.strategy.short_to_long:
+            lengths = batch.batch["response_mask"].sum(dim=-1)
+            order = short_to_long(lengths.numpy(), self._get_dp_size(self.actor_rollout_wg, "actor"))
+            batch.reorder(torch.from_numpy(order))
+            batch.meta_info["global_token_num"] = [batch.meta_info["global_token_num"][row] for row in order]
+        return super()._update_actor(batch)
 
     def _compute_old_log_prob(self, batch: DataProto) -> tuple[DataProto, float]:
         compute = super()._compute_old_log_prob
@@ -266,6 +362,24 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
         batch = super()._fit_compute_ref_log_prob(batch)
         if self._log_probs is not None and self._rollout is not None:
             self.metrics.update(self._log_probs.metrics(self._rollout))
+        return batch
+
+    def _fit_compute_advantage(self, batch: DataProto) -> DataProto:
+        """As upstream; with `keep_probability` the kept are weighted (`darts.reweighting`)."""
+        batch = super()._fit_compute_advantage(batch)
+        columns, mask = batch.non_tensor_batch, batch.batch["response_mask"]
+        if WEIGHT in columns:
+            first = mask.argmax(dim=-1, keepdim=True)  # one advantage stands at all tokens of a response
+            reweighted = reweighted_advantages(
+                batch.batch["advantages"].gather(-1, first)[:, 0].numpy(),
+                columns[WEIGHT],
+                columns["uid"],
+                columns[POPULATION],
+                normalize="grpo" in str(self.config.algorithm.adv_estimator).lower()
+                and self.config.algorithm.get("norm_adv_by_std_in_grpo", True),
+            )
+            advantages = torch.from_numpy(reweighted).to(mask.device, torch.float32)[:, None] * mask
+            batch.batch["advantages"] = batch.batch["returns"] = advantages
         return batch
 
     def _fit_update_weights(self) -> None:
@@ -302,6 +416,16 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
         calls = [] if self._log_probs is None else self._log_probs.calls
         self._trace.write(self.global_steps, self.metrics, self._rollout, calls)
         super()._fit_postprocess_step()
+
+
+def short_to_long(lengths: np.ndarray, num_ranks: int) -> np.ndarray:
+    """The order of rows in which every rank's part, and so each mini-batch over the ranks, goes from short to long.
+
+    Args:
+        lengths: of the rows' responses, shape [num_rows].
+        num_ranks: that get equal parts of consecutive rows; divides the number of rows.
+    """
+    return np.argsort(lengths, kind="stable").reshape(-1, num_ranks).T.ravel()
 
 
 def source_of(profile: LatencyProfile) -> str:

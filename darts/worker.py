@@ -8,7 +8,8 @@ its own. It owns the decision which are kept.
 3. A candidate that fails ends the rollout with the uid, the candidate and the cause; what still ran is stopped. One
    whose request the server ended unasked, or whose agent loop returned no generated token, is lost: the group goes on
    while enough are left. What fails in the agent loop of an aborted one is printed.
-4. `generate_sequences` (validation, plain runs) is verl's own.
+4. Of groups that are abandoned, since the rollout has enough others, nothing is kept.
+5. `generate_sequences` (validation, plain runs) is verl's own.
 """
 
 import asyncio
@@ -26,9 +27,12 @@ from darts.latency import StepTimes
 from darts.metrics import CandidatePool
 from darts.multimodal import make_extras
 from darts.running import RunningCandidate, RunningGroup
+from verl_patches.agent_loops import patch_building
 
 # Columns of the batch between manager and worker. Agent loops never see them.
 BUDGET, PROMPT, CANDIDATE = "darts_budget", "darts_prompt", "darts_candidate"
+WEIGHT, POPULATION = "darts_weight", "darts_population"
+"""With `darts.selection.keep_probability`: of a kept row, and the candidates that its group's weights stand for."""
 
 
 class CandidateError(RuntimeError):
@@ -50,17 +54,27 @@ def candidate_seed(seed: int, step: int, prompt: int, candidate: int) -> int:
     return int(np.random.SeedSequence([seed, max(step, 0), prompt, candidate]).generate_state(1)[0])
 
 
+def group_draw(seed: int | None, step: int, prompt: int) -> float:
+    """The draw in [0, 1) of one group; apart from its candidates' seeds. Without a seed the system's."""
+    entropy = None if seed is None else [seed, max(step, 0), prompt, 1 << 31]
+    return float(np.random.default_rng(np.random.SeedSequence(entropy)).random())
+
+
 class DartsAgentLoopWorker(AgentLoopWorker):
     """verl's agent-loop worker, which also runs groups of candidates and keeps M of each."""
 
     llm_client: DartsServerClient
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        patch_building()
         super().__init__(*args, **kwargs)
         self._groups: dict[str, RunningGroup] = {}
         self._number = 0  # of the last rollout that began
         self._outbox: GrowthOutbox | None = None  # of that rollout
         self._begun = asyncio.Condition()
+        self._complete: list[str] = []  # uids of that rollout's groups, in the order in which they were decided
+        self._news = asyncio.Event()  # one more of them, or no more to come
+        self._closed = False
         self._darts: DartsConfig | None = None  # of the rollout that runs
         self._step = -1
 
@@ -76,8 +90,8 @@ class DartsAgentLoopWorker(AgentLoopWorker):
             number: of this rollout; above that of the one before.
 
         Returns:
-            The kept rows, as verl's `generate_sequences` gives them, with `uid` and `CANDIDATE`; all candidates; and
-            the decoding steps that were seen.
+            The kept rows, as verl's `generate_sequences` gives them, with `uid` and `CANDIDATE` (none if all groups
+            were abandoned); all candidates; and the decoding steps that were seen.
 
         Raises:
             CandidateError: a candidate failed.
@@ -95,13 +109,21 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         self._outbox = self._new_outbox()
         self._groups = {
             uid: RunningGroup(
-                uid, int(prompt), budget, darts, self.llm_client, self._routing_key(uid, int(prompt)), self._outbox
+                uid,
+                int(prompt),
+                budget,
+                darts,
+                self.llm_client,
+                self._routing_key(uid, int(prompt)),
+                self._outbox,
+                self._tell_complete,
+                group_draw(self._seed(), self._step, int(prompt)),
             )
             for uid, prompt, budget in zip(
                 prompts.non_tensor_batch["uid"], prompts.non_tensor_batch[PROMPT], budgets.tolist(), strict=True
             )
         }
-        self._number = number
+        self._complete, self._closed, self._number = [], False, number
         try:
             async with self._begun:
                 self._begun.notify_all()
@@ -113,6 +135,7 @@ class DartsAgentLoopWorker(AgentLoopWorker):
             for group in self._groups.values():
                 group.settled.set()
             self._groups = {}
+            self._close()
             if self._outbox is not None:
                 self._outbox.end()
 
@@ -131,6 +154,33 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         if self._number == number:
             for group in self._groups.values():
                 group.deadline()
+
+    async def completed(self, number: int, known: int) -> list[str]:
+        """The uids of rollout `number`'s groups that were decided, without the first `known`; waits until there is one.
+
+        Empty once no more will come.
+        """
+        async with self._begun:
+            await self._begun.wait_for(lambda: self._number >= number)
+        while self._number == number and not self._closed and len(self._complete) <= known:
+            self._news.clear()
+            await self._news.wait()
+        return self._complete[known:] if self._number == number else []
+
+    async def abandon(self, number: int) -> None:
+        """Rollout `number` has enough complete groups: those of this worker that are not complete are given up."""
+        if self._number == number:
+            for group in self._groups.values():
+                group.abandon()
+            self._close()
+
+    def _tell_complete(self, uid: str) -> None:
+        self._complete.append(uid)
+        self._news.set()
+
+    def _close(self) -> None:
+        self._closed = True
+        self._news.set()
 
     async def take_growth(self, number: int, wait_s: float) -> Progress:
         """What candidates of rollout `number` have reported since the last call; see `darts.growth`."""
@@ -246,10 +296,20 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         if CANDIDATE not in columns:
             return super()._postprocess(inputs, input_non_tensor_batch=input_non_tensor_batch, validate=validate)
         kept = [row for row, output in enumerate(inputs) if output is not DROPPED]
+        if not kept:
+            return DataProto(meta_info={"metrics": []})
         columns = {key: value[kept] for key, value in columns.items() if key not in (BUDGET, PROMPT)}
         output = super()._postprocess([inputs[row] for row in kept], input_non_tensor_batch=columns, validate=validate)
         output.non_tensor_batch["uid"] = columns["uid"]
         output.non_tensor_batch[CANDIDATE] = columns[CANDIDATE]
+        if self._darts.selection.keep_probability > 0:
+            states = [self._groups[uid].state for uid in columns["uid"]]
+            weights = [
+                state.weights[state.kept.index(index)]
+                for state, index in zip(states, columns[CANDIDATE].tolist(), strict=True)
+            ]
+            output.non_tensor_batch[WEIGHT] = np.array(weights)
+            output.non_tensor_batch[POPULATION] = np.array([state.population for state in states])
         return output
 
     def _new_outbox(self) -> GrowthOutbox | None:

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,8 +24,9 @@ from darts.planning import RolloutPlanner
 from darts.profiler import ProfileError
 from darts.rollout import DartsAgentLoopManager
 from darts.state import FILE_NAME, StateError
+from darts.strategy import Bypass, Darts, Sorted
 from darts.trace import Trace
-from darts.trainer import RayDartsTrainer, progress_line
+from darts.trainer import RayDartsTrainer, progress_line, short_to_long
 
 
 @pytest.fixture
@@ -40,6 +42,8 @@ def trainer():
     )
     self.darts = DartsConfig.from_block({}, 8)
     self._warned_of_saturation = False
+    self._overridden = {}
+    self.use_strategy(Darts(self.darts, 8))
     self.global_steps, self.is_last_step, self.max_steps_duration = 3, False, 0.0
     self.metrics, self.timing_raw = {}, {}
     self.checkpoint_manager = SimpleNamespace(
@@ -69,9 +73,41 @@ def test_the_rollouts_metrics_join_the_steps(trainer, monkeypatch):
     trainer.async_rollout_manager = SimpleNamespace(pop_rollout=lambda: rollout)
     assert trainer._fit_generate("batch") == "batch"
     assert trainer.metrics == {"darts/candidates/kept": 64.0}
+    assert trainer.async_rollout_manager.darts == trainer.strategy.rules
     trainer.async_rollout_manager = SimpleNamespace(pop_rollout=lambda: None)
     trainer._fit_generate("replayed")
     assert trainer._rollout is None
+
+
+def test_what_a_strategy_sets_in_verls_configuration_is_put_back(trainer):
+    trainer.config = OmegaConf.create(
+        {
+            "trainer": {"balance_batch": True},
+            "actor_rollout_ref": {"actor": {"shuffle": True}},
+            "algorithm": {"rollout_correction": {"bypass_mode": False}},
+        }
+    )
+    before = OmegaConf.to_container(trainer.config)
+    trainer.use_strategy(Sorted(trainer.darts, 8))
+    switched = trainer.config.trainer.balance_batch, trainer.config.actor_rollout_ref.actor.shuffle
+    assert switched == (False, False)
+    trainer.use_strategy(Bypass(trainer.darts, 8))
+    switched = trainer.config.trainer.balance_batch, trainer.config.actor_rollout_ref.actor.shuffle
+    assert switched == (True, True)
+    assert trainer.config.algorithm.rollout_correction.bypass_mode
+    trainer.use_strategy(Darts(trainer.darts, 8))
+    assert OmegaConf.to_container(trainer.config) == before
+
+
+@pytest.mark.parametrize(("ranks", "minibatch"), [(1, 2), (2, 4), (4, 4)])
+def test_from_short_to_long_each_mini_batch_over_the_ranks_is_longer_than_the_one_before(ranks, minibatch):
+    lengths = np.random.default_rng(ranks).integers(1, 99, 16)
+    rows = np.split(lengths[short_to_long(lengths, ranks)], ranks)  # as verl dispatches them
+    own = minibatch // ranks
+    batches = [np.concatenate([part[start : start + own] for part in rows]) for start in range(0, 16 // ranks, own)]
+    assert sorted(np.concatenate(batches).tolist()) == sorted(lengths.tolist())
+    assert all(before.max() <= after.min() for before, after in pairwise(batches))
+    assert all((np.diff(part) >= 0).all() for part in rows)
 
 
 def test_rollout_skip_follows_the_step(trainer, monkeypatch):

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from darts.selection import select
 from darts.testbed import LIMITS, assets_dir
+from darts.worker import candidate_seed
 
 pytestmark = pytest.mark.timeout(700)  # the run is a fixture
 
@@ -97,10 +98,11 @@ def test_budgets_follow_the_spread_of_lengths_once_prompts_are_known(run, groups
     assert [line["step"] for line in trace] == sorted(groups)
     for line in trace:
         step, rollout = line["step"], line["rollout"]
-        by_priority = sorted(groups[step].values(), key=lambda records: records[0]["priority"])
-        budgets = [len(records) for records in by_priority]
+        first = {candidate_seed(0, step, place, 0): place for place in range(PROMPTS)}
+        by_place = sorted(groups[step].values(), key=lambda records: first[records[0]["seed"]])
+        budgets = [len(records) for records in by_place]
         assert budgets == rollout["budget"]
-        assert [lengths_of(records) for records in by_priority] == rollout["length"]
+        assert [lengths_of(records) for records in by_place] == rollout["length"]
         if step <= EPOCH:
             assert budgets == [11] * 4 + [10] * 4
             assert rollout["std"] == [None] * PROMPTS

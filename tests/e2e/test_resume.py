@@ -13,6 +13,7 @@ from darts.history import prompt_key
 from darts.planning import RolloutPlanner
 from darts.state import FILE_NAME
 from darts.testbed import assets_dir
+from darts.worker import candidate_seed
 
 pytestmark = pytest.mark.timeout(900)  # the runs are fixtures
 
@@ -92,8 +93,8 @@ def test_a_run_that_resumes_at_the_end_of_an_epoch_has_its_history_too(folder, r
     planner = RolloutPlanner(ema_weight=0.3, response_length=256)
     planner.load_state_dict(state)
     darts = DartsConfig.from_block({"allocation": {"mean_candidates": 10.5, "high": 12}}, 8)
-    by_priority = sorted(run.started(AT_BOUNDARY - 1), key=lambda record: record["priority"])
-    prompts = list(dict.fromkeys(tuple(record["prompt"]) for record in by_priority))
+    prompt_of = {record["seed"]: tuple(record["prompt"]) for record in run.started(AT_BOUNDARY - 1)}
+    prompts = [prompt_of[candidate_seed(0, AT_BOUNDARY, place, 0)] for place in range(PROMPTS)]
     tokenizer = AutoTokenizer.from_pretrained(assets_dir("overthink") / "model")
     plan = planner.plan([key_of(tokenizer.decode(prompt)) for prompt in prompts], darts)
     assert plan.known.all()

@@ -108,8 +108,9 @@ def test_heavy_prompts_are_spread_over_workers_and_engines(fresh, monkeypatch):
     for routing in ("balanced", "group"):
         monkeypatch.setattr(manager, "darts", dataclasses.replace(manager.darts, routing=routing))
         _, rollout, served = run(fresh, step=3)
-        ends = np.cumsum(rollout.plan.budgets)
-        asked = [(np.searchsorted(ends, record["priority"], "right"), record["server"]) for record in served]
+        order = rollout.plan.launch_order
+        ends = np.cumsum(rollout.plan.budgets[order])
+        asked = [(order[np.searchsorted(ends, record["priority"], "right")], record["server"]) for record in served]
         servers_of = [{server for number, server in asked if number == prompt} for prompt in range(len(QUESTIONS))]
         if routing == "balanced":
             assert len(servers_of[1]) == len(servers_of[4]) == 2, "each over both engines"

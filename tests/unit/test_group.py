@@ -1,145 +1,11 @@
 """The group's state machine against a small world in which candidates grow, race with their abort, and get lost."""
 
-import heapq
-import itertools
-import random
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from group_world import EVERY_MODE, World, brute_force, over
 
-from darts.group import EARLY_STOP, LONG_WAIT, CandidateGroup
-
-EVERY_MODE = EARLY_STOP + LONG_WAIT
-
-
-@dataclass(frozen=True)
-class Candidate:
-    length: int  # tokens at its end, unless an abort reaches it before
-    truncated: bool = False
-    lost: bool = False
-    start: int = 0  # ticks before its first token
-    pace: int = 1  # ticks per token; 0: all at once
-    chunk: int = 1  # tokens between two reports
-    latency: int = 0  # ticks that an abort takes to reach it
-
-
-@dataclass(frozen=True)
-class Case:
-    candidates: tuple[Candidate, ...]
-    num_keep: int
-    num_long: int
-    early_stop: str
-    long_wait: str
-    patience: int | None  # ticks from ready to the deadline; None: it never falls
-    seed: int  # order of simultaneous events, lengths at which aborted candidates stop
-
-    @property
-    def size(self):
-        return len(self.candidates)
-
-
-class World:
-    """Lives through a case and keeps its own books, from the events alone."""
-
-    def __init__(self, case):
-        self.case = case
-        self.group = CandidateGroup(case.size, case.num_keep, case.num_long, case.early_stop, case.long_wait)
-        self.running = set(range(case.size))
-        self.reported = [0] * case.size
-        self.asked = []  # to abort
-        self.ended = {"finish": [], "stop": [], "lose": []}
-        self.usable = []  # finished before they were asked to abort
-
-    @property
-    def valid(self):
-        return [index for index in self.usable if not self.case.candidates[index].truncated]
-
-    def live(self):
-        """Feeds the events in order of time, ties at random; yields the name of each after it."""
-        dice, events, patience = random.Random(self.case.seed), [], self.case.patience
-        for index, it in enumerate(self.case.candidates):
-            script = [(length, "progress", length) for length in range(it.chunk, it.length + 1, it.chunk)]
-            script += [(it.length, "progress", 0)]  # was overtaken by later reports
-            script += [(it.length, "lose" if it.lost else "finish", it.length)]
-            script += [(it.length + 1, "progress", it.length + 1)]  # comes after the end
-            ranks = sorted(dice.random() for _ in script)  # among simultaneous events
-            for rank, (tokens, name, length) in zip(ranks, script, strict=True):
-                heapq.heappush(events, (it.start + it.pace * tokens, rank, name, index, length))
-        while events:
-            time, _, name, index, length = heapq.heappop(events)
-            if name in self.ended:
-                if index not in self.running:
-                    continue  # its end and its abort have raced
-                if name == "stop":
-                    length = dice.randint(self.reported[index], self.case.candidates[index].length)
-                self.running.remove(index)
-                self.reported[index] = length
-                self.ended[name].append(index)
-                if name == "finish" and index not in self.asked:
-                    self.usable.append(index)
-            elif index in self.running:
-                self.reported[index] = max(length, self.reported[index])
-            arguments = () if name == "deadline" else (index, length)
-            arguments += (self.case.candidates[index].truncated,) if name == "finish" else ()
-            for loser in getattr(self.group, name)(*arguments):
-                self.asked.append(loser)
-                arrives = time + self.case.candidates[loser].latency
-                heapq.heappush(events, (arrives, dice.random(), "stop", loser, 0))
-            if self.group.ready and patience is not None:
-                heapq.heappush(events, (time + patience, dice.random(), "deadline", None, 0))
-                patience = None
-            yield name
-
-    def end(self):
-        for _ in self.live():
-            pass
-        return self
-
-
-def over(*modes, one_clock=False, any_losses=False):
-    """Runs a test for cases in these modes; the setting of the other kind of group is drawn, and must not matter."""
-    timing = {}
-    if not one_clock:
-        few = st.integers(0, 6)
-        timing = {"start": few, "pace": st.integers(0, 3), "chunk": st.integers(1, 3), "latency": few}
-
-    @st.composite
-    def cases(draw):
-        mode = draw(st.sampled_from(modes))
-        dual = mode in LONG_WAIT
-        num_keep = draw(st.integers(2 if dual else 1, 4))
-        size = draw(st.integers(num_keep, 7))
-        lengths = draw(st.lists(st.integers(1, 6), min_size=size, max_size=size))
-        truncated = draw(st.lists(st.sampled_from([False] * 4 + [True]), min_size=size, max_size=size))
-        lost = draw(st.sets(st.integers(0, size - 1), max_size=size if any_losses else size - num_keep))
-        times = draw(st.lists(st.fixed_dictionaries(timing), min_size=size, max_size=size))
-        return Case(
-            tuple(Candidate(lengths[i], truncated[i], i in lost, **times[i]) for i in range(size)),
-            num_keep,
-            num_long=draw(st.integers(1, num_keep - 1)) if dual else 0,
-            early_stop=draw(st.sampled_from(EARLY_STOP)) if dual else mode,
-            long_wait=mode if dual else draw(st.sampled_from(LONG_WAIT)),
-            patience=draw(st.none() | st.integers(0, 12)),
-            seed=draw(st.integers(0, 999)),
-        )
-
-    return lambda test: settings(max_examples=300, deadline=None)(given(cases())(test))
-
-
-def brute_force(case, pool):
-    """Of every way to choose from `pool`, the shortest and the longest by their sum; ties by index."""
-
-    def weight(some):
-        return sum(case.candidates[index].length for index in some), some
-
-    cut = [index for index in sorted(pool) if case.candidates[index].truncated]
-    valid = sorted(set(pool) - set(cut))
-    if len(valid) < case.num_keep:
-        return {*valid, *cut[: case.num_keep - len(valid)]}
-    short = min(itertools.combinations(valid, case.num_keep - case.num_long), key=weight)
-    return {*short, *max(itertools.combinations(valid, case.num_long), key=weight)}
+from darts.group import CandidateGroup
 
 
 @over(*EVERY_MODE)
@@ -378,3 +244,102 @@ def test_who_finished_early_is_likelier_kept_than_who_runs():
     dual.progress(3, 8)
     assert [dual.chance(0), dual.chance(1)] == [1, 1]
     assert dual.chance(2) < dual.chance(3)
+
+
+# --- a rollout that ends without the group ---------------------------------------------------------------------------
+
+
+@over(*EVERY_MODE, any_losses=True, abandoned=True)
+def test_an_abandoned_group_aborts_what_runs_and_keeps_nothing(case):
+    world, gone = World(case), False
+    try:
+        for name in world.live():
+            if name == "abandon" and not world.group.complete:
+                assert world.running <= set(world.asked)
+                asked, gone = len(world.asked), True
+            assert world.group.abandoned == gone
+            if gone:
+                assert len(world.asked) == len(set(world.asked)) == asked, "each once, and none later"
+                assert (world.group.complete, world.group.ready) == (False, False)
+                assert world.group.abandon() == world.group.deadline() == []
+                assert [world.group.chance(index) for index in range(case.size)] == [0] * case.size
+                with pytest.raises(RuntimeError, match="candidates have finished; abandoned"):
+                    world.group.keeps(0)
+    except ValueError:  # too many were lost
+        assert not gone, "which does not matter any more"
+    else:
+        assert world.group.ended
+        assert world.group.complete == (not gone)
+
+
+@over(*EVERY_MODE, abandoned=True)
+def test_to_abandon_a_complete_group_does_nothing(case):
+    world = World(replace(case, abandoned_at=None)).end()
+    later = World(replace(case, abandoned_at=10**6)).end()
+    assert (later.group.kept, later.asked) == (world.group.kept, world.asked)
+    assert not later.group.abandoned
+
+
+# --- the same, reckoned anew after every event -----------------------------------------------------------------------
+
+
+class Plainly:
+    """What a group answers, from the list of all events and by the words of its contract."""
+
+    def __init__(self, case):
+        self.case, self.length, self.fate, self.asked, self.kept = case, [0] * case.size, {}, set(), None
+
+    def event(self, name, index, length, truncated=False):
+        if index in self.fate:
+            return []  # a late report
+        self.length[index] = max(self.length[index], length) if name == "progress" else length
+        if name != "progress":
+            cut = "truncated" if truncated else "valid"
+            self.fate[index] = name if name != "finish" else "late" if index in self.asked else cut
+        return self.decide(self.losers())
+
+    def of(self, *fates):
+        return [index for index in range(self.case.size) if self.fate.get(index) in fates]
+
+    def runs(self):
+        return [index for index in range(self.case.size) if index not in self.fate and index not in self.asked]
+
+    def losers(self):
+        valid, size = sorted((self.length[index], index) for index in self.of("valid")), self.case.num_keep
+        if self.case.num_long or self.case.early_stop == "off" or len(valid) < size:
+            return []
+        if self.case.early_stop == "eager":
+            return self.runs()
+        return [index for index in self.runs() if (self.length[index], index) > valid[size - 1]]
+
+    def decide(self, losers):
+        if self.kept is not None:
+            return []
+        self.asked |= set(losers)
+        if not self.runs():
+            best = brute_force(self.case, self.of("valid", "truncated"))
+            self.kept = sorted(best, key=lambda index: (self.length[index], index))
+        return losers
+
+
+@over(*EVERY_MODE)
+def test_every_answer_is_that_of_the_contract_reckoned_anew(case):
+    world, plainly = World(case), Plainly(case)
+    told = []
+    for name in ("progress", "finish", "stop", "lose", "deadline"):
+        act = getattr(world.group, name)
+
+        def tell(*arguments, name=name, act=act):
+            answer = act(*arguments)
+            expected = plainly.decide(plainly.runs()) if name == "deadline" else plainly.event(name, *arguments)
+            told.append((answer, expected, world.group.complete, plainly.kept))
+            return answer
+
+        setattr(world.group, name, tell)
+    for _ in world.live():
+        answer, expected, complete, kept = told[-1]
+        assert answer == expected
+        assert complete == (kept is not None)
+        assert not complete or world.group.kept == kept
+        assert not complete or world.group.weights == [1.0] * case.num_keep
+        assert not complete or world.group.population == case.num_keep

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from darts.metrics import METRICS, CandidatePool, rollout_metrics
+from darts.metrics import METRICS, CandidatePool, finished_pool, rollout_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,6 +64,7 @@ def test_every_figure_by_hand():
         "darts/group/shortest_only_share": 0.5,
         "darts/group/filled": 0,
         "darts/group/no_valid": 0,
+        "darts/group/returned": 0,
         "darts/group/mixed_reward_share": 0.5,
         "darts/selection/arrival_disagreement": 0,
         "darts/reward/kept_mean": 0.75,
@@ -109,7 +110,14 @@ def test_pool_reward_only_where_all_were_scored():
     stops = [np.nan] * 5 + [0.1]
     scored = rollout_metrics(pool(reward=[1.0, 0.0, 0.0, 1.0, 1.0, 0.0], stop_seconds=stops), 2, 1.0)
     assert scored["darts/reward/pool_mean"] == 0.6, "the last was to be aborted: it is not scored, or by chance"
-    planned = ("darts/allocation/", "darts/history/", "darts/latency/", "darts/overlap/", "darts/rollout/own_s")
+    planned = (
+        "darts/allocation/",
+        "darts/history/",
+        "darts/latency/",
+        "darts/overlap/",
+        "darts/rollout/own_s",
+        "darts/strategy/",
+    )
     assert set(scored) == {name for name in METRICS if not name.startswith(planned)}
     unscored = rollout_metrics(pool(reward=[np.nan] * 6), 2, 1.0)
     assert not any(name.startswith("darts/reward/") for name in unscored)
@@ -123,6 +131,34 @@ def test_arrival_that_would_have_kept_others_is_counted():
 def test_groups_without_a_valid_candidate_are_counted():
     metrics = rollout_metrics(pool(truncated=[False, False, False, True, True, True]), 2, 1.0)
     assert (metrics["darts/group/no_valid"], metrics["darts/group/filled"]) == (1, 2)
+
+
+def test_a_group_that_is_not_trained_on_is_counted_and_changes_no_share():
+    """As a strategy that launches more prompts than it trains on leaves it."""
+    kept = pool().kept & (pool().prompt == 0)
+    metrics = rollout_metrics(pool(kept=kept), 2, 1.0)
+    assert metrics["darts/group/returned"] == 1
+    assert metrics["darts/candidates/kept"] == 2
+    assert metrics["darts/tokens/generated"] == pool().length.sum()
+    assert metrics["darts/group/mixed_reward_share"] in (0, 1)
+
+
+def test_the_pool_of_a_plain_rollout():
+    plain = finished_pool(
+        np.array([3, 9, 4, 4]),
+        truncated=np.array([False, True, False, False]),
+        reward=np.array([1.0, 0.0, 1.0, 1.0]),
+        group_size=2,
+        ended_at=7.0,
+    )
+    assert plain.prompt.tolist() == [0, 0, 1, 1]
+    assert plain.candidate.tolist() == [0, 1, 0, 1]
+    metrics = rollout_metrics(plain, 2, 2.0)
+    assert (metrics["darts/tokens/generated"], metrics["darts/tokens/dropped"]) == (20, 0)
+    assert (metrics["darts/candidates/truncated"], metrics["darts/candidates/finished"]) == (1, 3)
+    assert metrics["darts/reward/kept_mean"] == metrics["darts/reward/pool_mean"] == 0.75
+    assert metrics["darts/group/mixed_reward_share"] == 0.5
+    assert set(metrics) <= set(METRICS)
 
 
 def test_pools_of_workers_join():

@@ -1,0 +1,106 @@
+"""The batches of strategies that choose their prompts, in the place of verl's train dataloader: `RoundLoader`.
+
+Contract.
+1. It yields one batch for each round of the strategy, without end: the queued prompts, then new ones in the sampler's
+   order. Epochs follow one another within a round; no row is left out at an epoch's end. The trainer's number of steps
+   ends the training.
+2. A strategy is asked for its next round when the batch of the one before has been trained on.
+3. Where it stands is its `position`, for JSON: a loader over the same dataset and seed goes on from there (`go_to`)
+   with the same prompts. It counts rows; verl's own position in the data, by steps, does not fit, and is left empty.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+from darts.strategy import Round
+
+
+class RoundLoader:
+    """Batches by rounds.
+
+    Args:
+        dataset: rows by number, as verl's datasets.
+        sampler: gives an order of the rows for each epoch; seeded, or a resumed run has another order.
+        collate: rows to a batch, verl's `collate_fn`.
+        next_round: the strategy's.
+        batch_size: prompts of a step, for `len`.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        sampler: Any,
+        collate: Callable[[list[Any]], dict[str, Any]],
+        next_round: Callable[[], Round],
+        batch_size: int,
+    ) -> None:
+        self._dataset = dataset
+        self._sampler = sampler
+        self._collate = collate
+        self._next_round = next_round
+        self._batch_size = batch_size
+        self.epoch = 0
+        self._drawn = 0  # rows of this epoch
+        self._order = iter(sampler)
+        self.round: Round | None = None  # of the last batch
+        self.launched: tuple[int, ...] = ()  # its rows of the dataset
+
+    def __len__(self) -> int:
+        """Steps in which an epoch is trained on, as verl's dataloader counts them."""
+        return len(self._dataset) // self._batch_size
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        while True:
+            yield self.next()
+
+    def next(self) -> dict[str, Any]:
+        """The batch of the next round, which is `round` from then on."""
+        self.round = self._next_round()
+        self.launched = (*self.round.queued, *self._draw(self.round.new))
+        return self._collate([self._dataset[row] for row in self.launched])
+
+    def state_dict(self) -> dict[str, Any]:
+        """For verl, which saves it: nothing."""
+        return {}
+
+    def load_state_dict(self, state: Any) -> None:
+        """For verl, which loads it."""
+
+    @property
+    def position(self) -> dict[str, int]:
+        """Where it stands."""
+        return {"epoch": self.epoch, "drawn": self._drawn}
+
+    def go_to(self, position: Any) -> None:
+        """Goes on from a `position`; to be called once, before the first batch.
+
+        Raises:
+            ValueError: not a position, or one in another dataset.
+        """
+        given = position if isinstance(position, dict) else {}
+        epoch, drawn = given.get("epoch"), given.get("drawn")
+        if not (type(epoch) is int and type(drawn) is int and epoch >= 0 and 0 <= drawn <= len(self._dataset)):
+            raise ValueError(
+                f"position={position!r:.80}: must be an epoch, and how many of {len(self._dataset)} rows were drawn."
+            )
+        for _ in range(epoch):
+            self._skip(len(self._dataset))
+            self._order = iter(self._sampler)
+        self._skip(drawn)
+        self.epoch, self._drawn = epoch, drawn
+
+    def _skip(self, rows: int) -> None:
+        for _ in islice(self._order, rows):
+            pass
+
+    def _draw(self, rows: int) -> Sequence[int]:
+        drawn: list[int] = []
+        while len(drawn) < rows:
+            some = list(islice(self._order, rows - len(drawn)))
+            drawn += some
+            self._drawn += len(some)
+            if len(drawn) < rows:
+                self._order = iter(self._sampler)
+                self.epoch, self._drawn = self.epoch + 1, 0
+        return drawn

@@ -1,0 +1,326 @@
+"""Every strategy through the real trainer's rollout and update, manager, workers and client; servers with a script.
+
+Prompt `row` of the data has responses of `1 + row % 13 + candidate % 5` tokens; each token takes some milliseconds.
+Checked is what servers generated and stopped, what was kept, the rows at `update_actor` in their order, and that over
+50 steps, with a resume, each prompt is trained on once or waits.
+"""
+
+import json
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import ray
+import torch
+from fakes import CountingReward, Script, ScriptedServer, Turn, balancer
+from omegaconf import OmegaConf
+from transformers import AutoTokenizer
+from verl.experimental.separation.ray_trainer import SeparateRayPPOTrainer
+from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+from verl.trainer.ppo.utils import create_rl_sampler
+from verl.utils.dataset.rl_dataset import collate_fn
+from verl.workers.rollout.llm_server import LLMServerClient
+
+from darts.config import DartsConfig
+from darts.metrics import METRICS
+from darts.reweighting import reweighted_advantages
+from darts.rollout import DartsAgentLoopManager
+from darts.strategy import make_strategy
+from darts.trainer import RayDartsTrainer
+from darts.worker import CANDIDATE, POPULATION, WEIGHT, candidate_seed
+
+M, PROMPTS, ROWS = 4, 4, 40
+
+
+def length_of(row: int, candidate: int) -> int:
+    return 1 + row % 13 + candidate % 5
+
+
+class Rows:
+    """A dataset."""
+
+    def __len__(self) -> int:
+        return ROWS
+
+    def __getitem__(self, row: int) -> dict:
+        return {
+            "raw_prompt": [{"role": "user", "content": f"{row}+1="}],
+            "data_source": "scripted",
+            "reward_model": {"style": "rule", "ground_truth": "0"},
+            "extra_info": {"index": row},
+            "index": row,
+            "dummy_tensor": torch.zeros(1),
+        }
+
+
+@pytest.fixture(scope="module")
+def cluster(local_ray, make_config):
+    """Two servers, two workers, one manager, and their configuration."""
+    config = make_config("actor_rollout_ref.rollout.agent.num_workers=2", f"data.train_batch_size={PROMPTS}")
+    end_token = AutoTokenizer.from_pretrained(config.actor_rollout_ref.model.path).eos_token_id
+    servers = [
+        ray.remote(ScriptedServer).options(max_concurrency=1000).remote(Script(end_token=end_token)) for _ in range(2)
+    ]
+    client = LLMServerClient(config, balancer({str(number): server for number, server in enumerate(servers)}))
+    reward = ray.remote(CountingReward).remote()
+    manager = DartsAgentLoopManager.create(config=config, llm_client=client, reward_loop_worker_handles=[reward])
+    return manager, servers, config
+
+
+class Run:
+    """A trainer without its workers: data, rollouts and updates are real, what an update does is recorded."""
+
+    def __init__(self, cluster, monkeypatch, strategy: str, token_ms: float = 20, **block) -> None:
+        self.token_ms = token_ms  # slow against what else happens
+        self.manager, self.servers, config = cluster
+        base = OmegaConf.to_container(config.darts) | {"strategy": strategy, "seed": 0, "early_stop": "eager"} | block
+        trainer = self.trainer = RayDartsTrainer.__new__(RayDartsTrainer)
+        trainer.config = OmegaConf.create(OmegaConf.to_container(config))
+        trainer.darts = DartsConfig.from_block(base, M)
+        trainer._overridden, trainer.curr_step_profile, trainer.use_rm, trainer.global_steps = {}, False, False, 0
+        trainer._warned_of_saturation = True
+        trainer.async_rollout_manager = self.manager
+        trainer.checkpoint_manager = SimpleNamespace(sleep_replicas=lambda: None)
+        trainer.actor_rollout_wg = SimpleNamespace()
+        monkeypatch.setattr(RayDartsTrainer, "_get_dp_size", lambda self, *_: 2)
+        self.updates = []
+        monkeypatch.setattr(RayPPOTrainer, "_update_actor", lambda trainer, batch: self.updates.append(batch))
+        rows = Rows()
+        sampler = create_rl_sampler(OmegaConf.create({"shuffle": True, "seed": 1}), rows)
+        trainer.train_dataloader = SimpleNamespace(dataset=rows, sampler=sampler, collate_fn=collate_fn)
+        trainer.use_strategy(make_strategy(trainer.darts, PROMPTS))
+        trainer._rounds = self.loader = trainer.round_loader()
+        if strategy != "sorted":  # which switches it off
+            trainer.config.trainer.balance_batch = False  # so that the order of rows can be seen
+
+    def step(self) -> SimpleNamespace:
+        """One rollout and update; what the servers served, and what was trained on."""
+        trainer = self.trainer
+        trainer.global_steps += 1
+        batch = self.loader.next()
+        launched = self.loader.launched
+        budget = 2 * M  # nobody has more
+        turns = {
+            candidate_seed(0, trainer.global_steps, place, candidate): [
+                Turn(length_of(row, candidate), delay=length_of(row, candidate) * self.token_ms / 1000)
+            ]
+            for place, row in enumerate(launched)
+            for candidate in range(budget)
+        }
+        ray.get([server.load.remote(turns) for server in self.servers])
+        trainer.metrics, trainer.timing_raw = {}, {}
+        batch = trainer._fit_generate(trainer._fit_get_batch(batch))
+        before = batch.select_idxs(np.arange(len(batch)))
+        trainer._update_actor(batch)
+        records = [record for some in ray.get([s.take_records.remote() for s in self.servers]) for record in some]
+        assert ray.get([server.count_running.remote() for server in self.servers]) == [0, 0]
+        assert set(trainer.metrics) >= {"darts/tokens/generated"}
+        assert {name for name in trainer.metrics if name.startswith("darts/")} <= set(METRICS)
+        return SimpleNamespace(
+            batch=before,
+            launched=launched,
+            records=records,
+            rows=rows_of(before),
+            updated=rows_of(self.updates[-1]),
+            token_num=self.updates[-1].meta_info["global_token_num"],
+            attention=self.updates[-1].batch["attention_mask"].sum(dim=-1).tolist(),
+            metrics=trainer.metrics,
+            pool=trainer._rollout.pool,
+        )
+
+
+def rows_of(batch) -> list[tuple[int, int, int]]:
+    """Prompt, candidate (-1 under plain verl) and length of each row."""
+    columns = batch.non_tensor_batch
+    candidates = columns.get(CANDIDATE, np.full(len(batch), -1))
+    lengths = batch.batch["response_mask"].sum(dim=-1).tolist()
+    prompts = [info["index"] for info in columns["extra_info"]]
+    return list(zip(prompts, candidates.tolist(), lengths, strict=True))
+
+
+@pytest.fixture
+def start(cluster, monkeypatch):
+    return lambda strategy, **block: Run(cluster, monkeypatch, strategy, **block)
+
+
+@pytest.mark.parametrize("strategy", ["none", "bypass"])
+def test_plain_strategies_generate_m_responses_without_streaming(start, strategy):
+    """As validation: the servers' seeds, priorities and chunks are not ours."""
+    step = start(strategy).step()
+    assert len(step.records) == M * PROMPTS
+    assert not any(record["streamed"] for record in step.records)
+    assert {record["seed"] for record in step.records} == {None}
+    assert [prompt for prompt, *_ in step.rows] == [row for row in step.launched for _ in range(M)]
+    assert step.metrics["darts/candidates/launched"] == step.metrics["darts/allocation/total"] == M * PROMPTS
+    assert step.metrics["darts/tokens/generated"] == step.metrics["darts/tokens/kept"] == 3 * M * PROMPTS
+    assert sorted(step.updated) == sorted(step.rows)
+
+
+def test_shortest_k_keeps_the_shortest_and_aborts_nobody(start):
+    step = start("shortest_k", allocation={"mode": "adaptive", "mean_candidates": 6, "high": 6}).step()
+    assert len(step.records) == 6 * PROMPTS
+    assert all(record["ended"] for record in step.records)
+    expected = []
+    for row in step.launched:
+        shortest = sorted(range(6), key=lambda candidate: (length_of(row, candidate), candidate))[:M]
+        expected += [(row, candidate, length_of(row, candidate)) for candidate in sorted(shortest)]
+    assert step.rows == expected
+
+
+def test_darts_stops_saturated_groups_and_keeps_the_longest_of_the_others(start):
+    block = {"allocation": {"mode": "uniform", "mean_candidates": 5.5, "high": 6}, "streaming": {"chunk_tokens": 1}}
+    step = start("darts", **block).step()
+    budgets = [6, 6, 5, 5]
+    kept = Counter(prompt for prompt, *_ in step.rows)
+    assert set(kept.values()) == {M}
+    for place, (row, budget) in enumerate(zip(step.launched, budgets, strict=True)):
+        mine = [candidate for prompt, candidate, _ in step.rows if prompt == row]
+        aborted = step.pool.aborted[step.pool.prompt == place]
+        if budget == 6:  # lengths 1, 2, 3, 4, 5, 1 more than the row's: the last two of the six are too long
+            assert set(mine) == {0, 1, 2, 5}
+            assert aborted.tolist() == [False, False, False, True, True, False]
+        else:
+            assert set(mine) == {0, 1, 2, 4}
+            assert not aborted.any()
+
+
+def test_a_short_round_of_tail_batching_keeps_the_first_to_finish_and_stops_the_rest(start):
+    step = start("tail_batching").step()
+    assert len(step.launched) == 5
+    assert len(step.records) == 5 * 5
+    trained = list(dict.fromkeys(prompt for prompt, *_ in step.rows))
+    assert trained == [row for row in step.launched if row in trained], "in the order of the batch"
+    assert len(trained) == PROMPTS
+    (left,) = set(step.launched) - set(trained)
+    assert left % 13 == max(row % 13 for row in step.launched), "the slowest prompt was not waited for"
+    assert all({c for p, c, _ in step.rows if p == row} == {0, 1, 2, 3} for row in trained)
+    place = step.launched.index(left)
+    assert step.pool.aborted[step.pool.prompt == place].any()
+    assert not step.pool.kept[step.pool.prompt == place].any()
+    assert step.metrics["darts/group/returned"] == step.metrics["darts/strategy/queue"] == 1
+    assert step.metrics["darts/candidates/kept"] == M * PROMPTS
+
+
+def test_long_rounds_of_tail_batching_race_nobody(start):
+    run = start("tail_batching")
+    queue: list[int] = []
+    for _ in range(4):
+        step = run.step()
+        queue += [row for row in step.launched if row not in {prompt for prompt, *_ in step.rows}]
+    step = run.step()
+    assert list(step.launched) == queue
+    assert len(step.records) == M * PROMPTS
+    assert all(record["ended"] for record in step.records)
+    assert sorted(step.rows) == sorted((row, c, length_of(row, c)) for row in queue for c in range(M))
+    assert run.trainer.strategy.queue == ()
+
+
+def test_sorted_trains_from_short_to_long_and_begins_again_what_is_unfinished(start):
+    run = start("sorted", sorted={"prompts": 3})
+    first, second, third, fourth = (run.step() for _ in range(4))
+    cached = set(first.launched)
+    assert len(cached) == 3 * PROMPTS
+    trained = [{prompt for prompt, *_ in step.rows} for step in (first, second, third)]
+    assert set.union(*trained) == cached
+    assert sum(map(len, trained)) == len(cached)
+    assert set(second.launched) == cached - trained[0], "no new prompts before the cached are consumed"
+    assert not set(fourth.launched) & cached
+    slowest = [max(row % 13 for row in some) for some in trained]
+    assert slowest == sorted(slowest), "short prompts come first"
+    for step in (first, second, third):
+        ranks = np.split(np.array([length for *_, length in step.updated]), 2)
+        assert all((np.diff(rank) >= 0).all() for rank in ranks)
+        assert sorted(step.updated) == sorted(step.rows)
+        assert step.token_num == step.attention, "what verl counts per row moves with the rows"
+    assert (run.trainer.config.trainer.balance_batch, run.trainer.config.actor_rollout_ref.actor.shuffle) == (
+        False,
+        False,
+    )
+
+
+def test_losers_are_spared_now_and_then_and_weighted_as_the_group_says(start):
+    """Six candidates, four kept, each of the two losers spared with 1/5; rewards are lengths."""
+    block = {"allocation": {"mode": "uniform", "mean_candidates": 6, "high": 6}}
+    run = start("darts", **block, selection={"mode": "shortest_only", "keep_probability": 0.2})
+    spared = 0
+    for _ in range(8):
+        step = run.step()
+        columns = step.batch.non_tensor_batch
+        assert set(columns[POPULATION].tolist()) == {6}
+        for row in step.launched:
+            mine = [place for place, (prompt, *_) in enumerate(step.rows) if prompt == row]
+            weights = columns[WEIGHT][mine]
+            assert len(mine) == M
+            assert sorted(weights.tolist())[:3] == [1, 1, 1]
+            last = mine[int(np.argmax(weights))]
+            is_spared = step.rows[last][1] in (3, 4)  # the two longest of the six
+            assert weights.max() == pytest.approx(5 if is_spared else 1 / (1 - 2 * 0.2))
+            spared += is_spared
+        trainer = run.trainer
+        trainer.reward_tensor, trainer.reward_extra_infos_dict = step.batch.batch["rm_scores"], {}
+        step.batch.batch["old_log_probs"] = step.batch.batch["rollout_log_probs"]
+        plain = without_darts(trainer)._fit_compute_advantage(step.batch.select_idxs(np.arange(len(step.batch))))
+        weighted = trainer._fit_compute_advantage(step.batch)
+        mask = weighted.batch["response_mask"]
+        first = [row.batch["advantages"][row.batch["response_mask"].bool()][0].item() for row in plain]
+        expected = reweighted_advantages(first, columns[WEIGHT], columns["uid"], columns[POPULATION], normalize=True)
+        assert np.abs(expected - first).max() > 0.1, "so that equality says something"
+        expected = torch.tensor(expected, dtype=torch.float32)[:, None] * mask
+        torch.testing.assert_close(weighted.batch["advantages"], expected)
+        torch.testing.assert_close(weighted.batch["returns"], expected)
+    assert 3 <= spared <= 25, "of 32 groups two in five in the mean"
+
+
+def without_darts(trainer) -> SeparateRayPPOTrainer:
+    """The same trainer without DARTS's methods."""
+    plain = SeparateRayPPOTrainer.__new__(SeparateRayPPOTrainer)
+    plain.__dict__ = trainer.__dict__
+    return plain
+
+
+@pytest.mark.parametrize("strategy", ["tail_batching", "sorted"])
+def test_over_fifty_steps_no_prompt_is_lost_and_a_resumed_run_goes_on(start, strategy):
+    """Each time that a prompt is drawn it is trained on once, or waits at the end."""
+    drawn, trained = Counter(), Counter()
+    run = start(strategy, token_ms=1, sorted={"prompts": 2})
+    for number in range(50):
+        if number == 23:
+            saved = json.loads(
+                json.dumps(
+                    {
+                        "strategy": strategy,
+                        "state": run.trainer.strategy.state_dict(),
+                        "position": run.loader.position,
+                    }
+                )
+            )
+            expected = run.trainer.strategy.queue
+            run = start(strategy, token_ms=1, sorted={"prompts": 2})
+            run.trainer._load_rounds(saved)
+            run.trainer.global_steps = number
+            assert run.trainer.strategy.queue == expected
+        step = run.step()
+        queued = run.loader.round.queued
+        assert step.launched[: len(queued)] == queued
+        drawn.update(step.launched[len(queued) :])
+        counts = Counter(prompt for prompt, *_ in step.rows)
+        assert sum(counts.values()) == M * PROMPTS
+        assert all(count % M == 0 for count in counts.values())
+        trained.update({row: count // M for row, count in counts.items()})
+    assert sum(trained.values()) == 50 * PROMPTS
+    assert drawn == trained + Counter(run.trainer.strategy.queue)
+    epochs = sum(drawn.values()) // ROWS
+    assert set(drawn.values()) <= {epochs, epochs + 1}, "the data come round evenly, also across the resume"
+
+
+def test_a_checkpoint_of_another_strategy_is_refused(start):
+    run = start("tail_batching")
+    for state, says in ((None, "without a queue"), ({"strategy": "sorted"}, "strategy is sorted")):
+        with pytest.raises(ValueError, match=says):
+            run.trainer._load_rounds(state)
+
+
+def test_a_round_larger_than_the_data_is_refused(start):
+    with pytest.raises(ValueError, match=r"data.train_batch_size=4: a round of darts.strategy=sorted launches 44"):
+        start("sorted", sorted={"prompts": 11})

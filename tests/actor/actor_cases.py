@@ -392,3 +392,62 @@ def cached_tensors(rank) -> int:
     gc.collect()
     tensors = [one for one in gc.get_objects() if type(one) is torch.Tensor and one.ndim in (4, 5)]
     return sum(one.nbytes for one in tensors if one.shape[0] == geometry.layers and one.shape[-1] == geometry.key_dim)
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+
+
+def train(rank, seed: int, prompt: int = 4, response: int = 12, rows: int = 4) -> None:
+    """One step on this rank's part of a random batch, with verl's own loss, as `RayPPOTrainer._update_actor` asks for
+    it. Something is drawn from the process's own generator, as dropout would."""
+    import torch
+    from tensordict import TensorDict
+    from verl.utils import tensordict_utils as tu
+    from verl.workers.utils.padding import left_right_2_no_padding
+
+    world = torch.distributed.get_world_size()
+    random = torch.Generator().manual_seed(1000 * seed + rank.rank)
+    shape = rows, prompt + response
+    ids, mask = torch.randint(0, 256, shape, generator=random), torch.ones(shape, dtype=torch.int64)
+    data = TensorDict(
+        {
+            "prompts": ids[:, :prompt], "responses": ids[:, prompt:], "input_ids": ids, "attention_mask": mask,
+            "position_ids": mask.cumsum(1) - 1, "response_mask": mask[:, prompt:],
+            "old_log_probs": -5 - torch.rand(rows, response, generator=random),
+            "advantages": torch.randn(rows, response, generator=random) + 0.1 * torch.randn(rows, response),
+        },
+        batch_size=[rows],
+    )  # fmt: skip
+    data = left_right_2_no_padding(data)
+    tu.assign_non_tensor(
+        data, calculate_entropy=False, temperature=1.0, global_batch_size=rows * world, epochs=1, seed=seed,
+        mini_batch_size=rows * world // 2, dataloader_kwargs={"shuffle": True}, compute_loss=True,
+    )  # fmt: skip
+    rank.worker.update_actor(data)
+
+
+def actor_state(rank) -> dict:
+    """What training has made of this rank's part of the actor, by name; no two names of equal meaning."""
+    import torch
+
+    engine = rank.worker.actor.engine
+    found = {}
+    for number, parameter in enumerate(engine.module.parameters()):
+        found[f"weight {number}"] = parameter
+        state = engine.optimizer.state.get(parameter) or {"exp_avg": None, "exp_avg_sq": None, "step": None}
+        found |= {f"{name} {number}": value for name, value in state.items()}
+    scheduler = engine.lr_scheduler.state_dict()
+    found |= {f"lr {number}": group["lr"] for number, group in enumerate(engine.optimizer.param_groups)}
+    found |= {f"schedule {name}": scheduler[name] for name in ("last_epoch", "_last_lr", "_step_count")}
+    found["random"] = torch.get_rng_state()
+    for name, value in found.items():
+        if isinstance(value, torch.Tensor):
+            value = value.detach()
+            found[name] = getattr(value, "_local_tensor", value).numpy().copy()
+    return found
+
+
+def seed_process(rank, seed: int) -> None:
+    import torch
+
+    torch.manual_seed(seed)

@@ -65,13 +65,19 @@ def make_model(name: str, folder: Path) -> Path:
 
 def _allow_cpu() -> None:
     """What torch's FSDP1 does not do without an accelerator, left out of verl's engine: sending rank 0's weights to
-    the others at the start (each rank reads them instead), and offloading those of a reference."""
+    the others at the start (each rank reads them instead), offloading those of a reference, and moving weights to the
+    device that is asked for by number before a checkpoint."""
     from verl.workers.engine.fsdp import transformer_impl as target
 
     class Fsdp(target.FSDP):
         def __init__(self, *args, **settings):
             super().__init__(*args, **settings | {"sync_module_states": False, "cpu_offload": None})
 
+    def load_fsdp_model_to_gpu(model, upstream=target.load_fsdp_model_to_gpu):
+        if not isinstance(model, Fsdp):
+            upstream(model)
+
+    target.load_fsdp_model_to_gpu = load_fsdp_model_to_gpu
     target.FSDP = Fsdp
     target.get_init_weight_context_manager = lambda **settings: nullcontext
 
@@ -85,7 +91,7 @@ class Rank:
 
     def build(
         self, path, strategy="fsdp2", dtype="fp32", lora_rank=0, with_reference=False, param_offload=False,
-        attention="sdpa",
+        attention="sdpa", overrides=(),
     ):  # fmt: skip
         """An actor, whose weights then move away from the reference's."""
         import torch
@@ -120,6 +126,7 @@ class Rank:
                     "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=2",
                     f"actor_rollout_ref.actor.fsdp_config.param_offload={param_offload}",
                     *engines,
+                    *overrides,
                 ],
             ).actor_rollout_ref
         self.worker = OverlappedActorWorker(config, role="actor")

@@ -46,15 +46,16 @@ def trainable(*overrides: str):
 
 
 def test_the_primary_files():
-    assert PRIMARY == ["darts_trainer", "quickstart"]
+    assert PRIMARY == ["bench", "darts_trainer", "quickstart"]
     assert PLATFORMS == ["cpu", "gpu"]
     assert sorted(LIMITS) == TESTBEDS
 
 
 @pytest.mark.parametrize("testbed", TESTBEDS)
 @pytest.mark.parametrize("platform", PLATFORMS)
-def test_the_quickstart_composes_and_is_valid_for_verl(platform, testbed):
-    config = composed("quickstart", f"platform={platform}", f"testbed={testbed}")
+@pytest.mark.parametrize("name", ["quickstart", "bench"])
+def test_the_testbeds_compose_and_are_valid_for_verl(name, platform, testbed):
+    config = composed(name, f"platform={platform}", f"testbed={testbed}")
     check_run(config)
     validate_config(config, need_reference_policy(config), need_critic(config))
     limits = LIMITS[testbed]

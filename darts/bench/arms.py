@@ -1,0 +1,198 @@
+"""The arms of a bench, as data: a name, a strategy, and changes to the block `darts:` of the configuration.
+
+Contract: pure. Whatever an arm does not say is as in the configuration that all arms share, so an arm is read off its
+own line. `Arm.config` checks the whole block; an arm from the command line that cannot work is one `ConfigError`.
+"""
+
+import copy
+import difflib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from darts.config import STRATEGIES, ConfigError, DartsConfig, refuse_unknown_keys
+
+FORM = "--arm NAME=STRATEGY[,darts.KEY=VALUE...], as --arm 'two long=darts,darts.selection.num_long=2'."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """One of the things that are compared.
+
+    Example: `Arm(name="two long", strategy="darts", changes={"selection.num_long": 2}, overlap="token")`.
+    """
+
+    name: str
+    strategy: str
+    changes: Mapping[str, Any] = field(default_factory=dict)  # by path within `darts:`
+    overlap: str | None = None  # `darts.overlap.mode`; None: as in the configuration
+    about: str = ""  # what it shows, for people
+
+    def block(self, darts: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The block `darts:` of this arm; `darts` is that of the configuration, and stays as it is."""
+        made = copy.deepcopy(dict(darts or {})) | {"enable": True, "strategy": self.strategy}
+        changes = dict(self.changes) | ({} if self.overlap is None else {"overlap.mode": self.overlap})
+        for path, value in changes.items():
+            *sections, last = path.split(".")
+            where = made
+            for section in sections:
+                if not isinstance(where.get(section), dict):
+                    where[section] = {}
+                where = where[section]
+            where[last] = value
+        return made
+
+    def config(self, darts: Mapping[str, Any] | None, group_size: int) -> DartsConfig:
+        """The settings of this arm.
+
+        Raises:
+            ConfigError: its changes do not fit the configuration.
+        """
+        return DartsConfig.from_block(self.block(darts), group_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "name": self.name,
+            "strategy": self.strategy,
+            "changes": dict(self.changes),
+            "overlap": self.overlap,
+            "about": self.about,
+        }
+
+
+def _arm(name: str, strategy: str, about: str, overlap: str | None = None, **changes: Any) -> Arm:
+    """Paths have `__` for the dot."""
+    paths = {path.replace("__", "."): value for path, value in changes.items()}
+    return Arm(name=name, strategy=strategy, changes=paths, overlap=overlap, about=about)
+
+
+NONE = _arm("none", "none", "plain verl", overlap="off")
+DARTS = _arm("darts", "darts", "the method, as configured")
+TAIL_BATCHING = _arm("tail_batching", "tail_batching", "long responses put together into few rounds (RollPacker)")
+STRATEGY_ARMS = (
+    NONE,
+    _arm("bypass", "bypass", "plain verl, the servers' log-probs as the old ones", overlap="off"),
+    _arm("shortest_k", "shortest_k", "more candidates, the M shortest kept, nothing stopped (GFPO)"),
+    DARTS,
+    TAIL_BATCHING,
+    _arm("sorted", "sorted", "many prompts cached, short ones trained on first (SortedRL)"),
+)
+# The paper's order, each with what the arm before has. M of M candidates, all kept: nothing but the overlap.
+ABLATION = (
+    NONE,
+    _arm("+ streaming", "darts", "log-probs during generation, M of M candidates", overlap="token",
+         allocation__mode="off", allocation__mean_candidates=None, selection__mode="dual_end"),
+    _arm("+ dual-end", "darts", "K shortest and L longest of equally many candidates", overlap="token",
+         allocation__mode="uniform", selection__mode="dual_end"),
+    _arm("+ adaptive", "darts", "candidates by spread; saturated groups shortest-only, stopped early", overlap="token",
+         allocation__mode="adaptive", selection__mode="auto", early_stop="eager"),
+)  # fmt: skip
+COMPONENTS = (
+    DARTS,
+    _arm("uniform", "darts", "without adaptive allocation", allocation__mode="uniform"),
+    _arm("dual-end only", "darts", "without tail pruning: saturated groups keep their longest too",
+         selection__mode="dual_end"),
+    _arm("no early stop", "darts", "shortest-only groups run to their end", early_stop="off"),
+    _arm("no longest", "darts", "without the L longest: every group is shortest-only", selection__num_long=0),
+    _arm("overlap off", "darts", "log-probs after generation", overlap="off"),
+    _arm("overlap sequence", "darts", "log-probs of complete responses during generation", overlap="sequence"),
+    _arm("overlap token", "darts", "log-probs of growing responses too", overlap="token"),
+)  # fmt: skip
+BEYOND = (
+    DARTS,
+    _arm("deadline", "darts", "no group waits once all have M valid", selection__long_wait="deadline"),
+    _arm("exact", "darts", "only those are stopped that have grown past the M-th shortest", early_stop="exact"),
+    _arm("keep 5 %", "darts", "a loser is spared now and then, and reweighted", selection__keep_probability=0.05),
+    _arm("dual-end first", "darts", "groups that wait for all candidates start first", launch="dual_end_first"),
+)  # fmt: skip
+
+
+def _distinct(arms: Iterable[Arm]) -> tuple[Arm, ...]:
+    return tuple({arm.name: arm for arm in arms}.values())
+
+
+PRESETS: dict[str, tuple[Arm, ...]] = {
+    "strategies": STRATEGY_ARMS,
+    "ablation": ABLATION,
+    "components": _distinct((NONE, *COMPONENTS)),
+    "beyond": _distinct((NONE, *BEYOND)),
+    "all": _distinct((*STRATEGY_ARMS, *ABLATION, *COMPONENTS, *BEYOND)),
+    "quick": (NONE, DARTS, TAIL_BATCHING),
+}
+
+
+def chosen(names: Sequence[str], written: Sequence[str] = ()) -> tuple[Arm, ...]:
+    """The arms of a command, in its order, each once.
+
+    Args:
+        names: of presets and of arms that presets have.
+        written: as `parse_arm`.
+
+    Raises:
+        ConfigError: an unknown name, a name that is given to two different arms, or as `parse_arm`.
+    """
+    known = {arm.name: (arm,) for arm in PRESETS["all"]}
+    found: dict[str, Arm] = {}
+    for name in names:
+        if name not in PRESETS and name not in known:
+            near = difflib.get_close_matches(name, [*PRESETS, *known], n=1)
+            raise ConfigError(
+                "--arms",
+                name,
+                f"must be a preset ({', '.join(PRESETS)}) or an arm ({', '.join(known)}).",
+                f"did you mean {near[0]!r}?" if near else f"write your own as {FORM}",
+            )
+        found |= {arm.name: arm for arm in (PRESETS.get(name) or known[name])}
+    for line in written:
+        arm = parse_arm(line)
+        if arm.name in found:
+            raise ConfigError("--arm", line, f"there is an arm {arm.name!r} already.", "give it another name.")
+        found[arm.name] = arm
+    return tuple(found.values())
+
+
+def parse_arm(line: str) -> Arm:
+    """An arm from the command line.
+
+    Example:
+        >>> parse_arm("two long=darts,darts.selection.num_long=2").changes
+        {'selection.num_long': 2}
+
+    Raises:
+        ConfigError: not of this form, an unknown strategy or key, or a key that is given twice.
+    """
+    name, equals, rest = line.partition("=")
+    strategy, *settings = (part.strip() for part in rest.split(","))
+    if not (name.strip() and equals and strategy):
+        raise ConfigError("--arm", line, "needs a name and a strategy.", f"write {FORM}")
+    if strategy not in STRATEGIES and "." not in strategy.strip("."):
+        raise ConfigError(
+            "--arm",
+            line,
+            f"strategy {strategy!r} must be one of {', '.join(STRATEGIES)}, or package.module.Class.",
+            "choose one of them.",
+        )
+    changes: dict[str, Any] = {}
+    for setting in settings:
+        path, equals, value = setting.partition("=")
+        if not (path.startswith("darts.") and equals):
+            raise ConfigError("--arm", line, f"{setting!r} is not darts.KEY=VALUE.", f"write {FORM}")
+        path = path.removeprefix("darts.")
+        if path in changes or path in ("strategy", "enable", "trace", "placement"):
+            again = "is given twice" if path in changes else "is not an arm's own"
+            raise ConfigError("--arm", line, f"darts.{path} {again}.", "remove it.")
+        changes[path] = _value(value)
+    overlap = changes.pop("overlap.mode", None)
+    arm = Arm(name=name.strip(), strategy=strategy, changes=changes, overlap=overlap)
+    refuse_unknown_keys(arm.block({}))
+    return arm
+
+
+def _value(text: str) -> Any:
+    """As JSON has it, else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

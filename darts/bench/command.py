@@ -1,0 +1,254 @@
+"""`python -m darts.bench`: strategies x seeds, interleaved on one warm engine and one trainer.
+
+    python -m darts.bench --testbed overthink --arms strategies ablation --seeds 3 --out outputs/bench/overthink
+    python -m darts.bench --config-dir conf --config-name mine --arms none --arm two=darts,darts.selection.num_long=2
+
+Contract. What is measured is in `darts.bench.trainer`, what the figures mean in `darts.bench.report`. The same command
+goes on where it was stopped; with more `--seeds` it adds them. In the folder of `--out` it leaves bench.json,
+table.md, PNG figures, the log run.log, and the traces of all arms for `darts.report` and `darts.simulation`.
+`--report-only` makes tables and figures of what is there. A run that says nothing for `--silence` minutes is ended
+with an error.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from darts import CONFIG_DIR
+from darts.bench.arms import PRESETS, chosen
+from darts.bench.plan import CONFIG, RECORDS, BenchPlan
+from darts.bench.records import Record, Records, StepRecord
+from darts.bench.report import BASE, document, save, text
+from darts.bench.statistics import Results
+from darts.config import ConfigError
+from darts.testbed import LIMITS
+from darts.testbed.rollouts import ENVIRONMENT, machine, say
+
+LOG, MACHINE, DOCUMENT, TABLE = "run.log", "machine.json", "bench.json", "table.md"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """The command's options."""
+
+    plan: BenchPlan
+    out: Path
+    target: float | None
+    silence_s: float
+    report_only: bool
+    given: list[str]
+
+
+def options_of(given: Sequence[str]) -> Options:
+    """The options, with `--quick` worked in.
+
+    Raises:
+        ConfigError: arms that do not exist, or cannot be.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m darts.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = ", ".join(PRESETS)
+    parser.add_argument("--arms", nargs="+", default=None, metavar="NAME", help=f"presets ({names}) or their arms")
+    parser.add_argument("--arm", action="append", default=[], metavar="NAME=STRATEGY,darts.KEY=VALUE,...", help="yours")
+    parser.add_argument("--testbed", choices=sorted(LIMITS), help="sets testbed=... (default: the configuration's)")
+    parser.add_argument("--config-name", default="bench", help="Hydra configuration (default: %(default)s)")
+    parser.add_argument("--config-dir", type=Path, default=CONFIG_DIR, help="its folder (default: the project's)")
+    parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="of it, for all arms")
+    parser.add_argument("--seeds", type=int, default=3, help="orders of the prompts (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=30, help="of each arm and seed (default: %(default)s)")
+    parser.add_argument("--validate-every", type=int, default=5, help="steps; 0: never (default: %(default)s)")
+    parser.add_argument("--target", type=float, help="accuracy to time; default: that of plain verl's last third")
+    parser.add_argument("--out", type=Path, default=Path("outputs/bench"), help="folder (default: %(default)s)")
+    parser.add_argument("--silence", type=float, default=15, help="minutes without a step (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="preset quick, 1 seed, 6 steps: to try it out, in minutes")
+    parser.add_argument("--report-only", action="store_true", help="run nothing")
+    if "--quick" in given:
+        parser.set_defaults(seeds=1, steps=6, validate_every=3)
+    options = parser.parse_args(list(given))
+    for name in ("seeds", "steps"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} {getattr(options, name)}: must be at least 1")
+    if options.validate_every < 0:
+        parser.error(f"--validate-every {options.validate_every}: must not be negative")
+    testbed = [] if options.testbed is None else [f"testbed={options.testbed}"]
+    arms = options.arms if options.arms is not None else ["quick" if options.quick else "strategies"]
+    plan = BenchPlan(
+        arms=list(chosen(arms, options.arm)),
+        seeds=options.seeds,
+        steps=options.steps,
+        validate_every=options.validate_every,
+        config_name=options.config_name,
+        config_dir=str(options.config_dir.resolve()),
+        overrides=[*testbed, *options.override],
+    )
+    return Options(
+        plan=plan,
+        out=options.out.resolve(),
+        target=options.target,
+        silence_s=60 * options.silence,
+        report_only=options.report_only,
+        given=list(given),
+    )
+
+
+def run(options: Options) -> None:
+    """Runs what is missing, with a line for each round.
+
+    Raises:
+        RuntimeError: the run failed, or said nothing for too long; its log is named.
+    """
+    plan, log = options.plan, options.out / LOG
+    quiet = {"VERL_LOGGING_LEVEL": "WARN"}  # verl's checkpoints say several lines each
+    environment = ENVIRONMENT | quiet | dict(os.environ) | {"PYTHONPATH": _python_path()}
+    command = [sys.executable, "-m", "darts.bench.trainer", str(options.out)]
+    rounds = len(list(plan.turns()))
+    say(f"{len(plan.arms)} arms x {plan.seeds} seeds x {plan.steps} steps in {options.out}; starting the engine ...")
+    with log.open("a") as file:
+        child = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            _follow(child, options, rounds)
+        finally:
+            _end(child)
+    if child.returncode:
+        raise RuntimeError(f"the bench ended with exit code {child.returncode}; see {log}")
+
+
+def _follow(child: subprocess.Popen, options: Options, rounds: int) -> None:
+    """Waits for the end, and tells what is new."""
+    records, arms = Records(options.out / RECORDS), [arm.name for arm in options.plan.arms]
+    last, began, told = time.monotonic(), None, -1
+    size = -1
+    while child.poll() is None:
+        time.sleep(1)
+        now = (options.out / RECORDS).stat().st_size if (options.out / RECORDS).exists() else 0
+        if now != size:
+            size, last = now, time.monotonic()
+            done = [record for record in records.read() if isinstance(record, StepRecord)]
+            complete = len(done) // len(arms)
+            if told < 0:
+                told, began = complete, (complete, time.monotonic())
+                if complete:
+                    say(f"{complete} of {rounds} rounds are there; going on")
+            elif complete > told:
+                told = complete
+                _tell_round(done[-len(arms) :], complete, rounds, began)
+        elif time.monotonic() - last > options.silence_s:
+            raise RuntimeError(
+                f"no step has ended for {options.silence_s / 60:g} minutes (--silence); see {options.out / LOG}"
+            )
+
+
+def _tell_round(steps: Sequence[StepRecord], complete: int, rounds: int, began: tuple[int, float]) -> None:
+    seconds = ", ".join(f"{step.arm} {step.step_s:.2f}" for step in sorted(steps, key=lambda step: step.arm))
+    rate = (time.monotonic() - began[1]) / max(complete - began[0], 1)
+    left = (rounds - complete) * rate / 60
+    say(
+        f"round {complete}/{rounds} (seed {steps[-1].seed}, step {steps[-1].step}), about {left:.0f} min left; "
+        f"seconds: {seconds}"
+    )
+
+
+def _end(child: subprocess.Popen) -> None:
+    """Ends the run and all that it started."""
+    if child.poll() is None:
+        os.killpg(child.pid, signal.SIGTERM)
+        try:
+            child.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait(timeout=30)
+
+
+def _python_path() -> str:
+    before = os.environ.get("PYTHONPATH")
+    return os.pathsep.join([str(ROOT), *([before] if before else [])])
+
+
+def report(options: Options) -> str:
+    """Writes document, tables and figures of what is there; returns the tables.
+
+    Raises:
+        ConfigError: there is nothing.
+    """
+    from darts.bench.figures import write
+
+    found: list[Record] = Records(options.out / RECORDS).read()
+    if not found:
+        raise ConfigError("--out", str(options.out), "has no records of a bench.", "run it without --report-only.")
+    plan = BenchPlan.load(options.out)
+    results = Results(found, [arm.name for arm in plan.arms], plan.steps)
+    opened = document(
+        results,
+        arms=[arm.to_dict() for arm in plan.arms],
+        settings={"command": ["python", "-m", "darts.bench", *options.given], "overrides": plan.overrides}
+        | {name: getattr(plan, name) for name in ("seeds", "steps", "validate_every", "config_name")},
+        config=_read(options.out / CONFIG),
+        machine=_read(options.out / MACHINE),
+        target=options.target,
+    )
+    save(options.out / DOCUMENT, opened)
+    tables = text(results, BASE, options.target)
+    (options.out / TABLE).write_text(tables + "\n")
+    write(results, options.out)
+    return tables
+
+
+def _refuse_what_cannot_be(options: Options) -> None:
+    """Checks the configuration before an engine starts."""
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from darts.checks import check_run
+
+    try:
+        config = options.plan.compose(options.out)
+        OmegaConf.resolve(config)
+    except (HydraException, OmegaConfBaseException) as error:
+        name = f"{options.plan.config_dir}/{options.plan.config_name}.yaml"
+        raise ConfigError("--config-name", name, " ".join(str(error).split()), "correct it, or --override.") from error
+    check_run(config)
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    began = time.monotonic()
+    try:
+        options = options_of(sys.argv[1:] if given is None else given)
+        if not options.report_only:
+            _refuse_what_cannot_be(options)
+            options.plan.save(options.out)
+            if not (options.out / MACHINE).exists():
+                (options.out / MACHINE).write_text(json.dumps(machine()) + "\n")
+            run(options)
+        print(f"\n{report(options)}\n")
+    except ConfigError as error:
+        print(f"[darts] {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        print(f"[darts] {error}", file=sys.stderr)
+        return 1
+    say(f"done in {(time.monotonic() - began) / 60:.0f} min; tables, figures and bench.json are in {options.out}")
+    return 0

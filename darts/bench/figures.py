@@ -1,0 +1,216 @@
+"""The figures of a bench: `Results` in, PNG files with a sentence each that says how to read them.
+
+Contract: needs matplotlib; no display, no pyplot; the style is that of `darts.report`. A figure without data is left
+out, with the reason. Lines are means over the seeds; where there are several, and not too many arms, pale bands reach
+from the lowest to the highest seed. An arm has one colour, line and marker in all figures.
+"""
+
+import io
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from darts.bench.report import BASE
+from darts.bench.statistics import Array, Results
+from darts.report_figures import STYLE, Drawn, Missing, dress
+
+COLORS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#882255", "#999933", "#666666")
+DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)))
+PHASES = {
+    "rollout_s": ("rollout", "#332288"),
+    "old_log_prob_s": ("old log-probs", "#88CCEE"),
+    "update_s": ("actor update", "#44AA99"),
+    "weights_s": ("weights to the servers", "#117733"),
+    "other_s": ("other", "#DDDDDD"),
+}
+SMOOTH = 5
+"""Steps of the running mean."""
+MOST_BANDS = 8
+"""Arms; with more there are no bands."""
+
+
+def draw(results: Results, base: str = BASE) -> list[Drawn]:
+    """All figures, in their order."""
+    drawn = []
+    for name, (title, make) in FIGURES.items():
+        png, buffer = None, io.BytesIO()
+        with rc_context(STYLE):
+            try:
+                figure, caption = make(results, base)
+                figure.savefig(buffer, format="png", metadata={"Software": None})
+                png = buffer.getvalue()
+            except Missing as reason:
+                caption = str(reason)
+        drawn.append(Drawn(name=name, title=title, caption=caption, png=png))
+    return drawn
+
+
+def write(results: Results, folder: Path, base: str = BASE) -> list[Drawn]:
+    """Draws into the folder, as `seconds.png` and so on; returns what was drawn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = draw(results, base)
+    for figure in drawn:
+        if figure.png is not None:
+            (folder / f"{figure.name}.png").write_bytes(figure.png)
+    return drawn
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def by_seed(results: Results, arm: str, key: str) -> tuple[Array, Array]:
+    """Steps [n], and the values of a field of steps or validations at each, [seeds, n]; NaN where there is none."""
+    steps, _ = results.by_step(arm, key)
+    at = {int(step): place for place, step in enumerate(steps)}
+    values = np.full((len(results.seeds), len(steps)), math.nan)
+    for record in results.records_with(arm, key):
+        value = getattr(record, key)
+        if record.step in at and value is not None:
+            values[results.seeds.index(record.seed), at[record.step]] = value
+    return steps, values
+
+
+def smoothed(values: Array) -> Array:
+    """Running means along the last axis, over the known values of `SMOOTH` neighbours, fewer at the ends."""
+    reach = SMOOTH // 2
+    columns = [values[..., max(n - reach, 0) : n + reach + 1] for n in range(values.shape[-1])]
+    return np.stack([_mean(column) for column in columns], axis=-1)
+
+
+def _mean(values: Array) -> Array:
+    """Along the last axis, of what is known."""
+    known = np.isfinite(values)
+    count = known.sum(axis=-1)
+    return np.where(count > 0, np.where(known, values, 0).sum(axis=-1) / np.maximum(count, 1), math.nan)
+
+
+def _line(axes: Axes, results: Results, arm: str, x: Array, values: Array, smooth: bool, marker: bool) -> None:
+    """Mean and band of the seeds."""
+    if not values.size:
+        return
+    values = smoothed(values) if smooth else values
+    known = np.isfinite(values).any(axis=0)
+    if not known.any():
+        return
+    x, values = x[known], values[:, known]
+    number = results.arms.index(arm)
+    color = COLORS[number % len(COLORS)]
+    if len(values) > 1 and len(results.arms) <= MOST_BANDS:
+        axes.fill_between(x, np.nanmin(values, axis=0), np.nanmax(values, axis=0), color=color, alpha=0.10, linewidth=0)
+    axes.plot(
+        x, _mean(values.T), linestyle=DASHES[number // len(COLORS) % len(DASHES)], color=color, linewidth=1.8,
+        marker="os^Dv"[number % 5] if marker else "", markersize=4, label=arm,
+    )  # fmt: skip
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    """One legend for all panels, below them."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6))
+
+
+def _need_steps(results: Results) -> None:
+    if not any(results.steps(arm) for arm in results.arms):
+        raise Missing("no step has been measured.")
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def _seconds(results: Results, base: str) -> tuple[Figure, str]:
+    _need_steps(results)
+    figure = Figure(figsize=(11, 5))
+    left, right = figure.subplots(1, 2)
+    for arm in results.arms:
+        for axes, key in ((left, "step_s"), (right, "rollout_s")):
+            steps, values = by_seed(results, arm, key)
+            _line(axes, results, arm, steps, values, smooth=True, marker=False)
+    dress(left, "Step", "seconds")
+    dress(right, "Of which rollout", "seconds")
+    for axes in (left, right):
+        axes.set_ylim(bottom=0)
+    _legend(figure, left)
+    return figure, (
+        f"An arm wins where its line is below that of {base}, and shapes lengths where it falls. Running means over "
+        f"{SMOOTH} steps of the mean over seeds; bands: lowest to highest seed."
+    )
+
+
+def _accuracy(results: Results, base: str) -> tuple[Figure, str]:
+    if not any(results.validations(arm) for arm in results.arms):
+        raise Missing("no validation has been measured.")
+    figure = Figure(figsize=(11, 5))
+    left, right = figure.subplots(1, 2, sharey=True)
+    for arm in results.arms:
+        steps, values = by_seed(results, arm, "accuracy")
+        _line(left, results, arm, steps, values, smooth=False, marker=True)
+        seconds = np.array([[results.seconds_at(arm, seed, int(step)) for step in steps] for seed in results.seeds])
+        if seconds.size:
+            _line(right, results, arm, _mean(seconds.T), values, smooth=False, marker=True)
+    goal = results.target(base)
+    if math.isfinite(goal):
+        for axes in (left, right):
+            axes.axhline(goal, color=COLORS[-1], linewidth=1, linestyle=":")
+    dress(left, "Against steps", "validation accuracy")
+    dress(right, "Against time", "", x="seconds of training (steps alone, mean over seeds)")
+    _legend(figure, left)
+    return figure, (
+        f"Left, an arm learns as much from a step as {base} where the lines agree; right, it gets there earlier where "
+        f"its line is further left. Dotted: {base} over the last third. Bands: lowest to highest seed."
+    )
+
+
+def _lengths(results: Results, base: str) -> tuple[Figure, str]:
+    _need_steps(results)
+    panels = [("kept_mean", "Mean of the kept"), ("pool_p99", "99th percentile of all candidates")]
+    if any(one.mean_length is not None for arm in results.arms for one in results.validations(arm)):
+        panels.append(("mean_length", "Mean in validation"))
+    figure = Figure(figsize=(11 if len(panels) < 3 else 14, 5))
+    grid = figure.subplots(1, len(panels))
+    for axes, (key, title) in zip(grid, panels, strict=True):
+        for arm in results.arms:
+            steps, values = by_seed(results, arm, key)
+            _line(axes, results, arm, steps, values, smooth=key != "mean_length", marker=key == "mean_length")
+        dress(axes, title, "tokens")
+    _legend(figure, grid[0])
+    return figure, (
+        "What is kept is a choice by length; what the policy itself has become shows in validation, where nothing is "
+        f"chosen or stopped. An aborted candidate counts with the tokens it had. Running means over {SMOOTH} steps."
+    )
+
+
+def _phases(results: Results, base: str) -> tuple[Figure, str]:
+    _need_steps(results)
+    arms = [arm for arm in results.arms if results.steps(arm)]
+    figure = Figure(figsize=(11, 1.9 + 0.42 * len(arms)))
+    axes = figure.subplots()
+    floor = np.zeros(len(arms))
+    for key, (label, color) in PHASES.items():
+        means = np.array([max(results.mean(arm, key), 0.0) for arm in arms])
+        axes.barh(arms, means, left=floor, color=color, label=label, height=0.72)
+        floor += means
+    speeds = {arm: results.speed_up(arm, base).overall.value for arm in arms}
+    for place, arm in enumerate(arms):
+        said = f"{floor[place]:.2f} s" + (f", {speeds[arm]:.2f}x" if math.isfinite(speeds[arm]) and arm != base else "")
+        axes.text(floor[place], place, f" {said}", va="center", fontsize=10)
+    axes.invert_yaxis()
+    axes.grid(False, axis="y")
+    axes.set_xlim(0, 1.16 * floor.max())
+    dress(axes, "Where a step's time goes", "", x="seconds, mean over steps and seeds", legend=len(PHASES))
+    return figure, (
+        f"The factor is how many times faster than {base} an arm is, over the steps of both. Log-probs that are "
+        "computed during generation are not in the bar of the old log-probs, but may lengthen the rollout."
+    )
+
+
+FIGURES: dict[str, tuple[str, Callable[[Results, str], tuple[Figure, str]]]] = {
+    "seconds": ("Seconds a step", _seconds),
+    "accuracy": ("Accuracy", _accuracy),
+    "lengths": ("Response length", _lengths),
+    "phases": ("Where the time goes", _phases),
+}

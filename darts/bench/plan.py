@@ -1,0 +1,120 @@
+"""What a bench runs, as a file of its folder: arms, seeds, steps, and the configuration that all arms share.
+
+Contract: no verl import, so that a bad command is refused at once; `compose` needs Hydra, and verl's configuration
+files. The plan of a folder never changes, but for more seeds: what was measured belongs to it.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from darts import CONFIG_DIR
+from darts.bench.arms import Arm
+from darts.bench.states import OVERRIDES
+from darts.config import ConfigError
+
+PLAN, RECORDS, STATES, TRACES, CONFIG = "plan.json", "records.jsonl", "states", "traces", "config.json"
+Turn = tuple[int, int]
+"""Seed and step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchPlan:
+    """What a bench runs."""
+
+    arms: list[Arm]
+    seeds: int  # 0, 1, ...
+    steps: int
+    validate_every: int  # steps; the last is validated always; 0: no validation at all
+    config_name: str = "bench"
+    config_dir: str = str(CONFIG_DIR)
+    overrides: list[str]  # of the configuration, for all arms
+
+    def save(self, folder: Path) -> None:
+        """Into the folder, which is made.
+
+        Raises:
+            ConfigError: it has another plan.
+        """
+        if (folder / PLAN).exists():
+            there = self.load(folder)
+            other = [
+                f.name for f in fields(self) if f.name != "seeds" and getattr(self, f.name) != getattr(there, f.name)
+            ]
+            if other or self.seeds < there.seeds:
+                name = other[0] if other else "seeds"
+                raise ConfigError(
+                    "--out",
+                    str(folder),
+                    f"has a bench with other {name} ({getattr(there, name)}), and goes on with the same alone.",
+                    "choose another folder, remove this one, or repeat the command that began it.",
+                )
+        folder.mkdir(parents=True, exist_ok=True)
+        plan = {field.name: getattr(self, field.name) for field in fields(self)}
+        plan["arms"] = [arm.to_dict() for arm in self.arms]
+        (folder / PLAN).write_text(json.dumps(plan, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> "BenchPlan":
+        """What `save` wrote."""
+        plan = json.loads((folder / PLAN).read_text())
+        return cls(**plan | {"arms": [Arm(**arm) for arm in plan["arms"]]})
+
+    def turns(self) -> Iterator[Turn]:
+        """All rounds in their order."""
+        yield from ((seed, step) for seed in range(self.seeds) for step in range(1, self.steps + 1))
+
+    def validates(self, step: int) -> bool:
+        """Whether the arms are validated after this step."""
+        return self.validate_every > 0 and (step % self.validate_every == 0 or step == self.steps)
+
+    def check(self, darts: dict[str, Any], group_size: int) -> None:
+        """Builds every arm's settings.
+
+        Raises:
+            ConfigError: of an arm, with its name.
+        """
+        arm = self.arms[0]
+        try:
+            for arm in self.arms:
+                arm.config(darts, group_size)
+        except ConfigError as error:
+            raise ConfigError("--arms", arm.name, f"cannot be: {error}", "change the arm.") from error
+
+    def compose(self, folder: Path) -> DictConfig:
+        """The configuration of the run, whose results go to the folder."""
+        from hydra import compose, initialize_config_dir
+
+        from darts.testbed import register_resolver
+
+        register_resolver()
+        with initialize_config_dir(self.config_dir, version_base=None):
+            config = compose(self.config_name, overrides=[*self.overrides, *self._own_overrides(folder)])
+        self.check(_container(config.darts), config.actor_rollout_ref.rollout.n)
+        return config
+
+    def _own_overrides(self, folder: Path) -> list[str]:
+        """What a bench needs of any configuration."""
+        modes = [arm.overlap for arm in self.arms if arm.overlap not in (None, "off")]
+        return [
+            *OVERRIDES,
+            *(f"darts.overlap.mode={mode}" for mode in modes[:1]),  # so that the actor can overlap at all
+            f"trainer.total_training_steps={self.steps}",
+            f"trainer.default_local_dir={folder}",
+            "trainer.resume_mode=disable",
+            "trainer.val_before_train=false",
+            "trainer.test_freq=-1",
+            "trainer.save_freq=-1",
+            "trainer.total_epochs=1",
+            "trainer.logger=[console]",
+            "darts.strategy=darts",
+            "darts.trace=null",
+        ]
+
+
+def _container(node: DictConfig) -> dict[str, Any]:
+    return OmegaConf.to_container(node, resolve=True)  # type: ignore[return-value]

@@ -1,0 +1,265 @@
+"""What a bench measures: one record per arm, seed and step, one per validation; and the JSONL file they are kept in.
+
+Contract: no verl import. A record is written when its step has ended; a round (a step of every arm) counts once all of
+it is there. `Records.keep` removes what a bench that was interrupted had written of a round that begins again.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from darts.bench.slots import in_turns, slot_steps
+from darts.metrics import CandidatePool
+from darts.trace import drop_cut_line
+
+TIMES = {
+    "step_s": "timing_s/step",
+    "rollout_s": "timing_s/gen",
+    "old_log_prob_s": "timing_s/old_log_prob",
+    "update_s": "timing_s/update_actor",
+    "weights_s": "timing_s/update_weights",
+}
+"""Seconds of a step, and verl's metric (0.9.1) that has them; a phase that did not run took 0."""
+
+
+class RecordError(ValueError):
+    """A line that is not a record of a bench."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """One step of one arm. Lengths and tokens are of responses; an aborted candidate counts with the tokens it had."""
+
+    arm: str
+    seed: int
+    step: int  # from 1
+    place: int  # in the round's order, from 0
+    step_s: float  # as verl times it, without validation and without the swap of the arms
+    rollout_s: float
+    old_log_prob_s: float
+    update_s: float
+    weights_s: float
+    swap_s: float = 0.0  # to put this arm's state in the place of the other's, and to keep it; not in `step_s`
+    launched: int  # candidates
+    aborted: int
+    tokens_generated: int
+    tokens_kept: int  # trained on
+    slots: int  # of `darts.bench.slots`
+    slot_steps: int
+    idle_slot_steps: int
+    kept_mean: float
+    kept_p99: float
+    kept_max: float
+    pool_mean: float  # of all candidates
+    pool_p99: float
+    pool_max: float
+    reward_kept: float | None = None  # mean; None where nothing was scored
+    reward_pool: float | None = None  # of all candidates that were scored
+    queue: int = 0  # prompts that were launched and are to come again
+
+    @property
+    def tokens_dropped(self) -> int:
+        """Generated and thrown away."""
+        return self.tokens_generated - self.tokens_kept
+
+    @property
+    def other_s(self) -> float:
+        """What of the step is in none of the phases: rewards, advantages, metrics, the trainer itself."""
+        return self.step_s - self.rollout_s - self.old_log_prob_s - self.update_s - self.weights_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidationRecord:
+    """One validation of one arm, after `step` steps; `step=0` is the initial actor."""
+
+    arm: str
+    seed: int
+    step: int
+    accuracy: float | None  # mean over prompts and responses; None where it was not measured
+    mean_length: float | None = None  # tokens of a response
+    prompt_accuracy: tuple[float, ...] = ()  # of each prompt, in an order that all validations share; or unknown
+
+
+Record = StepRecord | ValidationRecord
+KINDS: dict[str, type] = {"step": StepRecord, "validation": ValidationRecord}
+SomeRecord = TypeVar("SomeRecord", StepRecord, ValidationRecord)
+
+
+def step_record(
+    *,
+    arm: str,
+    seed: int,
+    step: int,
+    place: int,
+    metrics: Mapping[str, Any],
+    pool: CandidatePool,
+    launch_order: Sequence[int] | NDArray[np.int64] | None = None,
+    num_engines: int = 1,
+    max_running: int | None = None,
+    swap_s: float = 0.0,
+) -> StepRecord:
+    """The record of a step that has ended.
+
+    Args:
+        metrics: verl's, with `TIMES`; `darts/strategy/queue` where the strategy has a queue.
+        pool: every launched candidate, sorted by prompt.
+        launch_order: prompts of the pool in the order in which they started (`Plan.launch_order`); None: as they stand.
+        num_engines: that shared the rollout, candidate by candidate in turns.
+        max_running: `max_num_seqs`.
+        swap_s: as of the record.
+    """
+    prompts = np.unique(pool.prompt)
+    rows = [np.flatnonzero(pool.prompt == prompt) for prompt in prompts]
+    order = range(len(prompts)) if launch_order is None else launch_order
+    launched = pool.length[np.concatenate([rows[place] for place in order])]
+    used = slot_steps(in_turns(launched, num_engines), max_running)
+    kept = pool.kept
+    return StepRecord(
+        arm=arm,
+        seed=seed,
+        step=step,
+        place=place,
+        **{name: float(metrics.get(key, 0.0)) for name, key in TIMES.items()},
+        swap_s=swap_s,
+        launched=len(pool),
+        aborted=int(pool.aborted.sum()),
+        tokens_generated=int(pool.length.sum()),
+        tokens_kept=int(pool.length[kept].sum()),
+        slots=used.slots,
+        slot_steps=used.whole,
+        idle_slot_steps=used.idle,
+        **_lengths("kept", pool.length[kept]),
+        **_lengths("pool", pool.length),
+        reward_kept=_mean(pool.reward[kept]),
+        reward_pool=_mean(pool.reward),
+        queue=int(metrics.get("darts/strategy/queue", 0)),
+    )
+
+
+class Records:
+    """The JSONL file of a bench, in its order."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def append(self, record: Record) -> None:
+        """Writes a record behind the others."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a") as file:
+            file.write(line_of(record))
+
+    def read(self) -> list[Record]:
+        """All records; none where there is no file. A last line that was cut off does not count.
+
+        Raises:
+            RecordError: a line that is no record; with file and number.
+        """
+        try:
+            lines = self._path.read_text().split("\n")[:-1]
+        except FileNotFoundError:
+            return []
+        return [self._parsed(number, line) for number, line in enumerate(lines, 1)]
+
+    def keep(self, is_complete: Callable[[int, int], bool]) -> list[Record]:
+        """Removes the records of rounds that are not complete, and what was cut off; returns the others.
+
+        Args:
+            is_complete: of a seed and a step. A validation before the first step belongs to the first.
+        """
+        if not self._path.exists():
+            return []
+        drop_cut_line(self._path)
+        found = self.read()
+        kept = [record for record in found if is_complete(record.seed, max(record.step, 1))]
+        if len(kept) != len(found):
+            draft = self._path.with_suffix(".new")
+            draft.write_text("".join(map(line_of, kept)))
+            draft.replace(self._path)
+        return kept
+
+    def _parsed(self, number: int, line: str) -> Record:
+        try:
+            return record_of(json.loads(line))
+        except ValueError as cause:
+            raise RecordError(f"{self._path}:{number}: {cause}") from cause
+
+
+def line_of(record: Record) -> str:
+    """A record as one line of JSON; what is not a number is null."""
+    kind = next(name for name, of in KINDS.items() if isinstance(record, of))
+    values = {field.name: _plain(getattr(record, field.name)) for field in fields(record)}
+    return json.dumps({"kind": kind} | values, allow_nan=False, separators=(",", ":")) + "\n"
+
+
+def record_of(line: Any) -> Record:
+    """The record that `line_of` wrote.
+
+    Raises:
+        RecordError: something else; the message says what is wrong.
+    """
+    kind = line.get("kind") if isinstance(line, dict) else None
+    if kind not in KINDS:
+        raise RecordError(f"kind={kind!r:.80}: must be one of {', '.join(KINDS)}.")
+    values = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in line.items() if name != "kind"
+    }
+    known = {field.name for field in fields(KINDS[kind])}
+    if values.keys() - known:
+        raise RecordError(f"{', '.join(sorted(values.keys() - known))}: no field of a {kind}.")
+    try:
+        return KINDS[kind](**values)
+    except TypeError as cause:
+        raise RecordError(f"a {kind} that lacks something: {cause}.") from cause
+
+
+def table_of(records: Iterable[SomeRecord]) -> dict[str, list[Any]]:
+    """Records of one kind by column, for a document; numbers to six digits."""
+    records = list(records)
+    if not records:
+        return {}
+    return {field.name: [_short(getattr(record, field.name)) for record in records] for field in fields(records[0])}
+
+
+def records_of(kind: type[SomeRecord], columns: Mapping[str, Sequence[Any]]) -> list[SomeRecord]:
+    """The records that `table_of` gave.
+
+    Raises:
+        RecordError: other columns.
+    """
+    names = list(columns)
+    rows = zip(*columns.values(), strict=True)
+    kinds = {of: name for name, of in KINDS.items()}
+    return [record_of({"kind": kinds[kind], **dict(zip(names, row, strict=True))}) for row in rows]  # type: ignore[misc]
+
+
+def _lengths(which: str, lengths: NDArray[np.int64]) -> dict[str, float]:
+    return {
+        f"{which}_mean": float(lengths.mean()),
+        f"{which}_p99": float(np.percentile(lengths, 99)),
+        f"{which}_max": float(lengths.max()),
+    }
+
+
+def _mean(values: NDArray[np.float64]) -> float | None:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else None
+
+
+def _plain(value: Any) -> Any:
+    """For JSON: what is not finite is None."""
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _short(value: Any) -> Any:
+    value = _plain(value)
+    if isinstance(value, list):
+        return [_short(one) for one in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value

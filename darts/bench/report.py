@@ -1,0 +1,257 @@
+"""What a bench reports: Markdown tables, and one JSON document from which they can be made again.
+
+Contract: pure; `Results` in, text out. `-` is what was not measured, or never happened. A document holds everything
+that the tables come from: settings, resolved configuration, machine with versions and commit, arms, and all records.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from darts.bench.records import StepRecord, ValidationRecord, records_of, table_of
+from darts.bench.statistics import Compared, Results
+from darts.testbed.rollouts_report import table
+
+FORMAT = "darts.bench"
+VERSION = 1
+BASE = "none"
+"""The arm that the others are compared with: plain verl."""
+
+
+class DocumentError(ValueError):
+    """A file that is not the document of a bench."""
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def time_table(results: Results, base: str = BASE) -> str:
+    """Seconds of a step, of its phases, and how many times faster than the base."""
+    rows = []
+    for arm in results.arms:
+        speeds = [_speed_up(results, arm, base, last) for last in (False, True)]
+        phases = ("rollout_s", "old_log_prob_s", "update_s", "weights_s", "other_s")
+        rows.append([
+            arm, len(results.steps(arm)), number(results.median(arm, "step_s")), number(results.mean(arm, "step_s")),
+            speeds[0], number(results.median(arm, "step_s", last=True)), number(results.mean(arm, "step_s", last=True)),
+            speeds[1], _by_seed(results.speed_up(arm, base, last=True)) if arm != base else "-",
+            *(number(results.mean(arm, phase)) for phase in phases),
+        ])  # fmt: skip
+    columns = [
+        "arm", "steps", "s a step, median", "mean", f"speed-up over {base}", "last third: median", "mean",
+        f"speed-up over {base}", "by seed", "rollout s", "old log-probs s", "update s", "weights s", "other s",
+    ]  # fmt: skip
+    return table(columns, rows)
+
+
+def work_table(results: Results) -> str:
+    """What the engines did, means of a step."""
+    rows = []
+    for arm in results.arms:
+        generated, dropped = (results.total(arm, f"tokens_{which}") for which in ("generated", "dropped"))
+        rows.append([
+            arm, number(results.mean(arm, "launched"), ".1f"), number(results.mean(arm, "aborted"), ".1f"),
+            number(results.mean(arm, "tokens_generated"), ",.0f"), number(results.mean(arm, "tokens_kept"), ",.0f"),
+            number(results.mean(arm, "tokens_dropped"), ",.0f"),
+            number(dropped / generated if generated else math.nan, ".1%"),
+            number(results.useful_per_s(arm), ",.0f"), number(results.bubble_ratio(arm), ".1%"),
+            number(results.mean(arm, "queue"), ".1f"),
+        ])  # fmt: skip
+    columns = [
+        "arm", "candidates", "aborted", "tokens generated", "kept", "thrown away", "share", "kept tokens/s of rollout",
+        "bubble ratio", "queue",
+    ]  # fmt: skip
+    return table(columns, rows)
+
+
+def learning_table(results: Results, base: str = BASE, target: float | None = None) -> str:
+    """What was learnt: accuracy, lengths, and seconds of training to an accuracy.
+
+    Args:
+        results: of the bench.
+        base: what accuracies are compared with.
+        target: an accuracy; None: `Results.target`.
+    """
+    goal = results.target(base) if target is None else target
+    rows = []
+    for arm in results.arms:
+        gains = ["-" if arm == base else format(results.accuracy_gain(arm, base, last), "+.3f") for last in (0, 1)]
+        _, lengths = results.by_step(arm, "mean_length")
+        rows.append([
+            arm, number(results.accuracy(arm), ".3f"), gains[0], number(results.accuracy(arm, last=True), ".3f"),
+            gains[1], number(results.mean(arm, "kept_mean", last=True), ".1f"),
+            number(results.mean(arm, "pool_p99", last=True), ".0f"),
+            number(lengths[-1] if len(lengths) else math.nan, ".1f"), _reached(results, arm, goal),
+        ])  # fmt: skip
+    columns = [
+        "arm", "accuracy, end", f"minus {base}", "accuracy, last third", f"minus {base}", "kept length, last third",
+        "pool p99", "length in validation, end", f"training to {number(goal, '.3f')}",
+    ]  # fmt: skip
+    return table(columns, rows)
+
+
+def notes(results: Results, base: str = BASE, target: float | None = None) -> list[str]:
+    """What has to be known to read the tables."""
+    seeds = len(results.seeds)
+    meaning = {
+        0: "Nothing has been measured.",
+        1: "One seed: intervals are about the noise of its steps and prompts, and say nothing about other seeds.",
+    }.get(
+        seeds,
+        f"Intervals are 95 % bootstraps over {seeds} seeds and, in each, the steps that both arms have (in blocks), "
+        "or its prompts. So few seeds say little about how seeds differ: read the values by seed beside them.",
+    )
+    said = [
+        meaning,
+        f"Last third: steps {results.last_from} to {results.num_steps}. Speed-up: total seconds of {base} over total "
+        "seconds of the arm, over the same seeds and steps; steps are without validation and without the arms' swap.",
+        "Bubble ratio: idle slot-steps over slots x decoding steps, with min(max_num_seqs, candidates) slots on each "
+        "engine (darts.bench.slots).",
+    ]
+    if target is None:
+        said.append(f"Time to an accuracy: to that of {base} over the last third, at the first validation that has it.")
+    else:
+        said.append("Time to an accuracy: at the first validation that has it.")
+    pairs = {arm: {(step.seed, step.step) for step in results.steps(arm)} for arm in results.arms}
+    missing = {arm: len(set().union(*pairs.values()) - own) for arm, own in pairs.items()}
+    lacking = [f"{arm} lacks {count}" for arm, count in missing.items() if count]
+    if lacking:
+        said.append(f"Of the steps that some arm has: {', '.join(lacking)}.")
+    return said
+
+
+def text(results: Results, base: str = BASE, target: float | None = None) -> str:
+    """All tables with their notes."""
+    parts = [time_table(results, base), work_table(results), learning_table(results, base, target)]
+    return "\n\n".join([*parts, "\n".join(f"- {note}" for note in notes(results, base, target))])
+
+
+def number(value: float, form: str = ".2f") -> str:
+    """A figure of a table."""
+    return format(value, form) if math.isfinite(value) else "-"
+
+
+def _speed_up(results: Results, arm: str, base: str, last: bool) -> str:
+    if arm == base:
+        return "1" if results.steps(arm) else "-"
+    return format(results.speed_up(arm, base, last), ".2f")
+
+
+def _by_seed(value: Compared) -> str:
+    return ", ".join(number(one, ".2f") for one in value.by_seed.values()) or "-"
+
+
+def _reached(results: Results, arm: str, goal: float) -> str:
+    return "-" if math.isnan(goal) else str(results.time_to(arm, goal))
+
+
+# --- the document ----------------------------------------------------------------------------------------------------
+
+
+def summary(results: Results, base: str = BASE, target: float | None = None) -> dict[str, dict[str, Any]]:
+    """The tables' figures, by arm; null where there is none."""
+    goal = results.target(base) if target is None else target
+    found = {}
+    for arm in results.arms:
+        reached = results.time_to(arm, goal)
+        found[arm] = {
+            "steps": len(results.steps(arm)),
+            **{
+                f"{key}_{name}{'_last_third' if last else ''}": _plain(getattr(results, name)(arm, key, last))
+                for key in ("step_s", "rollout_s")
+                for name in ("median", "mean")
+                for last in (False, True)
+            },
+            "speed_up": _compared(results.speed_up(arm, base)),
+            "speed_up_last_third": _compared(results.speed_up(arm, base, last=True)),
+            "rollout_speed_up": _compared(results.ratio(arm, base, "rollout_s")),
+            **{key: results.total(arm, key) for key in ("tokens_generated", "tokens_kept", "tokens_dropped")},
+            "useful_tokens_per_s": _plain(results.useful_per_s(arm)),
+            "bubble_ratio": _plain(results.bubble_ratio(arm)),
+            "accuracy": _plain(results.accuracy(arm)),
+            "accuracy_last_third": _plain(results.accuracy(arm, last=True)),
+            "accuracy_gain": _compared(results.accuracy_gain(arm, base)),
+            "accuracy_gain_last_third": _compared(results.accuracy_gain(arm, base, last=True)),
+            "kept_length_last_third": _plain(results.mean(arm, "kept_mean", last=True)),
+            "seconds_to_target": {seed: _plain(seconds) for seed, seconds in reached.seconds.items()},
+            "swap_s_mean": _plain(results.mean(arm, "swap_s")),
+        }
+    return found
+
+
+def document(
+    results: Results,
+    *,
+    arms: Sequence[Mapping[str, Any]],
+    settings: Mapping[str, Any],
+    config: Mapping[str, Any],
+    machine: Mapping[str, Any],
+    base: str = BASE,
+    target: float | None = None,
+) -> dict[str, Any]:
+    """What a bench leaves behind, for JSON.
+
+    Args:
+        results: so far.
+        arms: what each of them is (`Arm.to_dict`).
+        settings: of the command.
+        config: the resolved Hydra configuration, the arms' changes aside.
+        machine: `darts.testbed.rollouts.machine`, taken before anything was measured.
+        base: what the others are compared with.
+        target: as `learning_table`.
+    """
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "settings": dict(settings),
+        "machine": dict(machine),
+        "arms": [dict(arm) for arm in arms],
+        "base": base,
+        "target": _plain(results.target(base) if target is None else target),
+        "target_is_given": target is not None,
+        "planned_steps": results.num_steps,
+        "summary": summary(results, base, target),
+        "steps": table_of(step for arm in results.arms for step in results.steps(arm)),
+        "validations": table_of(one for arm in results.arms for one in results.validations(arm)),
+        "config": dict(config),
+    }
+
+
+def save(path: Path, opened: Mapping[str, Any]) -> None:
+    """Writes a document; the file is whole at any time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".new")
+    draft.write_text(json.dumps(opened, default=str, allow_nan=False) + "\n")
+    draft.replace(path)
+
+
+def load(path: Path) -> tuple[dict[str, Any], Results]:
+    """A document, and its results, of which all tables can be made again.
+
+    Raises:
+        DocumentError: the file cannot be read, or is something else.
+    """
+    try:
+        opened = json.loads(path.read_text())
+    except (OSError, ValueError) as cause:
+        raise DocumentError(f"{path}: cannot be read: {cause}") from cause
+    if not isinstance(opened, dict) or (opened.get("format"), opened.get("version")) != (FORMAT, VERSION):
+        raise DocumentError(f"{path}: is no document of python -m darts.bench (format {FORMAT}, version {VERSION}).")
+    try:
+        records = [*records_of(StepRecord, opened["steps"]), *records_of(ValidationRecord, opened["validations"])]
+        results = Results(records, [arm["name"] for arm in opened["arms"]], opened["planned_steps"])
+    except (KeyError, TypeError, ValueError) as cause:
+        raise DocumentError(f"{path}: {cause!r}") from cause
+    return opened, results
+
+
+def _compared(value: Compared) -> dict[str, Any]:
+    estimate = value.overall
+    ends = {"value": _plain(estimate.value), "low": _plain(estimate.low), "high": _plain(estimate.high)}
+    return ends | {"by_seed": {seed: _plain(one) for seed, one in value.by_seed.items()}}
+
+
+def _plain(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,269 @@
+"""Figures of a bench's arms, and of one arm over another: totals, paired ratios and differences, with intervals.
+
+Contract: pure NumPy; records in, numbers out; NaN where there is nothing.
+
+1. Two arms are compared on the (seed, step) pairs that both have, whatever else is there.
+2. A speed-up is the total of the base's seconds over the total of the arm's, over these pairs.
+3. Intervals are 95 % percentile bootstraps in two stages: seeds are drawn with replacement, and in each drawn seed its
+   steps, in blocks of the square root of their number, since neighbouring steps are alike (our choice). Differences of
+   accuracy: seeds, and the prompts of each; where no accuracies by prompt are known, seeds alone.
+4. What such an interval means depends on the seeds. With one it is about this seed's steps (or prompts) alone. With
+   three it holds what the noise of steps explains and some of what differs between seeds, of which three values tell
+   little: where seeds differ by more than steps do, it covers the truth in three of four cases, not in 95 % (a test
+   measures it). `Compared.by_seed` has the seeds' own values.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from darts.bench.records import Record, StepRecord, ValidationRecord
+from darts.testbed.statistics import Estimate
+
+Array = NDArray[np.float64]
+RESAMPLES = 2000
+LAST = 1 / 3
+"""Share of the steps that `last` means, from the end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compared:
+    """One arm over, or against, another."""
+
+    overall: Estimate  # NaN ends where one pair or none is all there is
+    by_seed: dict[int, float]
+
+    def __format__(self, form: str) -> str:
+        if math.isnan(self.overall.value):
+            return "-"
+        return format(self.overall, form) if math.isfinite(self.overall.low) else format(self.overall.value, form)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reached:
+    """When arms had an accuracy."""
+
+    seconds: dict[int, float]  # by seed, of training; infinite where it was never reached
+
+    @property
+    def count(self) -> int:
+        """Seeds that reached it."""
+        return sum(math.isfinite(seconds) for seconds in self.seconds.values())
+
+    @property
+    def median(self) -> float:
+        """Over all seeds, those that never reached it as later than all others; infinite where half did not."""
+        return float(np.median(list(self.seconds.values()))) if self.seconds else math.nan
+
+    def __str__(self) -> str:
+        if not self.count:
+            return "-"
+        median = f"{self.median:.0f} s" if math.isfinite(self.median) else "-"
+        return median if self.count == len(self.seconds) else f"{median} ({self.count} of {len(self.seconds)} seeds)"
+
+
+class Results:
+    """What a bench has measured so far, by arm.
+
+    Args:
+        records: of complete rounds; of a round that is there twice the last counts.
+        arms: all that are to be told of, in their order; None: as they occur.
+        steps: of a seed, as planned; None: the last that any arm has.
+    """
+
+    def __init__(self, records: Iterable[Record], arms: Sequence[str] | None = None, steps: int | None = None) -> None:
+        self._steps: dict[str, dict[tuple[int, int], StepRecord]] = {}
+        self._validations: dict[str, dict[tuple[int, int], ValidationRecord]] = {}
+        found: dict[str, None] = {}
+        for record in records:
+            found[record.arm] = None
+            kind = self._steps if isinstance(record, StepRecord) else self._validations
+            kind.setdefault(record.arm, {})[record.seed, record.step] = record  # type: ignore[assignment]
+        self.arms = list(found) if arms is None else list(arms)
+        pairs = [pair for of_arm in self._steps.values() for pair in of_arm]
+        self.seeds = sorted({seed for seed, _ in pairs})
+        self.num_steps = max((step for _, step in pairs), default=0) if steps is None else steps
+
+    @property
+    def last_from(self) -> int:
+        """The first step of the last third."""
+        return self.num_steps - max(math.floor(self.num_steps * LAST), 1) + 1
+
+    def steps(self, arm: str, last: bool = False) -> list[StepRecord]:
+        """Of an arm, by seed and step; of the last third alone."""
+        own = self._steps.get(arm, {})
+        return [own[pair] for pair in sorted(own) if not last or pair[1] >= self.last_from]
+
+    def validations(self, arm: str) -> list[ValidationRecord]:
+        """Of an arm, by seed and step; those without an accuracy are left out."""
+        own = self._validations.get(arm, {})
+        found = [own[pair] for pair in sorted(own)]
+        return [one for one in found if one.accuracy is not None and math.isfinite(one.accuracy)]
+
+    def records_with(self, arm: str, key: str) -> Sequence[Record]:
+        """An arm's steps, if they have such a field, else its validations."""
+        return self.steps(arm) if hasattr(StepRecord, key) else self.validations(arm)
+
+    # --- of one arm --------------------------------------------------------------------------------------------------
+
+    def values(self, arm: str, key: str, last: bool = False) -> Array:
+        """A field of an arm's steps, where it is known."""
+        found = np.array([getattr(record, key) for record in self.steps(arm, last)], dtype=float)
+        return found[~np.isnan(found)]
+
+    def mean(self, arm: str, key: str, last: bool = False) -> float:
+        """Over steps."""
+        return _or_nan(np.mean, self.values(arm, key, last))
+
+    def median(self, arm: str, key: str, last: bool = False) -> float:
+        """Over steps."""
+        return _or_nan(np.median, self.values(arm, key, last))
+
+    def total(self, arm: str, key: str) -> float:
+        """Over steps; 0 without any."""
+        return float(self.values(arm, key).sum())
+
+    def bubble_ratio(self, arm: str) -> float:
+        """Idle over all slot-steps; see `darts.bench.slots`."""
+        whole = self.total(arm, "slot_steps")
+        return self.total(arm, "idle_slot_steps") / whole if whole else math.nan
+
+    def useful_per_s(self, arm: str) -> float:
+        """Kept tokens per second of rollout."""
+        seconds = self.total(arm, "rollout_s")
+        return self.total(arm, "tokens_kept") / seconds if seconds else math.nan
+
+    def by_step(self, arm: str, key: str) -> tuple[Array, Array]:
+        """Steps, and the mean over seeds of a field of steps, or else of validations, at each."""
+        found: dict[int, list[float]] = {}
+        for record in self.records_with(arm, key):
+            value = getattr(record, key)
+            if value is not None and math.isfinite(value):
+                found.setdefault(record.step, []).append(value)
+        steps = sorted(found)
+        return np.array(steps, dtype=float), np.array([np.mean(found[step]) for step in steps])
+
+    def accuracy(self, arm: str, last: bool = False) -> float:
+        """Mean over seeds, after the last step that has one; or over the validations of the last third."""
+        found = self._at_end(arm, last)
+        return float(np.mean([_accuracy(some) for some in found.values()])) if found else math.nan
+
+    def seconds_at(self, arm: str, seed: int, step: int) -> float:
+        """Of training until this step has ended; NaN where a step before is missing."""
+        own = self._steps.get(arm, {})
+        done = [own[seed, one].step_s for one in range(1, step + 1) if (seed, one) in own]
+        return sum(done) if len(done) == step else math.nan
+
+    def target(self, base: str) -> float:
+        """The accuracy that times are told to where none is given: the base's over the last third (our choice)."""
+        return self.accuracy(base, last=True)
+
+    def time_to(self, arm: str, accuracy: float) -> Reached:
+        """Seconds of training, the steps' own, until a validation had at least this accuracy.
+
+        Validations are noisy and this is the first that is high enough, so times are early, for all arms alike.
+        """
+        seconds: dict[int, float] = {}
+        for record in self.validations(arm):
+            seconds.setdefault(record.seed, math.inf)
+            if record.accuracy >= accuracy and seconds[record.seed] == math.inf:
+                seconds[record.seed] = self.seconds_at(arm, record.seed, record.step)
+        return Reached(seconds={seed: math.inf if math.isnan(value) else value for seed, value in seconds.items()})
+
+    # --- of one arm over another -------------------------------------------------------------------------------------
+
+    def ratio(self, arm: str, base: str, key: str, last: bool = False) -> Compared:
+        """The total of a field of `base` over that of `arm`, over the pairs of both: a speed-up where it is seconds."""
+        own, other = ({(one.seed, one.step): one for one in self.steps(name, last)} for name in (arm, base))
+        rows: dict[int, list[tuple[float, float]]] = {}
+        for pair in sorted(own.keys() & other.keys()):
+            rows.setdefault(pair[0], []).append((getattr(other[pair], key), getattr(own[pair], key)))
+        return compared(rows, block=None)
+
+    def speed_up(self, arm: str, base: str, last: bool = False) -> Compared:
+        """The base's seconds over the arm's."""
+        return self.ratio(arm, base, "step_s", last)
+
+    def accuracy_gain(self, arm: str, base: str, last: bool = False) -> Compared:
+        """The arm's accuracy minus the base's, after the last step that both validated; or over the last third."""
+        own, other = ({(one.seed, one.step): one for one in self.validations(name)} for name in (arm, base))
+        pairs = sorted(own.keys() & other.keys())
+        rows: dict[int, list[tuple[float, float]]] = {}
+        for seed in {seed for seed, _ in pairs}:
+            steps = [step for of, step in pairs if of == seed]
+            ends = [step for step in steps if step >= self.last_from] if last else steps[-1:]
+            if ends:
+                rows[seed] = [(d, 1.0) for d in _differences([(own[seed, one], other[seed, one]) for one in ends])]
+        return compared(rows, block=1)
+
+    def _at_end(self, arm: str, last: bool) -> dict[int, list[ValidationRecord]]:
+        """By seed, the last validation, or those of the last third."""
+        found: dict[int, list[ValidationRecord]] = {}
+        for record in self.validations(arm):
+            if not last:
+                found[record.seed] = [record]
+            elif record.step >= self.last_from:
+                found.setdefault(record.seed, []).append(record)
+        return found
+
+
+def compared(rows: dict[int, list[tuple[float, float]]], block: int | None) -> Compared:
+    """The sum of the first numbers over the sum of the second, with an interval; see the module's contract.
+
+    Args:
+        rows: by seed, pairs that belong together, in the order of steps.
+        block: neighbours that are drawn together; None: the square root of a seed's number of rows.
+    """
+    seeds = {seed: np.array(some, dtype=float) for seed, some in sorted(rows.items()) if some}
+    by_seed = {seed: _over(*some.sum(axis=0)) for seed, some in seeds.items()}
+    if not seeds:
+        return Compared(overall=_estimate(math.nan), by_seed={})
+    value = _over(*sum(some.sum(axis=0) for some in seeds.values()))
+    if sum(len(some) for some in seeds.values()) < 2:
+        return Compared(overall=_estimate(value), by_seed=by_seed)
+    drawn = _drawn_sums(list(seeds.values()), block, np.random.default_rng(0))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975])
+    return Compared(overall=_estimate(value, float(low), float(high)), by_seed=by_seed)
+
+
+def _drawn_sums(seeds: Sequence[Array], block: int | None, rng: np.random.Generator) -> Array:
+    """Sums over a drawn bench, in each resample; shape [RESAMPLES, 2]."""
+    picks = rng.integers(len(seeds), size=(RESAMPLES, len(seeds)))
+    sums = np.zeros((RESAMPLES, 2))
+    for number, rows in enumerate(seeds):
+        count = len(rows)
+        size = max(round(math.sqrt(count)), 1) if block is None else block
+        for place in range(len(seeds)):
+            starts = rng.integers(count, size=(RESAMPLES, -(-count // size)))
+            index = ((starts[..., None] + np.arange(size)) % count).reshape(RESAMPLES, -1)[:, :count]
+            sums += np.where((picks[:, place] == number)[:, None], rows[index].sum(axis=1), 0.0)
+    return sums
+
+
+def _differences(pairs: Sequence[tuple[ValidationRecord, ValidationRecord]]) -> list[float]:
+    """Of a seed: by prompt where both arms know them, else one; means over the validations."""
+    by_prompt = [(own.prompt_accuracy, other.prompt_accuracy) for own, other in pairs]
+    sizes = {len(some) for both in by_prompt for some in both}
+    if len(sizes) == 1 and sizes != {0}:
+        return np.mean([np.subtract(*both) for both in by_prompt], axis=0).tolist()
+    return [float(np.mean([own.accuracy - other.accuracy for own, other in pairs]))]
+
+
+def _accuracy(validations: Sequence[ValidationRecord]) -> float:
+    return float(np.mean([one.accuracy for one in validations]))
+
+
+def _or_nan(function: Callable[[Array], float], values: Array) -> float:
+    return float(function(values)) if len(values) else math.nan
+
+
+def _over(above: float, below: float) -> float:
+    return float(above / below) if below else math.nan
+
+
+def _estimate(value: float, low: float = math.nan, high: float = math.nan) -> Estimate:
+    return Estimate(value=value, low=low, high=high)

@@ -1,0 +1,229 @@
+"""The run of a bench: one trainer on one warm engine, in which the arms take turns. Needs verl and Ray.
+
+    python -m darts.bench.trainer FOLDER
+
+Contract. `FOLDER/plan.json` says what is run (`BenchPlan`); records go to `FOLDER/records.jsonl`, the arms' traces to
+`FOLDER/traces/`, the resolved configuration to `FOLDER/config.json`.
+
+1. A round is one step of every arm, in an order that rotates. Before its step an arm gets its own actor, optimizer and
+   schedule (`darts.bench.states`), planner, strategy and position in the data, and the servers get its weights; none of
+   this is in the step's time.
+2. All arms of a seed begin with the initial actor and see the same prompts in the same order, as far as their strategy
+   goes. Seeds differ in the order of the prompts, and in what the engine draws.
+3. Validation is verl's own, on all arms after the same steps; the initial actor is validated once a seed, for all.
+4. A bench that was interrupted goes on after its last complete round; the engine is measured anew, once.
+"""
+
+import json
+import sys
+import time
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from omegaconf import DictConfig, OmegaConf
+from verl.protocol import DataProto
+from verl.trainer.ppo.utils import create_rl_sampler
+
+from darts.bench.arms import Arm
+from darts.bench.plan import CONFIG, RECORDS, STATES, TRACES, BenchPlan
+from darts.bench.records import Records, ValidationRecord, step_record
+from darts.bench.states import ArmStates
+from darts.rounds import RoundLoader
+from darts.strategy import make_strategy
+from darts.trace import Trace
+from darts.trainer import RayDartsTrainer
+from recipe.darts.main_darts import DartsTaskRunner
+
+
+class ArmsTrainer(RayDartsTrainer):
+    """The trainer, whose loop goes over rounds of arms instead of batches."""
+
+    def __init__(self, config: DictConfig, *args: Any, **kwargs: Any) -> None:
+        self._folder = Path(config.trainer.default_local_dir)
+        self._plan = BenchPlan.load(self._folder)
+        super().__init__(config, *args, **kwargs)
+
+    def _create_dataloader(self, *args: Any, **kwargs: Any) -> None:
+        """As upstream; the batches are those of the arms' own loaders."""
+        super()._create_dataloader(*args, **kwargs)
+        self._data = self.train_dataloader
+        self.train_dataloader = list(self._plan.turns())
+
+    def init_workers(self) -> None:
+        """As upstream; then the arms' states are there."""
+        super().init_workers()
+        self._states = ArmStates(self._folder / STATES, [arm.name for arm in self._plan.arms], self.actor_rollout_wg)
+        self._records = Records(self._folder / RECORDS)
+        self._records.keep(self._states.is_complete)
+        self._initial: Any = None  # the planner's state with the engines' curve
+
+    def _prepare_overlap(self) -> None:
+        """One session with the actor for each mode that an arm has."""
+        block, size = OmegaConf.to_container(self.config.darts), self.darts.group_size
+        self._settings = {arm.name: arm.config(block, size) for arm in self._plan.arms}
+        self._sessions: dict[str, tuple[Any, Any]] = {"off": (None, None)}
+        for name, settings in self._settings.items():
+            mode = settings.overlap.mode
+            if mode not in self._sessions:
+                self.darts = settings
+                super()._prepare_overlap()
+                self._sessions[mode] = self._log_probs, self.async_rollout_manager.overlap
+                if self.darts.overlap.mode != mode:
+                    raise RuntimeError(f"arm {name}: darts.overlap.mode={mode} is not possible on these ranks.")
+
+    def fit_step(self, batch_dict: Any = None) -> None:
+        """A round: `batch_dict` is the turn."""
+        seed, step = batch_dict
+        if not self._states.is_complete(seed, step):
+            if self._initial is None:
+                self._set_cost_model()
+                self._cost_model_is_set = True
+                self._initial = self.planner.state_dict()
+            if step == 1:
+                self._validate_initial(seed)
+            arms = self._plan.arms
+            for place in range(len(arms)):
+                self._take_turn(arms[(place + step) % len(arms)], place, seed, step)
+            self._states.complete(seed, step)
+        self.is_last_step = (seed, step) == self.train_dataloader[-1]
+
+    def _validate_initial(self, seed: int) -> None:
+        if self._plan.validate_every == 0:
+            return
+        first = self._plan.arms[0]
+        self.checkpoint_manager.sleep_replicas()
+        self._states.load(first.name, seed, 1)
+        self.checkpoint_manager.update_weights(0)
+        found = self._validated(first.name, seed, 0)
+        for arm in self._plan.arms:
+            self._records.append(replace(found, arm=arm.name))
+
+    def _take_turn(self, arm: Arm, place: int, seed: int, step: int) -> None:
+        """One step of one arm."""
+        began = time.monotonic()
+        self.checkpoint_manager.sleep_replicas()  # verl updates the weights of sleeping engines
+        told = self._states.load(arm.name, seed, step)
+        self._take_up(arm, seed, step, told)
+        self.checkpoint_manager.update_weights(step - 1)
+        taken_up = time.monotonic() - began
+        super().fit_step(self._rounds.next())
+        began = time.monotonic()
+        self._states.save(arm.name, seed, step, self._told())
+        rollout = self._rollout
+        self._records.append(
+            step_record(
+                arm=arm.name,
+                seed=seed,
+                step=step,
+                place=place,
+                metrics=self.metrics,
+                pool=rollout.pool,
+                launch_order=rollout.plan.launch_order,
+                num_engines=self.planner.num_engines,
+                max_running=self.planner.max_running,
+                swap_s=taken_up + time.monotonic() - began,
+            )
+        )
+        if self._plan.validates(step):
+            self._records.append(self._validated(arm.name, seed, step))
+
+    def _take_up(self, arm: Arm, seed: int, step: int, told: Any) -> None:
+        """From now on the trainer is this arm's, after its last step."""
+        self.darts = self._settings[arm.name]
+        self._log_probs, self.async_rollout_manager.overlap = self._sessions[self.darts.overlap.mode]
+        self.use_strategy(make_strategy(self.darts, self.config.data.train_batch_size))
+        self.planner.load_state_dict(deepcopy(self._initial if told is None else told["planner"]))
+        data = OmegaConf.merge(self.config.data, {"seed": seed})
+        rows = self._data.dataset, create_rl_sampler(data, self._data.dataset), self._data.collate_fn
+        self._rounds = RoundLoader(*rows, lambda: self.strategy.next_round(), self.config.data.train_batch_size)
+        if told is not None:
+            self.strategy.load_state_dict(told["strategy"])
+            self._rounds.go_to(told["position"])
+        self._trace = Trace(str(self._folder / TRACES / f"seed{seed}" / f"{arm.name}.jsonl"))
+        self.global_steps, self.epoch = step, self._rounds.epoch
+
+    def _told(self) -> dict[str, Any]:
+        """All of the arm that is not in its actor."""
+        return {
+            "planner": self.planner.state_dict(),
+            "strategy": self.strategy.state_dict(),
+            "position": self._rounds.position,
+        }
+
+    def _fit_prepare_step(self) -> None:
+        """As upstream; no step of an arm is the run's last, which would close the run."""
+        super()._fit_prepare_step()
+        self.is_last_step = False
+
+    def _validated(self, arm: str, seed: int, step: int) -> ValidationRecord:
+        """verl's validation, with the accuracy of each prompt."""
+        self._lengths: list[int] = []
+        generate = self.async_rollout_manager.generate_sequences
+
+        def measured(prompts: DataProto) -> DataProto:
+            output = generate(prompts)
+            self._lengths += output.batch["response_mask"].sum(dim=-1).tolist()
+            return output
+
+        self.async_rollout_manager.generate_sequences = measured
+        try:
+            self._validate()
+        finally:
+            del self.async_rollout_manager.generate_sequences
+        return ValidationRecord(
+            arm=arm,
+            seed=seed,
+            step=step,
+            accuracy=float(np.mean(self._accuracies)) if self._accuracies else None,
+            mean_length=float(np.mean(self._lengths)),
+            prompt_accuracy=tuple(self._accuracies),
+        )
+
+    def _val_metrics_update(
+        self, data_sources: Any, sample_uids: list[str], reward_extra_infos_dict: dict[str, list], sample_turns: Any
+    ) -> dict[str, Any]:
+        """As upstream; keeps the mean of `acc`, or of the reward without it, for each prompt in its order."""
+        found = reward_extra_infos_dict.get("acc") or reward_extra_infos_dict["reward"]
+        by_prompt: dict[str, list[float]] = {}
+        for uid, value in zip(sample_uids, found, strict=True):
+            by_prompt.setdefault(uid, []).append(float(value))
+        self._accuracies = [float(np.mean(values)) for values in by_prompt.values()]
+        return super()._val_metrics_update(data_sources, sample_uids, reward_extra_infos_dict, sample_turns)
+
+
+class ArmsTaskRunner(DartsTaskRunner):
+    """The task runner, with that trainer."""
+
+    def trainer_class(self) -> type:
+        """Upstream: `DartsTaskRunner.trainer_class`."""
+        return ArmsTrainer
+
+
+def train(folder: Path) -> None:
+    """Runs the bench of this folder; as `recipe.darts.main_darts.main`, with `ArmsTaskRunner`."""
+    from verl.trainer.main_ppo import run_ppo
+    from verl.utils.device import auto_set_device
+
+    import verl_patches.register
+    from darts.checks import check_run
+    from darts.placement import choose_backend
+
+    verl_patches.register.assert_active()
+    config = BenchPlan.load(folder).compose(folder)
+    auto_set_device(config)
+    OmegaConf.resolve(config)
+    choose_backend(config)
+    check_run(config)
+    (folder / CONFIG).write_text(json.dumps(OmegaConf.to_container(config, resolve=True), indent=1) + "\n")
+    run_ppo(config, task_runner_class=ray.remote(ArmsTaskRunner))
+
+
+if __name__ == "__main__":
+    # Ray's workers know the classes by this module's name, not by __main__.
+    from darts.bench import trainer
+
+    trainer.train(Path(sys.argv[1]).resolve())

@@ -1,0 +1,105 @@
+"""`python -m darts.bench`: what is refused before an engine starts, how a folder's plan is kept, how a run is ended."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from darts.bench import command
+from darts.bench.arms import PRESETS
+from darts.bench.command import main, options_of
+from darts.bench.plan import PLAN, BenchPlan
+from darts.config import ConfigError, DartsConfig
+
+
+def refused(capsys, *given: str) -> str:
+    """The one line that a command is refused with."""
+    assert main(given) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--arms", "dart"], "--arms='dart': must be a preset (strategies, ablation"),
+        (["--arm", "x=foo"], "must be one of none, bypass, shortest_k, darts, tail_batching, sorted"),
+        (["--override", "data.train_batch=3"], "Could not override 'data.train_batch'"),
+        (["--config-name", "mine"], "Cannot find primary config 'mine'"),
+        (["--override", "darts.selection.num_long=9"], "darts.selection.num_long=9: L must be an integer"),
+        (["--override", "actor_rollout_ref.rollout.name=sglang"], "DARTS drives verl's vLLM servers"),
+        (["--report-only"], "has no records of a bench"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(capsys, tmp_path, given, says):
+    assert says in refused(capsys, "--out", str(tmp_path / "out"), *given)
+    assert not (tmp_path / "out" / PLAN).exists()
+
+
+@pytest.mark.parametrize("given", [["--seeds", "0"], ["--steps", "-1"], ["--validate-every", "-1"], ["--testbed", "x"]])
+def test_numbers_out_of_range_are_refused(given):
+    with pytest.raises(SystemExit) as refusal:
+        options_of(given)
+    assert refusal.value.code == 2
+
+
+def test_quick_is_small_and_explicit_options_win():
+    quick = options_of(["--quick"]).plan
+    assert ([arm.name for arm in quick.arms], quick.seeds, quick.steps) == (["none", "darts", "tail_batching"], 1, 6)
+    assert options_of(["--quick", "--steps", "9"]).plan.steps == 9
+    assert options_of([]).plan.seeds == 3
+    assert {arm.name for arm in options_of([]).plan.arms} == {arm.name for arm in PRESETS["strategies"]}
+
+
+def test_a_folder_keeps_its_plan_but_for_more_seeds(tmp_path):
+    def plan(**changes):
+        values = {"arms": list(PRESETS["quick"]), "seeds": 2, "steps": 5, "validate_every": 0, "overrides": []}
+        return BenchPlan(**values | changes)
+
+    plan().save(tmp_path)
+    assert BenchPlan.load(tmp_path) == plan()
+    plan(seeds=3).save(tmp_path)
+    assert BenchPlan.load(tmp_path).seeds == 3
+    for changes, name in ({"seeds": 2}, "seeds"), ({"steps": 6}, "steps"), ({"arms": list(PRESETS["beyond"])}, "arms"):
+        with pytest.raises(ConfigError, match=f"has a bench with other {name}"):
+            plan(**{"seeds": 3} | changes).save(tmp_path)
+
+
+def test_every_preset_composes_with_the_benchs_configuration(tmp_path):
+    plan = options_of(["--arms", "all", "--testbed", "depth"]).plan
+    config = plan.compose(tmp_path)
+    OmegaConf.resolve(config)
+    assert config.trainer.total_training_steps == 30
+    assert list(config.actor_rollout_ref.actor.checkpoint.load_contents) == ["model", "optimizer", "extra"]
+    assert config.darts.overlap.mode == "token", "an arm overlaps, so the actor must be able to"
+    settings = {arm.name: arm.config(OmegaConf.to_container(config.darts), 8) for arm in plan.arms}
+    assert all(isinstance(one, DartsConfig) for one in settings.values())
+    assert {settings[name].overlap.mode for name in ("none", "bypass")} == {"off"}
+
+
+@pytest.mark.parametrize(
+    ("script", "says"), [("import time; time.sleep(600)", "no step has ended"), ("1/0", "exit code 1")]
+)
+def test_a_run_that_fails_or_says_nothing_ends_the_command_and_itself(tmp_path, monkeypatch, capsys, script, says):
+    started = []
+
+    def popen(arguments, **settings):
+        started.append(
+            subprocess.Popen([sys.executable, "-c", script], start_new_session=True, stderr=settings["stderr"])
+        )
+        return started[-1]
+
+    monkeypatch.setattr(command, "_refuse_what_cannot_be", lambda options: None)
+    monkeypatch.setattr(command, "subprocess", type("Own", (), dict(vars(subprocess)) | {"Popen": staticmethod(popen)}))
+    began = time.monotonic()
+    assert main(["--out", str(tmp_path), "--silence", "0.05"]) == 1
+    assert time.monotonic() - began < 60
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert says in error
+    assert str(tmp_path / "run.log") in error
+    assert started[0].returncode is not None
+    assert Path(tmp_path / PLAN).exists(), "the same command goes on here"

@@ -1,0 +1,127 @@
+"""The arms of a bench: what each changes, presets, and arms from the command line."""
+
+import pytest
+
+from darts.bench.arms import PRESETS, Arm, chosen, parse_arm
+from darts.config import STRATEGIES, ConfigError, DartsConfig
+from darts.strategy import make_strategy
+
+QUICKSTART = {
+    "enable": True, "strategy": "darts", "seed": 0, "streaming": {"chunk_tokens": 16}, "overlap": {"mode": "off"},
+    "allocation": {"mode": "adaptive", "mean_candidates": 10.5, "low": None, "high": 12},
+    "selection": {"mode": "auto", "num_long": 1},
+}  # fmt: skip
+ALL = {arm.name: arm for arm in PRESETS["all"]}
+
+
+def config(name: str) -> DartsConfig:
+    return ALL[name].config(QUICKSTART, group_size=8)
+
+
+@pytest.mark.parametrize("darts", [QUICKSTART, {}, None, {"enable": False}], ids=["quickstart", "empty", "none", "off"])
+@pytest.mark.parametrize("name", ALL)
+def test_every_arm_works_with_any_configuration(name, darts):
+    made = ALL[name].config(darts, group_size=8)
+    assert made.enable
+    assert make_strategy(made, 8).next_round().new >= 8
+
+
+def test_an_arm_changes_what_it_says_and_nothing_else():
+    before = repr(QUICKSTART)
+    arm = Arm(name="a", strategy="darts", changes={"selection.num_long": 2, "seed": 5}, overlap="token")
+    assert arm.block(QUICKSTART) == QUICKSTART | {
+        "selection": {"mode": "auto", "num_long": 2}, "seed": 5, "overlap": {"mode": "token"}
+    }  # fmt: skip
+    assert repr(QUICKSTART) == before
+
+
+def test_presets():
+    assert {arm.strategy for arm in PRESETS["strategies"]} == set(STRATEGIES)
+    assert all(arms[0].name == "none" for arms in PRESETS.values())
+    for arms in PRESETS.values():
+        assert len({arm.name for arm in arms}) == len(arms)
+        assert all(arm.about for arm in arms)
+    assert {arm.name for arms in PRESETS.values() for arm in arms} == set(ALL)
+
+
+def test_the_ablation_adds_one_thing_at_a_time():
+    none, streaming, dual_end, adaptive = (config(arm.name) for arm in PRESETS["ablation"])
+    assert none.strategy == "none"
+    assert {made.overlap.mode for made in (streaming, dual_end, adaptive)} == {"token"}
+    assert not streaming.some_shortest_only
+    assert streaming.allocation.mode == "off"
+    assert (dual_end.allocation.mode, dual_end.allocation.mean_candidates) == ("uniform", 10.5)
+    assert dual_end.num_long_for(12) == 1
+    assert (adaptive.allocation.mode, adaptive.num_long_for(12), adaptive.num_long_for(11)) == ("adaptive", 0, 1)
+    assert adaptive.early_stop == "eager"
+
+
+def test_components_are_switched_off_one_by_one():
+    darts = config("darts")
+    assert config("uniform").allocation.mode == "uniform"
+    assert (darts.num_long_for(12), config("dual-end only").num_long_for(12)) == (0, 1)
+    assert config("no early stop").early_stop == "off"
+    assert config("no longest").num_long_for(9) == 0
+    assert config("deadline").selection.long_wait == "deadline"
+    assert config("exact").early_stop == "exact"
+    assert config("keep 5 %").selection.keep_probability == 0.05
+    assert config("dual-end first").launch == "dual_end_first"
+
+
+def test_chosen_arms_are_in_the_commands_order_and_each_once():
+    found = chosen(["darts", "ablation"], ["two long=darts,darts.selection.num_long=2"])
+    names = ["darts", "none", "+ streaming", "+ dual-end", "+ adaptive", "two long"]
+    assert [arm.name for arm in found] == names
+    assert chosen([]) == ()
+
+
+def test_an_arm_from_the_command_line():
+    arm = parse_arm(
+        "my arm = darts, darts.selection.num_long=2, darts.early_stop=off,darts.overlap.mode=token,"
+        "darts.allocation.mean_candidates=null,darts.reward.pool=true,darts.allocation.cost_weight=1e-1"
+    )
+    assert arm == Arm(
+        name="my arm", strategy="darts", overlap="token",
+        changes={"selection.num_long": 2, "early_stop": "off", "allocation.mean_candidates": None, "reward.pool": True,
+                 "allocation.cost_weight": 0.1},
+    )  # fmt: skip
+    assert parse_arm("own=package.module.Class").strategy == "package.module.Class"
+    assert parse_arm("plain=none").changes == {}
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("", "needs a name and a strategy"),
+        ("darts", "needs a name and a strategy"),
+        ("=darts", "needs a name and a strategy"),
+        ("a=", "needs a name and a strategy"),
+        ("a=dart", "'dart' must be one of none, bypass, shortest_k, darts, tail_batching, sorted"),
+        ("a=darts,selection.num_long=2", "'selection.num_long=2' is not darts.KEY=VALUE"),
+        ("a=darts,darts.selection.num_long", "is not darts.KEY=VALUE"),
+        ("a=darts,darts.seed=1,darts.seed=2", "darts.seed is given twice"),
+        ("a=darts,darts.strategy=none", "darts.strategy is not an arm's own"),
+        ("a=darts,darts.selection.num_lon=2", r"known are .*num_long.*did you mean darts.selection.num_long\?"),
+        ("a=darts,darts.selecton.num_long=2", r"did you mean darts.selection\?"),
+    ],
+)
+def test_an_arm_that_cannot_be_read_is_one_line(line, said):
+    with pytest.raises(ConfigError, match=said) as error:
+        parse_arm(line)
+    assert "\n" not in str(error.value)
+
+
+def test_an_arm_whose_values_do_not_fit_names_the_rule():
+    with pytest.raises(ConfigError, match=r"darts.selection.num_long=9: L must be an integer in \[0, rollout.n=8\)"):
+        parse_arm("a=darts,darts.selection.num_long=9").config(QUICKSTART, group_size=8)
+    with pytest.raises(ConfigError, match=r"darts\.selection=3: must be a block"):
+        parse_arm("a=darts,darts.selection=3").config(QUICKSTART, group_size=8)
+
+
+def test_unknown_arms_and_names_that_are_taken():
+    with pytest.raises(ConfigError, match=r"must be a preset \(strategies, .*\) or an arm \(none, .*mean 'ablation'\?"):
+        chosen(["ablatio"])
+    with pytest.raises(ConfigError, match="write your own as --arm"):
+        chosen(["zzz"])
+    with pytest.raises(ConfigError, match="there is an arm 'darts' already"):
+        chosen(["strategies"], ["darts=darts,darts.seed=1"])

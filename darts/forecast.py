@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darts.config import DartsConfig
-from darts.latency import LatencyCurve, StepTimes, makespan
+from darts.latency import LatencyCurve, StepTimes
 
 REFINE_WEIGHT = 0.3
 """Weight of a new rollout in the refined curve (our choice)."""
@@ -117,12 +117,45 @@ class CostModel:
             num_engines: that share the rollout.
             max_running: sequences that an engine runs at once; None: no limit.
         """
-        slowest = []
-        for draw in lengths:
-            launched = draw[draw > 0]
-            engines = [launched[engine::num_engines] for engine in range(num_engines)]
-            slowest.append(makespan(engines, self.curve, max_running))
+        draws = lengths.reshape(len(lengths), -1)
+        runs = draws > 0
+        if (runs == runs[0]).all():  # as many of each prompt in all draws: at once, for speed
+            return float(self._slowest(draws[:, runs[0]], num_engines, max_running).mean()) + self.overhead_s
+        slowest = [self._slowest(draw[draw > 0][None], num_engines, max_running)[0] for draw in draws]
         return float(np.mean(slowest)) + self.overhead_s
+
+    def _slowest(self, launched: NDArray[np.float64], num_engines: int, max_running: int | None) -> NDArray[np.float64]:
+        """As `darts.latency.makespan` for each draw; shape [draws, launched] -> [draws]."""
+        count = launched.shape[1]
+        deepest = -(-count // num_engines)
+        if max_running is not None and deepest > max_running:
+            engines = range(num_engines)
+            return np.array(
+                [max(self._queued(draw[engine::num_engines], max_running) for engine in engines) for draw in launched]
+            )
+        tokens = np.zeros((len(launched), deepest * num_engines))  # an engine with one fewer has one of 0 tokens
+        tokens[:, :count] = launched
+        return self._together(tokens.reshape(len(launched), deepest, num_engines).swapaxes(1, 2)).max(axis=1)
+
+    def _together(self, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Seconds of sequences that start together: shape [..., sequences] -> [...]."""
+        step_seconds = self.curve(np.arange(tokens.shape[-1], -1, -1))
+        # sum_j (l_j - l_(j-1)) p_j = sum_j l_j (p_j - p_(j+1))
+        return np.sort(tokens, axis=-1) @ -np.diff(step_seconds)
+
+    def _queued(self, tokens: NDArray[np.float64], slots: int) -> float:
+        """Seconds of an engine whose sequences wait for a free slot in their order.
+
+        As many are taken from the queue at once as start before the first of them ends.
+        """
+        free, waited, queue = np.sort(tokens[:slots]), 0.0, tokens[slots:]
+        while len(queue):
+            ends = free[: len(queue)] + queue[: len(free)]
+            late = free[1 : len(ends)] > np.minimum.accumulate(ends)[:-1]
+            count = int(np.argmax(late)) + 1 if late.any() else len(ends)
+            waited = float(free[count - 1])
+            free, queue = np.sort(np.concatenate([free[count:], ends[:count]])), queue[count:]
+        return waited * self.curve(slots) + float(self._together(free - waited))
 
     def refine(
         self,

@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -227,8 +228,7 @@ def _completed_moments(observed: NDArray[np.float64], bounds: NDArray[np.float64
     """Mean and standard deviation of observed lengths and censored ones; `bounds` has at least one, all positive."""
     longest = float(max(observed.max(initial=0.0), bounds.max()))
     shares = (observed / longest).tolist()
-    roots, counts = np.unique(np.cbrt(bounds / longest), return_counts=True)
-    tails = list(zip(roots.tolist(), counts.tolist(), strict=True))
+    tails = [(float(np.cbrt(bound / longest)), count) for bound, count in sorted(Counter(bounds.tolist()).items())]
     location, spread = _fit([share ** (1 / 3) for share in shares], tails)
     moments = [(share, 0.0, 1) for share in shares]  # (mean, variance, how many)
     limit = MAX_STRETCH ** (1 / 3)

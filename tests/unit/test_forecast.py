@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from darts.config import DartsConfig
 from darts.forecast import CostModel, draw_lengths, stopped_lengths
 from darts.group import CandidateGroup
-from darts.latency import LatencyCurve, StepTimes
+from darts.latency import LatencyCurve, StepTimes, makespan
 
 CURVE = LatencyCurve([1, 4], [1.0, 1.6])
 
@@ -137,3 +137,26 @@ def test_state_round_trips_and_bad_ones_are_refused():
             CostModel.from_state(good | change)
     with pytest.raises(ValueError, match="must have curve"):
         CostModel.from_state([1])
+
+
+@given(
+    st.integers(1, 9),
+    st.integers(1, 7),
+    st.integers(1, 5),
+    st.one_of(st.none(), st.integers(1, 12)),
+    st.integers(0, 99),
+    st.booleans(),
+)
+def test_the_seconds_of_all_draws_are_those_of_each_slowest_engine(prompts, most, engines, max_running, seed, uneven):
+    """Also where draws launch different candidates, and where more are launched than find a slot."""
+    rng = np.random.default_rng(seed)
+    lengths = draw_lengths(rng.uniform(10, 900, prompts), rng.uniform(0, 500, prompts), most, 1000)[:4]
+    lengths = np.where(np.arange(most) < rng.integers(0, most + 1, prompts)[:, None], lengths, 0.0)
+    if uneven:
+        lengths = np.where(rng.random(lengths.shape) < 0.5, lengths, 0.0)
+    expected = []
+    for draw in lengths:
+        launched = draw[draw > 0]
+        expected.append(makespan([launched[engine::engines] for engine in range(engines)], CURVE, max_running))
+    found = CostModel(CURVE, "measured", [0.5]).seconds(lengths, engines, max_running)
+    assert found == pytest.approx(np.mean(expected) + 0.5, rel=1e-12)

@@ -1,0 +1,153 @@
+"""Seconds of a step besides decoding, and their fit to a plain run.
+
+Contract: pure. The model (our choice throughout):
+
+    rollout  = decoding + rollout_s + candidate_s x candidates launched / engines
+    log-prob = log_prob_s + log_prob_token_s x trained tokens / training GPUs, less what is hidden under generation
+    update   = update_s + update_token_s x trained tokens / training GPUs
+    step     = rollout + log-prob + update + sync_s + other_s
+
+1. Tokens are those of responses. What prompts take is in the constants.
+2. Training is taken to scale perfectly with the GPUs that train: time per token is in GPU-seconds.
+3. `bypass` computes no log-probs. Where the overlap is on, `hidden_share` of them is hidden.
+4. `fit` reads one plain run, and nothing is fitted per strategy. Slopes are Theil and Sen's (medians of pairs), so that
+   single slow steps do not count; the first step is left out where there are more than three, since it warms up.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from darts.latency import LatencyCurve, makespan
+from darts.simulation import SimulationError
+from darts.simulation.cluster import Cluster
+from darts.simulation.run_trace import RunStep
+
+MOST_STEPS = 300
+"""Of a run, for a fit: the last ones."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTime:
+    """Seconds of one step by phase. Example: rollout=61.2, log_prob=4.5, update=18.1, sync=2.0, other=3.0."""
+
+    rollout: float
+    log_prob: float
+    update: float
+    sync: float
+    other: float
+
+    @property
+    def step(self) -> float:
+        """All of them."""
+        return self.rollout + self.log_prob + self.update + self.sync + self.other
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepCosts:
+    """What the module's contract names. Defaults are orders of magnitude for a 7B model on H100s (our choice: 2 and 8
+    FLOPs per parameter and token at 400 TFLOPS); fit them to a run of yours."""
+
+    rollout_s: float = 1.0
+    candidate_s: float = 0.0  # engine-seconds
+    log_prob_s: float = 0.5
+    log_prob_token_s: float = 40e-6  # GPU-seconds
+    hidden_share: float = 0.0
+    update_s: float = 1.0
+    update_token_s: float = 160e-6  # GPU-seconds
+    sync_s: float = 2.0
+    other_s: float = 1.0
+
+    def time(
+        self, *, decode_s: float, launched: int, tokens: int, cluster: Cluster, bypass: bool, overlap: bool
+    ) -> StepTime:
+        """Seconds of one step.
+
+        Args:
+            decode_s: of its rollout.
+            launched: candidates.
+            tokens: of the responses that are trained on.
+            cluster: where.
+            bypass: the servers' log-probs are taken.
+            overlap: log-probs are computed while generation runs.
+        """
+        log_prob = self.log_prob_s + self.log_prob_token_s * tokens / cluster.train_gpus
+        return StepTime(
+            rollout=decode_s + self.rollout_s + self.candidate_s * launched / cluster.engines,
+            log_prob=0.0 if bypass else log_prob * (1 - self.hidden_share * overlap),
+            update=self.update_s + self.update_token_s * tokens / cluster.train_gpus,
+            sync=self.sync_s,
+            other=self.other_s,
+        )
+
+
+def fit(
+    path: Path, steps: Sequence[RunStep], curve: LatencyCurve, cluster: Cluster, candidate_share: float = 0.0
+) -> StepCosts:
+    """The costs of a plain run (`darts.strategy=none`).
+
+    Args:
+        path: of its JSONL, for messages.
+        steps: what stands there.
+        curve: PTL of its engines.
+        cluster: that it ran on.
+        candidate_share: of what a rollout takes besides decoding, what grows with the number of candidates. A plain run
+            always launches as many, so it cannot tell.
+
+    Raises:
+        SimulationError: no step with a rollout and times, or one that is not of a plain run.
+    """
+    timed = [step for step in steps if step.keys and {"timing_s/gen", "timing_s/step"} <= step.metrics.keys()]
+    if not timed:
+        raise SimulationError(
+            f"{path}, line {steps[0].line}: no step has a rollout, timing_s/gen and timing_s/step; give the "
+            "darts.jsonl of a run with darts.strategy=none."
+        )
+    for step in timed:
+        if set("".join(step.fates)) - set("kf"):
+            raise SimulationError(
+                f"{path}, line {step.line}: has candidates that were dropped, aborted or lost, so it is no plain run; "
+                "give the darts.jsonl of a run with darts.strategy=none."
+            )
+    timed = (timed[1:] if len(timed) > 3 else timed)[-MOST_STEPS:]
+
+    def seconds(name: str) -> NDArray[np.float64]:
+        return np.array([step.metrics.get(f"timing_s/{name}", 0.0) for step in timed])
+
+    lengths = [np.concatenate(list(step.lengths)) for step in timed]
+    tokens = np.array([some.sum() for some in lengths], dtype=np.float64)
+    decode = [
+        makespan([some[engine :: cluster.engines] for engine in range(cluster.engines)], curve, cluster.max_num_seqs)
+        for some in lengths
+    ]
+    overhead = max(float(np.median(seconds("gen") - decode)), 0.0)
+    phases = ("gen", "old_log_prob", "update_actor", "update_weights", "save_checkpoint")
+    rest = seconds("step") - sum(seconds(name) for name in phases)
+    log_prob_s, log_prob_token_s = line(tokens / cluster.train_gpus, seconds("old_log_prob"))
+    update_s, update_token_s = line(tokens / cluster.train_gpus, seconds("update_actor"))
+    per_candidate = candidate_share * overhead * cluster.engines / np.median([len(some) for some in lengths])
+    return StepCosts(
+        rollout_s=(1 - candidate_share) * overhead,
+        candidate_s=float(per_candidate),
+        log_prob_s=log_prob_s,
+        log_prob_token_s=log_prob_token_s,
+        update_s=update_s,
+        update_token_s=update_token_s,
+        sync_s=float(np.median(seconds("update_weights"))),
+        other_s=max(float(np.median(rest)), 0.0),
+    )
+
+
+def line(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float, float]:
+    """Constant and slope of y over x by Theil and Sen; through the origin, or flat, where one would be negative."""
+    first, second = np.triu_indices(len(x), 1)
+    differ = x[first] != x[second]
+    slopes = (y[second] - y[first])[differ] / (x[second] - x[first])[differ]
+    slope = float(np.median(slopes)) if len(slopes) else 0.0
+    constant = float(np.median(y - slope * x))
+    if slope < 0:
+        return float(np.median(y)), 0.0
+    return (0.0, float(np.median(y / x))) if constant < 0 else (constant, slope)

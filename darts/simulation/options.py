@@ -1,0 +1,199 @@
+"""What `python -m darts.simulation` is given: options, and what they make.
+
+Contract: everything that is wrong is a `SimulationError` or a `ConfigError` before anything is replayed.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from darts.config import STRATEGIES
+from darts.latency import LatencyCurve
+from darts.simulation import SimulationError
+from darts.simulation.cluster import Cluster
+from darts.simulation.costs import StepCosts, fit
+from darts.simulation.curves import BUILTIN, load_curve
+from darts.simulation.replay import Arm, Setting
+from darts.simulation.run_trace import read_run, read_trace
+from darts.simulation.search import merged
+from darts.simulation.trace import LengthTrace
+from darts.strategy import make_strategy
+
+LEAST_STEPS = 20
+"""Of a replay where the trace has fewer: rounds of some strategies come in cycles of four or five (our choice)."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SimulationError(f"{message}; --help lists the options.")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, with `command` one of replay, plan, validate.
+
+    Raises:
+        SimulationError: unknown options, or values of the wrong kind.
+    """
+    parser = _Parser(prog="python -m darts.simulation", description="Replays response lengths through strategies.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="replay | plan | validate")
+    common = _common()
+    replay = commands.add_parser("replay", parents=[common], help="strategies side by side")
+    replay.add_argument(
+        "--strategy",
+        action="append",
+        metavar="NAME[:KEY=VALUE,...]",
+        help=f"may be repeated; {', '.join(STRATEGIES)} (default: all), or package.module.Class",
+    )
+    replay.add_argument("--seeds", type=_positive, default=1, metavar="N", help="replays with other draws (default: 1)")
+    replay.add_argument("--json", type=Path, metavar="FILE", help="the figures")
+    replay.add_argument("--png", type=Path, metavar="FILE", help="a picture; needs matplotlib")
+    replay.add_argument(
+        "--shaping",
+        nargs=2,
+        metavar=("PLAIN", "SHAPED"),
+        help="a MODEL of how darts moves later lengths, fitted to the darts.jsonl of a plain and of a darts run",
+    )
+    plan = commands.add_parser("plan", parents=[common], help="searches M_up, L, lambda and strategy")
+    plan.add_argument("--json", type=Path, metavar="FILE", help="the figures")
+    check = commands.add_parser("validate", parents=[common], help="simulated against measured seconds")
+    check.add_argument("--bench", type=Path, required=True, metavar="FILE", help="JSON of the benchmark of strategies")
+    check.add_argument(
+        "--traces", type=Path, metavar="DIR", help="lengths of the arms' own runs, ARM.jsonl (default: TRACE for all)"
+    )
+    options = parser.parse_args(arguments)
+    if options.command != "replay" and len(options.gpus) > 1:
+        parser.error(f"--gpus {' '.join(map(str, options.gpus))}: {options.command} takes one number")
+    return options
+
+
+def _common() -> argparse.ArgumentParser:
+    common = _Parser(add_help=False)
+    add = common.add_argument
+    add("trace", metavar="TRACE", help="CSV of lengths (.gz), or the darts.jsonl of a run")
+    add("--gpus", type=_positive, nargs="+", default=[64], metavar="N", help="default: 64")
+    add("--tensor-parallel", type=_positive, default=1, metavar="N", help="GPUs of an engine (default: 1)")
+    add("--placement", choices=["colocated", "disaggregated"], default="colocated", help="default: %(default)s")
+    add("--max-num-seqs", type=_positive, default=1024, metavar="N", help="of an engine (default: %(default)s)")
+    add("--curve", default="h100-like", metavar="FILE", help=f"or {', '.join(BUILTIN)} (default: %(default)s)")
+    add("--group-size", type=_positive, default=8, metavar="M", help="rollout.n (default: %(default)s)")
+    add("--prompts", type=_positive, metavar="N", help="that a step trains on (default: the trace's)")
+    add("--response-length", type=_positive, metavar="N", help="limit in tokens (default: the trace's)")
+    add("--steps", type=_positive, metavar="N", help=f"default: the trace's, at least {LEAST_STEPS}")
+    add("--first", type=int, metavar="STEP", help="leave out the trace's steps before")
+    add("--last", type=int, metavar="STEP", help="leave out the trace's steps after")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="of the block darts:, may be repeated")
+    add("--abort-s", type=_seconds, default=0.0, metavar="S", help="until an abort arrives (default: 0)")
+    add("--fit", type=Path, metavar="FILE", help="darts.jsonl of a plain run: costs of a step besides decoding")
+    add("--fit-gpus", type=_positive, metavar="N", help="GPUs of that run (default: the first of --gpus)")
+    add(
+        "--candidate-share",
+        type=_seconds,
+        default=0.0,
+        metavar="SHARE",
+        help="of what that run's rollouts take besides decoding, what grows with the candidates (default: 0)",
+    )
+    names = ", ".join(StepCosts.__dataclass_fields__)
+    add("--cost", action="append", default=[], metavar="NAME=VALUE", help=f"one of {names}; may be repeated")
+    return common
+
+
+def trace_of(options: argparse.Namespace) -> LengthTrace:
+    """The trace, with the steps that were asked for."""
+    return read_trace(options.trace).between(options.first, options.last)
+
+
+def settings_of(options: argparse.Namespace, trace: LengthTrace) -> list[Setting]:
+    """What surrounds the strategies, for each number of GPUs."""
+    curve, _ = load_curve(options.curve)
+    costs = _costs(options, curve)
+    return [
+        Setting(
+            num_prompts=options.prompts or trace.prompts_per_step,
+            group_size=options.group_size,
+            response_length=options.response_length or trace.response_length,
+            curve=curve,
+            cluster=_cluster(options, gpus),
+            costs=costs,
+        )
+        for gpus in options.gpus
+    ]
+
+
+def steps_of(options: argparse.Namespace, trace: LengthTrace) -> int:
+    """Steps to replay."""
+    return options.steps or max(len(trace.steps), LEAST_STEPS)
+
+
+def arms_of(options: argparse.Namespace) -> list[Arm]:
+    """`--strategy NAME[:KEY=VALUE,...]`: a strategy with settings of its own, beside those of `--set`."""
+    arms = []
+    for text in options.strategy or STRATEGIES:
+        name, _, own = text.partition(":")
+        block = merged(block_of(options.set), block_of(own.split(",") if own else []))
+        arm = Arm(name=text, block=merged(block, {"strategy": name}))
+        make_strategy(arm.config(options.group_size, options.placement), 1)  # refuses what cannot work
+        arms.append(arm)
+    return arms
+
+
+def block_of(settings: Sequence[str]) -> dict[str, Any]:
+    """`darts.selection.num_long=2` and the like as a block `darts:`; the prefix may be left out."""
+    block: dict[str, Any] = {}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        names = key.removeprefix("darts.").split(".")
+        if not (equals and all(names)):
+            raise SimulationError(f"--set {text}: must be KEY=VALUE, e.g. darts.selection.num_long=2.")
+        try:
+            own: Any = json.loads(value)
+        except ValueError:
+            own = value
+        for name in reversed(names):
+            own = {name: own}
+        block = merged(block, own)
+    return block
+
+
+def _cluster(options: argparse.Namespace, gpus: int) -> Cluster:
+    return Cluster(
+        gpus=gpus,
+        tensor_parallel=options.tensor_parallel,
+        placement=options.placement,
+        max_num_seqs=options.max_num_seqs,
+        abort_s=options.abort_s,
+    )
+
+
+def _costs(options: argparse.Namespace, curve: LatencyCurve) -> StepCosts:
+    costs = StepCosts()
+    if options.fit is not None:
+        ran_on = _cluster(options, options.fit_gpus or options.gpus[0])
+        costs = fit(options.fit, read_run(options.fit)[0], curve, ran_on, options.candidate_share)
+    values = {name: getattr(costs, name) for name in StepCosts.__dataclass_fields__}
+    for text in options.cost:
+        name, _, value = text.partition("=")
+        try:
+            known, number = name in values, _seconds(value)
+        except ValueError:
+            known, number = False, 0.0
+        if not known:
+            raise SimulationError(f"--cost {text}: must be NAME=VALUE, not negative; names are {', '.join(values)}.")
+        values[name] = number
+    return StepCosts(**values)
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return value
+
+
+def _seconds(text: str) -> float:
+    if not 0 <= (value := float(text)) < math.inf:
+        raise ValueError(text)
+    return value

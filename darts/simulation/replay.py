@@ -1,0 +1,216 @@
+"""A strategy over many steps: the trace's lengths through the method's own code.
+
+Contract: pure. `Strategy` says which prompts a round launches, by which rules, and when it ends; `RolloutPlanner` plans
+and learns; `darts.simulation.rollout` runs the groups.
+
+1. New prompts come in the trace's order, those of the strategy's queue with fresh draws of their candidates. All
+   strategies get the same draws for the same prompt, epoch and launch.
+2. Exactly `num_prompts` prompts with M rows each are trained on at every step.
+3. What is not asked of the planner in a run (`darts.trainer`) is not asked here: plain rounds have no plan, and there
+   is no cost model where `darts.latency.profile` or the allocation does without.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from darts.config import DartsConfig
+from darts.forecast import CostModel
+from darts.latency import LatencyCurve, StepTimes
+from darts.planning import RolloutPlanner
+from darts.simulation.bound import Throughput, shortest
+from darts.simulation.cluster import Cluster
+from darts.simulation.costs import StepCosts, StepTime
+from darts.simulation.draws import Dataset
+from darts.simulation.rollout import Outcome, run_rollout
+from darts.strategy import Strategy, make_strategy
+
+BYPASS = "algorithm.rollout_correction.bypass_mode"
+Reshape = Callable[[NDArray[np.int64], int], NDArray[np.int64]]
+"""Lengths and the number of steps that were trained before -> lengths; see `darts.simulation.shaping`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """What is compared. Example: `Arm(name="L=2", block={"strategy": "darts", "selection": {"num_long": 2}})`."""
+
+    name: str
+    block: Mapping[str, Any] = field(default_factory=dict)  # `darts:`
+
+    def config(self, group_size: int, placement: str) -> DartsConfig:
+        """The settings.
+
+        Raises:
+            ConfigError: what `DartsConfig.from_block` refuses.
+        """
+        return DartsConfig.from_block({"placement": placement, **self.block}, group_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What all strategies have in common."""
+
+    num_prompts: int  # `data.train_batch_size`
+    group_size: int  # M
+    response_length: int
+    curve: LatencyCurve
+    cluster: Cluster
+    costs: StepCosts = field(default_factory=StepCosts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Step:
+    """One simulated step."""
+
+    time: StepTime
+    prompts: int  # launched
+    launched: int  # candidates
+    aborted: int
+    generated: int  # tokens
+    kept: int  # tokens that are trained on
+    longest_kept: int  # tokens
+    reward_kept: float  # mean; NaN where the trace has none
+    reward_pool: float  # mean of the candidates that ended by themselves
+    slot_s: float  # in which slots ran a sequence
+    slot_capacity_s: float  # of the slots that the rollout could fill
+    bound: StepTime  # of an oracle that trains on the same prompts
+    oracle: NDArray[np.int64]  # lengths that it keeps, shape [num_prompts, M]
+    queue: int  # prompts that are to come again
+    mean_budget: float
+    saturated: float  # share of the prompts with M_up candidates
+
+
+def replay(arm: Arm, setting: Setting, dataset: Dataset, steps: int, reshape: Reshape | None = None) -> Iterator[Step]:
+    """The steps of a strategy, one after the other.
+
+    Args:
+        arm: the strategy and its settings.
+        setting: what surrounds it.
+        dataset: candidates; at least as wide as the most that the arm launches (`width`).
+        steps: how many.
+        reshape: moves the lengths of later steps; None: lengths as they were recorded.
+
+    Raises:
+        ConfigError: settings that cannot work.
+    """
+    return _Replay(arm, setting, dataset, reshape).steps(steps)
+
+
+def width(arm: Arm, setting: Setting) -> int:
+    """Most candidates that an arm may launch for a prompt."""
+    strategy = make_strategy(arm.config(setting.group_size, setting.cluster.placement), setting.num_prompts)
+    rules = strategy.next_round().rules
+    most = rules.allocation.high if rules.enable and rules.allocation.mode != "off" else setting.group_size
+    return max(most, setting.group_size)
+
+
+class _Replay:
+    """The state of `replay`."""
+
+    def __init__(self, arm: Arm, setting: Setting, dataset: Dataset, reshape: Reshape | None) -> None:
+        self.setting, self.dataset, self.reshape = setting, dataset, reshape
+        cluster = setting.cluster
+        self.darts = arm.config(setting.group_size, cluster.placement)
+        self.strategy: Strategy = make_strategy(self.darts, setting.num_prompts)
+        self.bypass = bool(self.strategy.overrides.get(BYPASS, False))
+        self.planner = RolloutPlanner(
+            ema_weight=self.darts.allocation.ema_weight,
+            response_length=setting.response_length,
+            num_engines=cluster.engines,
+            max_running=cluster.max_num_seqs,
+        )
+        latency = self.darts.latency.profile
+        if latency != "off" and (latency != "auto" or self.strategy.rules.allocation.mode == "adaptive"):
+            self.planner.cost = CostModel(setting.curve, "simulated")
+        self.throughput = Throughput(setting.curve, cluster.engines, cluster.max_num_seqs)
+        self.next_row = 0
+        self.launches: dict[int, int] = {}  # of rows that are queued
+        self.rng = np.random.default_rng(0)  # who is spared by chance
+        self.done = 0
+
+    def steps(self, count: int) -> Iterator[Step]:
+        for _ in range(count):
+            yield self._step()
+            self.done += 1
+
+    def _step(self) -> Step:
+        setting, round_ = self.setting, self.strategy.next_round()
+        rows = [*round_.queued, *range(self.next_row, self.next_row + round_.new)]
+        self.next_row += round_.new
+        drawn = self.dataset.draw(rows, [self.launches.get(row, 0) for row in rows])
+        lengths = drawn.lengths if self.reshape is None else self.reshape(drawn.lengths, self.done)
+        rules = round_.rules
+        plan, budgets, order = None, np.full(len(rows), setting.group_size), None
+        if rules.enable:
+            plan = self.planner.plan([self.dataset.key(row) for row in rows], rules)
+            budgets, order = plan.budgets, plan.launch_order.tolist()
+        launched = np.arange(self.dataset.width) < budgets[:, None]
+        fleet = setting.cluster.fleet(setting.curve, int(budgets.sum()))
+        outcome = run_rollout(
+            lengths[launched],
+            drawn.truncated[launched],
+            budgets,
+            rules,
+            fleet,
+            order=order,
+            harvest=round_.harvest,
+            draws=self.rng.random(len(rows)).tolist() if rules.selection.keep_probability else None,
+        )
+        step = self._measured(outcome, rules, lengths, drawn.reward[launched])
+        if plan is not None:
+            pool = outcome.pool(rules)
+            self.planner.observe(plan, rules, pool, max(step["time"].rollout, 1e-9), StepTimes())
+        self.strategy.ended(rows, outcome.complete)
+        now = set(rows)
+        self.launches = {row: self.launches.get(row, 0) + (row in now) for row in self.strategy.queue}
+        return Step(**step, queue=len(self.strategy.queue))
+
+    def _measured(
+        self, outcome: Outcome, rules: DartsConfig, lengths: NDArray[np.int64], reward: NDArray[np.float64]
+    ) -> dict[str, Any]:
+        setting, cluster, size = self.setting, self.setting.cluster, self.setting.group_size
+        count, launched = len(outcome.complete), len(outcome.length)
+        if count != setting.num_prompts or outcome.kept.sum() != size * count:
+            raise RuntimeError(
+                f"{count} prompts with {outcome.kept.sum()} rows were to be trained on, not {setting.num_prompts} with "
+                f"{size} each: the strategy {self.darts.strategy} breaks the contract of darts.strategy."
+            )
+        overlap = rules.enable and rules.overlap.mode != "off"
+        kept = int(outcome.length[outcome.kept].sum())
+        oracle = shortest(lengths[outcome.complete], size)
+        ended = ~outcome.aborted
+        slots = min(cluster.max_num_seqs, -(-launched // cluster.engines)) * cluster.engines
+        return {
+            "time": setting.costs.time(
+                decode_s=outcome.seconds,
+                launched=launched,
+                tokens=kept,
+                cluster=cluster,
+                bypass=self.bypass,
+                overlap=overlap,
+            ),
+            "prompts": len(outcome.budgets),
+            "launched": launched,
+            "aborted": int(outcome.aborted.sum()),
+            "generated": int(outcome.length.sum()),
+            "kept": kept,
+            "longest_kept": int(outcome.length[outcome.kept].max()),
+            "reward_kept": float(reward[outcome.kept].mean()),
+            "reward_pool": float(reward[ended].mean()),
+            "slot_s": outcome.slot_seconds,
+            "slot_capacity_s": slots * outcome.seconds,
+            "bound": setting.costs.time(
+                decode_s=self.throughput.least_seconds(oracle),
+                launched=oracle.size,
+                tokens=int(oracle.sum()),
+                cluster=cluster,
+                bypass=True,
+                overlap=overlap,
+            ),
+            "oracle": oracle,
+            "mean_budget": float(outcome.budgets.mean()),
+            "saturated": float((outcome.budgets >= rules.allocation.high).mean()) if rules.enable else 0.0,
+        }

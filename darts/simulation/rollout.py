@@ -1,0 +1,313 @@
+"""One rollout as discrete events: candidates on engines, and the groups that decide about them.
+
+Contract: pure. `darts.group.CandidateGroup` decides which candidates are aborted and kept, `Round.harvest` when the
+rollout ends; here is what happens in between.
+
+1. All candidates are submitted at once, prompt by prompt in the order of launch. `balanced` routing gives each to the
+   engine with the fewest requests, which is in turns; `group` all of a prompt to the engine that has the fewest (ties
+   to the first; verl's balancer draws among them).
+2. An abort takes `abort_s`, and frees its slot when it arrives; a candidate that ends before has finished. Of what
+   happens at one instant aborts come first, then ends by engine, and on one engine by the order of launch.
+3. With `early_stop=exact` shortest-only groups hear of growth as servers report it, every `streaming.chunk_tokens`
+   tokens; others could decide nothing by it.
+4. With `long_wait=deadline` time is up once every group is ready or complete. With `harvest` the groups that are not
+   complete when so many are, are abandoned.
+5. Without aborts the seconds are those of `darts.latency.makespan`. Prefill and preemption are not modelled.
+"""
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from darts.config import DartsConfig
+from darts.group import CandidateGroup
+from darts.metrics import CandidatePool
+from darts.simulation.engine import NEVER, Engine
+
+ABORT = -1
+"""In the queue of events, where an engine's number stands otherwise."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fleet:
+    """The engines that share a rollout. Example: `Fleet(engines=16, slots=256, step_seconds=(0.0, 0.01, ...))`."""
+
+    engines: int
+    slots: int  # `max_num_seqs` of an engine
+    step_seconds: Sequence[float]  # PTL(b) for b = 0, 1, ..., as far as may run at once
+    abort_s: float = 0.0  # from a decision to its arrival at the engine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Outcome:
+    """What became of a rollout; arrays are by candidate, prompt after prompt."""
+
+    seconds: float  # until the last candidate has ended
+    budgets: NDArray[np.int64]  # candidates of each prompt
+    complete: list[int]  # positions of the prompts that are trained on, in their order
+    length: NDArray[np.int64]  # generated tokens
+    aborted: NDArray[np.bool_]  # length is that of a part
+    truncated: NDArray[np.bool_]
+    kept: NDArray[np.bool_]
+    ended_at: NDArray[np.float64]
+    slot_seconds: float  # in which a slot ran a sequence, sum over the slots
+
+    def pool(self, rules: DartsConfig) -> CandidatePool:
+        """For `RolloutPlanner.observe`; nothing is known of rewards, chunks and caches."""
+        count, prompts = len(self.length), len(self.budgets)
+        num_long = np.array([rules.num_long_for(int(budget)) for budget in self.budgets], dtype=np.int64)
+        zeros, nothing = np.zeros(count, dtype=np.int64), np.full(count, np.nan)
+        return CandidatePool(
+            prompt=np.repeat(np.arange(prompts), self.budgets),
+            candidate=np.arange(count) - np.repeat(np.cumsum(self.budgets) - self.budgets, self.budgets),
+            length=self.length,
+            truncated=self.truncated,
+            aborted=self.aborted,
+            lost=np.zeros(count, dtype=bool),
+            kept=self.kept,
+            arrival=zeros,
+            num_long=np.repeat(num_long, self.budgets),
+            saturated=np.repeat(self.budgets >= rules.allocation.high, self.budgets),
+            reward=nothing,
+            weights_min=zeros,
+            weights_max=zeros,
+            prompt_tokens=zeros,
+            cached_tokens=zeros,
+            chunks=zeros,
+            chunk_seconds=np.zeros(count),
+            ended_at=self.ended_at,
+            stop_seconds=nothing,
+            tokens_after=zeros,
+        )
+
+
+def make_group(rules: DartsConfig, budget: int, draw: float = 0.0) -> CandidateGroup:
+    """The group of a prompt with so many candidates, as `darts.running` makes it; plain verl keeps all M."""
+    if not rules.enable:
+        return CandidateGroup(budget, budget, 0)
+    selection = rules.selection
+    num_long = rules.num_long_for(budget)
+    return CandidateGroup(
+        budget, rules.group_size, num_long, rules.early_stop, selection.long_wait, selection.keep_probability, draw
+    )
+
+
+def route(budgets: Sequence[int], order: Sequence[int], engines: int, routing: str) -> list[int]:
+    """The engine of each candidate, prompt after prompt; see the module's contract."""
+    firsts = np.cumsum(budgets) - budgets
+    chosen = np.empty(int(np.sum(budgets)), dtype=np.int64)
+    loads = [(0, engine) for engine in range(engines)]
+    position = 0
+    for prompt in order:
+        first, budget = firsts[prompt], budgets[prompt]
+        if routing == "group":
+            load, engine = loads[0]
+            heapq.heapreplace(loads, (load + int(budget), engine))
+            chosen[first : first + budget] = engine
+        else:
+            chosen[first : first + budget] = np.arange(position, position + budget) % engines
+            position += budget
+    return chosen.tolist()
+
+
+def run_rollout(
+    lengths: NDArray[np.int64],
+    truncated: NDArray[np.bool_],
+    budgets: NDArray[np.int64],
+    rules: DartsConfig,
+    fleet: Fleet,
+    *,
+    order: Sequence[int] | None = None,
+    harvest: int | None = None,
+    draws: Sequence[float] | None = None,
+) -> Outcome:
+    """Runs candidates until every group is decided and every candidate has ended.
+
+    Args:
+        lengths: tokens of each candidate if nobody stops it, at least 1; prompt after prompt, shape [num_candidates].
+        truncated: which of them end at the length limit.
+        budgets: candidates of each prompt, shape [num_prompts].
+        rules: of the groups.
+        fleet: the engines.
+        order: positions of the prompts in the order of launch; None: as they stand.
+        harvest: the rollout ends once so many prompts are complete; None: with its last.
+        draws: of each prompt, uniform in [0, 1), for `selection.keep_probability`; None: nobody is spared by chance.
+    """
+    if draws is None:
+        rules = replace(rules, selection=replace(rules.selection, keep_probability=0.0))
+        draws = [0.0] * len(budgets)
+    return _Rollout(lengths, truncated, budgets, rules, fleet, order, harvest, draws).run()
+
+
+class _Rollout:
+    """The state of `run_rollout`."""
+
+    def __init__(
+        self,
+        lengths: NDArray[np.int64],
+        truncated: NDArray[np.bool_],
+        budgets: NDArray[np.int64],
+        rules: DartsConfig,
+        fleet: Fleet,
+        order: Sequence[int] | None,
+        harvest: int | None,
+        draws: Sequence[float],
+    ) -> None:
+        self.rules, self.fleet, self.budgets, self.truncated = rules, fleet, budgets, truncated
+        self.cut = truncated.tolist()
+        self.lengths = lengths.tolist()
+        self.harvest = harvest
+        self.groups = [make_group(rules, budget, draw) for budget, draw in zip(budgets.tolist(), draws, strict=True)]
+        self.firsts = (np.cumsum(budgets) - budgets).tolist()
+        self.prompts = np.repeat(np.arange(len(budgets)), budgets).tolist()
+        self.engines = [Engine(fleet.step_seconds, fleet.slots) for _ in range(fleet.engines)]
+        self.order = range(len(budgets)) if order is None else list(order)
+        self.engine_of = route(budgets, self.order, fleet.engines, rules.routing)
+        self.ended_at = [NEVER] * len(self.lengths)
+        self.aborted = [False] * len(self.lengths)
+        self.complete: list[int] = []
+        self.decided = [False] * len(self.groups)  # complete or abandoned
+        self.waiting = set(range(len(self.groups)))  # neither ready for the deadline nor complete
+        self.deadline = rules.enable and rules.selection.long_wait == "deadline"
+        self.followed = [  # groups that hear of growth
+            rules.enable and rules.early_stop == "exact" and group.num_long == 0 for group in self.groups
+        ]
+        self.chunk = rules.streaming.chunk_tokens
+        self.versions = [0] * fleet.engines
+        self.events: list[tuple[float, int, int]] = []  # (time, engine, its version) or (time, ABORT, candidate)
+        self.touched: set[int] = set()
+
+    def run(self) -> Outcome:
+        for prompt in self.order:
+            first = self.firsts[prompt]
+            for candidate in range(first, first + int(self.budgets[prompt])):
+                self.engines[self.engine_of[candidate]].submit(candidate, self.lengths[candidate])
+        self.touched.update(range(len(self.engines)))
+        self._schedule(0.0)
+        events, versions, engines = self.events, self.versions, self.engines
+        while events:
+            now, engine, mark = heapq.heappop(events)
+            if engine == ABORT:
+                self._stop(mark, now)
+            elif mark == versions[engine]:
+                some = engines[engine]
+                candidate, ends = some.pop_event(now)
+                if ends:
+                    self._finish(candidate, now)
+                else:
+                    self._report(candidate, now)
+                if self.touched or some.waits:
+                    self.touched.add(engine)
+                elif (then := some.next_event()) < NEVER:  # nothing else has changed
+                    heapq.heappush(events, (then, engine, mark))
+            if self.touched:
+                self._schedule(now)
+        return self._outcome()
+
+    def _schedule(self, now: float) -> None:
+        """Free slots are filled, and the next event of each engine that has changed is queued."""
+        for number in self.touched:
+            engine = self.engines[number]
+            for candidate in engine.fill(now):
+                if self.followed[self.prompts[candidate]]:
+                    self._follow(candidate, 0)
+            self.versions[number] += 1
+            time = engine.next_event()
+            if time < NEVER:
+                heapq.heappush(self.events, (time, number, self.versions[number]))
+        self.touched.clear()
+
+    def _finish(self, candidate: int, now: float) -> None:
+        """A candidate has ended by itself, or at the limit."""
+        prompt = self.prompts[candidate]
+        self.ended_at[candidate] = now
+        index, length = candidate - self.firsts[prompt], self.lengths[candidate]
+        losers = self.groups[prompt].finish(index, length, self.cut[candidate])
+        if losers:
+            self._abort(prompt, losers, now)
+        if not self.decided[prompt] and (self.deadline or self.groups[prompt].complete):
+            self._settle(prompt, now)
+
+    def _report(self, candidate: int, now: float) -> None:
+        """A server tells how far a candidate is."""
+        prompt, engine = self.prompts[candidate], self.engines[self.engine_of[candidate]]
+        tokens = engine.tokens(candidate, now)
+        self._abort(prompt, self.groups[prompt].progress(candidate - self.firsts[prompt], tokens), now)
+        if engine.runs(candidate):
+            self._follow(candidate, tokens)
+        if not self.decided[prompt]:
+            self._settle(prompt, now)
+
+    def _stop(self, candidate: int, now: float) -> None:
+        """An abort arrives."""
+        if self.ended_at[candidate] < NEVER:
+            return
+        number, prompt = self.engine_of[candidate], self.prompts[candidate]
+        tokens = self.engines[number].leave(candidate, now)
+        self.touched.add(number)
+        self.ended_at[candidate], self.aborted[candidate] = now, True
+        self.lengths[candidate] = tokens
+        self.groups[prompt].stop(candidate - self.firsts[prompt], tokens)
+
+    def _abort(self, prompt: int, losers: list[int], now: float) -> None:
+        first = self.firsts[prompt]
+        for index in losers:
+            if self.fleet.abort_s:
+                heapq.heappush(self.events, (now + self.fleet.abort_s, ABORT, first + index))
+            else:
+                self._stop(first + index, now)
+
+    def _settle(self, prompt: int, now: float) -> None:
+        """After an event of a group that was not decided: it may be now, and end the rollout of the others."""
+        group = self.groups[prompt]
+        if group.complete:
+            self.decided[prompt] = True
+            self.complete.append(prompt)
+            if len(self.complete) == self.harvest:
+                self._end_others(CandidateGroup.abandon, now)
+        elif not group.ready:
+            return
+        self.waiting.discard(prompt)
+        if self.deadline and not self.waiting:
+            self.deadline = False
+            self._end_others(CandidateGroup.deadline, now)
+
+    def _end_others(self, how: Callable[[CandidateGroup], list[int]], now: float) -> None:
+        """The groups that are not decided are told to end."""
+        for prompt, group in enumerate(self.groups):
+            if not self.decided[prompt]:
+                self._abort(prompt, how(group), now)
+                self.decided[prompt] = True
+                if group.complete:
+                    self.complete.append(prompt)
+
+    def _follow(self, candidate: int, tokens: int) -> None:
+        """The next report of a candidate that has so many tokens, if it grows so far."""
+        then = tokens - tokens % self.chunk + self.chunk
+        if then < self.lengths[candidate]:
+            self.engines[self.engine_of[candidate]].report_at(candidate, then)
+
+    def _outcome(self) -> Outcome:
+        kept = np.zeros(len(self.lengths), dtype=bool)
+        for prompt in self.complete:
+            first = self.firsts[prompt]
+            kept[[first + index for index in self.groups[prompt].kept]] = True
+        ended, aborted = np.array(self.ended_at), np.array(self.aborted, dtype=bool)
+        began = [
+            self.engines[engine].began.get(candidate, (0.0, self.ended_at[candidate]))[1]
+            for candidate, engine in enumerate(self.engine_of)
+        ]
+        return Outcome(
+            seconds=float(ended.max(initial=0.0)),
+            budgets=self.budgets,
+            complete=sorted(self.complete),
+            length=np.array(self.lengths, dtype=np.int64),
+            aborted=aborted,
+            truncated=self.truncated & ~aborted,
+            kept=kept,
+            ended_at=ended,
+            slot_seconds=float((ended - began).sum()),
+        )

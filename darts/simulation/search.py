@@ -1,0 +1,145 @@
+"""Which strategy and settings to take on a cluster: `python -m darts.simulation plan`.
+
+Contract: pure. A grid of M_up, L and lambda for `darts`, and every other strategy as it stands, are replayed on the
+same draws. What is recommended (our choice): the fastest `darts` that keeps a longest response (L >= 1), as the
+paper does; beside it the fastest of all. Replay knows nothing of shaping, for which L is there.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from darts.simulation.comparison import PLAIN, Summary, compare
+from darts.simulation.replay import Arm, Setting
+from darts.simulation.trace import LengthTrace
+
+HIGHS = (1.25, 1.5, 2.0)
+"""M_up over M."""
+LONGS = (0, 1, 2)
+COST_WEIGHTS = (1.0, 0.3, 0.1, 0.0)
+"""Lambda; from careful with time to none. Those that lead to the same rollouts as one before are left out."""
+MOSTLY = 0.5
+OTHERS = ("bypass", "shortest_k", "tail_batching", "sorted")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advice:
+    """What the search found; summaries from the fastest to the slowest, without plain verl and the oracle."""
+
+    recommended: Summary
+    fastest: Summary
+    plain: Summary
+    oracles: Sequence[Summary]  # with plain verl's batches, and with its own
+    ranked: Sequence[Summary]
+    settings: Mapping[str, Mapping[str, Any]]  # by name of the arm, its block `darts:`
+
+    def lines(self) -> list[str]:
+        """For a person: what to set, what to expect, and what this cannot know."""
+        chosen, fastest = self.recommended, self.fastest
+        lines = [
+            f"Recommended: {flags(self.settings[chosen.name])}",
+            f"  {_expected(chosen, self.plain)}",
+            f"Fastest in this replay: {flags(self.settings[fastest.name])}",
+            f"  {_expected(fastest, self.plain)}",
+            *(
+                f"The {some.name}: {some.step_s:.1f} s a step, {some.speed_up.value:.2f} times."
+                for some in self.oracles
+            ),
+        ]
+        if chosen.speed_up.high < 1:
+            lines.append(
+                "At once, the recommended settings are slower than plain verl: a group that keeps its longest waits "
+                "for the longest of more candidates. They pay only if shaping shortens later steps."
+            )
+        elif chosen.speed_up.low < 1 < chosen.speed_up.high or chosen.speed_up.value == 1:
+            lines.append("At once, the recommended settings are no faster than plain verl; the rest is up to shaping.")
+        if chosen.saturated > MOSTLY:
+            lines.append(
+                f"{chosen.saturated:.0%} of the groups of the recommended settings are saturated, so shortest-only: "
+                "L hardly acts. Raise lambda, or set darts.allocation.mean_candidates, if more shall keep a longest."
+            )
+        if fastest.left:
+            lines.append(f"{fastest.name} leaves {fastest.left} long prompts for later at the end of this replay.")
+        lines.append(
+            "Caveat: lengths are replayed as recorded. Replay knows nothing of shaping, which is what L longest and "
+            "redundancy are for, and nothing of accuracy: shortest-only selection (L = 0, shortest_k) favours short "
+            "answers for every prompt. Train a few dozen steps before you believe the ranking."
+        )
+        return lines
+
+
+def grid(group_size: int, block: Mapping[str, Any]) -> list[Arm]:
+    """What is tried; `block` is what all have in common."""
+    arms = []
+    for high in dict.fromkeys(math.ceil(factor * group_size) for factor in HIGHS):
+        for num_long in [long for long in LONGS if long < group_size]:
+            for weight in COST_WEIGHTS:
+                own = {
+                    "strategy": "darts",
+                    "allocation": {"high": high, "cost_weight": weight},
+                    "selection": {"num_long": num_long},
+                }
+                name = f"darts M_up={high} L={num_long} lambda={weight:g}"
+                arms.append(Arm(name=name, block=merged(block, own)))
+    return [*arms, *(Arm(name=name, block=merged(block, {"strategy": name})) for name in OTHERS)]
+
+
+def advise(
+    trace: LengthTrace,
+    setting: Setting,
+    steps: int,
+    block: Mapping[str, Any],
+    say: Callable[[str], None] = lambda line: None,
+) -> Advice:
+    """Replays the grid.
+
+    Raises:
+        ConfigError: settings that cannot work.
+    """
+    arms = grid(setting.group_size, block)
+    settings = {arm.name: arm.block for arm in arms} | {PLAIN: {"strategy": PLAIN}}
+    rows = compare(trace, arms, setting, steps, say=say)
+    plain, *others = rows
+    different = {(settings[row.name]["strategy"], row.step_s, row.generated): row for row in others[-3::-1]}
+    ranked = sorted(different.values(), key=lambda row: row.step_s)
+    shaping = [
+        row
+        for row in ranked
+        if settings[row.name]["strategy"] == "darts" and settings[row.name]["selection"]["num_long"] > 0
+    ]
+    return Advice(
+        recommended=shaping[0],
+        fastest=min(ranked[0], plain, key=lambda row: row.step_s),
+        plain=plain,
+        oracles=others[-2:],
+        ranked=ranked,
+        settings=settings,
+    )
+
+
+def merged(block: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Two blocks `darts:` as one; what stands in `own` wins."""
+    result = dict(block)
+    for key, value in own.items():
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = merged(result[key], value) if both else value
+    return result
+
+
+def flags(block: Mapping[str, Any], prefix: str = "darts") -> str:
+    """The block as overrides: `darts.strategy=darts darts.allocation.high=16`."""
+    parts = []
+    for key, value in block.items():
+        name = f"{prefix}.{key}"
+        parts.append(flags(value, name) if isinstance(value, Mapping) else f"{name}={value}")
+    return " ".join(parts)
+
+
+def _expected(row: Summary, plain: Summary) -> str:
+    return (
+        f"{row.step_s:.1f} s a step ({plain.step_s:.1f} s plain): {row.speed_up:.2f} times as fast; rollout "
+        f"{row.phases['rollout']:.1f} s ({plain.phases['rollout']:.1f}); {row.generated:,.0f} tokens generated "
+        f"({plain.generated:,.0f}), {row.thrown_away:.0%} of them thrown away; {row.per_prompt:.1f} candidates a "
+        "prompt."
+    )

@@ -1,0 +1,120 @@
+"""Simulated against measured seconds, strategy by strategy: `python -m darts.simulation validate`.
+
+Contract: pure. Costs come from a plain run alone (`darts.simulation.costs.fit`); nothing is fitted per strategy. An
+arm's measured figure is the median over its steps, since single steps of a shared machine are slow by chance; the
+simulated one is the mean over the replayed steps, whose times have no noise.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from darts.simulation.bench_records import MeasuredArm
+from darts.simulation.draws import Dataset
+from darts.simulation.replay import Arm, Setting, replay, width
+from darts.simulation.trace import LengthTrace
+from darts.testbed.rollouts_report import table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compared:
+    """One arm. Example: name="darts", measured_s=3.0, simulated_s=3.2, measured_rollout_s=1.9, ..."""
+
+    name: str
+    steps: int  # measured
+    measured_s: float
+    simulated_s: float
+    measured_rollout_s: float  # NaN where not measured
+    simulated_rollout_s: float
+
+    @property
+    def error(self) -> float:
+        """Of the simulated seconds a step, relative to the measured."""
+        return self.simulated_s / self.measured_s - 1
+
+
+def validate(
+    arms: Sequence[MeasuredArm],
+    trace: LengthTrace,
+    setting: Setting,
+    steps: int,
+    read: Callable[[MeasuredArm], LengthTrace | None],
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Compared]:
+    """Replays each arm and compares.
+
+    Args:
+        arms: what was measured.
+        trace: lengths, for arms that have none of their own.
+        setting: what they have in common.
+        steps: to be replayed of each.
+        read: an arm's own lengths, None where it has none.
+        say: hears how far it is.
+
+    Raises:
+        ConfigError, SimulationError: an arm whose settings or trace cannot be used.
+    """
+    compared = []
+    for measured in arms:
+        arm = Arm(name=measured.name, block=measured.block)
+        own = read(measured) or trace
+        here = replace(setting, response_length=max(own.response_length, trace.response_length))
+        dataset = Dataset(own, width(arm, here))
+        done = []
+        for number, step in enumerate(replay(arm, here, dataset, steps), 1):
+            done.append(step)
+            say(f"{arm.name}: step {number}/{steps}")
+        compared.append(
+            Compared(
+                name=measured.name,
+                steps=len(measured.step_s),
+                measured_s=float(np.median(measured.step_s)),
+                simulated_s=float(np.mean([step.time.step for step in done])),
+                measured_rollout_s=float(np.median(measured.rollout_s)),
+                simulated_rollout_s=float(np.mean([step.time.rollout for step in done])),
+            )
+        )
+    return compared
+
+
+def markdown(compared: Sequence[Compared]) -> str:
+    """One row for each arm."""
+    rows = []
+    for row in compared:
+        rollout = "-" if math.isnan(row.measured_rollout_s) else f"{row.measured_rollout_s:.3f}"
+        times = [f"{row.measured_s:.3f}", f"{row.simulated_s:.3f}", f"{row.error:+.1%}"]
+        rows.append([row.name, row.steps, *times, rollout, f"{row.simulated_rollout_s:.3f}"])
+    columns = ["strategy", "steps", "measured s a step", "simulated", "error", "measured rollout s", "simulated"]
+    return table(columns, rows)
+
+
+def verdict(compared: Sequence[Compared]) -> str:
+    """Median error and rank agreement, in one line."""
+    errors = [abs(row.error) for row in compared]
+    measured, simulated = ([getattr(row, name) for row in compared] for name in ("measured_s", "simulated_s"))
+    return (
+        f"median error {np.median(errors):.1%}, largest {max(errors):.1%} over {len(compared)} strategies; ranking: "
+        f"Kendall's tau {kendall(measured, simulated):.2f}, Spearman's rho {spearman(measured, simulated):.2f}"
+    )
+
+
+def kendall(first: Sequence[float], second: Sequence[float]) -> float:
+    """Kendall's tau-a: concordant less discordant pairs over all pairs; NaN for fewer than two values."""
+    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    upper = np.triu_indices(len(a), 1)
+    signs = np.sign(a[upper[0]] - a[upper[1]]) * np.sign(b[upper[0]] - b[upper[1]])
+    return float(signs.mean()) if len(signs) else math.nan
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> float:
+    """Correlation of the ranks, ties with their mean rank; NaN for fewer than two values or where all are equal."""
+    ranks = [_ranks(np.asarray(values, dtype=np.float64)) for values in (first, second)]
+    if len(ranks[0]) < 2 or any(np.ptp(some) == 0 for some in ranks):
+        return math.nan
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    return np.array([(values < value).sum() + ((values == value).sum() - 1) / 2 for value in values])

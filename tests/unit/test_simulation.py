@@ -1,0 +1,309 @@
+"""Rollouts as discrete events: by hand, against `darts.latency`, and against a simulator without events."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from darts.config import DartsConfig
+from darts.group import CandidateGroup
+from darts.latency import LatencyCurve, makespan
+from darts.simulation.engine import Engine
+from darts.simulation.rollout import Fleet, make_group, route, run_rollout
+
+BY_HAND = (0.0, 1.0, 2.0, 4.0)  # seconds of a step with 0, 1, 2, 3 running
+
+
+def fleet(engines=1, slots=8, step_seconds=(0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 4.0, 8.0), abort_s=0.0):
+    return Fleet(engines=engines, slots=slots, step_seconds=step_seconds, abort_s=abort_s)
+
+
+def rules(group_size, **block):
+    return DartsConfig.from_block(block, group_size)
+
+
+def shortest(group_size, early_stop="eager", **block):
+    return rules(group_size, selection={"mode": "shortest_only"}, early_stop=early_stop, **block)
+
+
+def run(lengths, budgets, some_rules, some_fleet, truncated=None, **options):
+    lengths = np.array(lengths, dtype=np.int64)
+    cut = np.zeros(len(lengths), dtype=bool) if truncated is None else np.array(truncated, dtype=bool)
+    return run_rollout(lengths, cut, np.array(budgets, dtype=np.int64), some_rules, some_fleet, **options)
+
+
+# --- by hand ---------------------------------------------------------------------------------------------------------
+
+
+def test_all_run_to_their_end():
+    """10 steps of three, 10 of two, 20 of one: 40 + 20 + 20."""
+    outcome = run([10, 20, 40], [3], rules(3, enable=False), fleet(step_seconds=BY_HAND))
+    assert outcome.seconds == 80.0
+    assert outcome.ended_at.tolist() == [40.0, 60.0, 80.0]
+    assert outcome.kept.all()
+    assert outcome.slot_seconds == 40 + 60 + 80
+
+
+def test_eager_stops_the_rest_and_the_rollout_ends_with_it():
+    outcome = run([10, 20, 40], [3], shortest(2), fleet(step_seconds=BY_HAND))
+    assert outcome.seconds == 60.0
+    assert outcome.length.tolist() == [10, 20, 20]
+    assert outcome.aborted.tolist() == [False, False, True]
+    assert outcome.kept.tolist() == [True, True, False]
+
+
+def test_an_abort_takes_its_time():
+    """It arrives 5 s after 60 s; the loser runs alone then, a token each second."""
+    outcome = run([10, 20, 40], [3], shortest(2), fleet(step_seconds=BY_HAND, abort_s=5.0))
+    assert outcome.seconds == 65.0
+    assert outcome.length.tolist() == [10, 20, 25]
+    late = run([10, 20, 24], [3], shortest(2), fleet(step_seconds=BY_HAND, abort_s=5.0))
+    assert late.seconds == 64.0  # it has ended while the abort was on its way
+    assert late.aborted.tolist() == [False] * 3
+    assert late.ended_at.tolist() == [40.0, 60.0, 64.0]
+    assert late.kept.tolist() == [True, True, False]
+
+
+def test_a_freed_slot_goes_to_the_next_in_the_queue():
+    """Two slots, two groups of 3 for 2. The first group ends at 20 tokens; what waited of it never starts."""
+    outcome = run([10, 20, 30, 5, 5, 9], [3, 3], shortest(2), fleet(slots=2, step_seconds=BY_HAND))
+    # 10 and 20 run until 10; then 30 starts; at step 20 the 20 ends, 30 (10 tokens so far) is aborted, two 5 start; 9
+    # waits, and is aborted at step 25 without a token.
+    assert outcome.length.tolist() == [10, 20, 10, 5, 5, 0]
+    assert outcome.seconds == 25 * 2.0
+    assert outcome.kept.tolist() == [True, True, False, True, True, False]
+
+
+def test_exact_hears_of_growth_in_chunks():
+    some = shortest(2, "exact", streaming={"chunk_tokens": 8})
+    outcome = run([10, 20, 40], [3], some, fleet(step_seconds=BY_HAND))
+    assert outcome.length.tolist() == [10, 20, 24]  # 24 is the first report above 20
+    assert outcome.seconds == 60 + 4
+    assert run([10, 20, 22], [3], some, fleet(step_seconds=BY_HAND)).length.tolist() == [10, 20, 22]
+
+
+def test_the_deadline_falls_once_all_groups_are_ready():
+    some = rules(2, selection={"mode": "dual_end", "long_wait": "deadline"})
+    outcome = run([2, 4, 40, 3, 8, 50], [3, 3], some, fleet(step_seconds=(0.0, *[1.0] * 6)))
+    assert outcome.seconds == 8.0
+    assert outcome.length.tolist() == [2, 4, 8, 3, 8, 8]
+    assert outcome.complete == [0, 1]
+    assert outcome.kept.tolist() == [True, True, False, True, True, False]
+
+
+def test_a_group_that_is_complete_before_the_deadline_counts():
+    some = rules(2, selection={"mode": "dual_end", "long_wait": "deadline"})
+    outcome = run([2, 4, 5, 3, 8, 50], [3, 3], some, fleet(step_seconds=(0.0, *[1.0] * 6)))
+    assert outcome.complete == [0, 1]
+    assert outcome.kept.tolist() == [True, False, True, True, True, False]
+
+
+def test_the_harvest_abandons_the_others():
+    outcome = run([4, 9, 2, 3, 7, 30], [2, 2, 2], shortest(2), fleet(step_seconds=(0.0, *[1.0] * 6)), harvest=2)
+    assert outcome.seconds == 9.0
+    assert outcome.complete == [0, 1]
+    assert outcome.length.tolist() == [4, 9, 2, 3, 7, 9]
+    assert outcome.kept.tolist() == [True] * 4 + [False] * 2
+
+
+def test_a_loser_is_spared_by_chance():
+    some = rules(2, selection={"mode": "shortest_only", "keep_probability": 0.4})
+    outcome = run([2, 4, 9, 11], [4], some, fleet(step_seconds=(0.0, *[1.0] * 4)), draws=[0.5])
+    assert outcome.kept.tolist() == [True, False, False, True]  # the second loser, in the place of the longest
+    assert outcome.seconds == 11.0
+    assert run([2, 4, 9, 11], [4], some, fleet(step_seconds=(0.0, *[1.0] * 4))).seconds == 4.0
+
+
+def test_routing():
+    assert route([3, 2, 3], [0, 1, 2], 2, "balanced") == [0, 1, 0, 1, 0, 1, 0, 1]
+    assert route([3, 2, 3], [2, 0, 1], 2, "balanced") == [1, 0, 1, 0, 1, 0, 1, 0]
+    assert route([3, 2, 3], [0, 1, 2], 2, "group") == [0, 0, 0, 1, 1, 1, 1, 1]
+
+
+def test_nothing_at_all():
+    assert run([], [], rules(2), fleet()).seconds == 0.0
+
+
+def test_an_engine_that_is_empty_for_a_while_goes_on():
+    engine = Engine([0.0, 1.0, 2.0], slots=2)
+    engine.submit(0, 3)
+    assert engine.fill(0.0) == [0]
+    assert engine.pop_event(engine.next_event()) == (0, True)
+    assert engine.next_event() == math.inf
+    engine.submit(1, 2)
+    assert engine.fill(10.0) == [1]
+    assert engine.next_event() == 12.0
+    assert engine.leave(1, 11.5) == 1
+
+
+# --- against the cost model ------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=40),
+    st.integers(1, 4),
+    st.integers(1, 12),
+    st.lists(st.floats(0.001, 1.0), min_size=3, max_size=3),
+)
+def test_without_aborts_the_seconds_are_those_of_the_cost_model(lengths, engines, slots, seconds):
+    curve = LatencyCurve([1, 4, 16], seconds)
+    some = fleet(engines, slots, curve(np.arange(slots + 1)).tolist())
+    outcome = run(lengths, [1] * len(lengths), rules(1, enable=False), some)
+    parts = [lengths[engine::engines] for engine in range(engines)]
+    assert outcome.seconds == pytest.approx(makespan(parts, curve, slots), rel=1e-12)
+    assert outcome.length.tolist() == lengths
+
+
+# --- against a simulator without events ------------------------------------------------------------------------------
+
+
+class Naive:
+    """Looks at every candidate at every instant at which anything may happen; times are exact in binary."""
+
+    def __init__(self, lengths, truncated, budgets, some_rules, some_fleet, order, harvest):
+        self.rules, self.fleet, self.harvest = some_rules, some_fleet, harvest
+        self.total, self.cut = list(lengths), list(truncated)
+        self.done = [0.0] * len(lengths)
+        self.ended_at = [None] * len(lengths)
+        self.aborted = [False] * len(lengths)
+        self.group_of = [prompt for prompt, budget in enumerate(budgets) for _ in range(budget)]
+        self.first = [sum(budgets[:prompt]) for prompt in range(len(budgets))]
+        self.groups = [make_group(some_rules, budget) for budget in budgets]
+        submitted = [self.first[prompt] + index for prompt in order for index in range(budgets[prompt])]
+        engine_of = route(budgets, order, some_fleet.engines, some_rules.routing)
+        self.queues = [[c for c in submitted if engine_of[c] == engine] for engine in range(some_fleet.engines)]
+        self.now, self.finished, self.over = 0.0, [], False
+
+    def running(self, engine):
+        return [c for c in self.queues[engine] if self.ended_at[c] is None][: self.fleet.slots]
+
+    def milestones(self, c):
+        """Tokens at which something may happen to a candidate that runs."""
+        chunk = self.rules.streaming.chunk_tokens
+        exact = self.rules.enable and self.rules.early_stop == "exact" and self.groups[self.group_of[c]].num_long == 0
+        report = (math.floor(self.done[c] / chunk) + 1) * chunk
+        return min(report, self.total[c]) if exact else self.total[c]
+
+    def live(self):
+        while any(at is None for at in self.ended_at):
+            running = [self.running(engine) for engine in range(self.fleet.engines)]
+            speeds = [self.fleet.step_seconds[len(some)] for some in running]
+            waits = [
+                (self.milestones(c) - self.done[c]) * s for some, s in zip(running, speeds, strict=True) for c in some
+            ]
+            passed = min(waits)
+            reached = []
+            for some, seconds in zip(running, speeds, strict=True):
+                then = [c for c in some if (self.milestones(c) - self.done[c]) * seconds == passed]
+                for c in some:
+                    self.done[c] += passed / seconds
+                reached += sorted(c for c in then if self.done[c] < self.total[c])
+                reached += [c for c in then if self.done[c] >= self.total[c]]
+            self.now += passed
+            for c in reached:
+                if self.ended_at[c] is None:
+                    self.event(c)
+        return self
+
+    def event(self, c):
+        group, index = self.groups[self.group_of[c]], c - self.first[self.group_of[c]]
+        if self.done[c] >= self.total[c]:
+            self.ended_at[c] = self.now
+            losers = group.finish(index, self.total[c], self.cut[c])
+        else:
+            losers = group.progress(index, int(self.done[c]))
+        self.abort(self.group_of[c], losers)
+        if group.complete and self.group_of[c] not in self.finished:
+            self.finished.append(self.group_of[c])
+            if self.harvest == len(self.finished):
+                self.end_all(CandidateGroup.abandon)
+        settled = all(group.ready or group.complete for group in self.groups)
+        if self.rules.enable and self.rules.selection.long_wait == "deadline" and settled and self.harvest is None:
+            self.end_all(CandidateGroup.deadline)
+
+    def end_all(self, how):
+        for prompt, group in enumerate(self.groups):
+            if not group.complete and not group.abandoned:
+                self.abort(prompt, how(group))
+                self.finished += [prompt] * group.complete
+
+    def abort(self, prompt, losers):
+        for index in losers:
+            c = self.first[prompt] + index
+            self.ended_at[c], self.aborted[c] = self.now, True
+            self.groups[prompt].stop(index, math.floor(self.done[c]))
+            self.total[c] = math.floor(self.done[c])
+
+
+MODES = [
+    {"selection": {"mode": "shortest_only"}, "early_stop": "eager"},
+    {"selection": {"mode": "shortest_only"}, "early_stop": "exact", "streaming": {"chunk_tokens": 3}},
+    {"selection": {"mode": "shortest_only"}, "early_stop": "off"},
+    {"selection": {"mode": "dual_end", "long_wait": "all"}},
+    {"selection": {"mode": "dual_end", "long_wait": "deadline"}},
+    {"selection": {"mode": "auto", "long_wait": "deadline"}, "allocation": {"high": 4}},
+    {"enable": False},
+]
+
+
+@st.composite
+def rollouts(draw):
+    mode = draw(st.sampled_from(MODES))
+    budgets = draw(st.lists(st.integers(2, 4), min_size=1, max_size=6))
+    if mode.get("enable") is False:
+        budgets = [2] * len(budgets)
+    count = sum(budgets)
+    lengths = draw(st.lists(st.integers(1, 20), min_size=count, max_size=count))
+    truncated = draw(st.lists(st.sampled_from([False] * 5 + [True]), min_size=count, max_size=count))
+    order = draw(st.permutations(range(len(budgets))))
+    settles = "deadline" in mode.get("selection", {}).values()
+    harvest = None if settles else draw(st.one_of(st.none(), st.integers(1, len(budgets))))
+    routing = draw(st.sampled_from(["balanced", "group"]))
+    some = rules(2, **mode, **({} if mode.get("enable") is False else {"routing": routing}))
+    return lengths, truncated, budgets, some, fleet(draw(st.integers(1, 3)), draw(st.integers(1, 8))), order, harvest
+
+
+@settings(deadline=None, max_examples=300)
+@given(rollouts())
+def test_it_is_what_a_simulator_without_events_gives(case):
+    lengths, truncated, budgets, some, some_fleet, order, harvest = case
+    outcome = run(lengths, budgets, some, some_fleet, truncated, order=order, harvest=harvest)
+    naive = Naive(*case).live()
+    assert outcome.ended_at.tolist() == naive.ended_at
+    assert outcome.length.tolist() == naive.total
+    assert outcome.aborted.tolist() == naive.aborted
+    assert outcome.complete == sorted(naive.finished)
+    for prompt, group in enumerate(naive.groups):
+        first = naive.first[prompt]
+        kept = outcome.kept[first : first + budgets[prompt]]
+        chosen = group.kept if group.complete else []
+        assert sorted(chosen) == np.flatnonzero(kept).tolist()
+        assert kept.sum() == (2 if prompt in outcome.complete else 0)
+
+
+@settings(deadline=None, max_examples=100)
+@given(rollouts(), st.floats(0.1, 30.0))
+def test_late_aborts_change_times_but_no_rule(case, abort_s):
+    lengths, truncated, budgets, some, some_fleet, order, harvest = case
+    slow = fleet(some_fleet.engines, some_fleet.slots, abort_s=abort_s)
+    outcome = run(lengths, budgets, some, slow, truncated, order=order, harvest=harvest)
+    assert np.isfinite(outcome.ended_at).all()
+    assert outcome.kept.sum() == 2 * len(outcome.complete)
+    assert len(outcome.complete) == (harvest or len(budgets))
+    assert not (outcome.kept & outcome.aborted).any()
+    assert (outcome.length <= lengths).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(rollouts())
+def test_exact_keeps_what_a_run_without_stops_keeps(case):
+    lengths, truncated, budgets, _, some_fleet, order, _ = case
+    outcomes = [
+        run(lengths, budgets, shortest(2, early, streaming={"chunk_tokens": 2}), some_fleet, truncated, order=order)
+        for early in ("exact", "off")
+    ]
+    assert outcomes[0].kept.tolist() == outcomes[1].kept.tolist()
+    assert outcomes[0].seconds <= outcomes[1].seconds

@@ -1,0 +1,240 @@
+"""The command line, curves, search, validation, figures; and that none of it loads torch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from darts.config import STRATEGIES
+from darts.simulation import SimulationError
+from darts.simulation.bench_records import read_bench
+from darts.simulation.command import main
+from darts.simulation.curves import BUILTIN, load_curve
+from darts.simulation.options import block_of
+from darts.simulation.search import flags
+from darts.simulation.validation import kendall, spearman
+
+ROOT = Path(__file__).resolve().parents[2]
+REAL = ROOT.parent / "shared/data/rollout_lengths.csv.gz"
+
+
+@pytest.fixture
+def trace(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = [
+        f"{step},{prompt},{candidate},{int(np.exp(rng.normal(5, 0.5))) + 1}"
+        for step in (1, 2)
+        for prompt in range(8)
+        for candidate in range(16)
+    ]
+    path = tmp_path / "lengths.csv"
+    path.write_text("step,prompt,candidate,response_length\n" + "\n".join(rows) + "\n")
+    return path
+
+
+def test_replay_prints_every_strategy_with_its_interval_and_the_formulas(trace, tmp_path, capsys):
+    told = tmp_path / "replay.json"
+    assert main(["replay", str(trace), "--gpus", "2", "8", "--steps", "6", "--seeds", "2", "--json", str(told)]) == 0
+    printed = capsys.readouterr().out
+    for gpus in (2, 8):
+        for name in (*STRATEGIES, "oracle", "oracle, own batches"):
+            assert f"| {gpus} | {name} |" in printed
+        assert f"{gpus} GPUs: fastest is" in printed
+    for text in ("bubble: 1 - ", "gap closed: ", "Lengths are replayed as they were recorded", "built in: an estimate"):
+        assert text in printed
+    assert "MODEL" not in printed
+    rows = json.loads(told.read_text())["rows"]
+    assert [row["steps"] for row in rows] == [12] * 16
+    plain, oracle = (next(row for row in rows if row["name"] == name) for name in ("none", "oracle"))
+    assert plain["rollout_s"] > oracle["rollout_s"] > 0
+
+
+def test_arms_with_settings_of_their_own(trace, capsys):
+    arms = ["darts", "darts:selection.num_long=0,early_stop=exact", "darts.strategy.ShortestK"]
+    chosen = [part for arm in arms for part in ("--strategy", arm)]
+    command = ["replay", str(trace), "--steps", "2", *chosen, "--set", "darts.allocation.high=20"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert all(f"| {arm} |" in printed for arm in arms)
+    assert "NOTE: 20.0% of 20 candidates a prompt were not recorded" in printed
+
+
+def test_a_figure_is_drawn(trace, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "replay.png"
+    assert main(["replay", str(trace), "--steps", "2", "--strategy", "darts", "--png", str(path)]) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_model_of_shaping_is_marked_wherever_it_is_used(trace, tmp_path, capsys):
+    runs = []
+    for name, factor in (("plain", 1.0), ("shaped", 0.9)):
+        lines = []
+        for step in range(3):
+            rollout = {"key": ["a"], "length": [[int(1000 * factor**step), int(500 * factor**step)]], "fate": ["kk"]}
+            lines.append(json.dumps({"version": 1, "step": step, "metrics": {}, "rollout": rollout}))
+        runs.append(tmp_path / f"{name}.jsonl")
+        runs[-1].write_text("\n".join(lines) + "\n")
+    command = ["replay", str(trace), "--steps", "4", "--strategy", "darts", "--strategy", "sorted"]
+    assert main([*command, "--shaping", *map(str, runs)]) == 0
+    printed = capsys.readouterr().out
+    assert "MODEL of shaping, per step, for 2 steps" in printed
+    assert "| darts (MODEL) |" in printed
+    assert "| sorted |" in printed
+    assert "Rows marked MODEL" in printed
+
+
+def test_plan_recommends_and_says_what_it_cannot_know(trace, tmp_path, capsys):
+    told = tmp_path / "plan.json"
+    assert main(["plan", str(trace), "--gpus", "8", "--steps", "2", "--json", str(told)]) == 0
+    printed = capsys.readouterr().out
+    assert "Recommended: darts.strategy=darts darts.allocation.high=" in printed
+    assert "Fastest in this replay: darts.strategy=" in printed
+    assert "Replay knows nothing of shaping" in printed
+    assert "different ones are not shown" in printed
+    chosen = json.loads(told.read_text())["recommended"]
+    assert chosen["selection"]["num_long"] >= 1
+    assert flags(chosen).startswith("darts.strategy=darts darts.allocation.high=")
+
+
+def test_validate_compares_with_what_was_measured(trace, tmp_path, capsys):
+    bench = tmp_path / "bench.json"
+    records = [
+        {"arm": arm, "seed": 0, "step": step, "step_s": seconds + step / 100, "rollout_s": seconds - 1}
+        for arm, seconds in (("none", 5.0), ("fewer", 4.0), ("bypass", 4.5))
+        for step in range(3)
+    ]
+    arms = {"fewer": {"strategy": "darts", "darts": {"allocation": {"mode": "off"}}}}
+    bench.write_text(json.dumps({"records": records, "arms": arms}))
+    fewer = read_bench(bench)[1]
+    assert (fewer.name, fewer.block) == ("fewer", {"enable": True, "strategy": "darts", "allocation": {"mode": "off"}})
+    assert fewer.step_s.tolist() == [4.0, 4.01, 4.02]
+    assert main(["validate", str(trace), "--bench", str(bench), "--gpus", "4", "--steps", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert "| fewer | 3 | 4.010 |" in printed
+    assert "median error" in printed
+    assert "Kendall's tau" in printed
+
+
+def test_a_benchmark_as_columns(tmp_path):
+    bench = tmp_path / "bench.json"
+    arms = [{"name": "two long", "strategy": "darts", "changes": {"selection.num_long": 2}, "overlap": "token"}]
+    columns = {"arm": ["none", "two long"], "step_s": [2.0, 1.5], "rollout_s": [1.0, 0.5]}
+    config = {"darts": {"selection": {"mode": "dual_end"}}}
+    bench.write_text(json.dumps({"steps": columns, "arms": arms, "config": config}))
+    none, long = read_bench(bench)
+    assert none.block == {"selection": {"mode": "dual_end"}, "enable": True, "strategy": "none"}
+    assert long.block["selection"] == {"mode": "dual_end", "num_long": 2}
+    assert (long.block["overlap"], long.rollout_s.tolist()) == ({"mode": "token"}, [0.5])
+
+
+def test_rank_agreement():
+    assert kendall([1, 2, 3, 4], [10, 20, 30, 40]) == 1.0
+    assert kendall([1, 2, 3, 4], [1, 2, 4, 3]) == pytest.approx(4 / 6)
+    assert (kendall([1, 2], [2, 1]), spearman([1, 2], [2, 1])) == pytest.approx((-1.0, -1.0))
+    assert spearman([1, 2, 3, 4], [1, 2, 4, 3]) == pytest.approx(0.8)
+    assert np.isnan(kendall([1], [1]))
+    assert np.isnan(spearman([1, 1], [1, 2]))
+
+
+def test_settings_on_the_command_line():
+    given = [
+        "darts.selection.num_long=2",
+        "early_stop=exact",
+        "allocation.mean_candidates=null",
+        "darts.selection.mode=auto",
+    ]
+    assert block_of(given) == {
+        "selection": {"num_long": 2, "mode": "auto"},
+        "early_stop": "exact",
+        "allocation": {"mean_candidates": None},
+    }
+
+
+@pytest.mark.parametrize("name", BUILTIN)
+def test_built_in_curves(name):
+    curve, told = load_curve(name)
+    assert curve(1) < curve(1024) < 1024 * curve(1)
+    assert "not measured" in told
+
+
+def test_curves_from_files(tmp_path):
+    path = tmp_path / "curve.json"
+    path.write_text(json.dumps({"batch_sizes": [1, 2], "seconds": [0.5, 1.0]}))
+    assert load_curve(str(path))[0](2) == 1.0
+    for content in ("{", '{"batch_sizes": [1], "seconds": [1]}', "{}", '{"batch_sizes": [1, 2], "seconds": [-1, 2]}'):
+        path.write_text(content)
+        with pytest.raises(SimulationError, match=r"curve.json: holds no latency curve"):
+            load_curve(str(path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--strategy", "fastest"], "must be one of none, bypass, shortest_k, darts, tail_batching, sorted"),
+        (["--strategy", "no.such.Class"], "is neither one of none, bypass"),
+        (["--strategy", "darts:selection.num_long=9"], "darts.selection.num_long=9: L must be an integer in"),
+        (["--set", "darts.selection.nun_long=2"], "did you mean darts.selection.num_long?"),
+        (["--set", "darts.selection"], "--set darts.selection: must be KEY=VALUE"),
+        (["--curve", "nothing"], "neither a file nor one of h20-like, h100-like, flat"),
+        (["--gpus", "2", "--tensor-parallel", "4"], "at least one engine"),
+        (["--gpus", "0"], "0 must be at least 1"),
+        (["--gpus", "many"], "argument --gpus"),
+        (["--steps", "-1"], "must be at least 1"),
+        (["--first", "9"], "has steps 1 to 2, none of 9 to None"),
+        (["--cost", "sleep_s=1"], "names are rollout_s, candidate_s"),
+        (["--cost", "update_s=-1"], "must be NAME=VALUE, not negative"),
+        (["--fit", "nothing.jsonl"], "nothing.jsonl: cannot be read"),
+        (["--json", "no/such/folder.json"], "a file cannot be written there"),
+        (["--fast"], "unrecognized arguments: --fast; --help lists the options"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(trace, capsys, arguments, told):
+    assert main(["replay", str(trace), *arguments]) == 2
+    captured = capsys.readouterr()
+    assert told in captured.err
+    assert captured.err.startswith("no simulation: ")
+    assert captured.err.count("\n") == 1
+    assert "|---" not in captured.out
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("{", "must be JSON"),
+        ("[]", "has no records"),
+        ('{"steps": {"arm": ["none"], "step_s": []}}', "steps must be columns of one length"),
+        ('{"records": [{"step_s": 1}]}', "records[0]: must have arm"),
+        ('{"records": [{"arm": "none", "step_s": 0}]}', "records[0]: must have arm and a positive step_s"),
+    ],
+)
+def test_bad_benchmarks(trace, tmp_path, capsys, content, told):
+    bench = tmp_path / "bench.json"
+    bench.write_text(content)
+    assert main(["validate", str(trace), "--bench", str(bench)]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_nothing_heavy_is_loaded():
+    modules = [
+        f"darts.simulation.{path.stem}" for path in (ROOT / "darts/simulation").glob("*.py") if path.stem[0] != "_"
+    ]
+    code = (
+        f"import importlib, sys; [importlib.import_module(name) for name in {modules!r}]; "
+        "print(*sorted(set(sys.modules) & {'torch', 'ray', 'verl', 'vllm', 'transformers', 'tensordict', 'pandas'}))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL.exists(), reason="../shared/data is not there")
+def test_real_lengths_from_end_to_end():
+    command = [sys.executable, "-m", "darts.simulation", "replay", str(REAL), "--first", "102", "--gpus", "8", "1024"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert "1024 GPUs: fastest is" in run.stdout

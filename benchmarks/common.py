@@ -6,7 +6,6 @@ per repetition, as `darts.testbed.rollouts_report` has them.
 
 import argparse
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 def document(options: argparse.Namespace) -> dict[str, Any]:
     """What the figures belong to; to be called before anything is measured, for the machine's load."""
-    return {"settings": vars(options), "machine": machine() | {"processor": _processor()}}
+    return {"settings": vars(options), "machine": machine()}
 
 
 def save(options: argparse.Namespace, opening: dict[str, Any], **results: Any) -> None:
@@ -71,12 +70,3 @@ def found(records: Sequence[Record], key: str) -> list[float]:
 def mean(values: Sequence[float]) -> float:
     """Their mean; NaN without any."""
     return float(np.mean(values)) if len(values) else float("nan")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

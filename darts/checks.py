@@ -116,6 +116,13 @@ def check_run(config: DictConfig) -> DartsConfig:
             f"such advantages; {', '.join(WEIGHTED)} do.",
             "set darts.selection.keep_probability=0, or algorithm.adv_estimator=grpo.",
         )
+    if darts.selection.keep_probability > 0 and OmegaConf.select(config, "algorithm.rollout_correction.rollout_rs"):
+        raise ConfigError(
+            "darts.selection.keep_probability",
+            darts.selection.keep_probability,
+            "the kept stand for those that are not: algorithm.rollout_correction.rollout_rs rejects some of them.",
+            "set darts.selection.keep_probability=0, or algorithm.rollout_correction.rollout_rs=null.",
+        )
     if darts.early_stop == "exact" and darts.streaming.chunk_tokens >= rollout.response_length:
         warnings.warn(
             f"darts.early_stop=exact with darts.streaming.chunk_tokens={darts.streaming.chunk_tokens} and responses of "
@@ -228,6 +235,12 @@ def _check_strategy(config: DictConfig, darts: DartsConfig) -> None:
             f"darts.strategy={darts.strategy} trains with the servers' log-probs.",
             "set actor_rollout_ref.rollout.calculate_log_probs=True.",
         )
+    for key in strategy.overrides:
+        section = key.rpartition(".")[0]
+        if not isinstance(OmegaConf.select(config, section), DictConfig):
+            raise ConfigError(
+                section, None, f"darts.strategy={darts.strategy} sets {key}.", f"leave {section} as verl has it."
+            )
     if not strategy.chooses_prompts:
         return
     if OmegaConf.select(config, "skip.rollout.enable", default=False):

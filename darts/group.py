@@ -303,7 +303,8 @@ class CandidateGroup:
     def chance(self, index: int) -> float:
         """How likely candidate `index` is kept, in [0, 1] (our choice).
 
-        1 is certain; so is 0, except that a truncated candidate may fill a group with too few valid ones.
+        1 is certain, unless the rollout ends without the group; so is 0, except that a truncated candidate may fill a
+        group with too few valid ones.
         """
         if self._kept is not None:
             return float(index in self._kept)

@@ -272,7 +272,11 @@ class RolloutPlanner:
     def _learn_lengths(
         self, keys: list[str], groups: list[NDArray[np.int64]], pool: CandidatePool, darts: DartsConfig
     ) -> NDArray[np.float64]:
-        """Updates the history; returns the std of each prompt's lengths."""
+        """Updates the history; returns the std of each prompt's lengths.
+
+        Nothing is learnt from a prompt whose candidates were all aborted, as a rollout's harvest may do: how long they
+        were says when others were complete.
+        """
         censored = pool.aborted | pool.truncated | pool.lost
         full = [pool.length[group] for group in groups if not censored[group].any()]
         self.correction.learn(full, darts.group_size, darts.allocation.high)
@@ -282,7 +286,11 @@ class RolloutPlanner:
         observed = {}
         for key, parts in rows.items():
             together = np.concatenate(parts)
-            correction = self.correction.factor if pool.aborted[together].any() else 1.0
+            if pool.aborted[together].all():
+                observed[key] = self.history.std(key)
+                continue
+            stopped = pool.aborted[together].any() and pool.kept[together].any()  # by its own rules
+            correction = self.correction.factor if stopped else 1.0
             observed[key] = self.history.update(key, pool.length[together], censored[together], correction)
         return np.array([observed[key] for key in keys])
 

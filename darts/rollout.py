@@ -41,6 +41,13 @@ from darts.overlap_session import OverlapSession
 from darts.planning import Plan, Rollout, RolloutPlanner
 from darts.worker import BUDGET, PROMPT, DartsAgentLoopWorker
 
+FORECASTS = (
+    "darts/latency/predicted_s",
+    "darts/latency/predicted_over_measured",
+    "darts/allocation/time_cost_measured",
+)
+"""Metrics that say nothing of a rollout that ends before all its prompts are complete."""
+
 
 class DartsAgentLoopManager(AgentLoopManager):
     """verl's agent-loop manager with a budget of candidates per prompt.
@@ -82,6 +89,7 @@ class DartsAgentLoopManager(AgentLoopManager):
         output.non_tensor_batch["uid"] = prompts.non_tensor_batch["uid"]
         return output
 
+    @SkipManager.annotate(role="rollout")
     async def _generate_plain(self, prompts: DataProto) -> DataProto:
         """verl's own rollout, and what is to be told of it."""
         start, began = time.monotonic(), time.time()
@@ -176,6 +184,8 @@ class DartsAgentLoopManager(AgentLoopManager):
                 uid = output.non_tensor_batch["uid"][row]
                 rows[uid], metrics[uid] = output[row : row + size], of_rows[row : row + size]
         wanted = uids if self.harvest is None else uids[np.isin(uids, complete[: self.harvest])]
+        if len(wanted) != (len(uids) if self.harvest is None else self.harvest):
+            raise RuntimeError(f"{len(wanted)} prompts are complete of {self.harvest}; this is a bug in darts.rollout.")
         output = DataProto.concat([rows[uid] for uid in wanted if uid in rows])
         if not np.array_equal(output.non_tensor_batch["uid"], np.repeat(wanted, size)):
             raise RuntimeError(
@@ -196,6 +206,9 @@ class DartsAgentLoopManager(AgentLoopManager):
         else:
             del output.non_tensor_batch["uid"]
         self._tell(plan, pool, step_times, ended - start, uids, began, end)
+        if self.harvest is not None:
+            for name in FORECASTS:  # of all prompts run to their end
+                self._last.metrics.pop(name, None)
         self._last.metrics["darts/rollout/own_s"] = planned - start + time.monotonic() - ended
         if pool.lost.any():
             print(f"[darts] rollout: {pool.lost.sum()} candidates were ended by their servers unasked", flush=True)
@@ -232,14 +245,13 @@ class DartsAgentLoopManager(AgentLoopManager):
         deadline = time.monotonic() + self.darts.timeout_s
         futures = {asyncio.wrap_future(job.ref.future()): job for job in jobs}
         pending = set(futures)
-        beside = {
-            asyncio.ensure_future(self._deadline(jobs)),
-            asyncio.ensure_future(self._harvest(jobs, complete)),
-            *([] if overlapping is None else [overlapping]),
-        }
+        # These end right after the workers: they have to hear their last reports.
+        listening = {asyncio.ensure_future(self._harvest(jobs, complete))}
+        if overlapping is not None:
+            listening.add(overlapping)
+        beside = {asyncio.ensure_future(self._deadline(jobs)), *listening}
         try:
-            # What overlaps ends right after the workers: it has to hear their last reports.
-            while pending or not (overlapping is None or overlapping.done()):
+            while pending or not all(future.done() for future in listening):
                 left = deadline - time.monotonic()
                 wait = max(min(left, self.darts.progress_s or left), 0.0)
                 watched = pending | {future for future in beside if not future.done()}

@@ -9,6 +9,7 @@ Contract.
    with the same prompts. It counts rows; verl's own position in the data, by steps, does not fit, and is left empty.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -24,7 +25,6 @@ class RoundLoader:
         sampler: gives an order of the rows for each epoch; seeded, or a resumed run has another order.
         collate: rows to a batch, verl's `collate_fn`.
         next_round: the strategy's.
-        batch_size: prompts of a step, for `len`.
     """
 
     def __init__(
@@ -33,13 +33,11 @@ class RoundLoader:
         sampler: Any,
         collate: Callable[[list[Any]], dict[str, Any]],
         next_round: Callable[[], Round],
-        batch_size: int,
     ) -> None:
         self._dataset = dataset
         self._sampler = sampler
         self._collate = collate
         self._next_round = next_round
-        self._batch_size = batch_size
         self.epoch = 0
         self._drawn = 0  # rows of this epoch
         self._order = iter(sampler)
@@ -47,8 +45,8 @@ class RoundLoader:
         self.launched: tuple[int, ...] = ()  # its rows of the dataset
 
     def __len__(self) -> int:
-        """Steps in which an epoch is trained on, as verl's dataloader counts them."""
-        return len(self._dataset) // self._batch_size
+        """For verl's loop, which asks in which epoch to go on: in the first, which does not end."""
+        return sys.maxsize
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         while True:
@@ -85,7 +83,7 @@ class RoundLoader:
                 f"position={position!r:.80}: must be an epoch, and how many of {len(self._dataset)} rows were drawn."
             )
         for _ in range(epoch):
-            self._skip(len(self._dataset))
+            self._skip(len(self._dataset) + 1)  # to its end, where a sampler may draw the next order
             self._order = iter(self._sampler)
         self._skip(drawn)
         self.epoch, self._drawn = epoch, drawn

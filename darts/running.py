@@ -193,14 +193,19 @@ class RunningGroup:
         """As `CandidateGroup.deadline`."""
         self._act(self.state.deadline())
 
-    def abandon(self) -> None:
-        """As `CandidateGroup.abandon`: the rollout ends without this group, unless it is complete."""
+    def abandon(self) -> list[OpenRequest]:
+        """As `CandidateGroup.abandon`: the rollout ends without this group, unless it is complete.
+
+        Returns:
+            Its requests, for the caller to stop.
+        """
         if self.state.complete:
-            return
-        self._act(self.state.abandon())
+            return []
+        losers = self.state.abandon()
         self._tell_dropped(range(len(self.candidates)))
         self._decided.set()
         self.settled.set()
+        return [request for index in losers for request in self.candidates[index].abort()]
 
     async def keeps(self, index: int) -> bool:
         """Waits for the decision. Returns whether the candidate is kept."""

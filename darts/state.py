@@ -17,7 +17,16 @@ FORMAT = "verl-darts"
 
 
 class StateError(RuntimeError):
-    """A checkpoint without usable state. The message names the file and what is wrong with it."""
+    """A checkpoint without usable state. The message names the file and what is wrong with it.
+
+    Args:
+        message: for people.
+        loses_prompts: to go on without the state would train on other prompts than those that come next.
+    """
+
+    def __init__(self, message: str, loses_prompts: bool = False) -> None:
+        super().__init__(message)
+        self.loses_prompts = loses_prompts
 
 
 def step_folder(trainer: Any, step: int) -> Path:

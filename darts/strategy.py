@@ -75,7 +75,7 @@ class Strategy:
 
     def state_dict(self) -> dict[str, Any]:
         """All that later rounds depend on."""
-        return {"queue": list(self.queue)}
+        return {"num_prompts": self.num_prompts, "queue": list(self.queue)}
 
     def load_state_dict(self, state: Any) -> None:
         """Goes on where `state_dict` was called.
@@ -86,9 +86,13 @@ class Strategy:
         if self._checked_queue(state):
             raise ValueError(f"queue={state['queue']!r:.80}: darts.strategy={self.darts.strategy} has no queue.")
 
-    @staticmethod
-    def _checked_queue(state: Any) -> list[int]:
+    def _checked_queue(self, state: Any) -> list[int]:
         queue = state.get("queue") if isinstance(state, Mapping) else None
+        if isinstance(state, Mapping) and state.get("num_prompts", self.num_prompts) != self.num_prompts:
+            raise ValueError(
+                f"num_prompts={state['num_prompts']}: the queue is of steps of so many prompts, but "
+                f"data.train_batch_size={self.num_prompts}."
+            )
         if not (isinstance(queue, list) and all(type(row) is int and row >= 0 for row in queue)):
             raise ValueError(f"queue={queue!r:.80}: must be a list of rows of the dataset.")
         return queue
@@ -254,10 +258,10 @@ def all_kept(darts: DartsConfig) -> DartsConfig:
 
 def shortest_only(darts: DartsConfig, candidates: float, early_stop: str) -> DartsConfig:
     """Rules for groups that keep the M shortest of `candidates`, the same number for each prompt."""
-    high = max(darts.allocation.high, math.ceil(candidates))
+    low, high = min(darts.allocation.low, math.floor(candidates)), max(darts.allocation.high, math.ceil(candidates))
     return replace(
         darts,
-        allocation=replace(darts.allocation, mode="uniform", mean_candidates=float(candidates), high=high),
+        allocation=replace(darts.allocation, mode="uniform", mean_candidates=float(candidates), low=low, high=high),
         selection=replace(darts.selection, mode="shortest_only", keep_probability=0.0),
         early_stop=early_stop,
     )

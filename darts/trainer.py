@@ -76,15 +76,18 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
         if self.darts.enable:
             self.use_strategy(make_strategy(self.darts, self.config.data.train_batch_size))
             if self.strategy.chooses_prompts:
-                self.train_dataloader = self._rounds = self.round_loader()
+                self.train_dataloader = self._rounds = self.round_loader(self.train_dataloader)
 
-    def round_loader(self) -> RoundLoader:
-        """Batches by the strategy's rounds, over the data of verl's train dataloader, from its beginning.
+    def round_loader(self, loader: Any, sampler: Any = None) -> RoundLoader:
+        """Batches by the strategy's rounds, from the beginning.
+
+        Args:
+            loader: verl's train dataloader.
+            sampler: of its rows; None: its own.
 
         Raises:
             ConfigError: a round takes more prompts than there are.
         """
-        loader = self.train_dataloader
         new = self.strategy.next_round().new
         if new > len(loader.dataset):
             raise ConfigError(
@@ -94,8 +97,8 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
                 f"{len(loader.dataset)}.",
                 f"lower data.train_batch_size, or the factor in darts.{self.darts.strategy}.",
             )
-        rows = loader.dataset, loader.sampler, loader.collate_fn
-        return RoundLoader(*rows, lambda: self.strategy.next_round(), self.config.data.train_batch_size)
+        rows = loader.dataset, loader.sampler if sampler is None else sampler, loader.collate_fn
+        return RoundLoader(*rows, lambda: self.strategy.next_round())
 
     def use_strategy(self, strategy: Strategy) -> None:
         """From now on rounds are this strategy's. What it sets in verl's configuration is set; what the one before had
@@ -227,7 +230,9 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
             answer = engine_device(self.llm_server_manager.server_handles[0])
             device = asyncio.run(asyncio.wait_for(answer, latency.profile_s))
             profile.require(latency.profile, profile.model_id, profile.tensor_parallel, device)
-        if latency.profile == "off" or (latency.profile == "auto" and self.darts.allocation.mode != "adaptive"):
+        if latency.profile == "off" or (
+            latency.profile == "auto" and self.strategy.rules.allocation.mode != "adaptive"
+        ):
             self.planner.cost = None
         elif profile is not None:
             if cost is None or cost.source != source_of(profile):
@@ -273,18 +278,21 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
             folder = step_folder(self.config.trainer, self.global_steps)
             self._load_state(load_state(folder, self.global_steps))
         except StateError as error:
-            if self.darts.state.strict or self._rounds is not None:  # prompts would be lost
+            if self.darts.state.strict or self._rounds is not None or error.loses_prompts:
                 raise
             warnings.warn(f"{error} DARTS starts without what it had learnt.", stacklevel=2)
 
     def _load_state(self, state: Any) -> None:
+        rounds = state.pop("rounds", None) if isinstance(state, dict) else None
         try:
-            rounds = state.pop("rounds", None) if isinstance(state, dict) else None
             if self._rounds is not None:
                 self._load_rounds(rounds)
+            elif rounds is not None:  # verl's own place in the data is not in that checkpoint
+                raise ValueError(f"it is of strategy={rounds.get('strategy')}, which has prompts of its own.")
             self.planner.load_state_dict(state)
         except ValueError as cause:
-            raise StateError(f"the state of step {self.global_steps} cannot be used: {cause}") from cause
+            message = f"the state of step {self.global_steps} cannot be used: {cause}"
+            raise StateError(message, loses_prompts=rounds is not None or self._rounds is not None) from cause
         print(f"[darts] resumed with the length history of {len(self.planner.history)} prompts", flush=True)
 
     def _load_rounds(self, state: Any) -> None:
@@ -339,16 +347,12 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
         if self._rollout is not None:
             self.metrics.update(self._rollout.metrics)
             self._warn_of_saturation()
-        return output
-
-    def _update_actor(self, batch: DataProto) -> DataProto:
-        """As upstream; where the strategy says so, on the rows from the shortest response to the longest."""
-        if self.strategy.short_to_long:
-            lengths = batch.batch["response_mask"].sum(dim=-1)
+        if self.strategy.short_to_long:  # where verl balances
+            lengths = output.batch["response_mask"].sum(dim=-1)
             order = short_to_long(lengths.numpy(), self._get_dp_size(self.actor_rollout_wg, "actor"))
-            batch.reorder(torch.from_numpy(order))
-            batch.meta_info["global_token_num"] = [batch.meta_info["global_token_num"][row] for row in order]
-        return super()._update_actor(batch)
+            output.reorder(torch.from_numpy(order))
+            output.meta_info["global_token_num"] = [output.meta_info["global_token_num"][row] for row in order]
+        return output
 
     def _compute_old_log_prob(self, batch: DataProto) -> tuple[DataProto, float]:
         compute = super()._compute_old_log_prob

@@ -66,8 +66,9 @@ class DartsAgentLoopWorker(AgentLoopWorker):
     llm_client: DartsServerClient
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        patch_building()
         super().__init__(*args, **kwargs)
+        if self.config.darts.enable:
+            patch_building()
         self._groups: dict[str, RunningGroup] = {}
         self._number = 0  # of the last rollout that began
         self._outbox: GrowthOutbox | None = None  # of that rollout
@@ -169,9 +170,12 @@ class DartsAgentLoopWorker(AgentLoopWorker):
 
     async def abandon(self, number: int) -> None:
         """Rollout `number` has enough complete groups: those of this worker that are not complete are given up."""
-        if self._number == number:
-            for group in self._groups.values():
-                group.abandon()
+        async with self._begun:
+            await self._begun.wait_for(lambda: self._number >= number)
+        if self._number == number and self._groups:
+            requests = [request for group in self._groups.values() for request in group.abandon()]
+            if requests:
+                self.llm_client.abort(requests, self._darts.streaming.abort_timeout_s)
             self._close()
 
     def _tell_complete(self, uid: str) -> None:

@@ -13,6 +13,17 @@ from typing import Any
 
 from darts.config import STRATEGIES, ConfigError, DartsConfig, refuse_unknown_keys
 
+SHARED = (
+    "strategy",
+    "enable",
+    "trace",
+    "placement",
+    "allocation.ema_weight",
+    "latency",
+    "state",
+    "overlap.kv_cache_gib",
+)
+"""What no arm can have of its own: it is made once, with the trainer and its engines."""
 FORM = "--arm NAME=STRATEGY[,darts.KEY=VALUE...], as --arm 'two long=darts,darts.selection.num_long=2'."
 
 
@@ -180,9 +191,9 @@ def parse_arm(line: str) -> Arm:
         if not (path.startswith("darts.") and equals):
             raise ConfigError("--arm", line, f"{setting!r} is not darts.KEY=VALUE.", f"write {FORM}")
         path = path.removeprefix("darts.")
-        if path in changes or path in ("strategy", "enable", "trace", "placement"):
-            again = "is given twice" if path in changes else "is not an arm's own"
-            raise ConfigError("--arm", line, f"darts.{path} {again}.", "remove it.")
+        if path in changes or path.startswith(SHARED):
+            again = "is given twice" if path in changes else "is shared by all arms"
+            raise ConfigError("--arm", line, f"darts.{path} {again}.", "remove it, or set it by --override.")
         changes[path] = _value(value)
     overlap = changes.pop("overlap.mode", None)
     arm = Arm(name=name.strip(), strategy=strategy, changes=changes, overlap=overlap)

@@ -225,7 +225,22 @@ def _refuse_what_cannot_be(options: Options) -> None:
     except (HydraException, OmegaConfBaseException) as error:
         name = f"{options.plan.config_dir}/{options.plan.config_name}.yaml"
         raise ConfigError("--config-name", name, " ".join(str(error).split()), "correct it, or --override.") from error
-    check_run(config)
+    block = OmegaConf.to_container(config.darts)
+    for arm in options.plan.arms:
+        config.darts = arm.block(block)
+        try:
+            check_run(config)
+        except ConfigError as error:
+            raise ConfigError("--arms", arm.name, f"cannot be: {error}", "change the arm.") from error
+
+
+def _note_machine(path: Path) -> None:
+    """Keeps what the bench began on; commits of a later start are added."""
+    here = machine()
+    there = _read(path) or here | {"commits": []}
+    if here["commit"] not in there["commits"]:
+        there["commits"].append(here["commit"])
+    path.write_text(json.dumps(there) + "\n")
 
 
 def _read(path: Path) -> Any:
@@ -240,8 +255,7 @@ def main(given: Sequence[str] | None = None) -> int:
         if not options.report_only:
             _refuse_what_cannot_be(options)
             options.plan.save(options.out)
-            if not (options.out / MACHINE).exists():
-                (options.out / MACHINE).write_text(json.dumps(machine()) + "\n")
+            _note_machine(options.out / MACHINE)
             run(options)
         print(f"\n{report(options)}\n")
     except ConfigError as error:

@@ -7,7 +7,7 @@ from the lowest to the highest seed. An arm has one colour, line and marker in a
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +34,11 @@ MOST_BANDS = 8
 """Arms; with more there are no bands."""
 
 
-def draw(results: Results, base: str = BASE) -> list[Drawn]:
-    """All figures, in their order."""
+def draw(results: Results, base: str = BASE, names: Sequence[str] | None = None) -> list[Drawn]:
+    """Figures, in their order; None: all that there are."""
     drawn = []
-    for name, (title, make) in FIGURES.items():
+    for name in FIGURES if names is None else names:
+        title, make = FIGURES[name]
         png, buffer = None, io.BytesIO()
         with rc_context(STYLE):
             try:

@@ -99,10 +99,8 @@ class BenchPlan:
 
     def _own_overrides(self, folder: Path) -> list[str]:
         """What a bench needs of any configuration."""
-        modes = [arm.overlap for arm in self.arms if arm.overlap not in (None, "off")]
         return [
             *OVERRIDES,
-            *(f"darts.overlap.mode={mode}" for mode in modes[:1]),  # so that the actor can overlap at all
             f"trainer.total_training_steps={self.steps}",
             f"trainer.default_local_dir={folder}",
             "trainer.resume_mode=disable",

@@ -13,6 +13,7 @@ Contract: pure NumPy; records in, numbers out; NaN where there is nothing.
    measures it). `Compared.by_seed` has the seeds' own values.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -86,6 +87,12 @@ class Results:
         pairs = [pair for of_arm in self._steps.values() for pair in of_arm]
         self.seeds = sorted({seed for seed, _ in pairs})
         self.num_steps = max((step for _, step in pairs), default=0) if steps is None else steps
+
+    def only(self, arms: Sequence[str]) -> "Results":
+        """The same, told of these arms alone; the others can still be compared with."""
+        some = copy.copy(self)
+        some.arms = list(arms)
+        return some
 
     @property
     def last_from(self) -> int:

@@ -5,13 +5,14 @@
 Contract. `FOLDER/plan.json` says what is run (`BenchPlan`); records go to `FOLDER/records.jsonl`, the arms' traces to
 `FOLDER/traces/`, the resolved configuration to `FOLDER/config.json`.
 
-1. A round is one step of every arm, in an order that rotates. Before its step an arm gets its own actor, optimizer and
+1. A round is one step of every arm, in an order that is drawn. Before its step an arm gets its own actor, optimizer and
    schedule (`darts.bench.states`), planner, strategy and position in the data, and the servers get its weights; none of
    this is in the step's time.
 2. All arms of a seed begin with the initial actor and see the same prompts in the same order, as far as their strategy
    goes. Seeds differ in the order of the prompts, and in what the engine draws.
 3. Validation is verl's own, on all arms after the same steps; the initial actor is validated once a seed, for all.
-4. A bench that was interrupted goes on after its last complete round; the engine is measured anew, once.
+4. At start every arm makes one step that counts nowhere: the first of a kind is slow.
+5. A bench that was interrupted goes on after its last complete round; the engine is measured anew, once.
 """
 
 import json
@@ -32,7 +33,6 @@ from darts.bench.arms import Arm
 from darts.bench.plan import CONFIG, RECORDS, STATES, TRACES, BenchPlan
 from darts.bench.records import Records, ValidationRecord, step_record
 from darts.bench.states import ArmStates
-from darts.rounds import RoundLoader
 from darts.strategy import make_strategy
 from darts.trace import Trace
 from darts.trainer import RayDartsTrainer
@@ -63,7 +63,7 @@ class ArmsTrainer(RayDartsTrainer):
 
     def _prepare_overlap(self) -> None:
         """One session with the actor for each mode that an arm has."""
-        block, size = OmegaConf.to_container(self.config.darts), self.darts.group_size
+        base, block, size = self.darts, OmegaConf.to_container(self.config.darts), self.darts.group_size
         self._settings = {arm.name: arm.config(block, size) for arm in self._plan.arms}
         self._sessions: dict[str, tuple[Any, Any]] = {"off": (None, None)}
         for name, settings in self._settings.items():
@@ -74,22 +74,36 @@ class ArmsTrainer(RayDartsTrainer):
                 self._sessions[mode] = self._log_probs, self.async_rollout_manager.overlap
                 if self.darts.overlap.mode != mode:
                     raise RuntimeError(f"arm {name}: darts.overlap.mode={mode} is not possible on these ranks.")
+        self.darts = base
 
     def fit_step(self, batch_dict: Any = None) -> None:
         """A round: `batch_dict` is the turn."""
         seed, step = batch_dict
         if not self._states.is_complete(seed, step):
             if self._initial is None:
-                self._set_cost_model()
-                self._cost_model_is_set = True
+                self._measure_once()
                 self._initial = self.planner.state_dict()
+                for arm in self._plan.arms:
+                    self._take_up(arm, seed, 1, None)
+                    self._trace = Trace(None)
+                    super().fit_step(self._rounds.next())
             if step == 1:
                 self._validate_initial(seed)
-            arms = self._plan.arms
-            for place in range(len(arms)):
-                self._take_turn(arms[(place + step) % len(arms)], place, seed, step)
+            order = np.random.default_rng([seed, step]).permutation(len(self._plan.arms))
+            for place, arm in enumerate(order):
+                self._take_turn(self._plan.arms[arm], place, seed, step)
             self._states.complete(seed, step)
         self.is_last_step = (seed, step) == self.train_dataloader[-1]
+
+    def _measure_once(self) -> None:
+        """The engines' cost model, if an arm has a use for it."""
+        for settings in self._settings.values():
+            self.use_strategy(make_strategy(settings, self.config.data.train_batch_size))
+            self.darts = settings
+            if self.strategy.rules.allocation.mode == "adaptive":
+                break
+        self._set_cost_model()
+        self._cost_model_is_set = True
 
     def _validate_initial(self, seed: int) -> None:
         if self._plan.validate_every == 0:
@@ -137,9 +151,10 @@ class ArmsTrainer(RayDartsTrainer):
         self._log_probs, self.async_rollout_manager.overlap = self._sessions[self.darts.overlap.mode]
         self.use_strategy(make_strategy(self.darts, self.config.data.train_batch_size))
         self.planner.load_state_dict(deepcopy(self._initial if told is None else told["planner"]))
+        if self.darts.latency.profile == "auto" and self.strategy.rules.allocation.mode != "adaptive":
+            self.planner.cost = None  # as where the arm runs alone
         data = OmegaConf.merge(self.config.data, {"seed": seed})
-        rows = self._data.dataset, create_rl_sampler(data, self._data.dataset), self._data.collate_fn
-        self._rounds = RoundLoader(*rows, lambda: self.strategy.next_round(), self.config.data.train_batch_size)
+        self._rounds = self.round_loader(self._data, create_rl_sampler(data, self._data.dataset))
         if told is not None:
             self.strategy.load_state_dict(told["strategy"])
             self._rounds.go_to(told["position"])
@@ -201,6 +216,14 @@ class ArmsTaskRunner(DartsTaskRunner):
     def trainer_class(self) -> type:
         """Upstream: `DartsTaskRunner.trainer_class`."""
         return ArmsTrainer
+
+    def add_actor_rollout_worker(self, config: DictConfig) -> tuple[type, type]:
+        """As upstream; the actor can overlap if an arm wants it."""
+        config = deepcopy(config)
+        for arm in BenchPlan.load(Path(config.trainer.default_local_dir)).arms:
+            if arm.overlap not in (None, "off"):
+                config.darts.overlap.mode = arm.overlap
+        return super().add_actor_rollout_worker(config)
 
 
 def train(folder: Path) -> None:

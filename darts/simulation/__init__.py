@@ -15,6 +15,7 @@ Contract: pure Python and NumPy; figures need matplotlib. Decisions are those of
 | `shaping` | a MODEL of how a strategy moves the lengths of later steps; off by default |
 | `search` | which strategy and settings to take (`plan`) |
 | `bench_records`, `validation` | simulated against measured (`validate`) |
+| `documents` | what `--json` writes |
 | `command` | `python -m darts.simulation` |
 
 A replay takes lengths as they were recorded. It does not know that a strategy changes what the model learns, so it

@@ -10,7 +10,6 @@ to stdout, progress to stderr. Input that cannot be used is one line on stderr a
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from darts.config import ConfigError
-from darts.simulation import SimulationError, shaping
+from darts.simulation import SimulationError, documents, shaping
 from darts.simulation.bench_records import MeasuredArm, read_bench
 from darts.simulation.comparison import CAVEAT, FORMULAS, Summary, compare, markdown
 from darts.simulation.curves import load_curve
@@ -29,8 +28,8 @@ from darts.simulation.run_trace import read_trace
 from darts.simulation.search import advise, grid
 from darts.simulation.shaping import ShapingModel
 from darts.simulation.trace import LengthTrace
+from darts.simulation.validation import Compared, validate, verdict
 from darts.simulation.validation import markdown as validation_table
-from darts.simulation.validation import validate, verdict
 
 PROGRESS_S = 3.0
 SHOWN = 8
@@ -65,7 +64,7 @@ def _replay(options: argparse.Namespace, progress: _Progress) -> None:
     arms, trace = arms_of(options), trace_of(options)
     settings, steps, models = settings_of(options, trace), steps_of(options, trace), _models(options, trace, arms)
     _check_output(options)
-    _introduce(options, trace, settings[0], steps, arms)
+    about = _introduce(options, trace, settings[0], steps, arms)
     print(*dict.fromkeys(map(str, models.values())), sep="\n", end="\n" if models else "")
     rows: list[Summary] = []
     for setting in settings:
@@ -75,10 +74,9 @@ def _replay(options: argparse.Namespace, progress: _Progress) -> None:
         print("Rows marked MODEL: lengths were moved by the model above; nobody measured them.")
     for gpus in options.gpus:
         print(_fastest([row for row in rows if row.gpus == gpus]))
-    told = {"trace": trace.name, "notes": list(trace.notes), "curve": options.curve, "steps": steps}
-    told |= {"seeds": options.seeds, "formulas": [*FORMULAS, CAVEAT], "rows": [row.to_dict() for row in rows]}
-    told |= {"models": {name: str(model) for name, model in models.items()}}
-    _write_json(options.json, told)
+    told = {"trace": trace.name, "curve": options.curve, "steps": steps, "seeds": options.seeds}
+    told |= {"formulas": [*FORMULAS, CAVEAT], "models": {name: str(model) for name, model in models.items()}}
+    _write_json(options, about, rows, **told)
     if options.png:
         from darts.simulation import figures  # needs matplotlib
 
@@ -91,32 +89,36 @@ def _plan(options: argparse.Namespace, progress: _Progress) -> None:
     trace = trace_of(options)
     (setting,), steps, block = settings_of(options, trace), steps_of(options, trace), block_of(options.set)
     _check_output(options)
-    _introduce(options, trace, setting, steps, grid(setting.group_size, block))
+    about = _introduce(options, trace, setting, steps, grid(setting.group_size, block))
     advice = advise(trace, setting, steps, block, progress)
     print(f"\n{markdown([advice.plain, *advice.ranked[:SHOWN], *advice.oracles])}\n")
     if len(advice.ranked) > SHOWN:
         print(f"{len(advice.ranked) - SHOWN} slower ones of {len(advice.ranked)} different ones are not shown.")
     print(*FORMULAS, "", *advice.lines(), sep="\n")
-    rows = [row.to_dict() for row in (advice.plain, *advice.ranked, *advice.oracles)]
+    rows = [advice.plain, *advice.ranked, *advice.oracles]
     chosen = advice.settings[advice.recommended.name]
-    _write_json(options.json, {"trace": trace.name, "recommended": chosen, "lines": advice.lines(), "rows": rows})
+    _write_json(options, about, rows, trace=trace.name, recommended=chosen, lines=advice.lines())
 
 
 def _validate(options: argparse.Namespace, progress: _Progress) -> None:
     measured, trace = read_bench(options.bench), trace_of(options)
     (setting,), steps = settings_of(options, trace), steps_of(options, trace)
-    _introduce(options, trace, setting, steps, [])
-    compared = validate(measured, trace, setting, steps, lambda arm: _own_trace(options, arm), progress)
+    _check_output(options)
+    about = _introduce(options, trace, setting, steps, [])
+    compared = validate(measured, trace, setting, steps, lambda arm: _own_trace(options, arm, about), progress)
     print(f"\n{validation_table(compared)}\n\n{verdict(compared)}")
+    _write_json(options, about, compared, trace=trace.name, verdict=verdict(compared))
 
 
-def _own_trace(options: argparse.Namespace, arm: MeasuredArm) -> LengthTrace | None:
+def _own_trace(options: argparse.Namespace, arm: MeasuredArm, about: list[str]) -> LengthTrace | None:
+    """The lengths of an arm's own run; what is odd about them is said, and added to `about`."""
     path = None if options.traces is None else options.traces / f"{arm.name}.jsonl"
     if path is None or not path.exists():
         return None
     trace = read_trace(path)
-    for note in trace.notes:
-        print(f"NOTE: {arm.name}: {note}.")
+    notes = [f"NOTE: {arm.name}: {note}." for note in trace.notes]
+    print(*notes, sep="\n", end="\n" if notes else "")
+    about += notes
     return trace
 
 
@@ -130,28 +132,29 @@ def _models(options: argparse.Namespace, trace: LengthTrace, arms: Sequence[Arm]
 
 def _introduce(
     options: argparse.Namespace, trace: LengthTrace, setting: Setting, steps: int, arms: Sequence[Arm]
-) -> None:
-    """What is replayed, and what is odd about it."""
+) -> list[str]:
+    """Says what is replayed, and what is odd about it; returns the lines."""
     span = f"{trace.steps[0]} to {trace.steps[-1]}"
-    print(f"{trace.name}: {len(trace.prompts):,} prompts of steps {span}; limit {setting.response_length:,} tokens.")
-    for note in trace.notes:
-        print(f"NOTE: {note}.")
+    lines = [f"{trace.name}: {len(trace.prompts):,} prompts of steps {span}; limit {setting.response_length:,} tokens."]
+    lines += [f"NOTE: {note}." for note in trace.notes]
     most = max((width(arm, setting) for arm in arms), default=setting.group_size)
     share = Dataset(trace, most).resampled
     if share:
-        print(
+        lines.append(
             f"NOTE: {share:.1%} of {most} candidates a prompt were not recorded: they are drawn again from the "
             "recorded ones, so tails are too short."
         )
     rounds = steps * setting.num_prompts / len(trace.prompts)
     again = f"; the data come {rounds:.1f} times, with fresh draws of their candidates" if rounds > 1 else ""
-    print(f"{steps} steps of {setting.num_prompts} prompts, M = {setting.group_size}{again}.")
-    print(
+    lines.append(f"{steps} steps of {setting.num_prompts} prompts, M = {setting.group_size}{again}.")
+    lines.append(
         f"Engines of {options.tensor_parallel} GPUs, {options.placement}, at most {options.max_num_seqs} sequences "
         f"each; curve {load_curve(options.curve)[1]}."
     )
     source = "estimates for a 7B model on H100s" if options.fit is None else f"fitted to {options.fit}"
-    print(f"Costs ({source}): {setting.costs}")
+    lines.append(f"Costs ({source}): {setting.costs}")
+    print(*lines, sep="\n")
+    return lines
 
 
 def _fastest(rows: Sequence[Summary]) -> str:
@@ -177,7 +180,9 @@ def _check_output(options: argparse.Namespace) -> None:
             raise SimulationError("--png: needs matplotlib; install verl-darts[report].") from None
 
 
-def _write_json(path: Path | None, told: dict[str, Any]) -> None:
-    if path is not None:
-        path.write_text(json.dumps(told, indent=1, allow_nan=False) + "\n")
-        print(f"figures: {path}")
+def _write_json(
+    options: argparse.Namespace, about: Sequence[str], rows: Sequence[Summary | Compared], **more: Any
+) -> None:
+    if options.json is not None:
+        documents.save(options.json, documents.document(options.command, options.given, about, rows, **more))
+        print(f"figures: {options.json}")

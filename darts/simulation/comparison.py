@@ -7,8 +7,9 @@ no log-probs. One has plain verl's batches, the other chooses which prompts come
 `sorted` may.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,12 @@ class Summary:
         """For JSON; NaN becomes null."""
         state = asdict(self) | {"rollout_s": self.phases["rollout"], "thrown_away": self.thrown_away}
         return {key: None if isinstance(value, float) and np.isnan(value) else value for key, value in state.items()}
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> "Summary":
+        """What `to_dict` gave."""
+        values = {field.name: math.nan if state[field.name] is None else state[field.name] for field in fields(cls)}
+        return cls(**values | {"speed_up": Estimate(**state["speed_up"])})
 
 
 def compare(

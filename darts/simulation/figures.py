@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -27,7 +28,7 @@ def short(name: str) -> str:
     return "\n".join([strategy.rpartition(".")[2], *lines])
 
 
-def draw(summaries: Sequence[Summary], title: str, path: Path) -> None:
+def draw(summaries: Sequence[Summary], title: str, to: Path | BinaryIO) -> None:
     """Writes the PNG; a note in the title says where a model of shaping was used."""
     names = list(dict.fromkeys(row.name for row in summaries))
     if any(row.model for row in summaries):
@@ -39,7 +40,7 @@ def draw(summaries: Sequence[Summary], title: str, path: Path) -> None:
         _seconds(right, summaries, names)
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5)
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-        figure.savefig(path, format="png", metadata={"Software": None})
+        figure.savefig(to, format="png", metadata={"Software": None})
 
 
 def _speed_ups(axes: Axes, summaries: Sequence[Summary], names: Sequence[str]) -> None:

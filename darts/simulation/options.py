@@ -6,6 +6,7 @@ Contract: everything that is wrong is a `SimulationError` or a `ConfigError` bef
 import argparse
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,7 +35,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options, with `command` one of replay, plan, validate.
+    """The options, with `command` one of replay, plan, validate, and `given`, the arguments.
 
     Raises:
         SimulationError: unknown options, or values of the wrong kind.
@@ -65,7 +66,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     check.add_argument(
         "--traces", type=Path, metavar="DIR", help="lengths of the arms' own runs, ARM.jsonl (default: TRACE for all)"
     )
-    options = parser.parse_args(arguments)
+    check.add_argument("--json", type=Path, metavar="FILE", help="the figures")
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    options = parser.parse_args(given)
+    options.given = given
     if options.command != "replay" and len(options.gpus) > 1:
         parser.error(f"--gpus {' '.join(map(str, options.gpus))}: {options.command} takes one number")
     return options

@@ -6,8 +6,9 @@ simulated one is the mean over the replayed steps, whose times have no noise.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 
@@ -33,6 +34,16 @@ class Compared:
     def error(self) -> float:
         """Of the simulated seconds a step, relative to the measured."""
         return self.simulated_s / self.measured_s - 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; NaN becomes null."""
+        state = asdict(self) | {"error": self.error}
+        return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in state.items()}
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> "Compared":
+        """What `to_dict` gave."""
+        return cls(**{f.name: math.nan if state[f.name] is None else state[f.name] for f in fields(cls)})
 
 
 def validate(

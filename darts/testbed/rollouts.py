@@ -19,18 +19,15 @@ import asyncio
 import dataclasses
 import json
 import os
-import platform
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
+import darts.machine
 from darts.testbed import LIMITS, assets_dir
 from darts.testbed import rollouts_report as report
 from darts.testbed.summary import Check
@@ -237,23 +234,7 @@ def summary(results: dict[str, list[dict[str, Any]]]) -> tuple[str, list[Check]]
 
 def machine() -> dict[str, Any]:
     """What the figures belong to."""
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else "unknown"
-
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": git("rev-parse", "HEAD"),
-        "changed_files": git("status", "--porcelain").splitlines(),
-        "cores": len(os.sched_getaffinity(0)),
-        "architecture": platform.machine(),
-        "load": os.getloadavg(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("verl", "vllm", "torch", "ray")},
-        "environment": {name: os.environ.get(name) for name in ENVIRONMENT},
-    }
+    return darts.machine.machine(tuple(ENVIRONMENT))
 
 
 def train_questions(testbed: str) -> list[str]:

@@ -32,6 +32,9 @@ def refused(capsys, *given: str) -> str:
         (["--config-name", "mine"], "Cannot find primary config 'mine'"),
         (["--override", "darts.selection.num_long=9"], "darts.selection.num_long=9: L must be an integer"),
         (["--override", "actor_rollout_ref.rollout.name=sglang"], "DARTS drives verl's vLLM servers"),
+        (["--arm", "x=no.such.Class"], "--arms='x': cannot be: darts.strategy='no.such.Class'"),
+        (["--arms", "bypass", "--override", "actor_rollout_ref.rollout.calculate_log_probs=false"], "--arms='bypass'"),
+        (["--arm", "x=darts,darts.allocation.ema_weight=0.1"], "darts.allocation.ema_weight is shared by all arms"),
         (["--report-only"], "has no records of a bench"),
     ],
 )
@@ -75,10 +78,12 @@ def test_every_preset_composes_with_the_benchs_configuration(tmp_path):
     OmegaConf.resolve(config)
     assert config.trainer.total_training_steps == 30
     assert list(config.actor_rollout_ref.actor.checkpoint.load_contents) == ["model", "optimizer", "extra"]
-    assert config.darts.overlap.mode == "token", "an arm overlaps, so the actor must be able to"
     settings = {arm.name: arm.config(OmegaConf.to_container(config.darts), 8) for arm in plan.arms}
     assert all(isinstance(one, DartsConfig) for one in settings.values())
-    assert {settings[name].overlap.mode for name in ("none", "bypass")} == {"off"}
+    modes = {name: one.overlap.mode for name, one in settings.items() if one.overlap.mode != "off"}
+    assert set(modes) == {"+ streaming", "+ dual-end", "+ adaptive", "overlap sequence", "overlap token"}, (
+        "an arm is the same whatever others are in the command"
+    )
 
 
 @pytest.mark.parametrize(

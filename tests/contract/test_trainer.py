@@ -323,6 +323,7 @@ def profiling(trainer, tmp_path, monkeypatch):
 
     def start(cost=None, **darts):
         trainer.darts = DartsConfig.from_block(darts, 8)
+        trainer.use_strategy(Darts(trainer.darts, 8))
         trainer.planner.cost = cost
         trainer._set_cost_model()
         return trainer.planner.cost

@@ -1,71 +1,43 @@
 """Every strategy through the real trainer's rollout and update, manager, workers and client; servers with a script.
 
-Prompt `row` of the data has responses of `1 + row % 13 + candidate % 5` tokens; each token takes some milliseconds.
 Checked is what servers generated and stopped, what was kept, the rows at `update_actor` in their order, and that over
 50 steps, with a resume, each prompt is trained on once or waits.
 """
 
+import asyncio
+import concurrent.futures
 import json
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import ray
 import torch
-from fakes import CountingReward, Script, ScriptedServer, Turn, balancer
+from fakes import handle
 from omegaconf import OmegaConf
-from transformers import AutoTokenizer
+from scripted_rounds import ROWS, M, length_of, load_script, make_cluster, make_trainer, rows_of, take_records
 from verl.experimental.separation.ray_trainer import SeparateRayPPOTrainer
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
-from verl.trainer.ppo.utils import create_rl_sampler
-from verl.utils.dataset.rl_dataset import collate_fn
-from verl.workers.rollout.llm_server import LLMServerClient
 
 from darts.config import DartsConfig
 from darts.metrics import METRICS
 from darts.reweighting import reweighted_advantages
-from darts.rollout import DartsAgentLoopManager
+from darts.rollout import _Job
+from darts.state import StateError
 from darts.strategy import make_strategy
 from darts.trainer import RayDartsTrainer
-from darts.worker import CANDIDATE, POPULATION, WEIGHT, candidate_seed
+from darts.worker import POPULATION, WEIGHT
 
-M, PROMPTS, ROWS = 4, 4, 40
-
-
-def length_of(row: int, candidate: int) -> int:
-    return 1 + row % 13 + candidate % 5
-
-
-class Rows:
-    """A dataset."""
-
-    def __len__(self) -> int:
-        return ROWS
-
-    def __getitem__(self, row: int) -> dict:
-        return {
-            "raw_prompt": [{"role": "user", "content": f"{row}+1="}],
-            "data_source": "scripted",
-            "reward_model": {"style": "rule", "ground_truth": "0"},
-            "extra_info": {"index": row},
-            "index": row,
-            "dummy_tensor": torch.zeros(1),
-        }
+PROMPTS = 4
 
 
 @pytest.fixture(scope="module")
 def cluster(local_ray, make_config):
     """Two servers, two workers, one manager, and their configuration."""
-    config = make_config("actor_rollout_ref.rollout.agent.num_workers=2", f"data.train_batch_size={PROMPTS}")
-    end_token = AutoTokenizer.from_pretrained(config.actor_rollout_ref.model.path).eos_token_id
-    servers = [
-        ray.remote(ScriptedServer).options(max_concurrency=1000).remote(Script(end_token=end_token)) for _ in range(2)
-    ]
-    client = LLMServerClient(config, balancer({str(number): server for number, server in enumerate(servers)}))
-    reward = ray.remote(CountingReward).remote()
-    manager = DartsAgentLoopManager.create(config=config, llm_client=client, reward_loop_worker_handles=[reward])
-    return manager, servers, config
+    return make_cluster(
+        make_config("actor_rollout_ref.rollout.agent.num_workers=2", f"data.train_batch_size={PROMPTS}")
+    )
 
 
 class Run:
@@ -75,22 +47,12 @@ class Run:
         self.token_ms = token_ms  # slow against what else happens
         self.manager, self.servers, config = cluster
         base = OmegaConf.to_container(config.darts) | {"strategy": strategy, "seed": 0, "early_stop": "eager"} | block
-        trainer = self.trainer = RayDartsTrainer.__new__(RayDartsTrainer)
-        trainer.config = OmegaConf.create(OmegaConf.to_container(config))
-        trainer.darts = DartsConfig.from_block(base, M)
-        trainer._overridden, trainer.curr_step_profile, trainer.use_rm, trainer.global_steps = {}, False, False, 0
-        trainer._warned_of_saturation = True
-        trainer.async_rollout_manager = self.manager
-        trainer.checkpoint_manager = SimpleNamespace(sleep_replicas=lambda: None)
-        trainer.actor_rollout_wg = SimpleNamespace()
+        trainer = self.trainer = make_trainer(RayDartsTrainer, cluster, DartsConfig.from_block(base, M))
         monkeypatch.setattr(RayDartsTrainer, "_get_dp_size", lambda self, *_: 2)
         self.updates = []
         monkeypatch.setattr(RayPPOTrainer, "_update_actor", lambda trainer, batch: self.updates.append(batch))
-        rows = Rows()
-        sampler = create_rl_sampler(OmegaConf.create({"shuffle": True, "seed": 1}), rows)
-        trainer.train_dataloader = SimpleNamespace(dataset=rows, sampler=sampler, collate_fn=collate_fn)
         trainer.use_strategy(make_strategy(trainer.darts, PROMPTS))
-        trainer._rounds = self.loader = trainer.round_loader()
+        trainer._rounds = self.loader = trainer.round_loader(trainer.train_dataloader)
         if strategy != "sorted":  # which switches it off
             trainer.config.trainer.balance_batch = False  # so that the order of rows can be seen
 
@@ -100,21 +62,12 @@ class Run:
         trainer.global_steps += 1
         batch = self.loader.next()
         launched = self.loader.launched
-        budget = 2 * M  # nobody has more
-        turns = {
-            candidate_seed(0, trainer.global_steps, place, candidate): [
-                Turn(length_of(row, candidate), delay=length_of(row, candidate) * self.token_ms / 1000)
-            ]
-            for place, row in enumerate(launched)
-            for candidate in range(budget)
-        }
-        ray.get([server.load.remote(turns) for server in self.servers])
+        load_script(self.servers, launched, trainer.global_steps, self.token_ms)
         trainer.metrics, trainer.timing_raw = {}, {}
         batch = trainer._fit_generate(trainer._fit_get_batch(batch))
         before = batch.select_idxs(np.arange(len(batch)))
         trainer._update_actor(batch)
-        records = [record for some in ray.get([s.take_records.remote() for s in self.servers]) for record in some]
-        assert ray.get([server.count_running.remote() for server in self.servers]) == [0, 0]
+        records = take_records(self.servers)
         assert set(trainer.metrics) >= {"darts/tokens/generated"}
         assert {name for name in trainer.metrics if name.startswith("darts/")} <= set(METRICS)
         return SimpleNamespace(
@@ -128,15 +81,6 @@ class Run:
             metrics=trainer.metrics,
             pool=trainer._rollout.pool,
         )
-
-
-def rows_of(batch) -> list[tuple[int, int, int]]:
-    """Prompt, candidate (-1 under plain verl) and length of each row."""
-    columns = batch.non_tensor_batch
-    candidates = columns.get(CANDIDATE, np.full(len(batch), -1))
-    lengths = batch.batch["response_mask"].sum(dim=-1).tolist()
-    prompts = [info["index"] for info in columns["extra_info"]]
-    return list(zip(prompts, candidates.tolist(), lengths, strict=True))
 
 
 @pytest.fixture
@@ -186,7 +130,7 @@ def test_darts_stops_saturated_groups_and_keeps_the_longest_of_the_others(start)
 
 
 def test_a_short_round_of_tail_batching_keeps_the_first_to_finish_and_stops_the_rest(start):
-    step = start("tail_batching").step()
+    step = start("tail_batching", token_ms=60).step()
     assert len(step.launched) == 5
     assert len(step.records) == 5 * 5
     trained = list(dict.fromkeys(prompt for prompt, *_ in step.rows))
@@ -200,6 +144,7 @@ def test_a_short_round_of_tail_batching_keeps_the_first_to_finish_and_stops_the_
     assert not step.pool.kept[step.pool.prompt == place].any()
     assert step.metrics["darts/group/returned"] == step.metrics["darts/strategy/queue"] == 1
     assert step.metrics["darts/candidates/kept"] == M * PROMPTS
+    assert not {name for name in step.metrics if name.startswith("darts/latency/predicted")}
 
 
 def test_long_rounds_of_tail_batching_race_nobody(start):
@@ -319,6 +264,46 @@ def test_a_checkpoint_of_another_strategy_is_refused(start):
     for state, says in ((None, "without a queue"), ({"strategy": "sorted"}, "strategy is sorted")):
         with pytest.raises(ValueError, match=says):
             run.trainer._load_rounds(state)
+
+
+def test_a_checkpoint_with_a_queue_is_refused_by_a_run_without_one(start):
+    """Its place in the data is not verl's: the run would begin them again."""
+    trainer = start("darts").trainer
+    trainer._rounds = None
+    trainer.darts = replace(trainer.darts, state=replace(trainer.darts.state, strict=False))
+    state = trainer.planner.state_dict() | {"rounds": {"strategy": "sorted", "state": {}, "position": {}}}
+    with pytest.raises(StateError, match="strategy=sorted, which has prompts of its own") as refusal:
+        trainer._load_state(state)
+    assert refusal.value.loses_prompts
+
+
+def test_answers_that_are_late_are_waited_for(cluster):
+    """All groups end by themselves, and the workers' jobs before the manager has heard of it."""
+
+    class LateWorker:
+        told = 0
+
+        async def completed(self, number, known):
+            await asyncio.sleep(0.1)
+            return [f"uid-{n}" for n in range(known, 5)]
+
+        async def abandon(self, number):
+            self.told += 1
+
+        async def settled(self, number):
+            pass
+
+    async def gather():
+        done = concurrent.futures.Future()
+        done.set_result("rows")
+        worker, complete = LateWorker(), []
+        job = _Job(handle(worker), SimpleNamespace(future=lambda: done), [f"uid-{n}" for n in range(5)], 20)
+        assert await manager._gather([job], complete, None) == ["rows"]
+        return complete
+
+    manager = cluster[0]
+    manager.harvest, manager.darts = 4, manager.darts
+    assert asyncio.run(gather()) == [f"uid-{n}" for n in range(5)]
 
 
 def test_a_round_larger_than_the_data_is_refused(start):

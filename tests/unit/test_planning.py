@@ -101,6 +101,18 @@ def test_aborted_truncated_and_lost_candidates_are_censored():
     assert observed[0] > np.std(lengths)
 
 
+def test_a_prompt_whose_candidates_were_all_aborted_teaches_nothing():
+    """A rollout that ends with others complete: their lengths say when that was."""
+    planner, darts = new_planner(), darts_of(mean_candidates=6)
+    planner.observe(planner.plan(["one"], darts), darts, pool_of([[100] * 3 + [300] * 3], ["kkkddd"]), 1.0, StepTimes())
+    before = planner.history.state_dict(), planner.history.std("one")
+    observed, _ = planner.observe(
+        planner.plan(["one", "two"], darts), darts, pool_of([[3] * 6] * 2, ["aaaaaa"] * 2), 1.0, StepTimes()
+    )
+    assert (planner.history.state_dict(), planner.history.std("one")) == before
+    assert observed.tolist() == [before[1], planner.history.std("two")]
+
+
 def test_planning_changes_nothing():
     planner, darts, rng = new_planner(STEEP), darts_of(), np.random.default_rng(0)
     rollout(planner, darts, rng)

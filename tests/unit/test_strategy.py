@@ -72,6 +72,12 @@ def test_tail_batching_without_more_prompts_waits_for_all():
     assert round_.rules.allocation.mean_candidates == 12
 
 
+def test_a_lower_bound_above_what_a_strategy_launches_gives_way():
+    block = {"strategy": "tail_batching", "allocation": {"low": 12}}
+    allocation = make_strategy(DartsConfig.from_block(block, group_size=M), PROMPTS).rules.allocation
+    assert allocation.low <= allocation.mean_candidates == 10 <= allocation.high
+
+
 def test_sorted_consumes_its_cache_before_new_prompts_come():
     strategy = Sorted(DARTS, PROMPTS)
     first = strategy.next_round()
@@ -118,6 +124,12 @@ def test_no_prompt_is_lost_over_many_rounds(name, seed):
 def test_a_state_of_something_else_is_refused(state):
     with pytest.raises(ValueError, match="must be a list of rows of the dataset"):
         TailBatching(DARTS, PROMPTS).load_state_dict(state)
+
+
+def test_a_queue_of_steps_of_another_size_is_refused():
+    state = TailBatching(DARTS, PROMPTS).state_dict() | {"queue": [1, 2, 3]}
+    with pytest.raises(ValueError, match=r"num_prompts=16: .*data.train_batch_size=8"):
+        TailBatching(DARTS, 8).load_state_dict(state)
 
 
 def test_a_queue_for_a_strategy_without_one_is_refused():

@@ -60,7 +60,6 @@ def bench(cluster, monkeypatch):
             {
                 "launched": trainer._rounds.launched,
                 "budgets": trainer._rollout.plan.budgets.tolist(),
-                "known": trainer._rollout.plan.known.tolist(),
                 "rows": rows_of(batch),
                 "queue": trainer.strategy.queue,
                 "updates": list(trainer.actor_rollout_wg.updates),

@@ -35,7 +35,7 @@ count() { sed -nE "1,3s/.*<testsuite [^>]*\b$1=\"([0-9]+)\".*/\1/p" "$work/junit
 
 # One function, so that bash has read all of this file before a `git pull` may change it.
 main() {
-  limit=1800
+  limit=2700
   tiers="fast tiers"
   for argument in "$@"; do
     if [[ $argument == --full ]]; then limit=7200 tiers="all tiers"; fi

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from scripted_rounds import M, load_script, make_cluster, make_trainer, rows_of, take_records
+from scripted_rounds import M, Rows, load_script, make_cluster, make_trainer, rows_of, take_records
 from verl.experimental.separation.ray_trainer import SeparateRayPPOTrainer
 
 from darts.bench.arms import Arm
@@ -24,6 +24,11 @@ PROMPTS, STEPS = 4, 6
 ADAPTIVE = Arm(name="adaptive", strategy="darts", changes={"allocation.mode": "adaptive", "early_stop": "off"})
 TAIL = Arm(name="tail", strategy="tail_batching")
 SORTED = Arm(name="sorted", strategy="sorted", changes={"sorted.prompts": 2})
+
+
+def length_of(row: int, candidate: int) -> int:
+    """Each of the eight prompts comes again after two steps; the last ones vary most. No two of five are equal."""
+    return 1 + row + candidate % 5 * (1 + row // 3)
 
 
 class CountingActor:
@@ -51,7 +56,7 @@ def bench(cluster, monkeypatch):
     """Runs arms to some step in a folder; what each arm's steps trained on."""
 
     def fit_step(trainer, batch_dict) -> None:
-        load_script(cluster[1], trainer._rounds.launched, trainer.global_steps, token_ms=15)
+        load_script(cluster[1], trainer._rounds.launched, trainer.global_steps, token_ms=15, length=length_of)
         trainer.metrics, trainer.timing_raw = {"timing_s/step": 1.0}, {}
         batch = trainer._fit_generate(trainer._fit_get_batch(batch_dict))
         take_records(cluster[1])
@@ -72,7 +77,7 @@ def bench(cluster, monkeypatch):
 
     def run(folder: Path, arms: list[Arm], last: int = STEPS, stop_in_round: int | None = None) -> dict[str, list]:
         block = OmegaConf.to_container(cluster[2].darts) | {"seed": 0, "early_stop": "eager"}
-        trainer = make_trainer(ArmsTrainer, cluster, DartsConfig.from_block(block, M))
+        trainer = make_trainer(ArmsTrainer, cluster, DartsConfig.from_block(block, M), Rows(8))
         trainer.config.darts = block
         trainer.config.trainer.balance_batch = False
         trainer._folder, trainer._data = folder, trainer.train_dataloader

@@ -3,6 +3,7 @@
 Prompt `row` of the data has responses of `length_of(row, candidate)` tokens; each token takes some milliseconds.
 """
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,8 +33,11 @@ def length_of(row: int, candidate: int) -> int:
 class Rows:
     """A dataset."""
 
+    def __init__(self, count: int = ROWS) -> None:
+        self._count = count
+
     def __len__(self) -> int:
-        return ROWS
+        return self._count
 
     def __getitem__(self, row: int) -> dict:
         return {
@@ -58,7 +62,9 @@ def make_cluster(config: DictConfig) -> tuple[DartsAgentLoopManager, list[Any], 
     return manager, servers, config
 
 
-def make_trainer(kind: type[RayDartsTrainer], cluster: tuple, darts: DartsConfig) -> RayDartsTrainer:
+def make_trainer(
+    kind: type[RayDartsTrainer], cluster: tuple, darts: DartsConfig, rows: Rows | None = None
+) -> RayDartsTrainer:
     """A trainer without its constructor: what rollouts and their rows need."""
     manager, _, config = cluster
     trainer = kind.__new__(kind)
@@ -70,17 +76,23 @@ def make_trainer(kind: type[RayDartsTrainer], cluster: tuple, darts: DartsConfig
     manager.planner.load_state_dict(RolloutPlanner(ema_weight=0.3, response_length=32).state_dict())  # as in a new run
     trainer.checkpoint_manager = SimpleNamespace(sleep_replicas=lambda: None, update_weights=lambda step: None)
     trainer.actor_rollout_wg = SimpleNamespace()
-    rows = Rows()
+    rows = Rows() if rows is None else rows
     sampler = create_rl_sampler(OmegaConf.create({"shuffle": True, "seed": 1}), rows)
     trainer.train_dataloader = SimpleNamespace(dataset=rows, sampler=sampler, collate_fn=collate_fn)
     return trainer
 
 
-def load_script(servers: list[Any], launched: tuple[int, ...], step: int, token_ms: float) -> None:
+def load_script(
+    servers: list[Any],
+    launched: tuple[int, ...],
+    step: int,
+    token_ms: float,
+    length: Callable[[int, int], int] = length_of,
+) -> None:
     """The lengths of all that candidates of a step may become."""
     turns = {
         candidate_seed(0, step, place, candidate): [
-            Turn(length_of(row, candidate), delay=length_of(row, candidate) * token_ms / 1000)
+            Turn(length(row, candidate), delay=length(row, candidate) * token_ms / 1000)
         ]
         for place, row in enumerate(launched)
         for candidate in range(2 * M)

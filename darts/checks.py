@@ -16,12 +16,11 @@ from darts.actor_calls import RankAbility
 from darts.config import ConfigError, DartsConfig, refuse_unknown_keys
 from darts.latency_profile import LatencyProfile, model_id
 from darts.placement import check_placement
-from darts.strategy import Plain, strategy_class
+from darts.strategy import BYPASS_MODE, Plain, strategy_class
 
 VERL_VERSION = "0.9.1"
 ALLOW_OTHER_VERL = "DARTS_ALLOW_OTHER_VERL"
 WITHOUT_GROUP_BASELINE = ("gae", "reinforce_plus_plus")
-BYPASS_MODE = "algorithm.rollout_correction.bypass_mode"
 WEIGHTED = ("grpo", "grpo_vectorized", "rloo", "rloo_vectorized")
 """Estimators whose advantages `darts.selection.keep_probability` can weight."""
 GIB = 1 << 30

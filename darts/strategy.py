@@ -17,6 +17,9 @@ from typing import Any, ClassVar
 
 from darts.config import STRATEGIES, ConfigError, DartsConfig
 
+BYPASS_MODE = "algorithm.rollout_correction.bypass_mode"
+"""verl's setting."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
@@ -110,7 +113,7 @@ class Plain(Strategy):
 class Bypass(Plain):
     """Plain verl with `rollout_correction.bypass_mode`: the servers' log-probs are the old ones, none are computed."""
 
-    overrides: ClassVar[Mapping[str, Any]] = {"algorithm.rollout_correction.bypass_mode": True}
+    overrides: ClassVar[Mapping[str, Any]] = {BYPASS_MODE: True}
 
 
 class Darts(Strategy):

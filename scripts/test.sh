@@ -5,7 +5,7 @@
 #   scripts/test.sh --full           the slow tests too
 #   scripts/test.sh tests/unit -x    anything else goes to pytest
 #
-# DARTS_TEST_TIMEOUT=seconds   for all of pytest; default 1800, with --full 7200
+# DARTS_TEST_TIMEOUT=seconds   for all of pytest; default 2700, with --full 7200
 # DARTS_JUNIT=file.xml         where to leave a JUnit report
 set -Eeuo pipefail
 # shellcheck source=scripts/lib.sh

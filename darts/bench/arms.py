@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from darts.config import STRATEGIES, ConfigError, DartsConfig, refuse_unknown_keys
+from darts.strategy import BYPASS_MODE
 
 SHARED = (
-    "strategy",
     "enable",
     "trace",
     "placement",
@@ -38,6 +38,7 @@ class Arm:
     strategy: str
     changes: Mapping[str, Any] = field(default_factory=dict)  # by path within `darts:`
     overlap: str | None = None  # `darts.overlap.mode`; None: as in the configuration
+    bypass: bool = False  # with verl's `BYPASS_MODE`: the one setting outside of `darts:` that arms may differ in
     about: str = ""  # what it shows, for people
 
     def block(self, darts: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -60,7 +61,15 @@ class Arm:
         Raises:
             ConfigError: its changes do not fit the configuration.
         """
-        return DartsConfig.from_block(self.block(darts), group_size)
+        settings = DartsConfig.from_block(self.block(darts), group_size)
+        if self.bypass and settings.overlap.mode != "off":
+            raise ConfigError(
+                BYPASS_MODE,
+                True,
+                f"there are no log-probs to overlap (darts.overlap.mode={settings.overlap.mode}).",
+                "choose one of the two.",
+            )
+        return settings
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -69,6 +78,7 @@ class Arm:
             "strategy": self.strategy,
             "changes": dict(self.changes),
             "overlap": self.overlap,
+            "bypass": self.bypass,
             "about": self.about,
         }
 
@@ -186,17 +196,28 @@ def parse_arm(line: str) -> Arm:
             "choose one of them.",
         )
     changes: dict[str, Any] = {}
+    bypass = False
     for setting in settings:
         path, equals, value = setting.partition("=")
+        if path == BYPASS_MODE and value.lower() in ("true", "false"):
+            bypass = value.lower() == "true"
+            continue
         if not (path.startswith("darts.") and equals):
-            raise ConfigError("--arm", line, f"{setting!r} is not darts.KEY=VALUE.", f"write {FORM}")
+            raise ConfigError(
+                "--arm", line, f"{setting!r} is not darts.KEY=VALUE, nor {BYPASS_MODE}=true.", f"write {FORM}"
+            )
         path = path.removeprefix("darts.")
-        if path in changes or path.startswith(SHARED):
-            again = "is given twice" if path in changes else "is shared by all arms"
-            raise ConfigError("--arm", line, f"darts.{path} {again}.", "remove it, or set it by --override.")
+        refusal = (
+            "is given twice" if path in changes
+            else "is the word behind the arm's name" if path == "strategy"
+            else "is shared by all arms: set it by --override" if path.startswith(SHARED)
+            else None
+        )  # fmt: skip
+        if refusal is not None:
+            raise ConfigError("--arm", line, f"darts.{path} {refusal}.", "remove it.")
         changes[path] = _value(value)
     overlap = changes.pop("overlap.mode", None)
-    arm = Arm(name=name.strip(), strategy=strategy, changes=changes, overlap=overlap)
+    arm = Arm(name=name.strip(), strategy=strategy, changes=changes, overlap=overlap, bypass=bypass)
     refuse_unknown_keys(arm.block({}))
     return arm
 

@@ -225,9 +225,10 @@ def _refuse_what_cannot_be(options: Options) -> None:
     except (HydraException, OmegaConfBaseException) as error:
         name = f"{options.plan.config_dir}/{options.plan.config_name}.yaml"
         raise ConfigError("--config-name", name, " ".join(str(error).split()), "correct it, or --override.") from error
-    block = OmegaConf.to_container(config.darts)
+    block, bypass = OmegaConf.to_container(config.darts), config.algorithm.rollout_correction.bypass_mode
     for arm in options.plan.arms:
         config.darts = arm.block(block)
+        config.algorithm.rollout_correction.bypass_mode = arm.bypass or bypass
         try:
             check_run(config)
         except ConfigError as error:

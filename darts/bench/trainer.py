@@ -33,7 +33,7 @@ from darts.bench.arms import Arm
 from darts.bench.plan import CONFIG, RECORDS, STATES, TRACES, BenchPlan
 from darts.bench.records import Records, ValidationRecord, step_record
 from darts.bench.states import ArmStates
-from darts.strategy import make_strategy
+from darts.strategy import BYPASS_MODE, make_strategy
 from darts.trace import Trace
 from darts.trainer import RayDartsTrainer
 from recipe.darts.main_darts import DartsTaskRunner
@@ -55,6 +55,7 @@ class ArmsTrainer(RayDartsTrainer):
 
     def init_workers(self) -> None:
         """As upstream; then the arms' states are there."""
+        self._bypass = bool(OmegaConf.select(self.config, BYPASS_MODE))
         super().init_workers()
         self._states = ArmStates(self._folder / STATES, [arm.name for arm in self._plan.arms], self.actor_rollout_wg)
         self._records = Records(self._folder / RECORDS)
@@ -150,6 +151,8 @@ class ArmsTrainer(RayDartsTrainer):
         self.darts = self._settings[arm.name]
         self._log_probs, self.async_rollout_manager.overlap = self._sessions[self.darts.overlap.mode]
         self.use_strategy(make_strategy(self.darts, self.config.data.train_batch_size))
+        bypass = self._bypass or arm.bypass or bool(self.strategy.overrides.get(BYPASS_MODE))
+        OmegaConf.update(self.config, BYPASS_MODE, bypass)
         self.planner.load_state_dict(deepcopy(self._initial if told is None else told["planner"]))
         if self.darts.latency.profile == "auto" and self.strategy.rules.allocation.mode != "adaptive":
             self.planner.cost = None  # as where the arm runs alone

@@ -28,6 +28,7 @@ class MeasuredArm:
     block: Mapping[str, Any]  # `darts:`
     step_s: NDArray[np.float64]
     rollout_s: NDArray[np.float64]  # NaN where not measured
+    bypass: bool = False
 
 
 def read_bench(path: Path) -> list[MeasuredArm]:
@@ -49,10 +50,12 @@ def read_bench(path: Path) -> list[MeasuredArm]:
     told = state.get("arms") or {}
     arms = told if isinstance(told, Mapping) else {str(arm.get("name")): arm for arm in told}
     shared = (state.get("config") or {}).get("darts") or {}
-    return [
-        MeasuredArm(name=name, block=_block(shared, name, arms.get(name) or {}), step_s=own[:, 0], rollout_s=own[:, 1])
-        for name, own in ((name, np.array(times)) for name, times in steps.items())
-    ]
+    found = []
+    for name, times in steps.items():
+        arm, own = arms.get(name) or {}, np.array(times)
+        block, bypass = _block(shared, name, arm), bool(arm.get("bypass", False))
+        found.append(MeasuredArm(name=name, block=block, step_s=own[:, 0], rollout_s=own[:, 1], bypass=bypass))
+    return found
 
 
 def _records(path: Path, state: Any) -> list[Any]:

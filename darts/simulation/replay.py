@@ -26,9 +26,8 @@ from darts.simulation.cluster import Cluster
 from darts.simulation.costs import StepCosts, StepTime
 from darts.simulation.draws import Dataset
 from darts.simulation.rollout import Outcome, run_rollout
-from darts.strategy import Strategy, make_strategy
+from darts.strategy import BYPASS_MODE, Strategy, make_strategy
 
-BYPASS = "algorithm.rollout_correction.bypass_mode"
 Reshape = Callable[[NDArray[np.int64], int], NDArray[np.int64]]
 """Lengths and the number of steps that were trained before -> lengths; see `darts.simulation.shaping`."""
 
@@ -39,6 +38,7 @@ class Arm:
 
     name: str
     block: Mapping[str, Any] = field(default_factory=dict)  # `darts:`
+    bypass: bool = False  # with verl's `BYPASS_MODE`, whatever the strategy
 
     def config(self, group_size: int, placement: str) -> DartsConfig:
         """The settings.
@@ -115,7 +115,7 @@ class _Replay:
         cluster = setting.cluster
         self.darts = arm.config(setting.group_size, cluster.placement)
         self.strategy: Strategy = make_strategy(self.darts, setting.num_prompts)
-        self.bypass = bool(self.strategy.overrides.get(BYPASS, False))
+        self.bypass = arm.bypass or bool(self.strategy.overrides.get(BYPASS_MODE, False))
         self.planner = RolloutPlanner(
             ema_weight=self.darts.allocation.ema_weight,
             response_length=setting.response_length,

@@ -69,7 +69,7 @@ def validate(
     """
     compared = []
     for measured in arms:
-        arm = Arm(name=measured.name, block=measured.block)
+        arm = Arm(name=measured.name, block=measured.block, bypass=measured.bypass)
         own = read(measured) or trace
         here = replace(setting, response_length=max(own.response_length, trace.response_length))
         dataset = Dataset(own, width(arm, here))

@@ -84,6 +84,7 @@ def bench(cluster, monkeypatch):
         trainer._plan = BenchPlan(arms=arms, seeds=1, steps=last, validate_every=0, overrides=[])
         trainer.train_dataloader = list(trainer._plan.turns())
         trainer.use_strategy(make_strategy(trainer.darts, PROMPTS))
+        trainer._bypass = False
         trainer.actor_rollout_wg, trainer._initial, trainer.trained = CountingActor(), None, []
         trainer._prepare_overlap()
         trainer._states = ArmStates(folder / "states", [arm.name for arm in arms], trainer.actor_rollout_wg)

@@ -87,6 +87,14 @@ def test_an_arm_from_the_command_line():
     )  # fmt: skip
     assert parse_arm("own=package.module.Class").strategy == "package.module.Class"
     assert parse_arm("plain=none").changes == {}
+    assert parse_arm("a=darts,algorithm.rollout_correction.bypass_mode=true").bypass
+    assert not parse_arm("a=darts,algorithm.rollout_correction.bypass_mode=False").bypass
+
+
+def test_an_arm_does_not_overlap_log_probs_that_nobody_computes():
+    arm = parse_arm("a=darts,darts.overlap.mode=token,algorithm.rollout_correction.bypass_mode=true")
+    with pytest.raises(ConfigError, match="there are no log-probs to overlap"):
+        arm.config({}, 8)
 
 
 @pytest.mark.parametrize(
@@ -99,8 +107,10 @@ def test_an_arm_from_the_command_line():
         ("a=dart", "'dart' must be one of none, bypass, shortest_k, darts, tail_batching, sorted"),
         ("a=darts,selection.num_long=2", "'selection.num_long=2' is not darts.KEY=VALUE"),
         ("a=darts,darts.selection.num_long", "is not darts.KEY=VALUE"),
+        ("a=darts,darts.allocation.ema_weight=1", "darts.allocation.ema_weight is shared by all arms"),
+        ("a=darts,algorithm.rollout_correction.bypass_mode=1", "nor algorithm.rollout_correction.bypass_mode=true"),
         ("a=darts,darts.seed=1,darts.seed=2", "darts.seed is given twice"),
-        ("a=darts,darts.strategy=none", "darts.strategy is not an arm's own"),
+        ("a=darts,darts.strategy=none", "darts.strategy is the word behind the arm's name"),
         ("a=darts,darts.selection.num_lon=2", r"known are .*num_long.*did you mean darts.selection.num_long\?"),
         ("a=darts,darts.selecton.num_long=2", r"did you mean darts.selection\?"),
     ],

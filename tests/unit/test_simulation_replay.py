@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import settings
 
 from darts.config import STRATEGIES, ConfigError
 from darts.latency import LatencyCurve, makespan
@@ -226,10 +225,6 @@ def test_prompts_with_few_candidates_are_filled_up_with_their_own():
         assert sorted(lengths[1, :3].tolist()) == [1, 2, 3]
 
 
-# --- the planner's cost model ----------------------------------------------------------------------------------------
-
-
-@settings(deadline=None, max_examples=80)
 # --- cluster and costs -----------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,8 @@ from jobs import run_job
 STEPS, PROMPTS, M = 3, 8, 8
 
 
-@pytest.mark.parametrize("mode", ["token", pytest.param("sequence", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["token", "sequence"])
 def test_a_colocated_run_trains_on_the_overlapped_log_probs(tmp_path, mode):
     command = [
         sys.executable, "-m", "recipe.darts.main_darts", "--config-name", "quickstart", f"darts.overlap.mode={mode}",

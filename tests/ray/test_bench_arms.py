@@ -56,7 +56,7 @@ def bench(cluster, monkeypatch):
     """Runs arms to some step in a folder; what each arm's steps trained on."""
 
     def fit_step(trainer, batch_dict) -> None:
-        load_script(cluster[1], trainer._rounds.launched, trainer.global_steps, token_ms=15, length=length_of)
+        load_script(cluster[1], trainer._rounds.launched, trainer.global_steps, token_ms=10, length=length_of)
         trainer.metrics, trainer.timing_raw = {"timing_s/step": 1.0}, {}
         batch = trainer._fit_generate(trainer._fit_get_batch(batch_dict))
         take_records(cluster[1])

@@ -82,9 +82,9 @@ def test_the_synthetic_rollout_is_one_that_early_stop_could_leave():
 
 
 def test_overhead_at_scale_times_every_part(capsys):
-    assert overhead.main(["--prompts", "2", "--history=4", "--repetitions=1"]) == 0
-    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 2 |")]
-    assert row.startswith("| 2 | 24 |")
+    assert overhead.main(["--prompts", "32", "--history=64", "--repetitions=1"]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 32 |")]
+    assert row.startswith("| 32 | 384 |")
     assert all(float(cell) > 0 for cell in row.split("|")[4:-1])
 
 

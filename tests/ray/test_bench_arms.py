@@ -20,15 +20,15 @@ from darts.bench.trainer import ArmsTrainer
 from darts.config import DartsConfig
 from darts.strategy import make_strategy
 
-PROMPTS, STEPS = 4, 6
+PROMPTS, STEPS = 4, 4
 ADAPTIVE = Arm(name="adaptive", strategy="darts", changes={"allocation.mode": "adaptive", "early_stop": "off"})
 TAIL = Arm(name="tail", strategy="tail_batching")
 SORTED = Arm(name="sorted", strategy="sorted", changes={"sorted.prompts": 2})
 
 
 def length_of(row: int, candidate: int) -> int:
-    """Each of the eight prompts comes again after two steps; the last ones vary most. No two of five are equal."""
-    return 1 + row + candidate % 5 * (1 + row // 3)
+    """Each of the eight prompts comes again after two steps; the last ones vary most. Ends lie two tokens apart."""
+    return 1 + 2 * row + candidate % 5 * (2 + row // 3)
 
 
 class CountingActor:
@@ -56,7 +56,7 @@ def bench(cluster, monkeypatch):
     """Runs arms to some step in a folder; what each arm's steps trained on."""
 
     def fit_step(trainer, batch_dict) -> None:
-        load_script(cluster[1], trainer._rounds.launched, trainer.global_steps, token_ms=10, length=length_of)
+        load_script(cluster[1], trainer._rounds.launched, trainer.global_steps, token_ms=40, length=length_of)
         trainer.metrics, trainer.timing_raw = {"timing_s/step": 1.0}, {}
         batch = trainer._fit_generate(trainer._fit_get_batch(batch_dict))
         take_records(cluster[1])
@@ -107,9 +107,12 @@ def bench(cluster, monkeypatch):
     return run
 
 
-def test_an_arm_that_takes_turns_trains_as_it_does_alone(bench, tmp_path):
-    together = bench(tmp_path / "together", [ADAPTIVE, TAIL, SORTED])
-    for arm in (ADAPTIVE, TAIL, SORTED):
+@pytest.mark.parametrize(
+    "arms", [(ADAPTIVE, TAIL), pytest.param((ADAPTIVE, TAIL, SORTED), marks=pytest.mark.slow)], ids=len
+)
+def test_an_arm_that_takes_turns_trains_as_it_does_alone(bench, tmp_path, arms):
+    together = bench(tmp_path / "together", list(arms))
+    for arm in arms:
         alone = bench(tmp_path / arm.name, [arm])[arm.name]
         assert len(alone) == STEPS
         assert together[arm.name] == alone
@@ -123,10 +126,10 @@ def test_a_bench_that_was_stopped_goes_on_where_it_was(bench, tmp_path):
     arms = [ADAPTIVE, TAIL]
     whole = bench(tmp_path / "whole", arms)
     with pytest.raises(KeyboardInterrupt):
-        bench(tmp_path / "stopped", arms, stop_in_round=4)
+        bench(tmp_path / "stopped", arms, stop_in_round=3)
     rest = bench(tmp_path / "stopped", arms)
     for arm in arms:
-        assert rest[arm.name] == whole[arm.name][3:], "the round that was stopped begins again"
+        assert rest[arm.name] == whole[arm.name][2:], "the round that was stopped begins again"
     records = Records(tmp_path / "stopped" / "records.jsonl").read()
     assert sorted((record.step, record.arm) for record in records) == sorted(
         (step, arm.name) for step in range(1, STEPS + 1) for arm in arms

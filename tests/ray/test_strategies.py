@@ -114,7 +114,7 @@ def test_shortest_k_keeps_the_shortest_and_aborts_nobody(start):
 
 def test_darts_stops_saturated_groups_and_keeps_the_longest_of_the_others(start):
     block = {"allocation": {"mode": "uniform", "mean_candidates": 5.5, "high": 6}, "streaming": {"chunk_tokens": 1}}
-    step = start("darts", **block).step()
+    step = start("darts", token_ms=60, **block).step()
     budgets = [6, 6, 5, 5]
     kept = Counter(prompt for prompt, *_ in step.rows)
     assert set(kept.values()) == {M}
@@ -162,7 +162,7 @@ def test_long_rounds_of_tail_batching_race_nobody(start):
 
 
 def test_sorted_trains_from_short_to_long_and_begins_again_what_is_unfinished(start):
-    run = start("sorted", sorted={"prompts": 3})
+    run = start("sorted", token_ms=60, sorted={"prompts": 3})
     first, second, third, fourth = (run.step() for _ in range(4))
     cached = set(first.launched)
     assert len(cached) == 3 * PROMPTS

@@ -227,11 +227,12 @@ def refuse_unknown_overrides(arguments: list[str]) -> None:
 def _check_strategy(config: DictConfig, darts: DartsConfig) -> None:
     """What strategies need of verl's configuration."""
     strategy, rollout = strategy_class(darts.strategy), config.actor_rollout_ref.rollout
-    if strategy.overrides.get(BYPASS_MODE) and not rollout.calculate_log_probs:
+    bypass = strategy.overrides.get(BYPASS_MODE) or OmegaConf.select(config, BYPASS_MODE)
+    if bypass and not rollout.calculate_log_probs:
         raise ConfigError(
             "actor_rollout_ref.rollout.calculate_log_probs",
             False,
-            f"darts.strategy={darts.strategy} trains with the servers' log-probs.",
+            f"{BYPASS_MODE} (set by itself, or by darts.strategy=bypass) trains with the servers' log-probs.",
             "set actor_rollout_ref.rollout.calculate_log_probs=True.",
         )
     for key in strategy.overrides:

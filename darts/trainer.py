@@ -288,11 +288,12 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
             if self._rounds is not None:
                 self._load_rounds(rounds)
             elif rounds is not None:  # verl's own place in the data is not in that checkpoint
-                raise ValueError(f"it is of strategy={rounds.get('strategy')}, which has prompts of its own.")
+                made = rounds.get("strategy") if isinstance(rounds, dict) else rounds
+                raise ValueError(f"it is of strategy={made!s:.80}, which has prompts of its own.")
             self.planner.load_state_dict(state)
         except ValueError as cause:
             message = f"the state of step {self.global_steps} cannot be used: {cause}"
-            raise StateError(message, loses_prompts=rounds is not None or self._rounds is not None) from cause
+            raise StateError(message, loses_prompts=rounds is not None) from cause
         print(f"[darts] resumed with the length history of {len(self.planner.history)} prompts", flush=True)
 
     def _load_rounds(self, state: Any) -> None:

@@ -72,7 +72,7 @@ class BenchPlan:
         """Whether the arms are validated after this step."""
         return self.validate_every > 0 and (step % self.validate_every == 0 or step == self.steps)
 
-    def check(self, darts: dict[str, Any], group_size: int) -> None:
+    def check(self, darts: Any, group_size: int) -> None:
         """Builds every arm's settings.
 
         Raises:
@@ -94,7 +94,7 @@ class BenchPlan:
         register_resolver()
         with initialize_config_dir(self.config_dir, version_base=None):
             config = compose(self.config_name, overrides=[*self.overrides, *self._own_overrides(folder)])
-        self.check(_container(config.darts), config.actor_rollout_ref.rollout.n)
+        self.check(OmegaConf.to_container(config.darts, resolve=True), config.actor_rollout_ref.rollout.n)
         return config
 
     def _own_overrides(self, folder: Path) -> list[str]:
@@ -112,7 +112,3 @@ class BenchPlan:
             "darts.strategy=darts",
             "darts.trace=null",
         ]
-
-
-def _container(node: DictConfig) -> dict[str, Any]:
-    return OmegaConf.to_container(node, resolve=True)  # type: ignore[return-value]

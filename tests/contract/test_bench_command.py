@@ -34,6 +34,13 @@ def refused(capsys, *given: str) -> str:
         (["--override", "actor_rollout_ref.rollout.name=sglang"], "DARTS drives verl's vLLM servers"),
         (["--arm", "x=no.such.Class"], "--arms='x': cannot be: darts.strategy='no.such.Class'"),
         (["--arms", "bypass", "--override", "actor_rollout_ref.rollout.calculate_log_probs=false"], "--arms='bypass'"),
+        (
+            [
+                *("--arms", "none", "--arm", "x=darts,algorithm.rollout_correction.bypass_mode=true"),
+                *("--override", "actor_rollout_ref.rollout.calculate_log_probs=false"),
+            ],
+            "--arms='x': cannot be: actor_rollout_ref.rollout.calculate_log_probs=False",
+        ),
         (["--arm", "x=darts,darts.allocation.ema_weight=0.1"], "darts.allocation.ema_weight is shared by all arms"),
         (["--report-only"], "has no records of a bench"),
     ],

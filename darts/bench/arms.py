@@ -83,18 +83,27 @@ class Arm:
         }
 
 
-def _arm(name: str, strategy: str, about: str, overlap: str | None = None, **changes: Any) -> Arm:
+def _arm(name: str, strategy: str, about: str, overlap: str | None = None, bypass: bool = False, **changes: Any) -> Arm:
     """Paths have `__` for the dot."""
     paths = {path.replace("__", "."): value for path, value in changes.items()}
-    return Arm(name=name, strategy=strategy, changes=paths, overlap=overlap, about=about)
+    return Arm(name=name, strategy=strategy, changes=paths, overlap=overlap, bypass=bypass, about=about)
+
+
+def _deadline(name: str, about: str, overlap: str | None = None, bypass: bool = False) -> Arm:
+    """1.5 M candidates for every prompt, one longest of those that end before the deadline."""
+    return _arm(name, "darts", about, overlap, bypass, allocation__mode="uniform", allocation__mean_candidates=None,
+                allocation__low=None, allocation__high=None, selection__mode="dual_end",
+                selection__long_wait="deadline")  # fmt: skip
 
 
 NONE = _arm("none", "none", "plain verl", overlap="off")
 DARTS = _arm("darts", "darts", "the method, as configured")
 TAIL_BATCHING = _arm("tail_batching", "tail_batching", "long responses put together into few rounds (RollPacker)")
+BYPASS = _arm("bypass", "bypass", "plain verl, the servers' log-probs as the old ones", overlap="off")
+DEADLINE = _deadline("deadline", "dual-end groups; none waits once all have M valid of 1.5 M candidates")
 STRATEGY_ARMS = (
     NONE,
-    _arm("bypass", "bypass", "plain verl, the servers' log-probs as the old ones", overlap="off"),
+    BYPASS,
     _arm("shortest_k", "shortest_k", "more candidates, the M shortest kept, nothing stopped (GFPO)"),
     DARTS,
     TAIL_BATCHING,
@@ -123,10 +132,21 @@ COMPONENTS = (
 )  # fmt: skip
 BEYOND = (
     DARTS,
-    _arm("deadline", "darts", "no group waits once all have M valid", selection__long_wait="deadline"),
+    DEADLINE,
     _arm("exact", "darts", "only those are stopped that have grown past the M-th shortest", early_stop="exact"),
     _arm("keep 5 %", "darts", "a loser is spared now and then, and reweighted", selection__keep_probability=0.05),
     _arm("dual-end first", "darts", "groups that wait for all candidates start first", launch="dual_end_first"),
+)  # fmt: skip
+
+# No log-probs after generation: hidden, or the servers' own ones. What competes has the same.
+FAST = (
+    NONE,
+    BYPASS,
+    DEADLINE,
+    _deadline("deadline + overlap", "and log-probs during generation", overlap="token"),
+    _deadline("deadline + bypass", "and the servers' log-probs as the old ones", overlap="off", bypass=True),
+    _arm("tail + bypass", "tail_batching", "tail batching, the servers' log-probs as the old ones", overlap="off",
+         bypass=True),
 )  # fmt: skip
 
 
@@ -139,7 +159,8 @@ PRESETS: dict[str, tuple[Arm, ...]] = {
     "ablation": ABLATION,
     "components": _distinct((NONE, *COMPONENTS)),
     "beyond": _distinct((NONE, *BEYOND)),
-    "all": _distinct((*STRATEGY_ARMS, *ABLATION, *COMPONENTS, *BEYOND)),
+    "fast": FAST,
+    "all": _distinct((*STRATEGY_ARMS, *ABLATION, *COMPONENTS, *BEYOND, *FAST)),
     "quick": (NONE, DARTS, TAIL_BATCHING),
 }
 

@@ -88,9 +88,14 @@ def test_every_preset_composes_with_the_benchs_configuration(tmp_path):
     settings = {arm.name: arm.config(OmegaConf.to_container(config.darts), 8) for arm in plan.arms}
     assert all(isinstance(one, DartsConfig) for one in settings.values())
     modes = {name: one.overlap.mode for name, one in settings.items() if one.overlap.mode != "off"}
-    assert set(modes) == {"+ streaming", "+ dual-end", "+ adaptive", "overlap sequence", "overlap token"}, (
-        "an arm is the same whatever others are in the command"
-    )
+    assert set(modes) == {
+        "+ streaming",
+        "+ dual-end",
+        "+ adaptive",
+        "overlap sequence",
+        "overlap token",
+        "deadline + overlap",
+    }, "an arm is the same whatever others are in the command"
 
 
 @pytest.mark.parametrize(

@@ -7,17 +7,19 @@ Contract. What is measured is in `darts.bench.trainer`, what the figures mean in
 goes on where it was stopped; with more `--seeds` it adds them. In the folder of `--out` it leaves bench.json,
 table.md, PNG figures, the log run.log, and the traces of all arms for `darts.report` and `darts.simulation`.
 `--report-only` makes tables and figures of what is there. A run that says nothing for `--silence` minutes is ended
-with an error.
+with an error. SIGTERM and Ctrl-C end all that the command has started; a folder in which a bench runs is refused.
 """
 
 import argparse
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ from darts.config import ConfigError
 from darts.testbed import LIMITS
 from darts.testbed.rollouts import ENVIRONMENT, machine, say
 
-LOG, MACHINE, DOCUMENT, TABLE = "run.log", "machine.json", "bench.json", "table.md"
+LOG, MACHINE, DOCUMENT, TABLE, LOCK = "run.log", "machine.json", "bench.json", "table.md", "running"
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -113,7 +115,7 @@ def run(options: Options) -> None:
     command = [sys.executable, "-m", "darts.bench.trainer", str(options.out)]
     rounds = len(list(plan.turns()))
     say(f"{len(plan.arms)} arms x {plan.seeds} seeds x {plan.steps} steps in {options.out}; starting the engine ...")
-    with log.open("a") as file:
+    with log.open("a") as file, _locked(options.out / LOCK) as lock:
         child = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -122,13 +124,41 @@ def run(options: Options) -> None:
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
+            pass_fds=[lock],
         )
+        os.pwrite(lock, f"{child.pid}\n".encode(), 0)
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
             _follow(child, options, rounds)
         finally:
             _end(child)
+            signal.signal(signal.SIGTERM, before)
     if child.returncode:
         raise RuntimeError(f"the bench ended with exit code {child.returncode}; see {log}")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[int]:
+    """Holds the folder's lock, which the run inherits: it is free when both have ended, however they did.
+
+    Raises:
+        ConfigError: a bench runs there.
+    """
+    lock = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(lock, 0)
+        yield lock
+    except BlockingIOError:
+        process = os.pread(lock, 32, 0).decode().strip()
+        raise ConfigError(
+            "--out",
+            str(path.parent),
+            f"has a bench that runs (process {process}).",
+            f"wait for its end, or end it (kill {process}).",
+        ) from None
+    finally:
+        os.close(lock)
 
 
 def _follow(child: subprocess.Popen, options: Options, rounds: int) -> None:

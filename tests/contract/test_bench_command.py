@@ -1,5 +1,6 @@
 """`python -m darts.bench`: what is refused before an engine starts, how a folder's plan is kept, how a run is ended."""
 
+import fcntl
 import subprocess
 import sys
 import time
@@ -120,3 +121,22 @@ def test_a_run_that_fails_or_says_nothing_ends_the_command_and_itself(tmp_path, 
     assert str(tmp_path / "run.log") in error
     assert started[0].returncode is not None
     assert Path(tmp_path / PLAN).exists(), "the same command goes on here"
+
+
+def test_a_folder_in_which_a_bench_runs_is_refused(tmp_path, monkeypatch, capsys):
+    """The lock lives as long as the run that has inherited it, even where the command itself was killed."""
+    monkeypatch.setattr(command, "_refuse_what_cannot_be", lambda options: None)
+    with open(tmp_path / "running", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("123\n")
+        lock.flush()
+        inherited = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[lock.fileno()])
+    assert main(["--out", str(tmp_path)]) == 2
+    assert "has a bench that runs (process 123)" in capsys.readouterr().err
+    inherited.communicate(b"\n", timeout=30)
+
+    failing = subprocess.Popen
+    arguments = [sys.executable, "-c", "1/0"]
+    own = {"Popen": staticmethod(lambda _, **settings: failing(arguments, **settings))}
+    monkeypatch.setattr(command, "subprocess", type("Own", (), dict(vars(subprocess)) | own))
+    assert main(["--out", str(tmp_path)]) == 1, "it is free once that has ended"

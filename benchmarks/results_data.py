@@ -276,7 +276,7 @@ class Validation(Source):
         }
 
 
-BENCH_FIGURES = ("seconds", "accuracy", "lengths", "phases")
+BENCH_FIGURES = ("seconds", "accuracy", "tradeoff", "lengths", "phases")
 """The names of `darts.bench.figures.FIGURES`, which needs matplotlib."""
 
 

@@ -8,7 +8,7 @@ apart by the colour-blind. From `SMOOTH_FROM` steps on a line is a running mean 
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,12 +62,17 @@ class Drawn:
 
 def draw(run: Run, figures: Figures | None = None) -> list[Drawn]:
     """The figures of a table, in its order; without one, those of `FIGURES`."""
+    return draw_all(figures or FIGURES, run)
+
+
+def draw_all(figures: Mapping[str, tuple[str, Callable[..., tuple[Figure, str]]]], *arguments: Any) -> list[Drawn]:
+    """Titles and functions by name; the functions get the arguments, and return a figure and its caption."""
     drawn = []
-    for name, (title, make) in (figures or FIGURES).items():
+    for name, (title, make) in figures.items():
         png, buffer = None, io.BytesIO()
         with rc_context(STYLE):
             try:
-                figure, caption = make(run)
+                figure, caption = make(*arguments)
                 figure.savefig(buffer, format="png", metadata={"Software": None})
                 png = buffer.getvalue()
             except Missing as reason:

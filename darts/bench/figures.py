@@ -5,19 +5,17 @@ out, with the reason. Lines are means over the seeds; where there are several, a
 from the lowest to the highest seed. An arm has one colour, line and marker in all figures.
 """
 
-import io
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from darts.bench.report import BASE
 from darts.bench.statistics import Array, Results
-from darts.report_figures import STYLE, Drawn, Missing, dress
+from darts.report_figures import Drawn, Missing, draw_all, dress
 
 COLORS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#882255", "#999933", "#666666")
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)))
@@ -35,20 +33,8 @@ MOST_BANDS = 8
 
 
 def draw(results: Results, base: str = BASE, names: Sequence[str] | None = None) -> list[Drawn]:
-    """Figures, in their order; None: all that there are."""
-    drawn = []
-    for name in FIGURES if names is None else names:
-        title, make = FIGURES[name]
-        png, buffer = None, io.BytesIO()
-        with rc_context(STYLE):
-            try:
-                figure, caption = make(results, base)
-                figure.savefig(buffer, format="png", metadata={"Software": None})
-                png = buffer.getvalue()
-            except Missing as reason:
-                caption = str(reason)
-        drawn.append(Drawn(name=name, title=title, caption=caption, png=png))
-    return drawn
+    """Figures; None: all that there are."""
+    return draw_all({name: FIGURES[name] for name in FIGURES if names is None or name in names}, results, base)
 
 
 def write(results: Results, folder: Path, base: str = BASE) -> list[Drawn]:
@@ -166,6 +152,31 @@ def _accuracy(results: Results, base: str) -> tuple[Figure, str]:
     )
 
 
+def _tradeoff(results: Results, base: str) -> tuple[Figure, str]:
+    arms = [arm for arm in results.arms if arm != base and results.steps(arm) and results.validations(arm)]
+    if not (arms and results.steps(base) and results.validations(base)):
+        raise Missing(f"needs steps and validations of {base} and of another arm.")
+    figure = Figure(figsize=(11, 5.5))
+    axes = figure.subplots()
+    axes.axhline(0, color=COLORS[-1], linewidth=1, linestyle=":")
+    axes.axvline(1, color=COLORS[-1], linewidth=1, linestyle=":")
+    for arm in arms:
+        number = results.arms.index(arm)
+        speed = results.speed_up(arm, base, last=True).overall
+        gain = results.accuracy_gain(arm, base, last=True).overall
+        color, marker = COLORS[number % len(COLORS)], "os^Dv"[number % 5]
+        axes.plot([speed.low, speed.high], [gain.value] * 2, color=color, linewidth=1, alpha=0.5)
+        axes.plot([speed.value] * 2, [gain.low, gain.high], color=color, linewidth=1, alpha=0.5)
+        axes.plot(speed.value, gain.value, marker=marker, color=color, linestyle="", markersize=8)
+        axes.annotate(arm, (speed.value, gain.value), xytext=(7, 5), textcoords="offset points", fontsize=10)
+    axes.margins(x=0.12)
+    dress(axes, "What a strategy wins and costs", f"accuracy minus that of {base}", x=f"times as fast as {base}")
+    return figure, (
+        f"Over the last third; {base} is where the dotted lines cross, better is up and right. Lines: 95 % intervals, "
+        "which an arm needs to have above the dotted line to be called better."
+    )
+
+
 def _lengths(results: Results, base: str) -> tuple[Figure, str]:
     _need_steps(results)
     panels = [("kept_mean", "Mean of the kept"), ("pool_p99", "99th percentile of all candidates")]
@@ -212,6 +223,7 @@ def _phases(results: Results, base: str) -> tuple[Figure, str]:
 FIGURES: dict[str, tuple[str, Callable[[Results, str], tuple[Figure, str]]]] = {
     "seconds": ("Seconds a step", _seconds),
     "accuracy": ("Accuracy", _accuracy),
+    "tradeoff": ("Speed and accuracy", _tradeoff),
     "lengths": ("Response length", _lengths),
     "phases": ("Where the time goes", _phases),
 }

@@ -96,7 +96,7 @@ def test_tables_figures_document_and_traces_are_there(folder):
     assert opened["config"]["darts"]["allocation"]
     assert len(results.steps("none")) == STEPS
     assert "speed-up over none" in (folder / "table.md").read_text()
-    assert {path.stem for path in folder.glob("*.png")} == {"seconds", "accuracy", "lengths", "phases"}
+    assert {path.stem for path in folder.glob("*.png")} == {"seconds", "accuracy", "tradeoff", "lengths", "phases"}
     for arm in ARMS:
         trace = folder / "traces" / "seed0" / f"{arm}.jsonl"
         lines = [json.loads(line) for line in trace.read_text().splitlines()]

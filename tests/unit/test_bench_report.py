@@ -141,7 +141,7 @@ def test_what_is_not_a_document_is_refused(tmp_path, text, said):
 
 # --- figures ---------------------------------------------------------------------------------------------------------
 
-NAMES = ["seconds", "accuracy", "lengths", "phases"]
+NAMES = ["seconds", "accuracy", "tradeoff", "lengths", "phases"]
 
 
 def test_figures_are_pictures_with_a_sentence(tmp_path):
@@ -155,21 +155,24 @@ def test_figures_are_pictures_with_a_sentence(tmp_path):
 
 def test_figures_of_every_arm_and_one_step():
     seconds = {arm.name: [[1.0]] for arm in PRESETS["all"]}
-    assert all(figure.png for figure in figures.draw(Results(bench(seconds))) if figure.name != "accuracy")
+    drawn = figures.draw(Results(bench(seconds)))
+    assert [figure.name for figure in drawn if not figure.png] == ["accuracy", "tradeoff"], "nothing was validated"
 
 
 def test_figures_without_data_say_so():
     drawn = figures.draw(Results([], arms=["none"]))
-    assert [figure.png for figure in drawn] == [None] * 4
+    assert [figure.png for figure in drawn] == [None] * 5
     assert {figure.caption for figure in drawn} == {
-        "no step has been measured.", "no validation has been measured."
-    }  # fmt: skip
+        "no step has been measured.",
+        "no validation has been measured.",
+        "needs steps and validations of none and of another arm.",
+    }
 
 
 def test_figures_of_arms_with_gaps():
     records = bench({"none": [[1.0, 2.0], [1.0]], "darts": [[1.0]]}, {"none": [[0.1, math.nan], []]})
     drawn = figures.draw(Results(records, arms=["none", "darts", "sorted"]))
-    assert all(figure.png for figure in drawn)
+    assert [figure.name for figure in drawn if not figure.png] == ["tradeoff"], "no other arm was validated"
 
 
 def test_by_seed_has_a_row_for_each_seed():

@@ -27,6 +27,7 @@ from darts.simulation.comparison import PLAIN, Summary
 from darts.simulation.comparison import markdown as replay_table
 from darts.simulation.validation import Compared, verdict
 from darts.simulation.validation import markdown as validation_table
+from darts.strategy import BYPASS_MODE
 from darts.testbed.rollouts_report import table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -203,9 +204,11 @@ class Bench(Source):
         for name in self._chosen(which).arms:
             arm = told[name]
             changes = dict(arm["changes"]) | ({} if arm["overlap"] is None else {"overlap.mode": arm["overlap"]})
+            changes = {f"darts.{path}": value for path, value in changes.items()}
+            changes |= {BYPASS_MODE: True} if arm.get("bypass") else {}
             settings = [f"`{key}={json.dumps(value).strip(chr(34))}`" for key, value in changes.items()]
             rows.append([name, f"`{arm['strategy']}`", ", ".join(settings) or "-", arm["about"] or "-"])
-        return table(["arm", "`darts.strategy`", "settings of its own, `darts.*`", "what it is"], rows)
+        return table(["arm", "`darts.strategy`", "settings of its own", "what it is"], rows)
 
     def _drawn(self, name: str, which: str) -> bytes:
         from darts.bench.figures import draw  # needs matplotlib

@@ -111,7 +111,7 @@ def test_a_preset_chooses_arms_and_says_which_are_not_there(docs):
     assert re.findall(r"^\| (none|\+ streaming|darts|mine) \|", text, flags=re.M) == ["none", "+ streaming"]
     assert "Not in this bench: + dual-end, + adaptive." in text
     own = page_of(docs, "<!-- table: first arms own -->")
-    assert "| mine | `darts` | `selection.num_long=2` | - |" in own
+    assert "| mine | `darts` | `darts.selection.num_long=2` | - |" in own
     assert "| darts |" not in own
 
 

@@ -19,7 +19,7 @@ from darts import history
 from darts.history import LengthHistory, censored_moments, censored_std, prompt_key
 
 ROOT = Path(__file__).resolve().parents[2]
-REAL_LENGTHS = ROOT.parent / "shared/data/rollout_lengths.csv.gz"
+REAL_LENGTHS = ROOT / "benchmarks/data/rollout_lengths.csv.gz"
 NUM_KEEP = 8
 DRAWS = (9, 10, 12, 14, 16)
 
@@ -177,8 +177,6 @@ def test_moments_of_drawn_lengths_are_near_those_of_the_full_draw(spread, stop):
 @pytest.fixture(scope="module")
 def real_lengths():
     """Real response lengths by step, each an array [num_prompts, 16]."""
-    if not REAL_LENGTHS.exists():
-        pytest.skip(f"{REAL_LENGTHS} is not there: the project is tested without its data")
     groups = {}
     with gzip.open(REAL_LENGTHS, "rt") as file:
         for row in csv.DictReader(file):

@@ -18,7 +18,7 @@ from darts.simulation.search import flags
 from darts.simulation.validation import kendall, spearman
 
 ROOT = Path(__file__).resolve().parents[2]
-REAL = ROOT.parent / "shared/data/rollout_lengths.csv.gz"
+REAL = ROOT / "benchmarks/data/rollout_lengths.csv.gz"
 
 
 @pytest.fixture
@@ -232,7 +232,6 @@ def test_nothing_heavy_is_loaded():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not REAL.exists(), reason="../shared/data is not there")
 def test_real_lengths_from_end_to_end():
     command = [sys.executable, "-m", "darts.simulation", "replay", str(REAL), "--first", "102", "--gpus", "8", "1024"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)

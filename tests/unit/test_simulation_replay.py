@@ -24,7 +24,7 @@ from darts.simulation.trace import LengthTrace, PromptLengths
 from darts.strategy import Darts, strategy_class
 
 CURVE = LatencyCurve([1, 16, 64, 256], [0.010, 0.011, 0.014, 0.03])
-REAL = Path(__file__).resolve().parents[2].parent / "shared/data/rollout_lengths.csv.gz"
+REAL = Path(__file__).resolve().parents[2] / "benchmarks/data/rollout_lengths.csv.gz"
 
 
 def trace_of(lengths, steps=1, limit=10**6):
@@ -370,7 +370,6 @@ def test_strategies_that_choose_their_prompts_are_measured_by_the_oracle_that_do
         assert row.gap_closed == pytest.approx((base - row.phases["rollout"]) / (base - best.bound_s))
 
 
-@pytest.mark.skipif(not REAL.exists(), reason="../shared/data is not there")
 def test_real_lengths_dual_end_is_slower_at_once_and_shortest_only_faster():
     """What redundancy does before anything is shaped: it costs where a longest is kept, and pays where none is."""
     trace = read_trace(REAL).between(102, 104)

@@ -97,7 +97,8 @@ def notes(results: Results, base: str = BASE, target: float | None = None) -> li
     seeds = len(results.seeds)
     meaning = {
         0: "Nothing has been measured.",
-        1: "One seed: intervals are about the noise of its steps and prompts, and say nothing about other seeds.",
+        1: "One seed: intervals are about the noise of its steps and prompts, too narrow even for that "
+        "(darts.bench.statistics), and say nothing about other seeds.",
     }.get(
         seeds,
         f"Intervals are 95 % bootstraps over {seeds} seeds and, in each, the steps that both arms have (in blocks), "

@@ -7,7 +7,7 @@ import pytest
 from bench_records import bench, step, validation
 
 from darts.bench import statistics
-from darts.bench.statistics import Reached, Results, compared
+from darts.bench.statistics import Reached, Results, compared, difference
 
 # --- one arm ---------------------------------------------------------------------------------------------------------
 
@@ -95,15 +95,18 @@ def test_one_seed_has_the_interval_of_its_steps():
     assert found.overall.low < 15 / 8 < found.overall.high
 
 
-def coverage(seeds, between, within, benches=150):
+def coverage(seeds, between, within, steps=30, correlation=0.0, benches=150):
     """How often the interval holds the true 1.5 if seeds and steps differ by so much (standard deviations of logs)."""
     rng, hits = np.random.default_rng(0), 0
     for _ in range(benches):
         rows = {}
         for seed in range(seeds):
-            base, factor = rng.uniform(1, 3, 30), 1.5 * np.exp(between * rng.standard_normal())
-            rows[seed] = list(zip(base * factor * np.exp(within * rng.standard_normal(30)), base, strict=True))
-        found = compared(rows, None).overall
+            base, factor = rng.uniform(1, 3, steps), 1.5 * np.exp(between * rng.standard_normal())
+            noise = rng.standard_normal(steps)
+            for step in range(1, steps):
+                noise[step] = correlation * noise[step - 1] + math.sqrt(1 - correlation**2) * noise[step]
+            rows[seed] = list(zip(base * factor * np.exp(within * noise), base, strict=True))
+        found = compared(rows).overall
         hits += found.low <= 1.5 <= found.high
     return hits / benches
 
@@ -113,6 +116,14 @@ def test_how_often_intervals_cover_the_truth(monkeypatch):
     monkeypatch.setattr(statistics, "RESAMPLES", 400)
     assert 0.87 <= coverage(seeds=3, between=0.0, within=0.1) <= 0.99
     assert 0.60 <= coverage(seeds=3, between=0.2, within=0.1) <= 0.85
+
+
+def test_neighbouring_steps_that_are_alike_are_covered_with_three_seeds_and_less_with_one(monkeypatch):
+    """Steps drawn one by one would cover 0.90 and 0.68 of the first two: the bounds see whether there are blocks."""
+    monkeypatch.setattr(statistics, "RESAMPLES", 400)
+    assert 0.92 <= coverage(seeds=3, between=0.0, within=0.1, correlation=0.5) <= 0.97
+    assert 0.72 <= coverage(seeds=1, between=0.0, within=0.1, correlation=0.5) <= 0.85
+    assert 0.50 <= coverage(seeds=1, between=0.0, within=0.1, correlation=0.5, steps=10) <= 0.75
 
 
 # --- accuracy --------------------------------------------------------------------------------------------------------
@@ -159,8 +170,38 @@ def test_an_accuracy_that_is_not_known_is_left_out(unknown):
     accuracies = {"none": [[0.1, 0.4]], "darts": [[0.1, unknown]]}
     results = Results(bench(STEPS, accuracies, every=6))
     assert results.accuracy("darts") == 0.1
-    assert results.accuracy_gain("darts", "none").overall.value == 0.0, "both at step 0"
+    assert math.isnan(results.accuracy_gain("darts", "none").overall.value), "both are the initial actor at step 0"
     assert math.isnan(results.accuracy_gain("darts", "none", last=True).overall.value)
+
+
+def test_a_seed_that_has_only_begun_is_not_of_the_end():
+    """Its only validation is that of the initial actor, which all arms share."""
+    steps = {arm: [*some, [1.0]] for arm, some in STEPS.items()}
+    accuracies = {"none": [[0.1, 0.4], [0.1, 0.8], [0.1]], "darts": [[0.1, 0.5], [0.1, 0.9], [0.1]]}
+    results = Results(bench(steps, accuracies, every=6))
+    assert results.accuracy("none") == pytest.approx(0.6)
+    assert results.accuracy_gain("darts", "none").by_seed == pytest.approx({0: 0.1, 1: 0.1})
+
+
+@pytest.mark.parametrize("seeds", [1, 3, 10])
+def test_gain_by_prompts_covers_the_truth_with_any_number_of_seeds(monkeypatch, seeds):
+    """All seeds have the same prompts, of which some gain and others lose: more seeds do not tell more of prompts."""
+    monkeypatch.setattr(statistics, "RESAMPLES", 400)
+    rng, hits, benches = np.random.default_rng(0), 0, 100
+    for _ in range(benches):
+        by_prompt = 0.1 + 0.3 * rng.standard_normal(60)
+        found = {
+            seed: [
+                (
+                    validation("darts", seed, 6, 0.0, prompt_accuracy=tuple(by_prompt + 0.3 * rng.standard_normal(60))),
+                    validation("none", seed, 6, 0.0, prompt_accuracy=(0.0,) * 60),
+                )
+            ]
+            for seed in range(seeds)
+        }
+        overall = difference(found).overall
+        hits += overall.low <= 0.1 <= overall.high
+    assert 0.88 <= hits / benches <= 1.0
 
 
 # --- time to an accuracy ---------------------------------------------------------------------------------------------

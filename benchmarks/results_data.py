@@ -64,8 +64,9 @@ def committed(path: Path) -> str:
 def _compared_prompts_only(validations: Mapping[str, Sequence[Any]], results: Results) -> dict[str, list[Any]]:
     """Validations without the prompts' accuracies where nothing is computed of them."""
     records = records_of(ValidationRecord, validations)
-    last = {(one.arm, one.seed): one.step for one in sorted(records, key=lambda one: one.step)}
-    needed = [one.step >= results.last_from or one.step == last[one.arm, one.seed] for one in records]
+    last = {one.arm: one.step for one in sorted(records, key=lambda one: one.step)}
+    first = min([results.last_from, *last.values()])  # two arms are compared at the last step that both have
+    needed = [one.step >= first for one in records]
     columns = table_of(records)
     if columns:
         some = zip(columns["prompt_accuracy"], needed, strict=True)

@@ -169,7 +169,7 @@ def _check_backend(config: DictConfig) -> None:
 
     reason = why_unavailable(backend)
     if reason is not None:
-        cupy = "install cupy for your CUDA (uv pip install cupy-cuda12x), or " if "cupy" in reason else ""
+        cupy = "install cupy for your CUDA (uv pip install cupy-cuda13x), or " if "cupy" in reason else ""
         raise ConfigError(
             BACKEND,
             backend,

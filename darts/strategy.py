@@ -170,13 +170,13 @@ class TailBatching(Queueing):
         """A long round as soon as the queue fills one."""
         if len(self._queue) >= self.num_prompts:
             return Round(rules=self._long, new=0, queued=tuple(self._queue[: self.num_prompts]))
-        new = math.ceil(self.num_prompts * self.darts.tail_batching.prompts)
+        new = times(self.num_prompts, self.darts.tail_batching.prompts)
         return Round(rules=self.rules, new=new, harvest=self.num_prompts if new > self.num_prompts else None)
 
     @staticmethod
     def rules_of(darts: DartsConfig) -> DartsConfig:
         """Of short rounds."""
-        return shortest_only(darts, math.ceil(darts.group_size * darts.tail_batching.candidates), early_stop="eager")
+        return shortest_only(darts, times(darts.group_size, darts.tail_batching.candidates), early_stop="eager")
 
     @property
     def _long(self) -> DartsConfig:
@@ -247,6 +247,11 @@ def make_strategy(darts: DartsConfig, num_prompts: int) -> Strategy:
         ConfigError: as `strategy_class`.
     """
     return strategy_class(darts.strategy)(darts, num_prompts)
+
+
+def times(count: int, factor: float) -> int:
+    """So many times a number of prompts or candidates, rounded up: 1.1 times 100 is 110, whatever floats make of it."""
+    return math.ceil(round(count * factor, 6))
 
 
 def all_kept(darts: DartsConfig) -> DartsConfig:

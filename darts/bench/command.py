@@ -6,8 +6,9 @@
 Contract. What is measured is in `darts.bench.trainer`, what the figures mean in `darts.bench.report`. The same command
 goes on where it was stopped; with more `--seeds` it adds them. In the folder of `--out` it leaves bench.json,
 table.md, PNG figures, the log run.log, and the traces of all arms for `darts.report` and `darts.simulation`.
-`--report-only` makes tables and figures of what is there. A run that says nothing for `--silence` minutes is ended
-with an error. SIGTERM and Ctrl-C end all that the command has started; a folder in which a bench runs is refused.
+`--report-only` makes tables and figures of what is there. A run whose log and records do not grow for `--silence`
+minutes is ended with an error. SIGTERM and Ctrl-C end all that the command has started; a folder in which a bench runs
+is refused. With a GPU the project's configurations run on `platform=gpu`.
 """
 
 import argparse
@@ -26,9 +27,10 @@ from typing import Any
 
 from darts import CONFIG_DIR
 from darts.bench.arms import PRESETS, chosen
-from darts.bench.plan import CONFIG, RECORDS, BenchPlan
+from darts.bench.plan import CONFIG, RECORDS, STATES, BenchPlan
 from darts.bench.records import Record, Records, StepRecord
 from darts.bench.report import BASE, document, save, text
+from darts.bench.states import POSITION
 from darts.bench.statistics import Results
 from darts.config import ConfigError
 from darts.testbed import LIMITS
@@ -56,6 +58,8 @@ def options_of(given: Sequence[str]) -> Options:
     Raises:
         ConfigError: arms that do not exist, or cannot be.
     """
+    from verl_patches.device import is_cpu_only  # torch
+
     parser = argparse.ArgumentParser(
         prog="python -m darts.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -82,6 +86,7 @@ def options_of(given: Sequence[str]) -> Options:
             parser.error(f"--{name} {getattr(options, name)}: must be at least 1")
     if options.validate_every < 0:
         parser.error(f"--validate-every {options.validate_every}: must not be negative")
+    platform = ["platform=gpu"] if options.config_dir == CONFIG_DIR and not is_cpu_only() else []
     testbed = [] if options.testbed is None else [f"testbed={options.testbed}"]
     arms = options.arms if options.arms is not None else ["quick" if options.quick else "strategies"]
     plan = BenchPlan(
@@ -91,7 +96,7 @@ def options_of(given: Sequence[str]) -> Options:
         validate_every=options.validate_every,
         config_name=options.config_name,
         config_dir=str(options.config_dir.resolve()),
-        overrides=[*testbed, *options.override],
+        overrides=[*platform, *testbed, *options.override],
     )
     return Options(
         plan=plan,
@@ -103,8 +108,11 @@ def options_of(given: Sequence[str]) -> Options:
     )
 
 
-def run(options: Options) -> None:
+def run(options: Options, lock: int) -> None:
     """Runs what is missing, with a line for each round.
+
+    Args:
+        lock: of `_locked`.
 
     Raises:
         RuntimeError: the run failed, or said nothing for too long; its log is named.
@@ -115,7 +123,7 @@ def run(options: Options) -> None:
     command = [sys.executable, "-m", "darts.bench.trainer", str(options.out)]
     rounds = len(list(plan.turns()))
     say(f"{len(plan.arms)} arms x {plan.seeds} seeds x {plan.steps} steps in {options.out}; starting the engine ...")
-    with log.open("a") as file, _locked(options.out / LOCK) as lock:
+    with log.open("a") as file:
         child = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -144,6 +152,7 @@ def _locked(path: Path) -> Iterator[int]:
     Raises:
         ConfigError: a bench runs there.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     lock = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -164,13 +173,19 @@ def _locked(path: Path) -> Iterator[int]:
 def _follow(child: subprocess.Popen, options: Options, rounds: int) -> None:
     """Waits for the end, and tells what is new."""
     records, arms = Records(options.out / RECORDS), [arm.name for arm in options.plan.arms]
+    files = (options.out / RECORDS, options.out / LOG)
     last, began, told = time.monotonic(), None, -1
-    size = -1
+    sizes = [-1, -1]
     while child.poll() is None:
         time.sleep(1)
-        now = (options.out / RECORDS).stat().st_size if (options.out / RECORDS).exists() else 0
-        if now != size:
-            size, last = now, time.monotonic()
+        before, sizes = sizes, [file.stat().st_size if file.exists() else 0 for file in files]
+        if sizes != before:
+            last = time.monotonic()
+        elif time.monotonic() - last > options.silence_s:
+            raise RuntimeError(
+                f"the run has said nothing for {options.silence_s / 60:g} minutes (--silence); see {options.out / LOG}"
+            )
+        if sizes[0] != before[0]:
             done = [record for record in records.read() if isinstance(record, StepRecord)]
             complete = len(done) // len(arms)
             if told < 0:
@@ -180,10 +195,6 @@ def _follow(child: subprocess.Popen, options: Options, rounds: int) -> None:
             elif complete > told:
                 told = complete
                 _tell_round(done[-len(arms) :], complete, rounds, began)
-        elif time.monotonic() - last > options.silence_s:
-            raise RuntimeError(
-                f"no step has ended for {options.silence_s / 60:g} minutes (--silence); see {options.out / LOG}"
-            )
 
 
 def _tell_round(steps: Sequence[StepRecord], complete: int, rounds: int, began: tuple[int, float]) -> None:
@@ -241,8 +252,12 @@ def report(options: Options) -> str:
     return tables
 
 
-def _refuse_what_cannot_be(options: Options) -> None:
-    """Checks the configuration before an engine starts."""
+def _composed(options: Options) -> dict[str, Any]:
+    """The resolved configuration, checked before an engine starts.
+
+    Raises:
+        ConfigError: it cannot be composed, or cannot work for an arm.
+    """
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -255,7 +270,17 @@ def _refuse_what_cannot_be(options: Options) -> None:
     except (HydraException, OmegaConfBaseException) as error:
         name = f"{options.plan.config_dir}/{options.plan.config_name}.yaml"
         raise ConfigError("--config-name", name, " ".join(str(error).split()), "correct it, or --override.") from error
-    block, bypass = OmegaConf.to_container(config.darts), config.algorithm.rollout_correction.bypass_mode
+    composed: Any = OmegaConf.to_container(config)
+    if config.critic.enable or (config.critic.enable is None and config.algorithm.adv_estimator == "gae"):
+        raise ConfigError("critic.enable", True, "the arms of a bench would share the critic.", "set it to false.")
+    if config.algorithm.use_kl_in_reward and config.algorithm.kl_ctrl.type != "fixed":
+        raise ConfigError(
+            "algorithm.kl_ctrl.type",
+            config.algorithm.kl_ctrl.type,
+            "the arms of a bench would share the controller.",
+            "set it to fixed.",
+        )
+    block, bypass = composed["darts"], config.algorithm.rollout_correction.bypass_mode
     for arm in options.plan.arms:
         config.darts = arm.block(block)
         config.algorithm.rollout_correction.bypass_mode = arm.bypass or bypass
@@ -263,6 +288,46 @@ def _refuse_what_cannot_be(options: Options) -> None:
             check_run(config)
         except ConfigError as error:
             raise ConfigError("--arms", arm.name, f"cannot be: {error}", "change the arm.") from error
+    return composed
+
+
+def _prepare(options: Options, composed: Any) -> None:
+    """Writes what the bench is into its folder, or finds the same there.
+
+    Raises:
+        ConfigError: the folder has another bench, or measurements that nothing can be added to.
+    """
+    options.plan.save(options.out)
+    text = json.dumps(composed, indent=1) + "\n"
+    here = dict(_leaves(json.loads(text)))
+    there = dict(_leaves(_read(options.out / CONFIG))) if (options.out / CONFIG).exists() else here
+    other = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
+    if other:
+        raise ConfigError(
+            "--out",
+            str(options.out),
+            f"has a bench with {other[0]}={there.get(other[0])}, where it is {here.get(other[0])} now"
+            + (f" ({len(other) - 1} other keys differ too)." if len(other) > 1 else "."),
+            "choose another folder, or go back to what the bench began with.",
+        )
+    (options.out / CONFIG).write_text(text)
+    if Records(options.out / RECORDS).read() and not (options.out / STATES / POSITION).exists():
+        raise ConfigError(
+            "--out",
+            str(options.out),
+            f"has {RECORDS}, but no longer the {STATES}/ to go on from.",
+            "look at it with --report-only, or choose another folder.",
+        )
+    _note_machine(options.out / MACHINE)
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """What is in a configuration, by dotted path."""
+    if isinstance(value, dict) and value:
+        for key, one in value.items():
+            yield from _leaves(one, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value
 
 
 def _note_machine(path: Path) -> None:
@@ -284,10 +349,10 @@ def main(given: Sequence[str] | None = None) -> int:
     try:
         options = options_of(sys.argv[1:] if given is None else given)
         if not options.report_only:
-            _refuse_what_cannot_be(options)
-            options.plan.save(options.out)
-            _note_machine(options.out / MACHINE)
-            run(options)
+            composed = _composed(options)
+            with _locked(options.out / LOCK) as lock:
+                _prepare(options, composed)
+                run(options, lock)
         print(f"\n{report(options)}\n")
     except ConfigError as error:
         print(f"[darts] {error}", file=sys.stderr)

@@ -25,7 +25,11 @@ TIMES = {
     "update_s": "timing_s/update_actor",
     "weights_s": "timing_s/update_weights",
 }
-"""Seconds of a step, and verl's metric (0.9.1) that has them; a phase that did not run took 0."""
+"""Seconds of a step, and verl's metric (0.9.1) that has them."""
+MAY_BE_OFF = ("old_log_prob_s",)
+"""Phases that do not run in every step, and then took 0."""
+SERVED = "training/rollout_probs_diff_mean"
+"""verl's metric: mean over tokens of |probability by the server - by the actor|, where old log-probs are computed."""
 
 
 class RecordError(ValueError):
@@ -62,6 +66,7 @@ class StepRecord:
     reward_kept: float | None = None  # mean; None where nothing was scored
     reward_pool: float | None = None  # of all candidates that were scored
     queue: int = 0  # prompts that were launched and are to come again
+    served_difference: float | None = None  # `SERVED`; other weights than the arm's own would show here
 
     @property
     def tokens_dropped(self) -> int:
@@ -125,7 +130,7 @@ def step_record(
         seed=seed,
         step=step,
         place=place,
-        **{name: float(metrics.get(key, 0.0)) for name, key in TIMES.items()},
+        **{name: float(metrics.get(key, 0.0) if name in MAY_BE_OFF else metrics[key]) for name, key in TIMES.items()},
         swap_s=swap_s,
         launched=len(pool),
         aborted=int(pool.aborted.sum()),
@@ -139,6 +144,7 @@ def step_record(
         reward_kept=_mean(pool.reward[kept]),
         reward_pool=_mean(pool.reward),
         queue=int(metrics.get("darts/strategy/queue", 0)),
+        served_difference=None if SERVED not in metrics else float(metrics[SERVED]),
     )
 
 

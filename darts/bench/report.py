@@ -57,11 +57,11 @@ def work_table(results: Results) -> str:
             number(results.mean(arm, "tokens_dropped"), ",.0f"),
             number(dropped / generated if generated else math.nan, ".1%"),
             number(results.useful_per_s(arm), ",.0f"), number(results.bubble_ratio(arm), ".1%"),
-            number(results.mean(arm, "queue"), ".1f"),
+            number(results.mean(arm, "queue"), ".1f"), _at_end(results, arm),
         ])  # fmt: skip
     columns = [
         "arm", "candidates", "aborted", "tokens generated", "kept", "thrown away", "share", "kept tokens/s of rollout",
-        "bubble ratio", "queue",
+        "bubble ratio", "queue", "at the end",
     ]  # fmt: skip
     return table(columns, rows)
 
@@ -111,6 +111,19 @@ def notes(results: Results, base: str = BASE, target: float | None = None) -> li
         "Bubble ratio: idle slot-steps over slots x decoding steps, with min(max_num_seqs, candidates) slots on each "
         "engine (darts.bench.slots).",
     ]
+    queueing = [arm for arm in results.arms if results.values(arm, "queue").any()]
+    if queueing:
+        said.append(
+            f"{', '.join(queueing)}: what is queued is still to come, and it is the long responses; speed-ups over a "
+            "part of a cycle are too high by what the queue at the end (and not at the beginning) would take."
+        )
+    differences = {arm: results.values(arm, "served_difference") for arm in results.arms}
+    most = max((float(values.max()) for values in differences.values() if len(values)), default=math.nan)
+    if math.isfinite(most):
+        said.append(
+            f"Probabilities by the servers and by the actor differ by {most:.1e} at most, in the mean over a step's "
+            "tokens: weights that are not an arm's own would show here."
+        )
     if target is None:
         said.append(f"Time to an accuracy: to that of {base} over the last third, at the first validation that has it.")
     else:
@@ -132,6 +145,12 @@ def text(results: Results, base: str = BASE, target: float | None = None) -> str
 def number(value: float, form: str = ".2f") -> str:
     """A figure of a table."""
     return format(value, form) if math.isfinite(value) else "-"
+
+
+def _at_end(results: Results, arm: str) -> str:
+    """The queue after each seed's last step."""
+    last = {one.seed: one.queue for one in results.steps(arm)}
+    return ", ".join(map(str, last.values())) or "-"
 
 
 def _speed_up(results: Results, arm: str, base: str, last: bool) -> str:

@@ -7,7 +7,7 @@ Contract: pure NumPy; records in, numbers out; NaN where there is nothing.
 3. Intervals are 95 % percentile bootstraps in two stages: seeds are drawn with replacement, and in each drawn seed its
    steps, in blocks of the square root of their number, since neighbouring steps are alike (our choice). Differences of
    accuracy: seeds, and prompts, the same for all seeds, since all validate on the same ones; where no accuracies by
-   prompt are known, seeds alone. Intervals of few blocks are too narrow: where neighbouring steps correlate by 0.5, they
+   prompt are known, seeds alone. Intervals of few blocks are too narrow: where neighbouring steps correlate by 0.5 they
    cover the truth in 93 % of cases with three seeds of 30 steps, in 76 % with one, in 68 % with one of 10 (a test).
 4. What such an interval means depends on the seeds. With one it is about this seed's steps (or prompts) alone. With
    three it holds what the noise of steps explains and some of what differs between seeds, of which three values tell

@@ -3,7 +3,7 @@
     python -m darts.bench.trainer FOLDER
 
 Contract. `FOLDER/plan.json` says what is run (`BenchPlan`); records go to `FOLDER/records.jsonl`, the arms' traces to
-`FOLDER/traces/`, the resolved configuration to `FOLDER/config.json`.
+`FOLDER/traces/`.
 
 1. A round is one step of every arm, in an order that is drawn. Before its step an arm gets its own actor, optimizer and
    schedule (`darts.bench.states`), planner, strategy and position in the data, and the servers get its weights; none of
@@ -15,7 +15,6 @@ Contract. `FOLDER/plan.json` says what is run (`BenchPlan`); records go to `FOLD
 5. A bench that was interrupted goes on after its last complete round; the engine is measured anew, once.
 """
 
-import json
 import sys
 import time
 from copy import deepcopy
@@ -30,7 +29,7 @@ from verl.protocol import DataProto
 from verl.trainer.ppo.utils import create_rl_sampler
 
 from darts.bench.arms import Arm
-from darts.bench.plan import CONFIG, RECORDS, STATES, TRACES, BenchPlan
+from darts.bench.plan import RECORDS, STATES, TRACES, BenchPlan
 from darts.bench.records import Records, ValidationRecord, step_record
 from darts.bench.states import ArmStates
 from darts.strategy import BYPASS_MODE, make_strategy
@@ -126,16 +125,18 @@ class ArmsTrainer(RayDartsTrainer):
         self.checkpoint_manager.update_weights(step - 1)
         taken_up = time.monotonic() - began
         super().fit_step(self._rounds.next())
+        rollout, metrics = self._rollout, self.metrics
+        validated = self._validated(arm.name, seed, step) if self._plan.validates(step) else None
         began = time.monotonic()
+        self.checkpoint_manager.sleep_replicas()  # as where verl saves: the actor needs the memory
         self._states.save(arm.name, seed, step, self._told())
-        rollout = self._rollout
         self._records.append(
             step_record(
                 arm=arm.name,
                 seed=seed,
                 step=step,
                 place=place,
-                metrics=self.metrics,
+                metrics=metrics,
                 pool=rollout.pool,
                 launch_order=rollout.plan.launch_order,
                 num_engines=self.planner.num_engines,
@@ -143,8 +144,8 @@ class ArmsTrainer(RayDartsTrainer):
                 swap_s=taken_up + time.monotonic() - began,
             )
         )
-        if self._plan.validates(step):
-            self._records.append(self._validated(arm.name, seed, step))
+        if validated is not None:
+            self._records.append(validated)
 
     def _take_up(self, arm: Arm, seed: int, step: int, told: Any) -> None:
         """From now on the trainer is this arm's, after its last step."""
@@ -244,7 +245,6 @@ def train(folder: Path) -> None:
     OmegaConf.resolve(config)
     choose_backend(config)
     check_run(config)
-    (folder / CONFIG).write_text(json.dumps(OmegaConf.to_container(config, resolve=True), indent=1) + "\n")
     run_ppo(config, task_runner_class=ray.remote(ArmsTaskRunner))
 
 

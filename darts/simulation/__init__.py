@@ -11,6 +11,7 @@ Contract: pure Python and NumPy; figures need matplotlib. Decisions are those of
 | `cluster`, `costs`, `curves` | GPUs, seconds of the other phases of a step, latency curves |
 | `bound` | the least seconds that any rollout can take |
 | `replay` | a strategy over many steps |
+| `assumptions` | what a replay assumes in favour of some strategies |
 | `comparison`, `figures` | strategies side by side: tables, JSON, PNG |
 | `shaping` | a MODEL of how a strategy moves the lengths of later steps; off by default |
 | `search` | which strategy and settings to take (`plan`) |

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darts.simulation import SimulationError
+from darts.simulation.replay import Arm
 from darts.simulation.search import merged
 
 
@@ -29,6 +30,11 @@ class MeasuredArm:
     step_s: NDArray[np.float64]
     rollout_s: NDArray[np.float64]  # NaN where not measured
     bypass: bool = False
+
+    @property
+    def arm(self) -> Arm:
+        """As it is replayed."""
+        return Arm(name=self.name, block=self.block, bypass=self.bypass)
 
 
 def read_bench(path: Path) -> list[MeasuredArm]:

@@ -12,12 +12,13 @@ to stdout, progress to stderr. Input that cannot be used is one line on stderr a
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from darts.config import ConfigError
 from darts.simulation import SimulationError, documents, shaping
+from darts.simulation.assumptions import assumptions
 from darts.simulation.bench_records import MeasuredArm, read_bench
 from darts.simulation.comparison import CAVEAT, FORMULAS, Summary, compare, markdown
 from darts.simulation.curves import load_curve
@@ -65,6 +66,7 @@ def _replay(options: argparse.Namespace, progress: _Progress) -> None:
     settings, steps, models = settings_of(options, trace), steps_of(options, trace), _models(options, trace, arms)
     _check_output(options)
     about = _introduce(options, trace, settings[0], steps, arms)
+    about += _said(assumptions(arms, max(settings, key=lambda setting: setting.cluster.train_gpus)))
     print(*dict.fromkeys(map(str, models.values())), sep="\n", end="\n" if models else "")
     rows: list[Summary] = []
     for setting in settings:
@@ -89,7 +91,8 @@ def _plan(options: argparse.Namespace, progress: _Progress) -> None:
     trace = trace_of(options)
     (setting,), steps, block = settings_of(options, trace), steps_of(options, trace), block_of(options.set)
     _check_output(options)
-    about = _introduce(options, trace, setting, steps, grid(setting.group_size, block))
+    arms = grid(setting.group_size, block)
+    about = _introduce(options, trace, setting, steps, arms) + _said(assumptions(arms, setting))
     advice = advise(trace, setting, steps, block, progress)
     print(f"\n{markdown([advice.plain, *advice.ranked[:SHOWN], *advice.oracles])}\n")
     if len(advice.ranked) > SHOWN:
@@ -104,22 +107,22 @@ def _validate(options: argparse.Namespace, progress: _Progress) -> None:
     measured, trace = read_bench(options.bench), trace_of(options)
     (setting,), steps = settings_of(options, trace), steps_of(options, trace)
     _check_output(options)
-    about = _introduce(options, trace, setting, steps, [])
-    compared = validate(measured, trace, setting, steps, lambda arm: _own_trace(options, arm, about), progress)
+    own = {arm.name: _own_traces(options, arm) for arm in measured}
+    about = _introduce(options, trace, setting, steps, [some.arm for some in measured if not own[some.name]])
+    for some in measured:
+        for number, lengths in enumerate(own[some.name], 1):
+            of = some.name if len(own[some.name]) == 1 else f"{some.name}, run {number}"
+            about += _said(f"{of}: {note}" for note in _odd(lengths, width(some.arm, setting)))
+    about += _said(assumptions([some.arm for some in measured], setting))
+    compared = validate(measured, trace, setting, steps, own, progress)
     print(f"\n{validation_table(compared)}\n\n{verdict(compared)}")
     _write_json(options, about, compared, trace=trace.name, verdict=verdict(compared))
 
 
-def _own_trace(options: argparse.Namespace, arm: MeasuredArm, about: list[str]) -> LengthTrace | None:
-    """The lengths of an arm's own run; what is odd about them is said, and added to `about`."""
-    path = None if options.traces is None else options.traces / f"{arm.name}.jsonl"
-    if path is None or not path.exists():
-        return None
-    trace = read_trace(path)
-    notes = [f"NOTE: {arm.name}: {note}." for note in trace.notes]
-    print(*notes, sep="\n", end="\n" if notes else "")
-    about += notes
-    return trace
+def _own_traces(options: argparse.Namespace, arm: MeasuredArm) -> list[LengthTrace]:
+    """The lengths of an arm's own runs."""
+    paths = [folder / f"{arm.name}.jsonl" for folder in options.traces]
+    return [read_trace(path) for path in paths if path.exists()]
 
 
 def _models(options: argparse.Namespace, trace: LengthTrace, arms: Sequence[Arm]) -> dict[str, ShapingModel]:
@@ -136,14 +139,8 @@ def _introduce(
     """Says what is replayed, and what is odd about it; returns the lines."""
     span = f"{trace.steps[0]} to {trace.steps[-1]}"
     lines = [f"{trace.name}: {len(trace.prompts):,} prompts of steps {span}; limit {setting.response_length:,} tokens."]
-    lines += [f"NOTE: {note}." for note in trace.notes]
     most = max((width(arm, setting) for arm in arms), default=setting.group_size)
-    share = Dataset(trace, most).resampled
-    if share:
-        lines.append(
-            f"NOTE: {share:.1%} of {most} candidates a prompt were not recorded: they are drawn again from the "
-            "recorded ones, so tails are too short."
-        )
+    lines += [f"NOTE: {note}." for note in _odd(trace, most)]
     rounds = steps * setting.num_prompts / len(trace.prompts)
     again = f"; the data come {rounds:.1f} times, with fresh draws of their candidates" if rounds > 1 else ""
     lines.append(f"{steps} steps of {setting.num_prompts} prompts, M = {setting.group_size}{again}.")
@@ -151,9 +148,26 @@ def _introduce(
         f"Engines of {options.tensor_parallel} GPUs, {options.placement}, at most {options.max_num_seqs} sequences "
         f"each; curve {load_curve(options.curve)[1]}."
     )
-    source = "estimates for a 7B model on H100s" if options.fit is None else f"fitted to {options.fit}"
+    runs = ", ".join(map(str, options.fit or ()))
+    source = f"fitted to {runs}" if runs else "estimates for a 7B model on H100s"
     lines.append(f"Costs ({source}): {setting.costs}")
     print(*lines, sep="\n")
+    return lines
+
+
+def _odd(trace: LengthTrace, most: int) -> list[str]:
+    """What has to be known of lengths of which so many candidates a prompt are drawn."""
+    share = Dataset(trace, most).resampled
+    again = (
+        f"{share:.1%} of {most} candidates a prompt were not recorded: they are drawn again from the recorded ones, so "
+        "tails are too short"
+    )
+    return [*trace.notes, *([again] if share else [])]
+
+
+def _said(notes: Iterable[str]) -> list[str]:
+    lines = [f"NOTE: {note}." for note in notes]
+    print(*lines, sep="\n", end="\n" if lines else "")
     return lines
 
 

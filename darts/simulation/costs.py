@@ -2,19 +2,24 @@
 
 Contract: pure. The model (our choice throughout):
 
-    rollout  = decoding + rollout_s + candidate_s x candidates launched / engines
+    rollout  = decoding + rollout_s + candidate_s x candidates launched / engines + contention x hidden log-probs
     log-prob = log_prob_s + log_prob_token_s x trained tokens / training GPUs, less what is hidden under generation
     update   = update_s + update_token_s x trained tokens / training GPUs
     step     = rollout + log-prob + update + sync_s + other_s
 
 1. Tokens are those of responses. What prompts take is in the constants.
 2. Training is taken to scale perfectly with the GPUs that train: time per token is in GPU-seconds.
-3. `bypass` computes no log-probs. Where the overlap is on, `hidden_share` of them is hidden.
-4. `fit` reads one plain run, and nothing is fitted per strategy. Slopes are Theil and Sen's (medians of pairs), so that
-   single slow steps do not count; the first step is left out where there are more than three, since it warms up.
+3. `bypass` computes no log-probs. Where the overlap is on, `hidden_share` of them is hidden (docs/overlap.md measured
+   93 to 99 %). It is not free where actor and engines share GPUs (`colocated`): each hidden second makes generation
+   `contention` seconds longer; 1 is that nothing is won, as on CPUs that both keep busy (our choice: measure it).
+4. `fit` reads plain runs, and nothing is fitted per strategy. Slopes are Theil and Sen's (medians of pairs), so that
+   single slow steps do not turn a line; constants are such that the mean over the steps comes out, since means are what
+   is compared. The first step of a run is left out where it has more than three, since it warms up.
+5. What a rollout takes besides decoding is prefill and requests, so it is counted per candidate (`candidate_share`). A
+   plain run always launches as many, so it cannot tell. With a share of 0 more candidates would be free.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +33,8 @@ from darts.simulation.run_trace import RunStep
 
 MOST_STEPS = 300
 """Of a run, for a fit: the last ones."""
+CANDIDATE_SHARE = 1.0
+"""Of what a rollout takes besides decoding, what grows with the number of candidates."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +62,8 @@ class StepCosts:
     candidate_s: float = 0.0  # engine-seconds
     log_prob_s: float = 0.5
     log_prob_token_s: float = 40e-6  # GPU-seconds
-    hidden_share: float = 0.0
+    hidden_share: float = 0.98
+    contention: float = 1.0  # seconds of generation per hidden second, colocated
     update_s: float = 1.0
     update_token_s: float = 160e-6  # GPU-seconds
     sync_s: float = 2.0
@@ -74,10 +82,12 @@ class StepCosts:
             bypass: the servers' log-probs are taken.
             overlap: log-probs are computed while generation runs.
         """
-        log_prob = self.log_prob_s + self.log_prob_token_s * tokens / cluster.train_gpus
+        log_prob = 0.0 if bypass else self.log_prob_s + self.log_prob_token_s * tokens / cluster.train_gpus
+        hidden = log_prob * self.hidden_share * overlap
+        slower = self.contention * hidden if cluster.placement == "colocated" else 0.0
         return StepTime(
-            rollout=decode_s + self.rollout_s + self.candidate_s * launched / cluster.engines,
-            log_prob=0.0 if bypass else log_prob * (1 - self.hidden_share * overlap),
+            rollout=decode_s + self.rollout_s + self.candidate_s * launched / cluster.engines + slower,
+            log_prob=log_prob - hidden,
             update=self.update_s + self.update_token_s * tokens / cluster.train_gpus,
             sync=self.sync_s,
             other=self.other_s,
@@ -85,21 +95,53 @@ class StepCosts:
 
 
 def fit(
-    path: Path, steps: Sequence[RunStep], curve: LatencyCurve, cluster: Cluster, candidate_share: float = 0.0
+    runs: Mapping[Path, Sequence[RunStep]],
+    curve: LatencyCurve,
+    cluster: Cluster,
+    candidate_share: float = CANDIDATE_SHARE,
 ) -> StepCosts:
-    """The costs of a plain run (`darts.strategy=none`).
+    """The costs of plain runs (`darts.strategy=none`) that differ in their seeds alone.
 
     Args:
-        path: of its JSONL, for messages.
-        steps: what stands there.
-        curve: PTL of its engines.
-        cluster: that it ran on.
-        candidate_share: of what a rollout takes besides decoding, what grows with the number of candidates. A plain run
-            always launches as many, so it cannot tell.
+        runs: their steps, by the path of the JSONL.
+        curve: PTL of their engines.
+        cluster: that they ran on.
+        candidate_share: as `CANDIDATE_SHARE`.
 
     Raises:
-        SimulationError: no step with a rollout and times, or one that is not of a plain run.
+        SimulationError: a run without a step with a rollout and times, or with one that is not of a plain run.
     """
+    timed = [step for path, steps in runs.items() for step in _timed(path, steps)]
+
+    def seconds(name: str) -> NDArray[np.float64]:
+        return np.array([step.metrics.get(f"timing_s/{name}", 0.0) for step in timed])
+
+    lengths = [np.concatenate(list(step.lengths)) for step in timed]
+    tokens = np.array([some.sum() for some in lengths], dtype=np.float64)
+    decode = [
+        makespan([some[engine :: cluster.engines] for engine in range(cluster.engines)], curve, cluster.max_num_seqs)
+        for some in lengths
+    ]
+    overhead = max(float(np.mean(seconds("gen") - decode)), 0.0)
+    phases = ("gen", "old_log_prob", "update_actor", "update_weights", "save_checkpoint")
+    rest = seconds("step") - sum(seconds(name) for name in phases)
+    log_prob_s, log_prob_token_s = line(tokens / cluster.train_gpus, seconds("old_log_prob"))
+    update_s, update_token_s = line(tokens / cluster.train_gpus, seconds("update_actor"))
+    per_candidate = candidate_share * overhead * cluster.engines / np.mean([len(some) for some in lengths])
+    return StepCosts(
+        rollout_s=(1 - candidate_share) * overhead,
+        candidate_s=float(per_candidate),
+        log_prob_s=log_prob_s,
+        log_prob_token_s=log_prob_token_s,
+        update_s=update_s,
+        update_token_s=update_token_s,
+        sync_s=float(np.mean(seconds("update_weights"))),
+        other_s=max(float(np.mean(rest)), 0.0),
+    )
+
+
+def _timed(path: Path, steps: Sequence[RunStep]) -> list[RunStep]:
+    """The steps of a plain run that count."""
     timed = [step for step in steps if step.keys and {"timing_s/gen", "timing_s/step"} <= step.metrics.keys()]
     if not timed:
         raise SimulationError(
@@ -112,42 +154,17 @@ def fit(
                 f"{path}, line {step.line}: has candidates that were dropped, aborted or lost, so it is no plain run; "
                 "give the darts.jsonl of a run with darts.strategy=none."
             )
-    timed = (timed[1:] if len(timed) > 3 else timed)[-MOST_STEPS:]
-
-    def seconds(name: str) -> NDArray[np.float64]:
-        return np.array([step.metrics.get(f"timing_s/{name}", 0.0) for step in timed])
-
-    lengths = [np.concatenate(list(step.lengths)) for step in timed]
-    tokens = np.array([some.sum() for some in lengths], dtype=np.float64)
-    decode = [
-        makespan([some[engine :: cluster.engines] for engine in range(cluster.engines)], curve, cluster.max_num_seqs)
-        for some in lengths
-    ]
-    overhead = max(float(np.median(seconds("gen") - decode)), 0.0)
-    phases = ("gen", "old_log_prob", "update_actor", "update_weights", "save_checkpoint")
-    rest = seconds("step") - sum(seconds(name) for name in phases)
-    log_prob_s, log_prob_token_s = line(tokens / cluster.train_gpus, seconds("old_log_prob"))
-    update_s, update_token_s = line(tokens / cluster.train_gpus, seconds("update_actor"))
-    per_candidate = candidate_share * overhead * cluster.engines / np.median([len(some) for some in lengths])
-    return StepCosts(
-        rollout_s=(1 - candidate_share) * overhead,
-        candidate_s=float(per_candidate),
-        log_prob_s=log_prob_s,
-        log_prob_token_s=log_prob_token_s,
-        update_s=update_s,
-        update_token_s=update_token_s,
-        sync_s=float(np.median(seconds("update_weights"))),
-        other_s=max(float(np.median(rest)), 0.0),
-    )
+    return (timed[1:] if len(timed) > 3 else timed)[-MOST_STEPS:]
 
 
 def line(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float, float]:
-    """Constant and slope of y over x by Theil and Sen; through the origin, or flat, where one would be negative."""
+    """Slope of y over x by Theil and Sen, and the constant with which the mean comes out; through the origin, or flat,
+    where one would be negative."""
     first, second = np.triu_indices(len(x), 1)
     differ = x[first] != x[second]
     slopes = (y[second] - y[first])[differ] / (x[second] - x[first])[differ]
     slope = float(np.median(slopes)) if len(slopes) else 0.0
-    constant = float(np.median(y - slope * x))
+    constant = float(np.mean(y - slope * x))
     if slope < 0:
-        return float(np.median(y)), 0.0
-    return (0.0, float(np.median(y / x))) if constant < 0 else (constant, slope)
+        return float(np.mean(y)), 0.0
+    return (0.0, float(np.mean(y) / np.mean(x))) if constant < 0 else (constant, slope)

@@ -15,7 +15,7 @@ from darts.config import STRATEGIES
 from darts.latency import LatencyCurve
 from darts.simulation import SimulationError
 from darts.simulation.cluster import Cluster
-from darts.simulation.costs import StepCosts, fit
+from darts.simulation.costs import CANDIDATE_SHARE, StepCosts, fit
 from darts.simulation.curves import BUILTIN, load_curve
 from darts.simulation.replay import Arm, Setting
 from darts.simulation.run_trace import read_run, read_trace
@@ -64,7 +64,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     check = commands.add_parser("validate", parents=[common], help="simulated against measured seconds")
     check.add_argument("--bench", type=Path, required=True, metavar="FILE", help="JSON of the benchmark of strategies")
     check.add_argument(
-        "--traces", type=Path, metavar="DIR", help="lengths of the arms' own runs, ARM.jsonl (default: TRACE for all)"
+        "--traces",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="lengths of the arms' own runs, ARM.jsonl, a folder for each seed (default: TRACE for all)",
     )
     check.add_argument("--json", type=Path, metavar="FILE", help="the figures")
     given = sys.argv[1:] if arguments is None else list(arguments)
@@ -92,14 +97,20 @@ def _common() -> argparse.ArgumentParser:
     add("--last", type=int, metavar="STEP", help="leave out the trace's steps after")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="of the block darts:, may be repeated")
     add("--abort-s", type=_seconds, default=0.0, metavar="S", help="until an abort arrives (default: 0)")
-    add("--fit", type=Path, metavar="FILE", help="darts.jsonl of a plain run: costs of a step besides decoding")
-    add("--fit-gpus", type=_positive, metavar="N", help="GPUs of that run (default: the first of --gpus)")
+    add(
+        "--fit",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="darts.jsonl of a plain run, or of several seeds: costs of a step besides decoding",
+    )
+    add("--fit-gpus", type=_positive, metavar="N", help="GPUs of these runs (default: the first of --gpus)")
     add(
         "--candidate-share",
         type=_seconds,
-        default=0.0,
+        default=CANDIDATE_SHARE,
         metavar="SHARE",
-        help="of what that run's rollouts take besides decoding, what grows with the candidates (default: 0)",
+        help="of what their rollouts take besides decoding, what grows with the candidates (default: %(default)s)",
     )
     names = ", ".join(StepCosts.__dataclass_fields__)
     add("--cost", action="append", default=[], metavar="NAME=VALUE", help=f"one of {names}; may be repeated")
@@ -177,7 +188,8 @@ def _costs(options: argparse.Namespace, curve: LatencyCurve) -> StepCosts:
     costs = StepCosts()
     if options.fit is not None:
         ran_on = _cluster(options, options.fit_gpus or options.gpus[0])
-        costs = fit(options.fit, read_run(options.fit)[0], curve, ran_on, options.candidate_share)
+        runs = {path: read_run(path)[0] for path in options.fit}
+        costs = fit(runs, curve, ran_on, options.candidate_share)
     values = {name: getattr(costs, name) for name in StepCosts.__dataclass_fields__}
     for text in options.cost:
         name, _, value = text.partition("=")

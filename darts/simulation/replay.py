@@ -107,6 +107,11 @@ def width(arm: Arm, setting: Setting) -> int:
     return max(most, setting.group_size)
 
 
+def bypasses(arm: Arm, strategy: Strategy) -> bool:
+    """Whether the servers' log-probs are taken for the old ones."""
+    return arm.bypass or bool(strategy.overrides.get(BYPASS_MODE, False))
+
+
 class _Replay:
     """The state of `replay`."""
 
@@ -115,7 +120,7 @@ class _Replay:
         cluster = setting.cluster
         self.darts = arm.config(setting.group_size, cluster.placement)
         self.strategy: Strategy = make_strategy(self.darts, setting.num_prompts)
-        self.bypass = arm.bypass or bool(self.strategy.overrides.get(BYPASS_MODE, False))
+        self.bypass = bypasses(arm, self.strategy)
         self.planner = RolloutPlanner(
             ema_weight=self.darts.allocation.ema_weight,
             response_length=setting.response_length,

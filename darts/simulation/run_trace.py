@@ -3,15 +3,20 @@
 Contract.
 1. A step that is written again (a resume) replaces the one before, and all that came after that one; a last line that
    was cut off is left out with a note. So reads `darts.report`.
-2. Lengths of aborted candidates are parts: censored. Each is completed by a draw (our choice): from the whole lengths
+2. A prompt counts once for each time that it comes from the data, at its place there, with its first launch. Strategies
+   with a queue launch long prompts again until they are trained on: as prompts of their own these would make the data
+   longer than they are. The first launch is what a replay draws at first; those that were trained on in the end are a
+   choice of it. Later launches tell how long the same prompt can become.
+3. Lengths of aborted candidates are parts: censored. Each is completed by a draw (our choice): from the whole lengths
    of the same prompt, at any step, that are longer; without any, its prompt's estimated mean length times a ratio of
    length to mean that is drawn from the groups nobody stopped, among those that make it longer; without any, what it
    had. Lost candidates are dropped. The notes say how many of each.
-3. What cannot be is one `SimulationError` with file, line, rule and fix.
+4. What cannot be is one `SimulationError` with file, line, rule and fix.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,45 +108,71 @@ def lengths_of_run(path: Path, steps: Sequence[RunStep], notes: Sequence[str] = 
     rng = np.random.default_rng(seed)
     whole: dict[str, list[int]] = {}
     ratios: list[float] = []
-    counts = dict.fromkeys(FATES, 0)
     for step in steps:
         for key, lengths, fates in zip(step.keys, step.lengths, step.fates, strict=True):
             ended = ~_has(fates, "ax")
             whole.setdefault(key, []).extend(lengths[ended].tolist())
             if ended.all():
                 ratios += (lengths / lengths.mean()).tolist()
-            for letter in fates:
-                counts[letter] += 1
     longer, drawn = np.sort(ratios), 0
+    counts = dict.fromkeys(FATES, 0)
     prompts = []
-    for step in steps:
-        for key, lengths, fates, reward in zip(step.keys, step.lengths, step.fates, step.rewards, strict=True):
-            censored, usable = _has(fates, "a"), ~_has(fates, "x")
-            completed = lengths.copy()
-            if censored.any():
-                mean = censored_moments(lengths[usable], censored[usable])[0]
-                own = np.sort(whole[key])
-                for index in np.flatnonzero(censored):
-                    completed[index], known = _completed(int(lengths[index]), own, longer, mean, rng)
-                    drawn += known
-            usable &= completed > 0  # one that never began, and of whose prompt nothing is known
-            if usable.any():
-                cut = _has(fates, "ft")
-                prompts.append(
-                    PromptLengths(
-                        step=step.number,
-                        key=key,
-                        lengths=completed[usable],
-                        truncated=cut[usable],
-                        reward=reward[usable],
-                    )
+    for step, place in _first_launches(steps):
+        key, lengths, fates, reward = (some[place] for some in (step.keys, step.lengths, step.fates, step.rewards))
+        for letter in fates:
+            counts[letter] += 1
+        censored, usable = _has(fates, "a"), ~_has(fates, "x")
+        completed = lengths.copy()
+        if censored.any():
+            mean = censored_moments(lengths[usable], censored[usable])[0]
+            own = np.sort(whole[key])
+            for index in np.flatnonzero(censored):
+                completed[index], known = _completed(int(lengths[index]), own, longer, mean, rng)
+                drawn += known
+        usable &= completed > 0  # one that never began, and of whose prompt nothing is known
+        if usable.any():
+            cut = _has(fates, "ft")
+            prompts.append(
+                PromptLengths(
+                    step=step.number,
+                    key=key,
+                    lengths=completed[usable],
+                    truncated=cut[usable],
+                    reward=reward[usable],
                 )
+            )
     if not prompts:
         raise SimulationError(
             f"{path}, line {steps[0].line}: no step has a rollout with a whole response; give a run that generated "
             "through DARTS's trainer (darts.strategy=none for plain verl), or a CSV file."
         )
-    return LengthTrace(name=path.name, prompts=prompts, notes=(*notes, *_told(counts, drawn)))
+    again = sum(len(step.keys) for step in steps) - sum(1 for _ in _first_launches(steps))
+    trained = [sum(map(_trained, step.fates)) for step in steps if step.keys]
+    return LengthTrace(
+        name=path.name,
+        prompts=prompts,
+        notes=(*notes, *_told(counts, drawn, again)),
+        batch=int(np.median(trained)) or None,
+    )
+
+
+def _first_launches(steps: Sequence[RunStep]) -> Iterator[tuple[RunStep, int]]:
+    """The step and position of each launch of a prompt that was not waiting to be launched again."""
+    waiting: Counter[str] = Counter()  # the data may have a prompt twice
+    for step in steps:
+        untrained = []
+        for place, (key, fates) in enumerate(zip(step.keys, step.fates, strict=True)):
+            if waiting[key]:
+                waiting[key] -= 1
+            else:
+                yield step, place
+            if not _trained(fates):
+                untrained.append(key)
+        waiting.update(untrained)
+
+
+def _trained(fates: str) -> bool:
+    return bool(_has(fates, "kf").any())
 
 
 def _completed(
@@ -157,9 +188,11 @@ def _completed(
     return part, False
 
 
-def _told(counts: Mapping[str, int], drawn: int) -> list[str]:
+def _told(counts: Mapping[str, int], drawn: int, again: int) -> list[str]:
     total, aborted, lost = sum(counts.values()), counts["a"], counts["x"]
     notes = []
+    if again:
+        notes.append(f"{again} launches of prompts that had waited are left out: a prompt counts with its first launch")
     if aborted:
         notes.append(
             f"CENSORED: {aborted} of {total} candidates ({aborted / total:.1%}) were aborted, so nobody knows how long "

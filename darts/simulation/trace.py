@@ -10,7 +10,7 @@ import gzip
 import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn, TextIO
 
@@ -40,11 +40,12 @@ class PromptLengths:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LengthTrace:
-    """Prompts in the order in which they were trained on, and what a user has to know about them."""
+    """Prompts in the order in which they came from the data, and what a user has to know about them."""
 
     name: str
     prompts: Sequence[PromptLengths]  # steps increase
     notes: Sequence[str] = field(default_factory=tuple)
+    batch: int | None = None  # prompts that a step trained on, where known
 
     @property
     def steps(self) -> list[int]:
@@ -59,7 +60,9 @@ class LengthTrace:
 
     @property
     def prompts_per_step(self) -> int:
-        """The median over the steps."""
+        """That a step trained on; where that is not known, the median of the prompts of a step."""
+        if self.batch is not None:
+            return self.batch
         counts = np.unique([prompt.step for prompt in self.prompts], return_counts=True)[1]
         return int(np.median(counts))
 
@@ -76,7 +79,7 @@ class LengthTrace:
             raise SimulationError(
                 f"{self.name}: has steps {steps[0]} to {steps[-1]}, none of {first} to {last}; name some that it has."
             )
-        return LengthTrace(name=self.name, prompts=some, notes=self.notes)
+        return replace(self, prompts=some)
 
 
 def read_csv(path: Path) -> LengthTrace:

@@ -7,12 +7,14 @@ import time
 from pathlib import Path
 
 import pytest
+from bench_records import step
 from omegaconf import OmegaConf
 
 from darts.bench import command
 from darts.bench.arms import PRESETS
 from darts.bench.command import main, options_of
 from darts.bench.plan import PLAN, BenchPlan
+from darts.bench.records import Records
 from darts.config import ConfigError, DartsConfig
 
 
@@ -100,7 +102,7 @@ def test_every_preset_composes_with_the_benchs_configuration(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("script", "says"), [("import time; time.sleep(600)", "no step has ended"), ("1/0", "exit code 1")]
+    ("script", "says"), [("import time; time.sleep(600)", "has said nothing"), ("1/0", "exit code 1")]
 )
 def test_a_run_that_fails_or_says_nothing_ends_the_command_and_itself(tmp_path, monkeypatch, capsys, script, says):
     started = []
@@ -111,7 +113,7 @@ def test_a_run_that_fails_or_says_nothing_ends_the_command_and_itself(tmp_path, 
         )
         return started[-1]
 
-    monkeypatch.setattr(command, "_refuse_what_cannot_be", lambda options: None)
+    monkeypatch.setattr(command, "_composed", lambda options: {"darts": {}})
     monkeypatch.setattr(command, "subprocess", type("Own", (), dict(vars(subprocess)) | {"Popen": staticmethod(popen)}))
     began = time.monotonic()
     assert main(["--out", str(tmp_path), "--silence", "0.05"]) == 1
@@ -125,7 +127,7 @@ def test_a_run_that_fails_or_says_nothing_ends_the_command_and_itself(tmp_path, 
 
 def test_a_folder_in_which_a_bench_runs_is_refused(tmp_path, monkeypatch, capsys):
     """The lock lives as long as the run that has inherited it, even where the command itself was killed."""
-    monkeypatch.setattr(command, "_refuse_what_cannot_be", lambda options: None)
+    monkeypatch.setattr(command, "_composed", lambda options: {"darts": {}})
     with open(tmp_path / "running", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         lock.write("123\n")
@@ -140,3 +142,60 @@ def test_a_folder_in_which_a_bench_runs_is_refused(tmp_path, monkeypatch, capsys
     own = {"Popen": staticmethod(lambda _, **settings: failing(arguments, **settings))}
     monkeypatch.setattr(command, "subprocess", type("Own", (), dict(vars(subprocess)) | own))
     assert main(["--out", str(tmp_path)]) == 1, "it is free once that has ended"
+
+
+def composed_with(monkeypatch, **leaves) -> None:
+    monkeypatch.setattr(command, "_composed", lambda options: {"actor": {"lr": 0.1, "layers": [1, 2]} | leaves})
+
+
+def test_a_folder_of_another_configuration_is_refused(tmp_path, monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr(command, "run", lambda options, lock: ran.append(options))
+    monkeypatch.setattr(command, "report", lambda options: "")
+    for leaves in ({}, {}, {"lr": 0.2}, {"new": 1}):
+        composed_with(monkeypatch, **leaves)
+        main(["--out", str(tmp_path)])
+    assert len(ran) == 2, "the same configuration goes on"
+    said = capsys.readouterr().err
+    assert "has a bench with actor.lr=0.1, where it is 0.2 now" in said
+    assert "has a bench with actor.new=None, where it is 1 now" in said
+
+
+def test_measurements_without_their_states_are_not_touched(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "run", lambda options, lock: pytest.fail("would have removed all records"))
+    composed_with(monkeypatch)
+    Records(tmp_path / "records.jsonl").append(step("none", 0, 1))
+    assert main(["--out", str(tmp_path)]) == 2
+    assert "no longer the states/" in capsys.readouterr().err
+    assert len(Records(tmp_path / "records.jsonl").read()) == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("critic.enable=true", "would share the critic"),
+        ("algorithm.use_kl_in_reward=true algorithm.kl_ctrl.type=adaptive", "would share the controller"),
+    ],
+)
+def test_what_arms_would_share_is_refused(tmp_path, capsys, override, says):
+    overrides = [word for one in override.split() for word in ("--override", one)]
+    assert main(["--quick", "--out", str(tmp_path), *overrides]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_run_that_says_something_is_not_ended(tmp_path, monkeypatch):
+    """Its first step may take longer than `--silence`; its log tells that it lives."""
+    script = "import time\nfor _ in range(4): print('.', flush=True); time.sleep(1)"
+    popen = subprocess.Popen
+    own = {"Popen": staticmethod(lambda _, **settings: popen([sys.executable, "-c", script], **settings))}
+    monkeypatch.setattr(command, "subprocess", type("Own", (), dict(vars(subprocess)) | own))
+    monkeypatch.setattr(command, "report", lambda options: "")
+    composed_with(monkeypatch)
+    assert main(["--out", str(tmp_path), "--silence", "0.04"]) == 0
+
+
+def test_a_gpu_gets_its_platform(monkeypatch):
+    monkeypatch.setenv("VERL_PLATFORM", "cpu")
+    assert options_of(["--testbed", "depth"]).plan.overrides == ["testbed=depth"]
+    monkeypatch.setenv("VERL_PLATFORM", "nvidia")
+    assert options_of(["--testbed", "depth"]).plan.overrides == ["platform=gpu", "testbed=depth"]

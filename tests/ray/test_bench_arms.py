@@ -14,7 +14,7 @@ from verl.experimental.separation.ray_trainer import SeparateRayPPOTrainer
 
 from darts.bench.arms import Arm
 from darts.bench.plan import BenchPlan
-from darts.bench.records import Records
+from darts.bench.records import TIMES, Records
 from darts.bench.states import ArmStates
 from darts.bench.trainer import ArmsTrainer
 from darts.config import DartsConfig
@@ -57,7 +57,8 @@ def bench(cluster, monkeypatch):
 
     def fit_step(trainer, batch_dict) -> None:
         load_script(cluster[1], trainer._rounds.launched, trainer.global_steps, token_ms=40, length=length_of)
-        trainer.metrics, trainer.timing_raw = {"timing_s/step": 1.0}, {}
+        assert trainer.served == trainer.actor_rollout_wg.updates, "the servers have this arm's weights"
+        trainer.metrics, trainer.timing_raw = dict.fromkeys(TIMES.values(), 1.0), {}
         batch = trainer._fit_generate(trainer._fit_get_batch(batch_dict))
         take_records(cluster[1])
         trainer.actor_rollout_wg.updates.append(trainer.strategy.darts.strategy)
@@ -86,6 +87,9 @@ def bench(cluster, monkeypatch):
         trainer.use_strategy(make_strategy(trainer.darts, PROMPTS))
         trainer._bypass = False
         trainer.actor_rollout_wg, trainer._initial, trainer.trained = CountingActor(), None, []
+        trainer.checkpoint_manager.update_weights = lambda step: setattr(
+            trainer, "served", list(trainer.actor_rollout_wg.updates)
+        )
         trainer._prepare_overlap()
         trainer._states = ArmStates(folder / "states", [arm.name for arm in arms], trainer.actor_rollout_wg)
         trainer._records = Records(folder / "records.jsonl")

@@ -10,7 +10,7 @@ from bench_records import step, validation
 from hypothesis import given
 from hypothesis import strategies as st
 
-from darts.bench.records import RecordError, Records, StepRecord, record_of, records_of, step_record, table_of
+from darts.bench.records import TIMES, RecordError, Records, StepRecord, record_of, records_of, step_record, table_of
 from darts.bench.slots import in_turns, slot_steps
 from darts.metrics import finished_pool
 
@@ -96,11 +96,19 @@ def test_record_of_a_step():
 def test_what_is_not_measured():
     """No rewards; a phase that did not run took no time; without an order prompts start as they stand."""
     pool = made_pool([10, 20, 40, 8], [1] * 4)
-    record = step_record(
-        arm="bypass", seed=0, step=1, place=0, metrics={"timing_s/step": 1.0}, pool=pool, num_engines=2
-    )
+    metrics = {key: 1.0 for name, key in TIMES.items() if name != "old_log_prob_s"}
+    record = step_record(arm="bypass", seed=0, step=1, place=0, metrics=metrics, pool=pool, num_engines=2)
     assert (record.reward_kept, record.reward_pool, record.old_log_prob_s, record.queue) == (None, None, 0.0, 0)
     assert (record.slots, record.slot_steps) == (4, 160)
+    assert record.served_difference is None
+
+
+@pytest.mark.parametrize("missing", ["timing_s/step", "timing_s/gen", "timing_s/update_weights"])
+def test_a_time_that_verl_no_longer_gives_is_an_error(missing):
+    """And not a phase that took no time."""
+    metrics = {key: 1.0 for key in TIMES.values() if key != missing}
+    with pytest.raises(KeyError, match=missing):
+        step_record(arm="none", seed=0, step=1, place=0, metrics=metrics, pool=made_pool([10], [1]))
 
 
 # --- the file --------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from bench_records import bench, validation
+from bench_records import bench, step, validation
 
 from darts.bench import figures, report
 from darts.bench.arms import PRESETS
@@ -137,6 +137,20 @@ def test_what_is_not_a_document_is_refused(tmp_path, text, said):
         report.load(tmp_path / "bench.json")
     with pytest.raises(report.DocumentError, match="cannot be read"):
         report.load(tmp_path / "none.json")
+
+
+def test_the_notes_tell_of_queues_and_of_the_served_weights():
+    records = [
+        step("none", 0, 1, served_difference=1e-7),
+        step("none", 0, 2, served_difference=3e-7),
+        step("tail", 0, 1, queue=2),
+        step("tail", 0, 2, queue=0),
+    ]
+    said = "\n".join(report.notes(Results(records)))
+    assert "differ by 3.0e-07 at most" in said
+    assert "tail: what is queued" in said
+    assert "queued" not in "\n".join(report.notes(Results(records[:2])))
+    assert report.work_table(Results(records)).splitlines()[-1].endswith("| 1.0 | 0 |")
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------

@@ -103,8 +103,8 @@ def coverage(seeds, between, within, steps=30, correlation=0.0, benches=150):
         for seed in range(seeds):
             base, factor = rng.uniform(1, 3, steps), 1.5 * np.exp(between * rng.standard_normal())
             noise = rng.standard_normal(steps)
-            for step in range(1, steps):
-                noise[step] = correlation * noise[step - 1] + math.sqrt(1 - correlation**2) * noise[step]
+            for at in range(1, steps):
+                noise[at] = correlation * noise[at - 1] + math.sqrt(1 - correlation**2) * noise[at]
             rows[seed] = list(zip(base * factor * np.exp(within * noise), base, strict=True))
         found = compared(rows).overall
         hits += found.low <= 1.5 <= found.high

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from darts.config import STRATEGIES, ConfigError, DartsConfig
-from darts.strategy import Darts, Plain, Round, Sorted, Strategy, TailBatching, make_strategy, strategy_class
+from darts.strategy import Darts, Plain, Round, Sorted, Strategy, TailBatching, make_strategy, strategy_class, times
 
 M, PROMPTS = 8, 16
 DARTS = DartsConfig.from_block({"selection": {"num_long": 2}}, group_size=M)
@@ -63,6 +63,15 @@ def test_a_short_round_of_tail_batching_launches_a_quarter_more_of_both_and_a_lo
     strategy.ended(long.queued, range(PROMPTS))
     assert strategy.queue == ()
     assert strategy.next_round() == short
+
+
+def test_factors_round_up_what_is_no_whole_number_and_nothing_else():
+    """1.1 x 100 is 110.00000000000001 in floats."""
+    block = {"tail_batching": {"prompts": 1.1, "candidates": 1.1}}
+    strategy = make_strategy(DartsConfig.from_block(block | {"strategy": "tail_batching"}, 10), 100)
+    assert strategy.next_round().new == 110
+    assert strategy.rules.allocation.mean_candidates == 11
+    assert times(8, 1.26) == 11
 
 
 def test_tail_batching_without_more_prompts_waits_for_all():

@@ -121,7 +121,8 @@ ABLATION = (
 )  # fmt: skip
 COMPONENTS = (
     DARTS,
-    _arm("uniform", "darts", "without adaptive allocation", allocation__mode="uniform"),
+    _arm("uniform", "darts", "without adaptive allocation, so that no group is saturated and stopped early",
+         allocation__mode="uniform"),
     _arm("dual-end only", "darts", "without tail pruning: saturated groups keep their longest too",
          selection__mode="dual_end"),
     _arm("no early stop", "darts", "shortest-only groups run to their end", early_stop="off"),

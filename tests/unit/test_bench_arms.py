@@ -44,7 +44,7 @@ def test_presets():
     assert {arm.name for arms in PRESETS.values() for arm in arms} == set(ALL)
 
 
-def test_the_ablation_adds_one_thing_at_a_time():
+def test_the_ablation_adds_what_the_paper_adds():
     none, streaming, dual_end, adaptive = (config(arm.name) for arm in PRESETS["ablation"])
     assert none.strategy == "none"
     assert {made.overlap.mode for made in (streaming, dual_end, adaptive)} == {"token"}

@@ -44,7 +44,7 @@ def assumptions(arms: Sequence[Arm], setting: Setting) -> list[str]:
             f"{_names(unbalanced)}"
         )
     if overlapped:
-        shared = f", which makes generation {costs.contention:g} times as much longer (contention)"
+        shared = f", and make generation {costs.contention:g} s longer for each hidden second (contention)"
         lines.append(
             f"log-probs during generation hide {costs.hidden_share:.0%} of that phase (hidden_share)"
             f"{shared if cluster.placement == 'colocated' else ', and generation is none the slower'}: "

@@ -3,10 +3,9 @@
 Contract.
 1. A step that is written again (a resume) replaces the one before, and all that came after that one; a last line that
    was cut off is left out with a note. So reads `darts.report`.
-2. A prompt counts once for each time that it comes from the data, at its place there, with its first launch. Strategies
-   with a queue launch long prompts again until they are trained on: as prompts of their own these would make the data
-   longer than they are. The first launch is what a replay draws at first; those that were trained on in the end are a
-   choice of it. Later launches tell how long the same prompt can become.
+2. A prompt counts once for each time that it comes from the data, at its place there. Strategies with a queue launch
+   long ones again until they are trained on: as prompts of their own these would make the data longer than they are.
+   Candidates of later launches stand behind those of the first, so that a replay has others when it launches again.
 3. Lengths of aborted candidates are parts: censored. Each is completed by a draw (our choice): from the whole lengths
    of the same prompt, at any step, that are longer; without any, its prompt's estimated mean length times a ratio of
    length to mean that is drawn from the groups nobody stopped, among those that make it longer; without any, what it
@@ -15,8 +14,8 @@ Contract.
 """
 
 import json
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,8 +116,11 @@ def lengths_of_run(path: Path, steps: Sequence[RunStep], notes: Sequence[str] = 
     longer, drawn = np.sort(ratios), 0
     counts = dict.fromkeys(FATES, 0)
     prompts = []
-    for step, place in _first_launches(steps):
-        key, lengths, fates, reward = (some[place] for some in (step.keys, step.lengths, step.fates, step.rewards))
+    for launches in _launches(steps):
+        first, place = launches[0]
+        key, fates = first.keys[place], "".join(step.fates[place] for step, place in launches)
+        lengths = np.concatenate([step.lengths[place] for step, place in launches])
+        reward = np.concatenate([step.rewards[place] for step, place in launches])
         for letter in fates:
             counts[letter] += 1
         censored, usable = _has(fates, "a"), ~_has(fates, "x")
@@ -134,7 +136,7 @@ def lengths_of_run(path: Path, steps: Sequence[RunStep], notes: Sequence[str] = 
             cut = _has(fates, "ft")
             prompts.append(
                 PromptLengths(
-                    step=step.number,
+                    step=first.number,
                     key=key,
                     lengths=completed[usable],
                     truncated=cut[usable],
@@ -146,29 +148,33 @@ def lengths_of_run(path: Path, steps: Sequence[RunStep], notes: Sequence[str] = 
             f"{path}, line {steps[0].line}: no step has a rollout with a whole response; give a run that generated "
             "through DARTS's trainer (darts.strategy=none for plain verl), or a CSV file."
         )
-    again = sum(len(step.keys) for step in steps) - sum(1 for _ in _first_launches(steps))
     trained = [sum(map(_trained, step.fates)) for step in steps if step.keys]
     return LengthTrace(
         name=path.name,
         prompts=prompts,
-        notes=(*notes, *_told(counts, drawn, again)),
+        notes=(*notes, *_told(counts, drawn)),
         batch=int(np.median(trained)) or None,
     )
 
 
-def _first_launches(steps: Sequence[RunStep]) -> Iterator[tuple[RunStep, int]]:
-    """The step and position of each launch of a prompt that was not waiting to be launched again."""
-    waiting: Counter[str] = Counter()  # the data may have a prompt twice
+def _launches(steps: Sequence[RunStep]) -> list[list[tuple[RunStep, int]]]:
+    """Of each prompt, as often as it came from the data, its launches until it was trained on: step and place there."""
+    prompts: list[list[tuple[RunStep, int]]] = []
+    waiting: defaultdict[str, deque[list[tuple[RunStep, int]]]] = defaultdict(deque)  # the data may have a key twice
     for step in steps:
         untrained = []
         for place, (key, fates) in enumerate(zip(step.keys, step.fates, strict=True)):
             if waiting[key]:
-                waiting[key] -= 1
+                launches = waiting[key].popleft()
             else:
-                yield step, place
+                launches = []
+                prompts.append(launches)
+            launches.append((step, place))
             if not _trained(fates):
-                untrained.append(key)
-        waiting.update(untrained)
+                untrained.append((key, launches))
+        for key, launches in untrained:
+            waiting[key].append(launches)
+    return prompts
 
 
 def _trained(fates: str) -> bool:
@@ -188,11 +194,9 @@ def _completed(
     return part, False
 
 
-def _told(counts: Mapping[str, int], drawn: int, again: int) -> list[str]:
+def _told(counts: Mapping[str, int], drawn: int) -> list[str]:
     total, aborted, lost = sum(counts.values()), counts["a"], counts["x"]
     notes = []
-    if again:
-        notes.append(f"{again} launches of prompts that had waited are left out: a prompt counts with its first launch")
     if aborted:
         notes.append(
             f"CENSORED: {aborted} of {total} candidates ({aborted / total:.1%}) were aborted, so nobody knows how long "

@@ -115,8 +115,62 @@ def test_validate_compares_with_what_was_measured(trace, tmp_path, capsys):
     assert main(["validate", str(trace), "--bench", str(bench), "--gpus", "4", "--steps", "3"]) == 0
     printed = capsys.readouterr().out
     assert "| fewer | 3 | 4.010 |" in printed
+    assert "NOTE: log-probs during" not in printed
     assert "median error" in printed
     assert "Kendall's tau" in printed
+
+
+def run_file(path, lengths, fates, gen):
+    """The JSONL of a run with one rollout."""
+    metrics = {"timing_s/gen": gen, "timing_s/step": gen + 1, "timing_s/old_log_prob": 1.0}
+    rollout = {"key": [str(n) for n in range(len(lengths))], "length": lengths, "fate": fates}
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"version": 1, "step": 1, "metrics": metrics, "rollout": rollout}) + "\n")
+
+
+def test_validate_compares_means_over_rounds_of_every_kind_and_over_seeds(tmp_path, capsys):
+    """A tail-batching arm: four short rounds and a long one. Its median is that of the short ones."""
+    bench, told = tmp_path / "bench.json", tmp_path / "validate.json"
+    seconds = {"none": [4.0] * 5, "tail": [2.0, 2.0, 2.0, 2.0, 7.0]}
+    records = [{"arm": arm, "step_s": s, "rollout_s": s - 1} for arm, some in seconds.items() for s in some]
+    bench.write_text(json.dumps({"records": records, "arms": {"tail": {"strategy": "tail_batching"}}}))
+    for seed, tokens in ((0, 100), (1, 300)):
+        run_file(tmp_path / f"seed{seed}" / "none.jsonl", [[tokens] * 2] * 4, ["kk"] * 4, gen=20.0 + seed)
+    seeds = [str(tmp_path / f"seed{seed}") for seed in (0, 1)]
+    plain = [f"{seed}/none.jsonl" for seed in seeds]
+    command = ["validate", plain[0], "--bench", str(bench), "--gpus", "1", "--group-size", "2", "--steps", "5"]
+    command += ["--curve", "flat", "--json", str(told), "--fit", *plain, "--traces", *seeds]
+    assert main(command) == 0
+    none, tail = json.loads(told.read_text())["rows"]
+    assert (none["measured_s"], tail["measured_s"]) == (4.0, 3.0)
+    assert none["simulated_s"] == pytest.approx(21.5), "of both seeds' runs, as they took"
+    assert f"fitted to {', '.join(plain)}" in capsys.readouterr().out
+
+
+def test_what_favours_an_arm_is_said_where_that_arm_is_compared(trace, tmp_path, capsys):
+    def notes(*words):
+        told = tmp_path / "replay.json"
+        assert main(["replay", str(trace), "--steps", "2", "--gpus", "2", "--json", str(told), *words]) == 0
+        printed, about = capsys.readouterr().out, json.loads(told.read_text())["about"]
+        assert all(line in printed for line in about)
+        return "\n".join(line for line in about if line.startswith("NOTE") and "recorded" not in line)
+
+    def arms(*names):
+        return [part for name in names for part in ("--strategy", name)]
+
+    assert notes(*arms("none", "bypass", "darts:allocation.mode=off")) == ""
+    assert notes(*arms("shortest_k", "none")).endswith("which favours shortest_k.")
+    dual_end = "darts:selection.mode=dual_end"
+    several = notes(*arms("none", dual_end, "tail_batching", "sorted"))
+    assert f"requests of more candidates take no time, which favours {dual_end}, tail_batching, sorted." in several
+    assert "abort_s=0, so aborts arrive at once, which favours tail_batching, sorted." in several
+    assert "not balanced over ranks, which favours sorted." in several
+    assert notes(*arms("tail_batching"), "--abort-s", "0.1", "--cost", "candidate_s=0.01") == ""
+    assert notes(*arms("darts:selection.long_wait=deadline"), "--cost", "candidate_s=1").startswith("NOTE: abort_s=0")
+    hides = "log-probs during generation hide 98% of that phase (hidden_share), and make generation 1 s longer for each"
+    overlap = arms("darts:overlap.mode=sequence,allocation.mode=off", "bypass", "none")
+    assert hides in notes(*overlap)
+    assert "and generation is none the slower: darts:overlap" in notes(*overlap, "--placement", "disaggregated")
 
 
 def test_a_benchmark_as_columns(tmp_path):

@@ -25,9 +25,8 @@ SETTING = Setting(
     curve=LatencyCurve([1, 16, 64, 256], [0.010, 0.011, 0.014, 0.03]),
     cluster=Cluster(gpus=2, max_num_seqs=64),
 )
-TOLERANCE = 0.04
-"""Fresh draws of the same prompts alone move the mean step by 1 to 2 %; what aborts cut off is drawn again, too short
-or too long by a little."""
+TOLERANCE = 0.05
+"""Fresh draws of all candidates alone move the mean step by up to 4 %; and what aborts cut off is drawn again."""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +49,7 @@ def seconds_a_step(arm, dataset):
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_run_replayed_on_its_own_trace_takes_as_long(name, data, tmp_path, monkeypatch):
-    """Once 5 % longer with `tail_batching`, and 17 % with `sorted`: what waited counted with each of its launches."""
+    """Once 8 % longer with `tail_batching` and `sorted`: what waited counted as another prompt at each launch."""
     lines = []
 
     class Recorded(Dataset):

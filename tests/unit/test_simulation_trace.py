@@ -125,6 +125,32 @@ def test_a_run(tmp_path):
     assert whole.prompts[0].reward.tolist() == pytest.approx([1.0, np.nan], nan_ok=True)
 
 
+def test_a_prompt_that_is_launched_again_until_it_is_trained_on_counts_once(tmp_path):
+    def launched(step, keys, lengths, fates):
+        rollout = {"key": keys, "length": lengths, "fate": fates}
+        return json.dumps({"version": 1, "step": step, "metrics": {}, "rollout": rollout}) + "\n"
+
+    trace = read_trace(
+        run_of(
+            tmp_path,
+            launched(1, ["a", "b", "c", "b"], [[1, 2], [9, 8], [3, 4], [70, 7]], ["kk", "dd", "kk", "da"]),
+            launched(2, ["b", "b", "d"], [[5, 6], [80, 90], [1, 1]], ["kk", "dd", "kk"]),
+            launched(3, ["b", "a"], [[60, 75], [2, 2]], ["kk", "kk"]),  # a again, in the next epoch
+        )
+    )
+    assert [(prompt.step, prompt.key, len(prompt.lengths)) for prompt in trace.prompts] == [
+        (1, "a", 2),
+        (1, "b", 4),
+        (1, "c", 2),
+        (1, "b", 6),  # the data have it twice
+        (2, "d", 2),
+        (3, "a", 2),
+    ]
+    assert trace.prompts[1].lengths.tolist() == [9, 8, 5, 6]  # the first launch stands first
+    assert trace.prompts[3].lengths[[0, 2, 3, 4, 5]].tolist() == [70, 80, 90, 60, 75]
+    assert trace.prompts_per_step == trace.between(1, 1).prompts_per_step == 2  # that were trained on
+
+
 def test_aborted_candidates_are_completed_and_that_is_said(tmp_path):
     path = run_of(
         tmp_path,

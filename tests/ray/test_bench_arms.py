@@ -62,6 +62,7 @@ def bench(cluster, monkeypatch):
         batch = trainer._fit_generate(trainer._fit_get_batch(batch_dict))
         take_records(cluster[1])
         trainer.actor_rollout_wg.updates.append(trainer.strategy.darts.strategy)
+        trainer.checkpoint_manager.update_weights(trainer.global_steps)
         trainer.trained.append(
             {
                 "launched": trainer._rounds.launched,
@@ -90,6 +91,7 @@ def bench(cluster, monkeypatch):
         trainer.checkpoint_manager.update_weights = lambda step: setattr(
             trainer, "served", list(trainer.actor_rollout_wg.updates)
         )
+        trainer.served = []
         trainer._prepare_overlap()
         trainer._states = ArmStates(folder / "states", [arm.name for arm in arms], trainer.actor_rollout_wg)
         trainer._records = Records(folder / "records.jsonl")

@@ -185,13 +185,13 @@ def test_what_arms_would_share_is_refused(tmp_path, capsys, override, says):
 
 def test_a_run_that_says_something_is_not_ended(tmp_path, monkeypatch):
     """Its first step may take longer than `--silence`; its log tells that it lives."""
-    script = "import time\nfor _ in range(4): print('.', flush=True); time.sleep(1)"
+    script = "import time\nfor _ in range(8): print('.', flush=True); time.sleep(1)"
     popen = subprocess.Popen
     own = {"Popen": staticmethod(lambda _, **settings: popen([sys.executable, "-c", script], **settings))}
     monkeypatch.setattr(command, "subprocess", type("Own", (), dict(vars(subprocess)) | own))
     monkeypatch.setattr(command, "report", lambda options: "")
     composed_with(monkeypatch)
-    assert main(["--out", str(tmp_path), "--silence", "0.04"]) == 0
+    assert main(["--out", str(tmp_path), "--silence", "0.1"]) == 0
 
 
 def test_a_gpu_gets_its_platform(monkeypatch):

@@ -272,7 +272,12 @@ def _composed(options: Options) -> dict[str, Any]:
         raise ConfigError("--config-name", name, " ".join(str(error).split()), "correct it, or --override.") from error
     composed: Any = OmegaConf.to_container(config)
     if config.critic.enable or (config.critic.enable is None and config.algorithm.adv_estimator == "gae"):
-        raise ConfigError("critic.enable", True, "the arms of a bench would share the critic.", "set it to false.")
+        raise ConfigError(
+            "critic.enable",
+            config.critic.enable,
+            f"algorithm.adv_estimator={config.algorithm.adv_estimator}: the arms of a bench would share the critic.",
+            "set it to false, with an estimator that needs none.",
+        )
     if config.algorithm.use_kl_in_reward and config.algorithm.kl_ctrl.type != "fixed":
         raise ConfigError(
             "algorithm.kl_ctrl.type",

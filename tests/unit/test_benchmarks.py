@@ -281,3 +281,14 @@ def test_a_command_that_fails_names_its_log(tmp_path):
     with pytest.raises(RuntimeError, match=r"exit code 1; see .*run\.log"):
         training.call(["benchmarks.no_such_module"], log)
     assert log.read_text().startswith("benchmarks.no_such_module\n")
+
+
+def test_padding_is_that_of_verls_order_in_micro_batches():
+    """Workload grows with length; small rows go to both ends: 1 3 5 | 4 2 of the lengths' ranks."""
+    from benchmarks.padding import balanced, padding_of
+
+    tokens = np.array([50, 10, 40, 20, 30])
+    order = balanced(tokens)
+    assert tokens[order].tolist() == [10, 30, 50, 40, 20]
+    assert padding_of(tokens, order, 2) == (30 * 2 + 50 * 2 + 20, 150)
+    assert padding_of(tokens, np.argsort(tokens), 2) == (20 * 2 + 40 * 2 + 50, 150)

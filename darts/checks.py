@@ -7,6 +7,7 @@ work but is outside the method's theory. It reads the configuration and versions
 import os
 import warnings
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ WITHOUT_GROUP_BASELINE = ("gae", "reinforce_plus_plus")
 WEIGHTED = ("grpo", "grpo_vectorized", "rloo", "rloo_vectorized")
 """Estimators whose advantages `darts.selection.keep_probability` can weight."""
 GIB = 1 << 30
+FLASH_ATTENTION = "flash_attention_2"
+"""What verl's actor attends with unless `model.override_config` says otherwise."""
 MANAGER = "darts.rollout.DartsAgentLoopManager"
 
 
@@ -67,6 +70,8 @@ def check_run(config: DictConfig) -> DartsConfig:
             "set actor_rollout_ref.hybrid_engine=True, and darts.placement=disaggregated for servers of their own.",
         )
     _check_paths(config)
+    _check_attention(config)
+    _warn_of_legacy_rewards(config)
     check_placement(config)
     if not darts.enable:
         return darts
@@ -302,13 +307,54 @@ def without_overlap(config: DictConfig) -> tuple[str, str] | None:
 
 
 def _check_paths(config: DictConfig) -> None:
-    """Local paths exist; names of a hub and addresses such as hdfs:// are left to verl."""
+    """Local paths exist; names of a hub (owner/name) and addresses such as hdfs:// are left to verl."""
     files = {"data.train_files": config.data.train_files, "data.val_files": config.data.val_files}
     files["actor_rollout_ref.model.path"] = config.actor_rollout_ref.model.path
     for key, value in files.items():
         for path in [value] if isinstance(value, str) else value or []:
-            if path.startswith(("/", "./", "../", "~")) and not Path(path).expanduser().exists():
+            on_a_hub = key.endswith("model.path") and path.count("/") < 2 and not path.startswith(("/", ".", "~"))
+            if "://" not in path and not on_a_hub and not Path(path).expanduser().exists():
                 raise ConfigError(key, path, "there is no such file or folder.", f"correct the path, or {key}=...")
+
+
+def _check_attention(config: DictConfig) -> None:
+    """The FSDP actor's attention is installed, and right for how its rows are packed and split."""
+    actor, model = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
+    if actor.strategy not in ("fsdp", "fsdp2"):
+        return
+    attention = model.override_config.get("attn_implementation", FLASH_ATTENTION)
+    key = "actor_rollout_ref.model.override_config.attn_implementation"
+    # transformers takes it from the package `kernels` too, which loads it from the hub.
+    installed = find_spec("flash_attn") is not None or find_spec("kernels") is not None
+    if attention == FLASH_ATTENTION and config.trainer.device == "cuda" and not installed:
+        raise ConfigError(
+            key,
+            attention,
+            "verl's default needs the package flash-attn, which is not installed.",
+            f"install it (docs/troubleshooting.md), or set +{key}=sdpa and Ulysses to 1: right, but slow when packed.",
+        )
+    ulysses = max(actor.get("ulysses_sequence_parallel_size", 1), actor.fsdp_config.ulysses_sequence_parallel_size)
+    if attention != FLASH_ATTENTION and ulysses > 1:
+        raise ConfigError(
+            key,
+            attention,
+            f"with Ulysses {ulysses} verl 0.9.1 exchanges heads within flash attention alone: each rank would attend "
+            "to its own slice, and log-probs would be wrong by nats.",
+            "set actor_rollout_ref.actor.ulysses_sequence_parallel_size=1, or use flash_attention_2.",
+        )
+
+
+def _warn_of_legacy_rewards(config: DictConfig) -> None:
+    """verl 0.9.1 still composes `reward_model.*`, and reads `reward.*` alone."""
+    legacy = OmegaConf.to_container(config.get("reward_model") or OmegaConf.create(), resolve=True)
+    given = [name for name, value in dict(legacy).items() if value is not None and not isinstance(value, dict)]
+    given += [name for name in ("reward_kwargs",) if legacy.get(name)]
+    if given:
+        warnings.warn(
+            f"reward_model.{given[0]} is read by nothing in verl {VERL_VERSION}: write reward.* "
+            "(reward.reward_manager.name, reward.reward_kwargs, reward.num_workers).",
+            stacklevel=2,
+        )
 
 
 def _check_verl_version() -> None:

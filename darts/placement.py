@@ -76,10 +76,10 @@ def check_placement(config: DictConfig) -> None:
 
 
 def check_cluster(config: DictConfig, others: int, nodes: Sequence[float]) -> None:
-    """Checks that the cluster has the GPUs of both pools, before anything waits for them: verl does so for ever.
+    """Checks that the cluster has the GPUs of all pools, before anything waits for them: verl does so for ever.
 
     Args:
-        config: of a disaggregated run.
+        config: of the run.
         others: GPUs of further pools (reward model, teacher).
         nodes: GPUs of each node, as Ray counts them.
 
@@ -87,16 +87,18 @@ def check_cluster(config: DictConfig, others: int, nodes: Sequence[float]) -> No
         ClusterTooSmall: it has not.
     """
     have, trainer = pools(config), config.trainer
-    wanted = have.train + have.serve + others
+    serve = have.serve if have.separate else 0
+    wanted = have.train + serve + others
+    sizes = f"trainer.nnodes={trainer.nnodes} x n_gpus_per_node={trainer.n_gpus_per_node}"
     if sum(nodes) < wanted:
-        more = f", {others} for reward and teacher models" if others else ""
+        more = f", {serve} serve (actor_rollout_ref.rollout.nnodes x n_gpus_per_node)" if serve else ""
+        more += f", {others} are for reward and teacher models" if others else ""
         raise ClusterTooSmall(
-            f"darts.placement='disaggregated': the cluster has {sum(nodes):g} GPUs, but {have.train} train "
-            f"(trainer.nnodes x n_gpus_per_node) and {have.serve} serve (actor_rollout_ref.rollout.nnodes x "
-            f"n_gpus_per_node){more}, {wanted} together. Fix: make a pool smaller, or the cluster larger (where GPUs "
-            "are logical: ray_kwargs.ray_init.num_gpus)."
+            f"{sizes}: the cluster has {sum(nodes):g} GPUs on {sum(map(bool, nodes))} nodes, but {have.train} train"
+            f"{more}, {wanted} together. Fix: start Ray on more nodes, or ask for fewer GPUs; on a machine without a GPU add "
+            "+platform=cpu (GPUs are logical there: ray_kwargs.ray_init.num_gpus)."
         )
-    _require_parts(nodes, trainer.n_gpus_per_node, trainer.nnodes, "trainer.nnodes x n_gpus_per_node", "are on nodes")
+    _require_parts(nodes, trainer.n_gpus_per_node, trainer.nnodes, sizes, "are on nodes")
 
 
 def check_room_for_servers(config: DictConfig, free: Sequence[float]) -> None:
@@ -121,8 +123,8 @@ def _require_parts(nodes: Sequence[float], size: int, count: int, sizes: str, st
     if sum(int(gpus // size) for gpus in nodes) < count:
         listed = ", ".join(f"{gpus:g}" for gpus in nodes)
         raise ClusterTooSmall(
-            f"darts.placement='disaggregated': {count} times {size} GPUs of one node are asked for ({sizes}), but "
-            f"{listed} GPUs {state}. Fix: choose sizes that fill whole nodes, or the same part of each."
+            f"{count} times {size} GPUs of one node are asked for ({sizes}), but {listed} GPUs {state}. "
+            "Fix: choose sizes that fill whole nodes, or the same part of each."
         )
 
 

@@ -113,10 +113,8 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
     def init_workers(self) -> None:
         """Workers and managers exactly as `RayPPOTrainer` makes them, servers on GPUs of their own where disaggregated,
         and servers that stream."""
+        self._check_cluster()
         if self.darts.placement == "disaggregated":
-            others = self.resource_pool_manager.get_n_gpus() - pools(self.config).train
-            nodes = [node["Resources"].get(get_resource_name(), 0) for node in ray.nodes() if node["Alive"]]
-            check_cluster(self.config, others, nodes)
             patch_llm_server_manager()
         print("[darts] starting workers, engines and reward loop", flush=True)
         if self.darts.enable:
@@ -135,6 +133,11 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
             # SeparateRayPPOTrainer asks the rollout manager to start the servers' profilers: the server manager does.
             self.async_rollout_manager.start_profile = lambda global_step: self.llm_server_manager.start_profile()
         print(self.banner(), flush=True)
+
+    def _check_cluster(self) -> None:
+        others = self.resource_pool_manager.get_n_gpus() - pools(self.config).train
+        nodes = [node["Resources"].get(get_resource_name(), 0) for node in ray.nodes() if node["Alive"]]
+        check_cluster(self.config, others, nodes)
 
     def banner(self) -> str:
         """One line that says whether DARTS is on, and with which settings."""

@@ -134,6 +134,12 @@ def test_a_local_path_that_is_not_there_is_refused(key, enable):
         check_run(trainable(f"{key}='~/no/such'"))
 
 
+@pytest.mark.parametrize("path", ["data/no.parquet", "no.parquet"])
+def test_a_relative_data_file_that_is_not_there_is_refused(path):
+    with pytest.raises(ConfigError, match=f"data.train_files='{path}': there is no such file or folder"):
+        check_run(trainable(f"data.train_files={path}"))
+
+
 def test_names_of_a_hub_and_addresses_are_left_to_verl():
     overrides = ["actor_rollout_ref.model.path=Qwen/Qwen2.5-0.5B", "data.train_files=[hdfs://cluster/train.parquet]"]
     check_run(trainable(*overrides))
@@ -173,6 +179,36 @@ def test_no_group_baseline_is_a_warning(estimator):
         UserWarning, match=f"algorithm.adv_estimator={estimator}: DARTS shapes lengths through the group"
     ):
         check_run(trainable(f"algorithm.adv_estimator={estimator}"))
+
+
+ATTENTION = "actor_rollout_ref.model.override_config.attn_implementation"
+
+
+@pytest.mark.parametrize("enable", [True, False])
+def test_attention_that_is_not_installed_is_refused(monkeypatch, enable):
+    """As verl would, later, with a traceback of every rank."""
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=f"{ATTENTION}='flash_attention_2': .* flash-attn, which is not installed"):
+        check_run(trainable(f"darts.enable={enable}"))
+    check_run(trainable(f"+{ATTENTION}=sdpa"))
+    check_run(composed("quickstart"))
+
+
+@pytest.mark.parametrize("key", ["ulysses_sequence_parallel_size", "fsdp_config.ulysses_sequence_parallel_size"])
+def test_sequences_are_split_with_flash_attention_alone(key):
+    """With sdpa verl's ranks would each attend to their own slice, silently."""
+    ulysses = f"actor_rollout_ref.actor.{key}=2"
+    check_run(trainable(ulysses))
+    with pytest.raises(ConfigError, match=f"{ATTENTION}='sdpa': with Ulysses 2"):
+        check_run(trainable(ulysses, f"+{ATTENTION}=sdpa"))
+
+
+@pytest.mark.parametrize("override", ["reward_model.reward_manager=dapo", "+reward_model.reward_kwargs.max_resp_len=9"])
+def test_reward_settings_that_verl_no_longer_reads_are_a_warning(override):
+    with pytest.warns(
+        UserWarning, match=r"reward_model\.reward_\w+ is read by nothing in verl 0\.9\.1: write reward\."
+    ):
+        check_run(trainable(override))
 
 
 @pytest.mark.parametrize("value", ["null", "5"])

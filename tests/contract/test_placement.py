@@ -166,12 +166,24 @@ def test_nccl_without_cupy_is_named_before_anything_starts(monkeypatch):
 def test_a_cluster_without_room_for_both_pools_is_named_with_the_numbers():
     config = composed("quickstart", *SEPARATE, "trainer.n_gpus_per_node=6", f"{ROLLOUT}.n_gpus_per_node=2")
     check_cluster(config, others=0, nodes=[8.0])
-    with pytest.raises(ClusterTooSmall, match=r"has 7 GPUs, but 6 train .* and 2 serve .*, 8 together\. Fix: "):
+    with pytest.raises(ClusterTooSmall, match=r"has 7 GPUs on 1 nodes, but 6 train, 2 serve .*, 8 together\. Fix: "):
         check_cluster(config, others=0, nodes=[7.0])
-    with pytest.raises(ClusterTooSmall, match=r"2 serve .*, 1 for reward and teacher models, 9 together"):
+    with pytest.raises(ClusterTooSmall, match=r"2 serve .*, 1 are for reward and teacher models, 9 together"):
         check_cluster(config, others=1, nodes=[8.0])
     with pytest.raises(ClusterTooSmall, match=r"1 times 6 GPUs of one node .*, but 4, 4 GPUs are on nodes\. Fix: "):
         check_cluster(config, others=0, nodes=[4.0, 4.0])
+
+
+def test_a_colocated_run_with_fewer_nodes_than_asked_is_named_with_the_numbers():
+    config = composed("quickstart", "trainer.nnodes=2", "trainer.n_gpus_per_node=8", "data.train_batch_size=16")
+    check_cluster(config, others=0, nodes=[8.0, 8.0])
+    with pytest.raises(
+        ClusterTooSmall,
+        match=r"nnodes=2 x n_gpus_per_node=8: the cluster has 8 GPUs on 1 nodes, but 16 train, 16 together\. Fix: ",
+    ):
+        check_cluster(config, others=0, nodes=[8.0])
+    with pytest.raises(ClusterTooSmall, match=r"2 times 8 GPUs of one node .*, but 4, 4, 4, 4 GPUs are on nodes"):
+        check_cluster(config, others=0, nodes=[4.0] * 4)
 
 
 def test_servers_that_do_not_fit_beside_the_training_gpus_are_named():
@@ -374,7 +386,7 @@ def test_the_trainer_looks_at_the_cluster_before_it_starts_anything(trainer, mon
         assert trainer.calls == ["init_workers"]
         assert "plain verl; disaggregated: 1 GPUs train, 1 serve" in capsys.readouterr().out
     else:
-        with pytest.raises(ClusterTooSmall, match=r"but 1 train .* and 1 serve .*, 2 together"):
+        with pytest.raises(ClusterTooSmall, match=r"but 1 train, 1 serve .*, 2 together"):
             trainer.init_workers()
         assert trainer.calls == []
 

@@ -94,8 +94,8 @@ def check_cluster(config: DictConfig, others: int, nodes: Sequence[float]) -> No
         more = f", {serve} serve (actor_rollout_ref.rollout.nnodes x n_gpus_per_node)" if serve else ""
         more += f", {others} are for reward and teacher models" if others else ""
         raise ClusterTooSmall(
-            f"{sizes}: the cluster has {sum(nodes):g} GPUs on {sum(map(bool, nodes))} nodes, but {have.train} train"
-            f"{more}, {wanted} together. Fix: start Ray on more nodes, or ask for fewer GPUs; on a machine without a GPU add "
+            f"{sizes}: the cluster has {sum(nodes):g} GPUs on {sum(map(bool, nodes))} nodes, but {have.train} "
+            f"train{more}, {wanted} together. Fix: start Ray on more nodes, or ask for fewer GPUs; without a GPU add "
             "+platform=cpu (GPUs are logical there: ray_kwargs.ray_init.num_gpus)."
         )
     _require_parts(nodes, trainer.n_gpus_per_node, trainer.nnodes, sizes, "are on nodes")

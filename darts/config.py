@@ -62,11 +62,14 @@ class DartsConfig:
         6
     """
 
-    group_size: int = field(metadata={"help": "M = actor_rollout_ref.rollout.n; not a key of this block"})
+    group_size: int = field(metadata={"help": "actor_rollout_ref.rollout.n; not a key of this block", "paper": "M"})
     enable: bool = field(default=True, metadata={"help": "false: plain verl"})
     placement: str = field(
         default="colocated",
-        metadata={"help": "colocated: servers on the trainer's GPUs; disaggregated: on GPUs of their own"},
+        metadata={
+            "help": "colocated: servers on the trainer's GPUs; disaggregated: on GPUs of their own",
+            "paper": "disaggregated",
+        },
     )
     strategy: str = field(
         default="darts",
@@ -80,7 +83,10 @@ class DartsConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
     early_stop: str = field(
         default="eager",
-        metadata={"help": "shortest-only: abort the rest once M valid have finished; exact: hopeless ones alone; off"},
+        metadata={
+            "help": "shortest-only: abort the rest once M valid have finished (eager), the hopeless alone (exact); off",
+            "paper": "early stopping",
+        },
     )
     streaming: StreamingConfig = field(default_factory=StreamingConfig)
     latency: LatencyConfig = field(default_factory=LatencyConfig)

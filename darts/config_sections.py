@@ -27,11 +27,21 @@ class AllocationConfig:
     )
     mean_candidates: float | None = field(
         default=None,
-        metadata={"help": "mean of M'_i over the batch, in [low, high]; None: what maximises the utility (adaptive)"},
+        metadata={
+            "help": "over the batch, in [low, high]; null: what maximises the utility (adaptive), the middle (uniform)",
+            "paper": "mean of M'_i",
+        },
     )
-    low: int = field(default=8, metadata={"help": "M_low, fewest candidates of a prompt, at least rollout.n"})
-    high: int = field(default=16, metadata={"help": "M_up, most candidates of a prompt, at least low"})
-    cost_weight: float = field(default=1.0, metadata={"help": "lambda, weight of time against shaping, at least 0"})
+    low: int = field(
+        default=8, metadata={"help": "fewest candidates of a prompt, at least M; null: M", "paper": "M_low"}
+    )
+    high: int = field(
+        default=16, metadata={"help": "most candidates of a prompt, at least low; null: 2 M", "paper": "M_up"}
+    )
+    cost_weight: float = field(
+        default=1.0,
+        metadata={"help": "weight of time against shaping, at least 0; larger: fewer candidates", "paper": "lambda"},
+    )
     warmup_steps: int = field(default=1, metadata={"help": "first rollouts, with uniform budgets"})
     ema_weight: float = field(default=0.3, metadata={"help": "weight of a new observation in a prompt's variance"})
 
@@ -47,7 +57,7 @@ class LatencyConfig:
 
     profile: str = field(
         default="auto",
-        metadata={"help": "auto: measured at start where needed; a path: that file; off: no model"},
+        metadata={"help": "auto: measured at start where needed; a path: that file; off: no model", "paper": "PTL"},
     )
     profile_s: float = field(default=60.0, metadata={"help": "seconds that the measurement at start may take"})
     refine: bool = field(default=True, metadata={"help": "follow what the running engines show"})
@@ -68,9 +78,12 @@ class SelectionConfig:
 
     mode: str = field(
         default="auto",
-        metadata={"help": "auto: dual-end, shortest-only where M'_i = high; dual_end, shortest_only: for all prompts"},
+        metadata={
+            "help": "auto: dual-end, shortest-only where M'_i = high; dual_end, shortest_only: for all prompts",
+            "paper": "tail pruning",
+        },
     )
-    num_long: int = field(default=1, metadata={"help": "L, longest kept per prompt, in [0, rollout.n)"})
+    num_long: int = field(default=1, metadata={"help": "longest kept per prompt, in [0, M)", "paper": "L = M - K"})
     long_wait: str = field(
         default="all",
         metadata={"help": "dual-end waits for all candidates; deadline: until every group of the batch has M valid"},
@@ -98,7 +111,9 @@ class RewardConfig:
 class StreamingConfig:
     """How the lengths of running responses are followed."""
 
-    chunk_tokens: int = field(default=256, metadata={"help": "tokens after which a server reports a response's growth"})
+    chunk_tokens: int = field(
+        default=256, metadata={"help": "tokens after which a server reports a response's growth", "paper": "streaming"}
+    )
     abort_timeout_s: float = field(
         default=60.0, metadata={"help": "seconds after which an aborted request that did not stop fails the rollout"}
     )
@@ -112,7 +127,8 @@ class OverlapConfig:
         default="off",
         metadata={
             "help": "sequence: of complete responses; token: of growing ones too; off: none; auto (the setting's "
-            "default): token where disaggregated, else off"
+            "default): token where disaggregated, else off",
+            "paper": "streaming",
         },
     )
     kv_cache_gib: float = field(

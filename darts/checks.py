@@ -18,6 +18,7 @@ from darts.config import ConfigError, DartsConfig, refuse_unknown_keys
 from darts.latency_profile import LatencyProfile, model_id
 from darts.placement import check_placement
 from darts.strategy import BYPASS_MODE, Plain, strategy_class
+from verl_patches.device import is_cpu_only
 
 VERL_VERSION = "0.9.1"
 ALLOW_OTHER_VERL = "DARTS_ALLOW_OTHER_VERL"
@@ -326,7 +327,7 @@ def _check_attention(config: DictConfig) -> None:
     key = "actor_rollout_ref.model.override_config.attn_implementation"
     # transformers takes it from the package `kernels` too, which loads it from the hub.
     installed = find_spec("flash_attn") is not None or find_spec("kernels") is not None
-    if attention == FLASH_ATTENTION and config.trainer.device == "cuda" and not installed:
+    if attention == FLASH_ATTENTION and not installed and not is_cpu_only():
         raise ConfigError(
             key,
             attention,

@@ -1,4 +1,4 @@
-"""Runs are checked here as on a machine for GPUs."""
+"""On a machine with GPUs, runs are checked as if flash-attn were installed."""
 
 import pytest
 
@@ -7,5 +7,4 @@ from darts import checks
 
 @pytest.fixture(autouse=True)
 def flash_attention_is_installed(monkeypatch):
-    """What verl's default attention needs, and CPU machines do not have."""
     monkeypatch.setattr(checks, "find_spec", lambda name: object())

@@ -188,6 +188,8 @@ ATTENTION = "actor_rollout_ref.model.override_config.attn_implementation"
 def test_attention_that_is_not_installed_is_refused(monkeypatch, enable):
     """As verl would, later, with a traceback of every rank."""
     monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    check_run(trainable(f"darts.enable={enable}"))  # nothing trains where there is no GPU
+    monkeypatch.setattr(checks, "is_cpu_only", lambda: False)
     with pytest.raises(ConfigError, match=f"{ATTENTION}='flash_attention_2': .* flash-attn, which is not installed"):
         check_run(trainable(f"darts.enable={enable}"))
     check_run(trainable(f"+{ATTENTION}=sdpa"))

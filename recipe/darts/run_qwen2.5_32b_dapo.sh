@@ -86,7 +86,7 @@ MODEL=(
     actor_rollout_ref.model.path="$MODEL_PATH"
     actor_rollout_ref.model.use_remove_padding=True
     actor_rollout_ref.model.enable_gradient_checkpointing=True
-    +actor_rollout_ref.model.override_config.attn_implementation="$ATTENTION"
+    ++actor_rollout_ref.model.override_config.attn_implementation="$ATTENTION"
 )
 
 ACTOR=(

@@ -18,6 +18,7 @@ def check_end(run: Run, failed_at: float) -> None:
     assert len(steps) == 1, "nothing was trained on a shorter batch"
 
 
+@pytest.mark.slow
 def test_a_killed_engine_ends_the_run_within_a_minute(tmp_path):
     """The engine's process is killed with SIGKILL, as an out-of-memory killer does, in the second step."""
     command = [sys.executable, "-m", "recipe.darts.main_darts", *SETTINGS]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from darts import CONFIG_DIR
 from darts.testbed import assets_dir
 
-pytestmark = pytest.mark.timeout(1300)  # three runs in one fixture
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1300)]  # three runs in one fixture
 
 STEPS = 2
 TESTBED = assets_dir("overthink")

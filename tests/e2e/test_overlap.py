@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from darts.testbed import assets_dir
 
-pytestmark = pytest.mark.timeout(900)  # the runs are fixtures
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the runs are fixtures
 
 STEPS, PROMPTS, M, CANDIDATES, LENGTH, CHUNK = 3, 2, 4, 6, 1024, 64
 RATE = 0.02

@@ -15,7 +15,7 @@ from darts.state import FILE_NAME
 from darts.testbed import assets_dir
 from darts.worker import candidate_seed
 
-pytestmark = pytest.mark.timeout(900)  # the runs are fixtures
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the runs are fixtures
 
 CANDIDATES, PROMPTS, EPOCH = 84, 8, 4
 KILLED, AT_BOUNDARY, LAST = 6, 9, 10
@@ -83,7 +83,6 @@ def test_it_goes_on_with_verls_checkpoint_and_appends_to_the_trace(folder, kille
     assert trace[KILLED - 1]["metrics"]["darts/history/known_share"] == 1
 
 
-@pytest.mark.slow
 def test_a_run_that_resumes_at_the_end_of_an_epoch_has_its_history_too(folder, resumed):
     """verl begins the epoch anew, in another order than the run that was killed; so the plan is computed here."""
     state = json.loads((folder / "checkpoints" / f"global_step_{AT_BOUNDARY - 1}" / FILE_NAME).read_text())["state"]

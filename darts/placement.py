@@ -219,6 +219,14 @@ def _check_servers(config: DictConfig) -> None:
         return  # servers of several sizes
     tensor, data, pipeline = (rollout[f"{name}_parallel_size"] for name in ("tensor_model", "data", "pipeline_model"))
     server, have = _server_size(rollout), pools(config)
+    if not have.separate and rollout.n_gpus_per_node != config.trainer.n_gpus_per_node:
+        raise ConfigError(
+            "actor_rollout_ref.rollout.n_gpus_per_node",
+            rollout.n_gpus_per_node,
+            "with darts.placement=colocated the servers are on the training GPUs, of which each node has "
+            f"trainer.n_gpus_per_node={config.trainer.n_gpus_per_node}.",
+            "leave it out, or set darts.placement=disaggregated.",
+        )
     if have.separate:
         nodes, per_node = rollout.nnodes, rollout.n_gpus_per_node
         fits = per_node % server == 0 or (server % per_node == 0 and nodes % (server // per_node) == 0)

@@ -54,6 +54,8 @@ MAX_LEN=$((MAX_PROMPT + MAX_RESPONSE))
 TRAIN_GPUS_PER_NODE=$GPUS_PER_NODE
 if [[ $PLACEMENT == disaggregated ]]; then
     TRAIN_GPUS_PER_NODE=$((GPUS_PER_NODE - ROLLOUT_GPUS_PER_NODE))
+else
+    ROLLOUT_GPUS_PER_NODE=$GPUS_PER_NODE
 fi
 
 ########################### parameter arrays ###########################
@@ -117,7 +119,7 @@ ROLLOUT=(
     actor_rollout_ref.rollout.max_num_seqs=512
     actor_rollout_ref.rollout.agent.num_workers="$((8 * NNODES))"
     actor_rollout_ref.rollout.gpu_memory_utilization="$GPU_MEMORY_UTILIZATION"
-    actor_rollout_ref.rollout.nnodes="$NNODES"  # read where disaggregated
+    actor_rollout_ref.rollout.nnodes="$NNODES"
     actor_rollout_ref.rollout.n_gpus_per_node="$ROLLOUT_GPUS_PER_NODE"
     actor_rollout_ref.rollout.val_kwargs.n=1
     actor_rollout_ref.rollout.val_kwargs.do_sample=True

@@ -108,6 +108,7 @@ BAD = [
         "a server takes 16 GPUs",
     ),
     ([f"{ROLLOUT}.tensor_model_parallel_size=3", "darts.placement=colocated"], "do not fill the 8 GPUs"),
+    ([f"{ROLLOUT}.n_gpus_per_node=4", "darts.placement=colocated"], "n_gpus_per_node=4: with darts.placement"),
     ([f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size=3"], "size=3: must divide the 8 GPUs that"),
     ([f"{ACTOR}.ulysses_sequence_parallel_size=16"], "actor.ulysses_sequence_parallel_size=16"),
     (["data.train_batch_size=1023", "trainer.nnodes=2"], "data.train_batch_size=1023"),

@@ -155,6 +155,7 @@ def test_half_of_each_node_serves_where_disaggregated_and_all_of_it_otherwise(la
     assert pools(apart) == Pools(train=8, serve=8, separate=True)
     assert pools(composed(launch(name, NNODES="8"))) == Pools(train=64, serve=64, separate=False)
     assert apart.trainer.nnodes == apart.actor_rollout_ref.rollout.nnodes == 2
+    assert composed(launch(name, GPUS_PER_NODE="1", ROLLOUT_TP="1")).actor_rollout_ref.rollout.n_gpus_per_node == 1
 
 
 def test_the_switches_of_the_ablation(launch):

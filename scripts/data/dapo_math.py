@@ -1,0 +1,24 @@
+"""DAPO-Math-17k for verl: train.parquet and, for validation, aime2024.parquet.
+
+    python scripts/data/dapo_math.py
+
+Scored by verl's `math_dapo`: 1 or -1 for a line `Answer: ...`. The published file has each of its 17,917 rows 100
+times; some of these have the same problem again.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from dapo_format import AIME, COLUMNS, LINE, aime2024, reader
+from prepare import Part, make_parser, run
+
+HUB = "BytedTsinghua-SIA/DAPO-Math-17k"
+TRAIN = Part(name="train", hub=HUB, columns=COLUMNS, read=reader(LINE, "math_dapo"))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run(make_parser("dapo_math", __doc__, HUB, AIME).parse_args(arguments), TRAIN, aime2024(LINE))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

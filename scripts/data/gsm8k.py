@@ -1,0 +1,39 @@
+"""GSM8K for verl: train.parquet and test.parquet.
+
+    python scripts/data/gsm8k.py
+
+Scored by verl's `gsm8k`, which compares the number after `####` as text, without commas. Dropped: solutions without
+one. Schema (card of openai/gsm8k, config main): `question`; `answer`, a solution that ends in `#### number`.
+"""
+
+import re
+import sys
+from collections.abc import Sequence
+
+from prepare import Example, Part, Row, UnusableRow, make_parser, run, text, user
+
+HUB = "openai/gsm8k"
+INSTRUCTION = 'Think step by step. Write the final answer, the number alone, after "####" on the last line.'
+_FINAL = re.compile(r"####\s*\$?\s*(-?[\d,]*\.?\d+)\.?\s*$")
+
+
+def read(example: Example) -> Row:
+    question = text(example, "question")
+    final = _FINAL.search(text(example, "answer"))
+    if not final:
+        raise UnusableRow("without a number after ####")
+    prompt = user(f"{question}\n\n{INSTRUCTION}")
+    return Row(question=question, prompt=prompt, answer=final[1].replace(",", ""), data_source=HUB)
+
+
+def part(split: str) -> Part:
+    columns = {"question": "text", "answer": "text"}
+    return Part(name=split, split=split, hub=HUB, config="main", columns=columns, read=read)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run(make_parser("gsm8k", __doc__, HUB).parse_args(arguments), part("train"), part("test"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

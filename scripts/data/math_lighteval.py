@@ -1,0 +1,52 @@
+r"""MATH (Hendrycks et al.) for verl: train.parquet and test.parquet.
+
+    python scripts/data/math_lighteval.py
+
+Scored by verl's `math_reward`, which compares what stands in the last \boxed{}. Dropped: solutions without one. Schema
+(verl's examples/data_preprocess/math_dataset.py, card): `problem`; `solution`, with the answer in its last \boxed{}.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from prepare import Example, Part, Row, UnusableRow, make_parser, run, text, user
+
+HUB = "DigitalLearningGmbH/MATH-lighteval"
+INSTRUCTION = r"Think step by step, and put the final answer in \boxed{}."
+
+
+def last_boxed(solution: str) -> str:
+    r"""What the last ``\boxed{...}``, ``\boxed x`` or ``\fbox{...}`` holds; empty if there is none, or no end to it."""
+    for command in (r"\boxed", r"\fbox"):
+        _, found, held = solution.rpartition(command)
+        if found:
+            break
+    held = held.lstrip() if found else ""
+    if not held.startswith("{"):
+        return held.split("$")[0].strip()
+    depth = 0
+    for end, character in enumerate(held):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return held[1:end].strip()
+    return ""
+
+
+def read(example: Example) -> Row:
+    problem = text(example, "problem")
+    answer = last_boxed(text(example, "solution"))
+    if not answer:
+        raise UnusableRow(r"without \boxed{} in the solution")
+    return Row(question=problem, prompt=user(f"{problem}\n\n{INSTRUCTION}"), answer=answer, data_source=HUB)
+
+
+def part(split: str) -> Part:
+    return Part(name=split, split=split, hub=HUB, columns={"problem": "text", "solution": "text"}, read=read)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run(make_parser("math_lighteval", __doc__, HUB).parse_args(arguments), part("train"), part("test"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,12 +8,13 @@ and exit code 2.
 import os
 import socket
 import sys
+from collections.abc import Mapping
 from pprint import pprint
 from typing import NoReturn
 
 import hydra
 import ray
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from verl.trainer.main_ppo import run_ppo
 from verl.trainer.main_ppo_v0 import BaseTaskRunner
 from verl.trainer.ppo.ray_trainer import Role
@@ -29,6 +30,15 @@ from darts.placement import ClusterTooSmall, choose_backend, is_disaggregated
 from darts.testbed import register_resolver
 
 register_resolver()
+
+OF_A_NEW_RAY = ("num_cpus", "num_gpus", "resources", "labels", "object_store_memory", "_node_name", "_system_config")
+"""Arguments of `ray.init` that it refuses where it joins a cluster."""
+FORWARDED = (
+    "VERL_", "DARTS_", "VLLM_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "WANDB_", "NCCL_", "TORCH_", "OMP_", "PYTORCH_",
+)  # fmt: skip
+"""Beginnings of the names of variables that workers are to have as the entry point has them."""
+NOT_FORWARDED = ("_HOST_IP", "_KEY", "_TOKEN", "_SECRET", "_PASSWORD")
+"""Ends of names: a node's own address, and what must not be read in a log; verl prints what it gives to Ray."""
 
 
 class DartsTaskRunner(BaseTaskRunner):
@@ -103,12 +113,34 @@ def main(config: DictConfig) -> None:
         validate_config(config, need_reference_policy(config), need_critic(config))
     except (AssertionError, ValueError) as error:  # verl's own rules
         refuse(error)
+    join_cluster(config, os.environ)
     try:
         run_ppo(config, task_runner_class=ray.remote(DartsTaskRunner))
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, ClusterTooSmall | ConfigError):
             refuse(error.cause)
         raise
+
+
+def join_cluster(config: DictConfig, environment: Mapping[str, str]) -> None:
+    """Where a running Ray is to be joined (RAY_ADDRESS, or `ray_kwargs.ray_init.address`), fits `ray_init` to that.
+
+    What only a new Ray can be told is dropped. Workers of a Ray that was started elsewhere have its environment, not
+    this one's: variables that verl, vLLM and the like read are handed on, unless the configuration sets them.
+    """
+    ray_init = config.ray_kwargs.ray_init
+    if (ray_init.get("address") or environment.get("RAY_ADDRESS") or "local") == "local":
+        return
+    with open_dict(ray_init):
+        for name in OF_A_NEW_RAY:
+            ray_init.pop(name, None)
+        runtime_env = ray_init.get("runtime_env") or {}
+        forwarded = {
+            name: value
+            for name, value in environment.items()
+            if name.startswith(FORWARDED) and not name.endswith(NOT_FORWARDED)
+        }
+        ray_init.runtime_env = {**runtime_env, "env_vars": {**forwarded, **(runtime_env.get("env_vars") or {})}}
 
 
 def refuse(error: Exception) -> NoReturn:

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # GRPO with DARTS | Qwen2.5-7B-Instruct | code of Eurus-2-RL-Data | FSDP2 and vLLM
 # Our choice of settings; the paper has no code run. Generated programs are run: in processes of their own on the nodes, or
-# in a sandbox with SANDBOX_URL (https://github.com/bytedance/SandboxFusion), which is the safe way.
+# in a sandbox with SANDBOX_URL (https://github.com/bytedance/SandboxFusion), which is the safe way, but judges functions
+# whose expected value is a list as wrong (read in verl 0.9.1, not run).
 # Composed and checked on CPUs; not run on GPUs yet.
 #
 #   python scripts/data/eurus2.py --ability code                                the data, once

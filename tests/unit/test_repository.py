@@ -136,33 +136,7 @@ def test_only_our_packages_are_in_the_wheel(pyproject: dict) -> None:
     assert wheel["sources"] == {"configs": "darts/configs"}
 
 
-def test_gpu_extra_repeats_the_pins_of_verl(pyproject: dict) -> None:
-    try:
-        pins = distribution("verl").requires or []
-    except PackageNotFoundError:
-        pytest.skip("verl is not installed: run scripts/setup.sh")
-    upstream = {pin.split(";")[0].strip() for pin in pins if "extra == 'vllm'" in pin.replace('"', "'")}
-    ours = set(pyproject["project"]["optional-dependencies"]["gpu"]) - {"verl[vllm]==0.9.1"}
-    assert ours <= upstream
-
-
 # --- files for people and machines -----------------------------------------------------------------------------------
-
-
-def test_env_yml_is_short_and_agrees_with_pyproject(pyproject: dict) -> None:
-    text = (ROOT / "env.yml").read_text()
-    assert len(text.splitlines()) < 25
-    dependencies = yaml.safe_load(text)["dependencies"]
-
-    (python,) = (entry for entry in dependencies if str(entry).startswith("python="))
-    major, minor = map(int, python.removeprefix("python=").split("."))
-    low, high = re.fullmatch(r">=3\.(\d+),<3\.(\d+)", pyproject["project"]["requires-python"]).groups()
-    assert major == 3
-    assert int(low) <= minor < int(high)
-
-    (pip,) = (entry["pip"] for entry in dependencies if isinstance(entry, dict))
-    extras = re.fullmatch(r"-e \.\[(.+)\]", pip[0]).group(1).split(",")
-    assert set(extras) <= set(pyproject["project"]["optional-dependencies"])
 
 
 def test_citation_names_the_paper_and_the_version(pyproject: dict) -> None:

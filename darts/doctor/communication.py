@@ -1,0 +1,262 @@
+"""Do all GPUs of the cluster talk to each other? Ray first, then torch.distributed, as a run would use them.
+
+Contract: one actor per (logical) GPU, on the node of its GPU, in the Ray cluster of RAY_ADDRESS, else in a local one.
+Every wait has a limit, and names the ranks that did not answer: an actor has two threads, so that `where` says how far
+it is while a collective waits for others.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from darts.doctor.facts import (
+    FAILED,
+    MIB,
+    NETWORK,
+    OK,
+    SETUP,
+    Fact,
+    judge_reduce,
+    judge_same,
+    machine_facts,
+    versions,
+    worst,
+)
+
+REPEATS = 5
+GRACE_S = 10
+
+
+class NoAnswer(Exception):
+    """Names the ranks that did not answer, or what they raised."""
+
+
+class Rank:
+    """One process of the group, in a Ray actor."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.entered = 0
+
+    def address(self) -> tuple[str, int]:
+        """Where the group can meet: this node, and a free port of it."""
+        node = ray.util.get_node_ip_address()
+        with socket.socket() as free:
+            free.bind((node, 0))
+            return node, free.getsockname()[1]
+
+    def where(self) -> int:
+        """How many collectives it has entered; answers while one of them waits."""
+        return self.entered
+
+    def join(self, address: tuple[str, int], nodes: list[list[int]], backend: str, limit_s: float) -> None:
+        """Makes the group of all ranks, and one for the ranks of each node."""
+        import torch
+        import torch.distributed as dist
+
+        self.entered += 1
+        self.device = torch.device("cuda", 0) if backend == "nccl" else torch.device("cpu")
+        dist.init_process_group(
+            backend,
+            init_method=f"tcp://{address[0]}:{address[1]}",
+            world_size=sum(map(len, nodes)),
+            rank=self.number,
+            timeout=timedelta(seconds=limit_s),
+            device_id=self.device if backend == "nccl" else None,
+        )
+        groups = [dist.new_group(ranks) for ranks in nodes]
+        here = next(index for index, ranks in enumerate(nodes) if self.number in ranks)
+        self.groups = {
+            "node": (groups[here], nodes[here]),
+            "all": (dist.group.WORLD, [number for ranks in nodes for number in ranks]),
+        }
+
+    def reduce(self, which: str, mib: int) -> tuple[float, float, float]:
+        """Sums each rank's number plus one; returns what is expected, how far the result is off, and seconds."""
+        import torch
+        import torch.distributed as dist
+
+        self.entered += 1
+        group, ranks = self.groups[which]
+        wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
+        data = torch.full((mib * 2**18,), self.number + 1.0, device=self.device)
+        dist.all_reduce(data, group=group)
+        expected = sum(ranks) + len(ranks)
+        off = (data - expected).abs().max().item()
+        data.zero_()
+        wait()
+        start = time.monotonic()
+        for _ in range(REPEATS):
+            dist.all_reduce(data, group=group)
+        wait()
+        return expected, off, (time.monotonic() - start) / REPEATS
+
+
+# --- the cluster -----------------------------------------------------------------------------------------------------
+
+
+def communication_facts(logical: int, limit_s: float, rank_class: type[Rank] = Rank) -> Iterator[Fact]:
+    """Facts of the nodes, then of all-reduce.
+
+    Args:
+        logical: Ranks on a machine without GPUs and without a cluster.
+        limit_s: Of every single wait.
+        rank_class: What runs on each GPU.
+    """
+    from verl_patches.device import is_cpu_only
+
+    backend = "gloo" if is_cpu_only() else "nccl"
+    try:
+        with _cluster(logical if backend == "gloo" else None, limit_s):
+            nodes = [node for node in ray.nodes() if node["Alive"]]
+            yield from _node_facts(nodes, limit_s)
+            yield from _reduce_facts(nodes, backend, limit_s, rank_class)
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        fix = "is it the address of a head node (ray start --head) with the same Ray, RAY_AUTH_MODE and token?"
+        yield Fact(name="Ray", status=FAILED, value=" ".join(str(error).split()), fix=fix)
+
+
+@contextmanager
+def _cluster(num_gpus: int | None, limit_s: float) -> Iterator[None]:
+    """The cluster of RAY_ADDRESS, or a local one; `num_gpus` None: those that Ray finds."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    host, _, port = address.rpartition(":")
+    if port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=limit_s).close()
+        except OSError as error:
+            raise OSError(f"RAY_ADDRESS={address}: {error}") from error
+    local = {"include_dashboard": False, "num_gpus": num_gpus, "num_cpus": 16 if num_gpus else None}
+    joining = address not in ("", "local")
+    ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **({} if joining else local))
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _name(node: Mapping[str, Any]) -> str:
+    return node["NodeManagerAddress"]
+
+
+def _on(node: Mapping[str, Any]) -> NodeAffinitySchedulingStrategy:
+    return NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+
+
+def _gpus(node: Mapping[str, Any]) -> int:
+    return int(node["Resources"].get("GPU", 0))
+
+
+def _look() -> tuple[dict[str, str], list[Fact]]:
+    return versions(), list(machine_facts())
+
+
+def _node_facts(nodes: list[Mapping[str, Any]], limit_s: float) -> Iterator[Fact]:
+    """Which nodes, with the same versions everywhere, and what is not ok there."""
+    listed = ", ".join(f"{_name(node)} {_gpus(node)}" for node in nodes)
+    yield Fact(name="nodes", status=OK, value=f"{len(nodes)}, with GPUs: {listed}")
+    task = ray.remote(num_cpus=0, max_retries=0)(_look)
+    asked = [task.options(scheduling_strategy=_on(node)).remote() for node in nodes]
+    done, _ = ray.wait(asked, num_returns=len(asked), timeout=limit_s)
+    for node, reference in zip(nodes, asked, strict=True):
+        name = f"node {_name(node)}"
+        if reference not in done:
+            ray.cancel(reference, force=True)
+            fix = "look at Ray's logs there; the first process of a slow disk takes long: --limit-s 300"
+            yield Fact(name=name, status=FAILED, value=f"did not answer within {limit_s:g} s", fix=fix)
+            continue
+        answer, error = _answer(reference)
+        if error:
+            fix = f"the same folder and environment on every node: {SETUP}"
+            yield Fact(name=name, status=FAILED, value=error, fix=fix)
+            continue
+        found, facts = answer
+        yield judge_same(_name(node), versions(), found)
+        if len(nodes) > 1:
+            for fact in worst(facts):
+                yield Fact(name=name, status=fact.status, value=f"{fact.name} {fact.value}", fix=fact.fix)
+
+
+# --- all-reduce ------------------------------------------------------------------------------------------------------
+
+
+def _reduce_facts(
+    nodes: list[Mapping[str, Any]], backend: str, limit_s: float, rank_class: type[Rank]
+) -> Iterator[Fact]:
+    nodes = [node for node in nodes if _gpus(node)]
+    total, free = sum(map(_gpus, nodes)), int(ray.available_resources().get("GPU", 0))
+    if free < total or total == 0:
+        fix = (
+            "end what runs on the cluster, then repeat"
+            if total
+            else "start Ray where GPUs are (ray start --num-gpus=8)"
+        )
+        yield Fact(name="all-reduce", status=FAILED, value=f"{free} of {total} GPUs are free in Ray", fix=fix)
+        return
+    if total == 1:
+        yield Fact(name="all-reduce", status=OK, value="one GPU: nothing to communicate with")
+        return
+    members, places = [], []  # the ranks of each node; the node of each rank
+    for node in nodes:
+        members.append(list(range(len(places), len(places) + _gpus(node))))
+        places += [node] * _gpus(node)
+    actor = ray.remote(num_cpus=0, num_gpus=1, max_concurrency=2, max_restarts=0)(rank_class)
+    # Otherwise NCCL's watchdog would end a process that has waited too long, before it can say so.
+    environment = {"env_vars": {"TORCH_NCCL_BLOCKING_WAIT": "1", "OMP_NUM_THREADS": "1"}}
+    ranks = [
+        actor.options(scheduling_strategy=_on(node), runtime_env=environment).remote(number)
+        for number, node in enumerate(places)
+    ]
+    names = [f"rank {number} ({_name(node)})" for number, node in enumerate(places)]
+    try:
+        address = _ask(ranks, names, "the start of the processes", limit_s, "address")[0]
+        _ask(ranks, names, "joining the group", limit_s, "join", address, members, backend, limit_s)
+        where = [("node", "within nodes")] if len(nodes) > 1 and max(map(len, members)) > 1 else []
+        for which, place in [*where, ("all", "across nodes" if len(nodes) > 1 else "within the node")]:
+            found = _ask(ranks, names, f"all-reduce {place}", limit_s, "reduce", which, MIB[backend])
+            sizes = [len(ranks) for ranks in members for _ in ranks] if which == "node" else [total] * total
+            yield judge_reduce(place, names, found, sizes, backend)
+    except NoAnswer as error:
+        yield Fact(name="all-reduce", status=FAILED, value=str(error), fix=NETWORK)
+    finally:
+        for rank in ranks:
+            ray.kill(rank)
+
+
+def _ask(ranks: list[Any], names: list[str], what: str, limit_s: float, method: str, *args: Any) -> list[Any]:
+    """The answers of all ranks; raises `NoAnswer`."""
+    asked = [getattr(rank, method).remote(*args) for rank in ranks]
+    _, waiting = ray.wait(asked, num_returns=len(asked), timeout=limit_s + GRACE_S)  # torch's own limit comes first
+    if waiting:
+        silent = [asked.index(reference) for reference in waiting]
+        raise NoAnswer(f"{what}: {_blame(ranks, names, silent)} did not answer within {limit_s:g} s")
+    answers = [_answer(reference) for reference in asked]
+    failed = [f"{name}: {error}" for name, (_, error) in zip(names, answers, strict=True) if error]
+    if failed:
+        raise NoAnswer(f"{what}: {'; '.join(failed[:3])}{' ...' if len(failed) > 3 else ''}")
+    return [answer for answer, _ in answers]
+
+
+def _answer(reference: Any) -> tuple[Any, str]:
+    """What a call returned, or the last line of what it raised."""
+    try:
+        return ray.get(reference), ""
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return None, lines[-1] if lines else type(error).__name__
+
+
+def _blame(ranks: list[Any], names: list[str], silent: list[int]) -> str:
+    """Of the ranks that have not answered, those that keep the others waiting."""
+    asked = {number: ranks[number].where.remote() for number in silent}
+    done, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=GRACE_S)
+    entered = {number: (_answer(reference)[0] or 0) if reference in done else 0 for number, reference in asked.items()}
+    behind = [number for number in silent if entered[number] < max(entered.values())] or silent
+    return ", ".join(names[number] for number in behind)

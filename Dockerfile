@@ -3,10 +3,9 @@
 # for kernels that are compiled when they are first used (Triton, FlashInfer), and for flash-attn.
 #
 #   docker build -t verl-darts .
-#   docker build -t verl-darts --build-arg FLASH_ATTN=1 .                         compiled, for an hour (docs/smoke.md)
-#   docker run --rm --gpus all --ipc=host --network=host verl-darts               the doctor
-#   docker run --rm --gpus all --ipc=host --network=host --user "$(id -u)" -v "$PWD/outputs:/opt/verl-darts/outputs" \
-#     verl-darts bash scripts/quickstart.sh
+#   docker build -t verl-darts --build-arg FLASH_ATTN=1 .              with flash-attn, compiled for an hour (docs/smoke.md)
+#   docker run --rm --gpus all --ipc=host --network=host --ulimit nofile=65536:65536 verl-darts              the doctor
+#   docker run ... --user "$(id -u)" -v "$PWD/outputs:/opt/verl-darts/outputs" verl-darts bash scripts/quickstart.sh
 #
 # --ipc=host: a container's /dev/shm has 64 MiB. InfiniBand: --device=/dev/infiniband --ulimit memlock=-1.
 FROM nvidia/cuda:13.0.2-devel-ubuntu24.04

@@ -44,6 +44,8 @@ for name in "${results[@]}"; do
 done
 export VERL_FILE_LOGGER_PATH="$out/metrics.jsonl" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# A Ray that happens to run on this machine is joined only if it is named.
+export RAY_ADDRESS="${RAY_ADDRESS:-local}"
 platform=$("$PYTHON" -c 'from verl_patches.device import is_cpu_only; print("cpu" if is_cpu_only() else "gpu")')
 
 say "training; the full log is $out/run.log"

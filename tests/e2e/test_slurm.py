@@ -131,6 +131,7 @@ def test_a_command_on_two_nodes_has_the_environment_and_its_exit_code_is_the_job
     assert job.log("ray-n1/gcs_server.out")
     assert job.log("ray-n2/raylet.out")
     assert processes(SLURM_JOB_ID=job.number) == []
+    assert not list(Path(os.environ.get("RAY_TMPDIR", "/tmp")).glob(f"ray-{job.number}"))
 
 
 def test_nodes_that_nobody_asked_for_are_named(submit):
@@ -269,6 +270,22 @@ def test_a_run_that_slurm_interrupts_goes_on_where_it_was(submit, slurm, tmp_pat
     trained = [data["training/global_step"] for data in metrics if "timing_s/step" in data]
     assert trained == list(range(1, steps + 1)), "of both attempts, none twice"
     assert re.search(rf"steps +{steps}\b", second)
+
+
+def test_a_resumed_quickstart_that_is_refused_loses_nothing(tmp_path):
+    """What was logged up to the checkpoint; verl's logger would begin anew."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("2")
+    lines = [f'{{"step":{step},"data":{{"a":{step}}}}}\n' for step in range(4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    (tmp_path / ".quickstart").touch()
+    own = {"DARTS_OUT": str(tmp_path), "DARTS_RESUME": "1"}
+    command = ["bash", str(ROOT / "scripts" / "quickstart.sh"), "darts.allocation.high=1"]
+    for _ in range(2):
+        run = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, timeout=120)
+        assert run.returncode == 2, run.stderr
+        assert (tmp_path / "metrics.earlier.jsonl").read_text() == "".join(lines[:3])
+        assert (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "2"
 
 
 def test_the_time_limit_requeues_at_most_max_restarts_times(submit, light):

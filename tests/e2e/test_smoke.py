@@ -39,7 +39,7 @@ def steps() -> list[Step]:
     """All commands of the rungs that have lines to expect."""
     found = []
     for section in re.split(r"^## (?=\d\.)", PAGE, flags=re.M)[1:]:
-        blocks = re.findall(r"```bash\n(.*?)```\s*```\n(.*?)```", section.split("\n## ")[0], flags=re.S)
+        blocks = re.findall(r"```bash\n([^`]*)```\s*```\n(.*?)```", section.split("\n## ")[0], flags=re.S)
         found += [Step(int(section[0]), command, tuple(lines.splitlines())) for command, lines in blocks]
     return found
 
@@ -79,8 +79,8 @@ def run(command: str, out, **variables: str) -> str:
 
 
 def test_the_page_has_five_rungs():
-    assert sorted({step.rung for step in steps()}) == [1, 2, 3, 4, 5]
-    assert [len(step.lines) > 0 for step in steps()] == [True] * 7
+    assert [step.rung for step in steps()] == [1, 2, 3, 4, 4, 5, 5]
+    assert all(step.lines and "sbatch" not in step.command for step in steps())
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,7 @@ def test_a_ray_that_ends_at_once_is_named(launch):
     assert run.returncode == 1
     assert "no space left" in run.stderr
     assert "error: Ray on n2 has ended" in run.stderr
+    assert "COMMAND starts" not in run.stdout
 
 
 def test_the_nodes_in_excess_are_named(launch):

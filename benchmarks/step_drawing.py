@@ -46,7 +46,6 @@ def figure_of(data: dict[str, Any]) -> tuple[Figure, str]:
     above.set_xlim(0, 1.01 * max(latest, 1.04 * seconds))
     below.axvspan(0, seconds, color=SHADE, zorder=0)
     below.set_xlim(0, 1.01 * _phases(below, data))
-    hidden, own = in_rollout(data)
     above.set_title(f"Rollout, {seconds:.2f} s: the candidates of {len(shown)} of {data['prompts']} prompts", pad=46)
     above.legend(handles=_above(kinds(data)), loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0)
     below.set_title(f"The whole step, {data['metrics']['timing_s/step']:.2f} s", pad=26)

@@ -74,6 +74,8 @@ def check_run(config: DictConfig) -> DartsConfig:
     _check_attention(config)
     _warn_of_legacy_rewards(config)
     check_placement(config)
+    if not darts.enable or issubclass(strategy_class(darts.strategy), Plain):
+        _check_plain_rows(config)
     if not darts.enable:
         return darts
     rollout, estimator = config.actor_rollout_ref.rollout, str(config.algorithm.adv_estimator).lower()
@@ -342,6 +344,20 @@ def _check_attention(config: DictConfig) -> None:
             f"with Ulysses {ulysses} verl 0.9.1 exchanges heads within flash attention alone: each rank would attend "
             "to its own slice, and log-probs would be wrong by nats.",
             "set actor_rollout_ref.actor.ulysses_sequence_parallel_size=1, or use flash_attention_2.",
+        )
+
+
+def _check_plain_rows(config: DictConfig) -> None:
+    """verl itself deals rows and not groups to the agent-loop workers, in equal parts."""
+    rollout = config.actor_rollout_ref.rollout
+    rows, workers = config.data.train_batch_size * rollout.n, rollout.agent.num_workers
+    if rows % workers:
+        raise ConfigError(
+            "actor_rollout_ref.rollout.agent.num_workers",
+            workers,
+            f"must divide the {rows} responses of a step (data.train_batch_size={config.data.train_batch_size} times "
+            f"actor_rollout_ref.rollout.n={rollout.n}), where plain verl generates.",
+            "choose a divisor, or another data.train_batch_size.",
         )
 
 

@@ -19,6 +19,8 @@ COLOCATED_BACKEND = "naive"
 OUR_BACKEND_MODULE = "verl_patches.weight_sync"
 BACKEND = "actor_rollout_ref.rollout.checkpoint_engine.backend"
 GPU_BACKENDS = ("nccl", "nixl", "kimi_ckpt_engine", "mooncake", "delta_sharded")
+CPUS_PER_GPU = 3
+"""Of verl's placement groups (`RayResourcePool`, max_colocate_count)."""
 SEPARATE = "with darts.placement=disaggregated"
 
 
@@ -68,8 +70,8 @@ def check_placement(config: DictConfig) -> None:
         ConfigError: see the module's contract.
     """
     _check_backend(config)
+    _check_sizes(config)
     if is_disaggregated(config):
-        _check_sizes(config)
         _check_separate(config)
     _check_servers(config)
     _check_training_ranks(config)
@@ -99,6 +101,29 @@ def check_cluster(config: DictConfig, others: int, nodes: Sequence[float]) -> No
             "+platform=cpu (GPUs are logical there: ray_kwargs.ray_init.num_gpus)."
         )
     _require_parts(nodes, trainer.n_gpus_per_node, trainer.nnodes, sizes, "are on nodes")
+
+
+def check_processors(config: DictConfig, processors: float) -> None:
+    """Checks that the cluster has the CPUs that verl's `remote` reward manager would wait for.
+
+    Args:
+        config: of the run.
+        processors: CPUs of all nodes, as Ray counts them.
+
+    Raises:
+        ClusterTooSmall: it has not.
+    """
+    if config.reward.reward_manager.name != "remote":
+        return
+    have, workers = pools(config), config.reward.num_workers
+    gpus = have.train + (have.serve if have.separate else 0)
+    wanted = workers**2 + CPUS_PER_GPU * gpus
+    if processors < wanted:
+        raise ClusterTooSmall(
+            f"reward.num_workers={workers}: reward.reward_manager.name=remote takes the square of it, and each of "
+            f"{gpus} GPUs {CPUS_PER_GPU}, which are {wanted} CPUs; the cluster has {processors:g}. Fix: a smaller "
+            "reward.num_workers, or more CPUs."
+        )
 
 
 def check_room_for_servers(config: DictConfig, free: Sequence[float]) -> None:
@@ -184,11 +209,11 @@ def _check_sizes(config: DictConfig) -> None:
     for pool, does in (("actor_rollout_ref.rollout", "serve"), ("trainer", "train")):
         section: Any = config.trainer if pool == "trainer" else config.actor_rollout_ref.rollout
         for name in ("nnodes", "n_gpus_per_node"):
-            if section[name] < 1:
+            if section[name] < 1 and (pool == "trainer" or is_disaggregated(config)):
                 raise ConfigError(
                     f"{pool}.{name}",
                     section[name],
-                    f"{SEPARATE}, {pool}.nnodes x n_gpus_per_node GPUs {does}: at least 1 x 1.",
+                    f"{pool}.nnodes x n_gpus_per_node GPUs {does}: at least 1 x 1.",
                     f"set {pool}.{name}=1 or more.",
                 )
 
@@ -245,9 +270,19 @@ def _check_servers(config: DictConfig) -> None:
 
 
 def _check_training_ranks(config: DictConfig) -> None:
+    """Batches split evenly between the ranks, and into mini-batches and micro-batches."""
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    if config.data.train_batch_size % actor.ppo_mini_batch_size:
+        raise ConfigError(
+            "actor_rollout_ref.actor.ppo_mini_batch_size",
+            actor.ppo_mini_batch_size,
+            f"must divide data.train_batch_size={config.data.train_batch_size}: verl would stop in the first update.",
+            "set data.train_batch_size to a multiple of it.",
+        )
+    if actor.strategy == "megatron" and "megatron" in actor:
+        return _check_megatron(config)
     if not actor.strategy.startswith("fsdp"):
-        return  # verl knows their ranks
+        return None  # verl knows their ranks
     key = "actor_rollout_ref.actor.ulysses_sequence_parallel_size"
     train, ulysses = pools(config).train, actor.get("ulysses_sequence_parallel_size", 1)
     if ulysses <= 1:
@@ -288,3 +323,25 @@ def _check_training_ranks(config: DictConfig) -> None:
                     f"actor_rollout_ref.rollout.n={rollout.n}, between {ranks}).",
                     f"set actor_rollout_ref.{micro_key}={responses // ranks} or a divisor of it.",
                 )
+    return None
+
+
+def _check_megatron(config: DictConfig) -> None:
+    """Parallel sizes divide the GPUs; Megatron says so once all workers have started."""
+    sizes, train = config.actor_rollout_ref.actor.megatron, pools(config).train
+    pipeline = sizes.pipeline_model_parallel_size
+    tensor = sizes.tensor_model_parallel_size
+    experts = sizes.expert_model_parallel_size * (sizes.expert_tensor_parallel_size or tensor) * pipeline
+    products = {
+        "tensor_model_parallel_size": tensor * pipeline * sizes.context_parallel_size,
+        "expert_model_parallel_size": experts,
+    }
+    for name, product in products.items():
+        if product < 1 or train % product:
+            raise ConfigError(
+                f"actor_rollout_ref.actor.megatron.{name}",
+                sizes[name],
+                f"a replica takes {product} GPUs (with pipeline, and context or expert-tensor parallel), which must "
+                f"divide the {train} GPUs that train (trainer.nnodes x n_gpus_per_node).",
+                "choose parallel sizes whose product divides the number of GPUs.",
+            )

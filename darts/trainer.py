@@ -43,7 +43,7 @@ from darts.forecast import CostModel
 from darts.latency_profile import LatencyProfile, model_id
 from darts.overlap_join import OverlappedLogProbs, actor_limits
 from darts.overlap_session import OverlapSession
-from darts.placement import check_cluster, pools
+from darts.placement import check_cluster, check_processors, pools
 from darts.planning import Rollout, RolloutPlanner
 from darts.profiler import ProfileError, engine_device, profile_servers
 from darts.reweighting import reweighted_advantages
@@ -136,8 +136,9 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
 
     def _check_cluster(self) -> None:
         others = self.resource_pool_manager.get_n_gpus() - pools(self.config).train
-        nodes = [node["Resources"].get(get_resource_name(), 0) for node in ray.nodes() if node["Alive"]]
-        check_cluster(self.config, others, nodes)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        check_cluster(self.config, others, [node.get(get_resource_name(), 0) for node in nodes])
+        check_processors(self.config, sum(node.get("CPU", 0) for node in nodes))
 
     def banner(self) -> str:
         """One line that says whether DARTS is on, and with which settings."""

@@ -6,6 +6,7 @@ versions. What cannot be found out is a fact too.
 """
 
 import csv
+import math
 import os
 import platform
 import resource
@@ -191,9 +192,14 @@ def parse_gpus(text: str) -> list[Gpu]:
     """From `nvidia-smi --query-gpu=name,memory.total,memory.used,driver_version --format=csv,noheader,nounits`."""
     rows = [[field.strip() for field in row] for row in csv.reader(text.splitlines()) if row]
     return [
-        Gpu(name=name, total=float(total), used=float(used), driver=driver)
+        Gpu(name=name, total=_mib(total), used=_mib(used), driver=driver)
         for name, total, used, driver in (row for row in rows if len(row) == len(QUERY))
     ]
+
+
+def _mib(text: str) -> float:
+    """GPUs that share the machine's memory, and parts of GPUs, answer `[N/A]`."""
+    return math.nan if text.startswith("[") else float(text)
 
 
 def list_gpus(limit_s: float = 30) -> list[Gpu] | str:

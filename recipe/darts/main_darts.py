@@ -34,7 +34,8 @@ register_resolver()
 OF_A_NEW_RAY = ("num_cpus", "num_gpus", "resources", "labels", "object_store_memory", "_node_name", "_system_config")
 """Arguments of `ray.init` that it refuses where it joins a cluster."""
 FORWARDED = (
-    "VERL_", "DARTS_", "VLLM_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "WANDB_", "NCCL_", "TORCH_", "OMP_", "PYTORCH_",
+    "VERL_", "DARTS_", "VLLM_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "WANDB_", "NCCL_", "GLOO_",
+    "UCX_", "FI_", "TORCH_", "OMP_", "PYTORCH_",
 )  # fmt: skip
 """Beginnings of the names of variables that workers are to have as the entry point has them."""
 NOT_FORWARDED = ("_HOST_IP", "_KEY", "_TOKEN", "_SECRET", "_PASSWORD")

@@ -3,10 +3,10 @@
 # The smallest run with a real model. Responses are short here: it shows that all works, not what DARTS is for.
 # Composed and checked on CPUs; not run on GPUs yet.
 #
-#   python scripts/data/gsm8k.py                                                 the data, once
-#   bash recipe/darts/run_qwen2.5_0.5b_gsm8k.sh                                  one GPU of 24 GB or more
-#   bash recipe/darts/run_qwen2.5_0.5b_gsm8k_baseline.sh                         plain verl, all else the same
-#   bash recipe/darts/run_qwen2.5_0.5b_gsm8k.sh trainer.total_training_steps=2   Hydra overrides come last
+#   python scripts/data/gsm8k.py                                                                        the data, once
+#   bash recipe/darts/run_qwen2.5_0.5b_gsm8k.sh                                                         one GPU of 24 GB or more
+#   bash recipe/darts/run_qwen2.5_0.5b_gsm8k_baseline.sh                                                plain verl, all else the same
+#   OUTPUT_DIR=outputs/try bash recipe/darts/run_qwen2.5_0.5b_gsm8k.sh trainer.total_training_steps=2   Hydra overrides come last
 set -xeuo pipefail
 
 ########################### user-adjustable ###########################
@@ -85,7 +85,7 @@ ACTOR=(
     actor_rollout_ref.actor.optim.lr=1e-6
     actor_rollout_ref.actor.optim.lr_warmup_steps=10
     actor_rollout_ref.actor.optim.weight_decay=0.1
-    actor_rollout_ref.actor.grad_clip=1.0
+    actor_rollout_ref.actor.optim.clip_grad=1.0
     actor_rollout_ref.actor.clip_ratio_low=0.2
     actor_rollout_ref.actor.clip_ratio_high=0.28
     actor_rollout_ref.actor.loss_agg_mode=token-mean

@@ -5,11 +5,11 @@
 # whose expected value is a list as wrong (read in verl 0.9.1, not run).
 # Composed and checked on CPUs; not run on GPUs yet.
 #
-#   python scripts/data/eurus2.py --ability code                                the data, once
-#   bash recipe/darts/run_qwen2.5_7b_eurus2.sh                                  one node of 8 GPUs
-#   bash recipe/darts/run_qwen2.5_7b_eurus2_baseline.sh                         plain verl, all else the same
-#   PLACEMENT=disaggregated bash recipe/darts/run_qwen2.5_7b_eurus2.sh          half of each node serves
-#   bash recipe/darts/run_qwen2.5_7b_eurus2.sh trainer.total_training_steps=2   Hydra overrides come last
+#   python scripts/data/eurus2.py --ability code                                                       the data, once
+#   bash recipe/darts/run_qwen2.5_7b_eurus2.sh                                                         one node of 8 GPUs
+#   bash recipe/darts/run_qwen2.5_7b_eurus2_baseline.sh                                                plain verl, all else the same
+#   PLACEMENT=disaggregated bash recipe/darts/run_qwen2.5_7b_eurus2.sh                                 half of each node serves
+#   OUTPUT_DIR=outputs/try bash recipe/darts/run_qwen2.5_7b_eurus2.sh trainer.total_training_steps=2   Hydra overrides come last
 set -xeuo pipefail
 
 ########################### user-adjustable ###########################
@@ -32,7 +32,7 @@ ATTENTION=${ATTENTION:-flash_attention_2}
 ROLLOUT_TP=${ROLLOUT_TP:-2}
 OFFLOAD=${OFFLOAD:-False}  # weights and optimizer to the CPU while they are not used
 SANDBOX_URL=${SANDBOX_URL:-null}
-REWARD_WORKERS=${REWARD_WORKERS:-16}
+REWARD_WORKERS=${REWARD_WORKERS:-4}  # their square is what programs take of CPUs, without a sandbox
 LOGGER=${LOGGER:-[console,file]}  # [console,file,wandb]
 
 # DARTS; *_baseline.sh sets the first. docs/tuning.md says which to choose, docs/reproduction.md has the paper's ablation.
@@ -80,7 +80,8 @@ DATA=(
 )
 
 REWARD=(
-    reward.reward_manager.name=remote  # programs take their time: in processes of their own
+    # Programs take their time: they run in processes of their own, or in the sandbox.
+    reward.reward_manager.name="$([[ $SANDBOX_URL == null ]] && echo remote || echo naive)"
     reward.num_workers="$REWARD_WORKERS"
     reward.sandbox_fusion.url="$SANDBOX_URL"
 )
@@ -100,7 +101,7 @@ ACTOR=(
     actor_rollout_ref.actor.optim.lr=1e-6
     actor_rollout_ref.actor.optim.lr_warmup_steps=10
     actor_rollout_ref.actor.optim.weight_decay=0.1
-    actor_rollout_ref.actor.grad_clip=1.0
+    actor_rollout_ref.actor.optim.clip_grad=1.0
     actor_rollout_ref.actor.clip_ratio_low=0.2
     actor_rollout_ref.actor.clip_ratio_high=0.28
     actor_rollout_ref.actor.loss_agg_mode=token-mean

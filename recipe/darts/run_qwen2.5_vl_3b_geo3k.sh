@@ -3,11 +3,11 @@
 # Our choice of settings; the paper has no vision run.
 # Composed and checked on CPUs; not run on GPUs yet.
 #
-#   python scripts/data/geo3k.py                                                  the data, once
-#   bash recipe/darts/run_qwen2.5_vl_3b_geo3k.sh                                  one node of 8 GPUs
-#   bash recipe/darts/run_qwen2.5_vl_3b_geo3k_baseline.sh                         plain verl, all else the same
-#   PLACEMENT=disaggregated bash recipe/darts/run_qwen2.5_vl_3b_geo3k.sh          half of each node serves
-#   bash recipe/darts/run_qwen2.5_vl_3b_geo3k.sh trainer.total_training_steps=2   Hydra overrides come last
+#   python scripts/data/geo3k.py                                                                         the data, once
+#   bash recipe/darts/run_qwen2.5_vl_3b_geo3k.sh                                                         one node of 8 GPUs
+#   bash recipe/darts/run_qwen2.5_vl_3b_geo3k_baseline.sh                                                plain verl, all else the same
+#   PLACEMENT=disaggregated bash recipe/darts/run_qwen2.5_vl_3b_geo3k.sh                                 half of each node serves
+#   OUTPUT_DIR=outputs/try bash recipe/darts/run_qwen2.5_vl_3b_geo3k.sh trainer.total_training_steps=2   Hydra overrides come last
 set -xeuo pipefail
 
 ########################### user-adjustable ###########################
@@ -25,7 +25,7 @@ MAX_PROMPT=${MAX_PROMPT:-2048}
 MAX_RESPONSE=${MAX_RESPONSE:-2048}
 TOTAL_STEPS=${TOTAL_STEPS:-200}
 ULYSSES=${ULYSSES:-1}  # sequence parallel
-# Packed rows want flash-attn; without it ATTENTION=sdpa ULYSSES=1 is right, and slow.
+# Packed rows want flash-attn; without it ATTENTION=sdpa and actor_rollout_ref.model.use_remove_padding=False.
 ATTENTION=${ATTENTION:-flash_attention_2}
 ROLLOUT_TP=${ROLLOUT_TP:-1}
 OFFLOAD=${OFFLOAD:-False}  # weights and optimizer to the CPU while they are not used
@@ -95,7 +95,7 @@ ACTOR=(
     actor_rollout_ref.actor.optim.lr=1e-6
     actor_rollout_ref.actor.optim.lr_warmup_steps=10
     actor_rollout_ref.actor.optim.weight_decay=0.1
-    actor_rollout_ref.actor.grad_clip=1.0
+    actor_rollout_ref.actor.optim.clip_grad=1.0
     actor_rollout_ref.actor.clip_ratio_low=0.2
     actor_rollout_ref.actor.clip_ratio_high=0.28
     actor_rollout_ref.actor.loss_agg_mode=token-mean

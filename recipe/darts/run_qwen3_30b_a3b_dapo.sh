@@ -3,11 +3,11 @@
 # The paper's settings (arXiv 2605.30859); docs/reproduction.md says which are its own and which are our choice.
 # Composed and checked on CPUs; not run on GPUs yet.
 #
-#   python scripts/data/dapo_math.py                                             the data, once
-#   bash recipe/darts/run_qwen3_30b_a3b_dapo.sh                                  8 nodes of 8 GPUs
-#   bash recipe/darts/run_qwen3_30b_a3b_dapo_baseline.sh                         plain verl, all else the same
-#   PLACEMENT=disaggregated bash recipe/darts/run_qwen3_30b_a3b_dapo.sh          as in the paper: half of each node serves
-#   bash recipe/darts/run_qwen3_30b_a3b_dapo.sh trainer.total_training_steps=2   Hydra overrides come last
+#   python scripts/data/dapo_math.py                                                                    the data, once
+#   bash recipe/darts/run_qwen3_30b_a3b_dapo.sh                                                         8 nodes of 8 GPUs
+#   bash recipe/darts/run_qwen3_30b_a3b_dapo_baseline.sh                                                plain verl, all else the same
+#   PLACEMENT=disaggregated bash recipe/darts/run_qwen3_30b_a3b_dapo.sh                                 as in the paper: half of each node serves
+#   OUTPUT_DIR=outputs/try bash recipe/darts/run_qwen3_30b_a3b_dapo.sh trainer.total_training_steps=2   Hydra overrides come last
 set -xeuo pipefail
 
 ########################### user-adjustable ###########################
@@ -99,7 +99,7 @@ ACTOR=(
     actor_rollout_ref.actor.optim.lr=1e-6
     actor_rollout_ref.actor.optim.lr_warmup_steps=10
     actor_rollout_ref.actor.optim.weight_decay=0.1
-    actor_rollout_ref.actor.grad_clip=1.0
+    actor_rollout_ref.actor.optim.clip_grad=1.0
     actor_rollout_ref.actor.clip_ratio_low=0.2
     actor_rollout_ref.actor.clip_ratio_high=0.28
     actor_rollout_ref.actor.loss_agg_mode=token-mean

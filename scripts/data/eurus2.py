@@ -5,8 +5,8 @@ r"""Eurus-2-RL-Data for verl: train.parquet and validation.parquet, of code, mat
 Code is scored by verl's `prime_code`, which runs the last ```python block against the tests, math by `prime_math` on
 \boxed{}. The prompts stay as published, with their system message. The tests are JSON. verl 0.9.1 wants each input and
 output of them as text, and for a function (`fn_name`) one line of JSON per argument; as lists, which is how functions
-are published, they score 0 whatever the response, so they are rewritten. Dropped: tests that cannot be. A problem that
-comes again with other tests counts as repeated with different answers. Not for functions: a sandbox
+are published, they score 0 whatever the response, so they are rewritten. Dropped: tests that cannot be. Of a problem
+that comes again with other tests the first are kept. Not for functions: a sandbox
 (`reward.sandbox_fusion.url`), which compares what is printed, `4`, with the text of the list, `[4]`.
 Schema (card of PRIME-RL/Eurus-2-RL-Data, verl's reward_score): the columns of verl; `ability` is code or math;
 `data_source` is one of `SOURCES`; `reward_model.ground_truth` is the answer, or {inputs, outputs, fn_name} in JSON.

@@ -4,12 +4,14 @@ Contract, for every script:
 
 1. `--source` is a hub name, a parquet, json or jsonl file, a folder of such files, or one made by `save_to_disk`.
 2. A row is `data_source`, `prompt`, `ability`, `reward_model` {style, ground_truth}, `extra_info` {split, index,
-   source} and, for vision, `images`: one schema for all datasets, so that files can be mixed in `data.train_files`.
+   source} and, for vision, `images`: one schema for all datasets. Files can be mixed in `data.train_files` if one
+   scorer of verl's serves them: scorers answer with keys of their own, and verl takes the first row's for all.
    `index` is the row in the source. `data_source` is the key by which verl's `default_compute_score` finds the scorer;
    the dataset's own name is `extra_info.source`.
 3. A prompt stands in a file once (DARTS knows prompts by their content) and never in both files. Two prompts are the
    same if their questions, without instructions, agree up to white space and Unicode form, and their images in every
-   byte. Copies whose answers differ are all dropped: nobody knows which is right. What is dropped is counted by reason.
+   byte. Copies whose answers differ are all dropped: nobody knows which is right. Of code the first is kept, since
+   tests of one problem may differ and agree. What is dropped is counted by reason.
 4. The same source gives the same rows in the same order. `--limit` cuts each file to its first rows.
 5. Files are written beside their place and renamed when all of them are complete.
 6. What is wrong with the input is one line on stderr and exit code 2.
@@ -342,10 +344,10 @@ def choose(source: Source, held_out: set[bytes] = frozenset(), held_out_in: str 
         except UnusableRow as reason:
             choice.dropped[str(reason)] += 1
             continue
-        key, answer = _digest(row.question, example.get("images", ())), _digest(row.answer)
+        key, answer = _digest(row.question, example.get("images") or ()), _digest(row.answer)
         copies = prompts.setdefault(key, _Copies(index, answer, count=0))
         copies.count += 1
-        copies.agree &= answer == copies.answer
+        copies.agree &= answer == copies.answer or row.ability == "code"
     for key, copies in prompts.items():
         if not copies.agree:
             choice.dropped["repeated with different answers"] += copies.count

@@ -181,6 +181,15 @@ def test_no_group_baseline_is_a_warning(estimator):
         check_run(trainable(f"algorithm.adv_estimator={estimator}"))
 
 
+@pytest.mark.parametrize("plain", ["darts.enable=false", "darts.strategy=none"])
+def test_rows_that_plain_verl_cannot_deal_to_its_workers_are_refused(plain):
+    """Groups go to workers whole, and their number does not matter."""
+    workers = "actor_rollout_ref.rollout.agent.num_workers=7"
+    check_run(trainable(workers))
+    with pytest.raises(ConfigError, match=r"agent\.num_workers=7: must divide the 8192 responses of a step"):
+        check_run(trainable(workers, plain))
+
+
 ATTENTION = "actor_rollout_ref.model.override_config.attn_implementation"
 
 

@@ -22,7 +22,15 @@ from darts import CONFIG_DIR
 from darts import trainer as trainer_module
 from darts.checks import check_run
 from darts.config import ConfigError
-from darts.placement import ClusterTooSmall, Pools, check_cluster, check_room_for_servers, choose_backend, pools
+from darts.placement import (
+    ClusterTooSmall,
+    Pools,
+    check_cluster,
+    check_processors,
+    check_room_for_servers,
+    choose_backend,
+    pools,
+)
 from darts.testbed import assets_dir
 from darts.trainer import RayDartsTrainer
 from recipe.darts.main_darts import DartsTaskRunner
@@ -32,6 +40,7 @@ from verl_patches.patching import original
 
 ROLLOUT, ACTOR = "actor_rollout_ref.rollout", "actor_rollout_ref.actor"
 ENGINE = f"{ROLLOUT}.checkpoint_engine"
+MEGATRON = ["model_engine=megatron", "actor_rollout_ref.actor.use_dynamic_bsz=true"]
 PATHS = ("actor_rollout_ref.model.path", "data.train_files", "data.val_files")
 OURS = [
     "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=1",
@@ -109,6 +118,11 @@ BAD = [
     ),
     ([f"{ROLLOUT}.tensor_model_parallel_size=3", "darts.placement=colocated"], "do not fill the 8 GPUs"),
     ([f"{ROLLOUT}.n_gpus_per_node=4", "darts.placement=colocated"], "n_gpus_per_node=4: with darts.placement"),
+    (["trainer.n_gpus_per_node=0", "darts.placement=colocated"], "trainer.n_gpus_per_node=0: trainer.nnodes x"),
+    (["data.train_batch_size=1000"], "ppo_mini_batch_size=256: must divide data.train_batch_size=1000"),
+    (["data.train_batch_size=128", f"{ACTOR}.use_dynamic_bsz=true"], "ppo_mini_batch_size=256: must divide"),
+    ([*MEGATRON, f"{ACTOR}.megatron.tensor_model_parallel_size=3"], "tensor_model_parallel_size=3: a replica takes 3"),
+    ([*MEGATRON, f"{ACTOR}.megatron.expert_model_parallel_size=16"], "expert_model_parallel_size=16: a replica takes"),
     ([f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size=3"], "size=3: must divide the 8 GPUs that"),
     ([f"{ACTOR}.ulysses_sequence_parallel_size=16"], "actor.ulysses_sequence_parallel_size=16"),
     (["data.train_batch_size=1023", "trainer.nnodes=2"], "data.train_batch_size=1023"),
@@ -187,6 +201,16 @@ def test_a_colocated_run_with_fewer_nodes_than_asked_is_named_with_the_numbers()
         check_cluster(config, others=0, nodes=[4.0] * 4)
 
 
+def test_rewards_in_processes_of_their_own_need_cpus_for_them_all():
+    """verl's workers would wait for them for ever."""
+    remote = "reward.reward_manager.name=remote"
+    config = composed("quickstart", "reward.num_workers=4", remote, "trainer.n_gpus_per_node=2")
+    check_processors(config, 22)
+    with pytest.raises(ClusterTooSmall, match=r"reward.num_workers=4: .* are 22 CPUs; the cluster has 21\. Fix: "):
+        check_processors(config, 21)
+    check_processors(composed("quickstart", "reward.num_workers=16"), 1)
+
+
 def test_servers_that_do_not_fit_beside_the_training_gpus_are_named():
     """Two nodes of 8: 4 of each train, so no server of 8 has a node, though 8 GPUs are left."""
     halves = ["trainer.nnodes=2", "trainer.n_gpus_per_node=4", "data.train_batch_size=128"]
@@ -204,14 +228,14 @@ def test_servers_that_do_not_fit_beside_the_training_gpus_are_named():
 def test_the_command_refuses_what_verl_refuses_in_one_line_too(tmp_path):
     result = subprocess.run(
         [sys.executable, "-m", "recipe.darts.main_darts", "--config-name", "quickstart", "hydra.run.dir=.",
-         "actor_rollout_ref.actor.ppo_mini_batch_size=16"],
+         "actor_rollout_ref.rollout.temperature=0"],
         cwd=tmp_path, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     lines = [line for line in result.stderr.splitlines() if line.startswith("[darts]")]
     assert len(lines) == 1
-    assert "train_batch_size (8) must be >= actor.ppo_mini_batch_size (16)" in lines[0]
+    assert "validation gen temperature should be greater than 0 when enabling do_sample" in lines[0]
 
 
 # --- in verl ---------------------------------------------------------------------------------------------------------

@@ -259,6 +259,15 @@ def test_copies_that_disagree_are_all_dropped(tmp_path: Path, capsys: pytest.Cap
     assert "5 read, 2 written; dropped: 3 repeated with different answers\n" in capsys.readouterr().out
 
 
+def test_of_code_with_other_tests_the_first_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Its tests may differ and agree."""
+    one, two = {"inputs": ["1"], "outputs": ["2"]}, {"inputs": ["1", "2"], "outputs": ["2", "4"]}
+    rows = [eurus2("a", one), eurus2("b", one), eurus2("a", two)]
+    train, _ = make("eurus2", tmp_path, {"train": rows, "validation": [eurus2("c", one)]})
+    assert [row["extra_info"]["index"] for row in rows_of(train)] == [0, 1]
+    assert "3 read, 2 written; dropped: 1 repeated\n" in capsys.readouterr().out
+
+
 def test_what_stands_in_validation_is_not_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Though the instructions differ, and though `--limit` leaves it out of the validation file."""
     rows = [deepmath("What  is $200 + 4$?", "204"), deepmath("New?", "1"), deepmath("Newer?", "2")]

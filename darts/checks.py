@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from darts.actor_calls import RankAbility
 from darts.config import ConfigError, DartsConfig, refuse_unknown_keys
-from darts.latency_profile import LatencyProfile, model_id
+from darts.latency_profile import MODEL_KEY, LatencyProfile, model_config, model_id
 from darts.placement import check_placement
 from darts.strategy import BYPASS_MODE, Plain, strategy_class
 from verl_patches.device import is_cpu_only
@@ -310,14 +310,68 @@ def without_overlap(config: DictConfig) -> tuple[str, str] | None:
 
 
 def _check_paths(config: DictConfig) -> None:
-    """Local paths exist; names of a hub (owner/name) and addresses such as hdfs:// are left to verl."""
-    files = {"data.train_files": config.data.train_files, "data.val_files": config.data.val_files}
-    files["actor_rollout_ref.model.path"] = config.actor_rollout_ref.model.path
+    """Local paths exist and are what they are said to be; names of a hub (owner/name) and addresses such as hdfs:// are
+    left to verl."""
+    data, model = config.data, config.actor_rollout_ref.model.path
+    files = {"data.train_files": data.train_files, "data.val_files": data.val_files, MODEL_KEY: model}
     for key, value in files.items():
         for path in [value] if isinstance(value, str) else value or []:
-            on_a_hub = key.endswith("model.path") and path.count("/") < 2 and not path.startswith(("/", ".", "~"))
-            if "://" not in path and not on_a_hub and not Path(path).expanduser().exists():
-                raise ConfigError(key, path, "there is no such file or folder.", f"correct the path, or {key}=...")
+            on_a_hub = key == MODEL_KEY and path.count("/") < 2 and not path.startswith(("/", ".", "~"))
+            if "://" in path or on_a_hub:
+                continue
+            if not Path(path).expanduser().exists():
+                fix = "correct the path" if key == MODEL_KEY else "prepare the data (scripts/data/), correct the path"
+                raise ConfigError(key, path, "there is no such file or folder.", f"{fix}, or {key}=...")
+            if key != MODEL_KEY and path.endswith(".parquet") and not data.custom_cls.path:
+                _check_parquet(key, path, data.prompt_key)
+    if model.endswith("/"):
+        raise ConfigError(MODEL_KEY, model, "verl takes no path that ends with a slash.", "leave the slash out.")
+
+
+def _check_parquet(key: str, path: str, prompt_key: str) -> None:
+    import pyarrow.parquet
+    from pyarrow import ArrowException
+
+    fix = "scripts/data/ makes such files; or set data.prompt_key, data.custom_cls."
+    try:
+        with pyarrow.parquet.ParquetFile(Path(path).expanduser()) as file:
+            rows, columns = file.metadata.num_rows, file.schema_arrow.names
+    except (ArrowException, OSError) as error:
+        raise ConfigError(key, path, f"is no parquet file ({' '.join(str(error).split())[:100]}).", fix) from None
+    if rows == 0:
+        raise ConfigError(key, path, "has no rows.", fix)
+    if prompt_key not in columns:
+        rule = f"has no column data.prompt_key={prompt_key!r}, but {', '.join(columns)}."
+        raise ConfigError(key, path, rule, fix)
+
+
+def check_model(config: DictConfig) -> None:
+    """Checks the model's own configuration, which a hub may have to be asked for: nothing else is loaded.
+
+    Raises:
+        ConfigError: it cannot be read; it is made for fewer positions than the servers are to serve; it is a vision
+            model whose rows verl would pack without flash-attn.
+    """
+    actor, rollout = config.actor_rollout_ref, config.actor_rollout_ref.rollout
+    made_for = model_config(actor.model.path)
+    text = made_for.get("text_config") or made_for
+    positions = actor.model.override_config.get("max_position_embeddings", text.get("max_position_embeddings"))
+    if positions and rollout.max_model_len and rollout.max_model_len > positions:
+        raise ConfigError(
+            "actor_rollout_ref.rollout.max_model_len",
+            rollout.max_model_len,
+            f"{actor.model.path} is made for {positions} positions (max_position_embeddings).",
+            "lower it, or set +actor_rollout_ref.model.override_config.max_position_embeddings and "
+            "+actor_rollout_ref.rollout.engine_kwargs.vllm.hf_overrides.max_position_embeddings to it.",
+        )
+    packs = actor.model.use_remove_padding and actor.actor.strategy in ("fsdp", "fsdp2")
+    if made_for.get("vision_config") and packs and find_spec("flash_attn") is None and not is_cpu_only():
+        raise ConfigError(
+            "actor_rollout_ref.model.use_remove_padding",
+            True,
+            "verl packs the rows of vision models with flash-attn whatever attn_implementation says; it is missing.",
+            "set it to False, with sdpa, or install flash-attn (docs/smoke.md).",
+        )
 
 
 def _check_attention(config: DictConfig) -> None:
@@ -334,7 +388,7 @@ def _check_attention(config: DictConfig) -> None:
             key,
             attention,
             "verl's default needs the package flash-attn, which is not installed.",
-            f"install it (docs/troubleshooting.md), or set +{key}=sdpa and Ulysses to 1: right, but slow when packed.",
+            f"install it (docs/smoke.md), or set +{key}=sdpa and Ulysses to 1: right, but slow when packed.",
         )
     ulysses = max(actor.get("ulysses_sequence_parallel_size", 1), actor.fsdp_config.ulysses_sequence_parallel_size)
     if attention != FLASH_ATTENTION and ulysses > 1:

@@ -97,8 +97,8 @@ def check_cluster(config: DictConfig, others: int, nodes: Sequence[float]) -> No
         more += f", {others} are for reward and teacher models" if others else ""
         raise ClusterTooSmall(
             f"{sizes}: the cluster has {sum(nodes):g} GPUs on {sum(map(bool, nodes))} nodes, but {have.train} "
-            f"train{more}, {wanted} together. Fix: start Ray on more nodes, or ask for fewer GPUs; without a GPU add "
-            "+platform=cpu (GPUs are logical there: ray_kwargs.ray_init.num_gpus)."
+            f"train{more}, {wanted} together. Fix: set RAY_ADDRESS to your cluster's, start Ray on more nodes, or ask "
+            "for fewer GPUs; without a GPU add +platform=cpu (GPUs are logical there: ray_kwargs.ray_init.num_gpus)."
         )
     _require_parts(nodes, trainer.n_gpus_per_node, trainer.nnodes, sizes, "are on nodes")
 
@@ -196,7 +196,7 @@ def _check_backend(config: DictConfig) -> None:
 
     reason = why_unavailable(backend)
     if reason is not None:
-        cupy = "install cupy for your CUDA (uv pip install cupy-cuda13x), or " if "cupy" in reason else ""
+        cupy = "run scripts/setup.sh (its extra gpu has cupy), or " if "cupy" in reason else ""
         raise ConfigError(
             BACKEND,
             backend,

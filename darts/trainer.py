@@ -26,14 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 from omegaconf import DictConfig, OmegaConf
 from verl.experimental.separation.ray_trainer import SeparateRayPPOTrainer
 from verl.protocol import DataProto
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer, compute_spec_decode_metrics
 from verl.utils.debug import marked_timer
-from verl.utils.device import get_resource_name
 from verl.utils.skip import SkipManager
 
 import verl_patches.register
@@ -43,7 +41,7 @@ from darts.forecast import CostModel
 from darts.latency_profile import LatencyProfile, model_id
 from darts.overlap_join import OverlappedLogProbs, actor_limits
 from darts.overlap_session import OverlapSession
-from darts.placement import check_cluster, check_processors, pools
+from darts.placement import pools
 from darts.planning import Rollout, RolloutPlanner
 from darts.profiler import ProfileError, engine_device, profile_servers
 from darts.reweighting import reweighted_advantages
@@ -113,7 +111,6 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
     def init_workers(self) -> None:
         """Workers and managers exactly as `RayPPOTrainer` makes them, servers on GPUs of their own where disaggregated,
         and servers that stream."""
-        self._check_cluster()
         if self.darts.placement == "disaggregated":
             patch_llm_server_manager()
         print("[darts] starting workers, engines and reward loop", flush=True)
@@ -133,12 +130,6 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
             # SeparateRayPPOTrainer asks the rollout manager to start the servers' profilers: the server manager does.
             self.async_rollout_manager.start_profile = lambda global_step: self.llm_server_manager.start_profile()
         print(self.banner(), flush=True)
-
-    def _check_cluster(self) -> None:
-        others = self.resource_pool_manager.get_n_gpus() - pools(self.config).train
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        check_cluster(self.config, others, [node.get(get_resource_name(), 0) for node in nodes])
-        check_processors(self.config, sum(node.get("CPU", 0) for node in nodes))
 
     def banner(self) -> str:
         """One line that says whether DARTS is on, and with which settings."""

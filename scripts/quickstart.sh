@@ -57,7 +57,9 @@ timeout --signal=INT --kill-after=60 "${DARTS_QUICKSTART_TIMEOUT:-1200}" \
 status=${PIPESTATUS[0]}
 set -e
 if ((status == 2)); then
+  said=$(tail -n 20 run.log)
   rm -rf "${results[@]}"
+  grep -q '^\[darts\]' <<<"$said" || tail -n 3 <<<"$said" >&2
   if [[ -e .before ]]; then mv .before/* . && rmdir .before; fi
   say "the settings were refused, see the line above; nothing was started"
   exit 2

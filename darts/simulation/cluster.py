@@ -18,7 +18,7 @@ class Cluster:
     """What a run has. Example: `Cluster(gpus=64, tensor_parallel=4)` has 16 engines.
 
     Raises:
-        SimulationError: not one engine, or no GPU to train on.
+        SimulationError: not one engine, engines that do not fill the GPUs, or no GPU to train on.
     """
 
     gpus: int
@@ -29,10 +29,12 @@ class Cluster:
     abort_s: float = 0.0  # from the decision to abort to its arrival at the engine
 
     def __post_init__(self) -> None:
-        if self.tensor_parallel < 1 or self.engines < 1 or self.train_gpus < 1:
+        uneven = self.tensor_parallel < 1 or self.rollout_gpus % self.tensor_parallel
+        if uneven or self.engines < 1 or self.train_gpus < 1:
             raise SimulationError(
                 f"gpus={self.gpus}, tensor_parallel={self.tensor_parallel}, {self.placement}: at least one engine and "
-                "one GPU that trains are needed; take more GPUs, or a smaller tensor-parallel size."
+                f"one GPU that trains are needed, and engines must fill the {self.rollout_gpus} GPUs that generate; "
+                "take another number of GPUs, or another tensor-parallel size."
             )
         if self.max_num_seqs < 1 or not 0 <= self.abort_s < np.inf:
             raise SimulationError(

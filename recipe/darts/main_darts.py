@@ -20,13 +20,20 @@ from verl.trainer.main_ppo_v0 import BaseTaskRunner
 from verl.trainer.ppo.ray_trainer import Role
 from verl.trainer.ppo.utils import create_rl_dataset, create_rl_sampler, need_critic, need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass, validate_config
-from verl.utils.device import auto_set_device
+from verl.utils.device import auto_set_device, get_resource_name
 
 import verl_patches.register
 from darts import CONFIG_DIR
-from darts.checks import check_run, darts_config, refuse_unknown_overrides
+from darts.checks import check_model, check_run, darts_config, refuse_unknown_overrides
 from darts.config import ConfigError
-from darts.placement import ClusterTooSmall, choose_backend, is_disaggregated
+from darts.placement import (
+    ClusterTooSmall,
+    check_cluster,
+    check_processors,
+    choose_backend,
+    is_disaggregated,
+    pools,
+)
 from darts.testbed import register_resolver
 
 register_resolver()
@@ -74,6 +81,8 @@ class DartsTaskRunner(BaseTaskRunner):
         self.add_reward_model_resource_pool(config)
         self.add_teacher_model_resource_pool(config)
         validate_config(config, need_reference_policy(config), need_critic(config))
+        resource_pools = self.init_resource_pool_mgr(config)
+        check_ray(config, resource_pools.get_n_gpus())
         model = omega_conf_to_dataclass(config.actor_rollout_ref.model)
         data = config.data
         train, val = (
@@ -88,7 +97,7 @@ class DartsTaskRunner(BaseTaskRunner):
             tokenizer=model.tokenizer,
             processor=model.processor,
             role_worker_mapping=self.role_worker_mapping,
-            resource_pool_manager=self.init_resource_pool_mgr(config),
+            resource_pool_manager=resource_pools,
             ray_worker_group_cls=ray_worker_group_cls,
             train_dataset=train,
             val_dataset=val,
@@ -108,6 +117,7 @@ def main(config: DictConfig) -> None:
         darts_config(config)
         choose_backend(config)
         check_run(config)
+        check_model(config)
     except ConfigError as error:
         refuse(error)
     try:
@@ -121,6 +131,22 @@ def main(config: DictConfig) -> None:
         if isinstance(error.cause, ClusterTooSmall | ConfigError):
             refuse(error.cause)
         raise
+
+
+def check_ray(config: DictConfig, num_gpus: int) -> None:
+    """Checks that the nodes which Ray has now are enough, before data or models are loaded.
+
+    Args:
+        config: of the run.
+        num_gpus: of verl's resource pools: those that train, and those of reward and teacher models.
+
+    Raises:
+        ClusterTooSmall: they are not.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    others = num_gpus - pools(config).train
+    check_cluster(config, others, [node.get(get_resource_name(), 0) for node in nodes])
+    check_processors(config, sum(node.get("CPU", 0) for node in nodes))
 
 
 def join_cluster(config: DictConfig, environment: Mapping[str, str]) -> None:

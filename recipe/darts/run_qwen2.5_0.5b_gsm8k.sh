@@ -3,7 +3,7 @@
 # The smallest run with a real model. Responses are short here: it shows that all works, not what DARTS is for.
 # Composed and checked on CPUs; not run on GPUs yet.
 #
-#   python scripts/data/gsm8k.py                                                                        the data, once
+#   .venv/bin/python scripts/data/gsm8k.py                                                              the data, once
 #   bash recipe/darts/run_qwen2.5_0.5b_gsm8k.sh                                                         one GPU of 24 GB or more
 #   bash recipe/darts/run_qwen2.5_0.5b_gsm8k_baseline.sh                                                plain verl, all else the same
 #   OUTPUT_DIR=outputs/try bash recipe/darts/run_qwen2.5_0.5b_gsm8k.sh trainer.total_training_steps=2   Hydra overrides come last
@@ -32,7 +32,6 @@ LOGGER=${LOGGER:-[console,file]}  # [console,file,wandb]
 
 # DARTS; *_baseline.sh sets the first. docs/tuning.md says which to choose, docs/reproduction.md has the paper's ablation.
 DARTS_ENABLE=${DARTS_ENABLE:-True}
-PLACEMENT=${PLACEMENT:-colocated}       # disaggregated: servers on GPUs of their own, training on the others
 STRATEGY=${STRATEGY:-darts}             # or what to compare with: bypass, shortest_k, tail_batching, sorted
 ALLOCATION=${ALLOCATION:-adaptive}      # uniform: the same number of candidates for all; off: no redundancy
 MEAN_CANDIDATES=${MEAN_CANDIDATES:-null}  # of a prompt; null: as many as pay (adaptive), or the middle
@@ -131,7 +130,6 @@ TRAINER=(
 
 DARTS=(
     darts.enable="$DARTS_ENABLE"
-    darts.placement="$PLACEMENT"
     darts.strategy="$STRATEGY"
     darts.allocation.mode="$ALLOCATION"
     darts.allocation.mean_candidates="$MEAN_CANDIDATES"

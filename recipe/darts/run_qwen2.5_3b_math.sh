@@ -3,7 +3,7 @@
 # The paper's settings (arXiv 2605.30859); docs/reproduction.md says which are its own and which are our choice.
 # Composed and checked on CPUs; not run on GPUs yet.
 #
-#   python scripts/data/math_lighteval.py                                                            the data, once
+#   .venv/bin/python scripts/data/math_lighteval.py                                                  the data, once
 #   bash recipe/darts/run_qwen2.5_3b_math.sh                                                         one node of 8 GPUs
 #   bash recipe/darts/run_qwen2.5_3b_math_baseline.sh                                                plain verl, all else the same
 #   PLACEMENT=disaggregated bash recipe/darts/run_qwen2.5_3b_math.sh                                 as in the paper: half of each node serves

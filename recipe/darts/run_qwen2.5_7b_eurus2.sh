@@ -5,7 +5,7 @@
 # whose expected value is a list as wrong (read in verl 0.9.1, not run).
 # Composed and checked on CPUs; not run on GPUs yet.
 #
-#   python scripts/data/eurus2.py --ability code                                                       the data, once
+#   .venv/bin/python scripts/data/eurus2.py --ability code                                             the data, once
 #   bash recipe/darts/run_qwen2.5_7b_eurus2.sh                                                         one node of 8 GPUs
 #   bash recipe/darts/run_qwen2.5_7b_eurus2_baseline.sh                                                plain verl, all else the same
 #   PLACEMENT=disaggregated bash recipe/darts/run_qwen2.5_7b_eurus2.sh                                 half of each node serves

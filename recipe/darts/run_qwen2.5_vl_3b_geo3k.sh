@@ -3,7 +3,7 @@
 # Our choice of settings; the paper has no vision run.
 # Composed and checked on CPUs; not run on GPUs yet.
 #
-#   python scripts/data/geo3k.py                                                                         the data, once
+#   .venv/bin/python scripts/data/geo3k.py                                                               the data, once
 #   bash recipe/darts/run_qwen2.5_vl_3b_geo3k.sh                                                         one node of 8 GPUs
 #   bash recipe/darts/run_qwen2.5_vl_3b_geo3k_baseline.sh                                                plain verl, all else the same
 #   PLACEMENT=disaggregated bash recipe/darts/run_qwen2.5_vl_3b_geo3k.sh                                 half of each node serves

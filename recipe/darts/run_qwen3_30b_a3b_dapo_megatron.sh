@@ -4,7 +4,7 @@
 # Log-probs are not overlapped: that is written for FSDP, and OVERLAP=auto turns it off.
 # Composed and checked on CPUs; not run on GPUs yet.
 #
-#   python scripts/data/dapo_math.py                                                                             the data, once
+#   .venv/bin/python scripts/data/dapo_math.py                                                                   the data, once
 #   bash recipe/darts/run_qwen3_30b_a3b_dapo_megatron.sh                                                         8 nodes of 8 GPUs
 #   bash recipe/darts/run_qwen3_30b_a3b_dapo_megatron_baseline.sh                                                plain verl, all else the same
 #   PLACEMENT=disaggregated bash recipe/darts/run_qwen3_30b_a3b_dapo_megatron.sh                                 as in the paper: half of each node serves

@@ -1,11 +1,14 @@
 """Every YAML composes with verl's own, in any directory; what cannot work is refused before anything starts."""
 
+import json
 import re
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
@@ -15,7 +18,7 @@ from verl.utils.config import validate_config
 
 import recipe.darts.main_darts  # noqa: F401  (registers the resolver that quickstart.yaml uses)
 from darts import CONFIG_DIR, checks
-from darts.checks import check_run
+from darts.checks import check_model, check_run
 from darts.config import SECTIONS, ConfigError, DartsConfig
 from darts.testbed import LIMITS, assets_dir
 
@@ -138,6 +141,59 @@ def test_a_local_path_that_is_not_there_is_refused(key, enable):
 def test_a_relative_data_file_that_is_not_there_is_refused(path):
     with pytest.raises(ConfigError, match=f"data.train_files='{path}': there is no such file or folder"):
         check_run(trainable(f"data.train_files={path}"))
+
+
+def test_a_model_path_with_a_slash_at_its_end_is_refused():
+    with pytest.raises(ConfigError, match="takes no path that ends with a slash"):
+        check_run(trainable(f"actor_rollout_ref.model.path={assets_dir('overthink')}/model/"))
+
+
+def test_data_without_rows_or_prompts_are_refused(tmp_path):
+    for name, columns in {"empty": {"prompt": []}, "other": {"question": ["1"]}, "good": {"prompt": ["1"]}}.items():
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / f"{name}.parquet")
+    (tmp_path / "text.parquet").write_text("no parquet")
+    check_run(trainable(f"data.train_files={tmp_path}/good.parquet"))
+    check_run(trainable(f"data.train_files={tmp_path}/other.parquet", "data.prompt_key=question"))
+    check_run(trainable(f"data.train_files={tmp_path}/other.parquet", "data.custom_cls.path=mine.py"))
+    for name, rule in {
+        "empty": "no rows",
+        "other": "no column .*'prompt'.* but question",
+        "text": "no parquet",
+    }.items():
+        with pytest.raises(ConfigError, match=f"data.val_files='.*{name}.parquet': (has|is) {rule}"):
+            check_run(trainable(f"data.val_files=[{tmp_path}/good.parquet,{tmp_path}/{name}.parquet]"))
+
+
+def model_folder(tmp_path, **config):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"} | config))
+    return f"actor_rollout_ref.model.path={tmp_path}"
+
+
+def test_more_positions_than_the_model_has_are_refused(tmp_path):
+    """As verl's servers would, once they have started."""
+    length, override = "actor_rollout_ref.rollout.max_model_len=10240", "actor_rollout_ref.model.override_config"
+    small, large = {"max_position_embeddings": 4096}, {"max_position_embeddings": 10240}
+    model = model_folder(tmp_path, **small)
+    check_model(trainable(model))
+    check_model(trainable(model, length, f"+{override}.max_position_embeddings=10240"))
+    with pytest.raises(ConfigError, match=r"max_model_len=10240: .* made for 4096 positions"):
+        check_model(trainable(model, length))
+    check_model(trainable(model_folder(tmp_path, text_config=large, vision_config={}), length))
+
+
+def test_a_vision_model_is_not_packed_without_flash_attention(tmp_path, monkeypatch):
+    model, sdpa = model_folder(tmp_path, vision_config={"depth": 1}), f"+{ATTENTION}=sdpa"
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    monkeypatch.setattr(checks, "is_cpu_only", lambda: False)
+    with pytest.raises(ConfigError, match=r"use_remove_padding=True: verl packs the rows of vision models"):
+        check_model(trainable(model, sdpa))
+    check_model(trainable(model, sdpa, "actor_rollout_ref.model.use_remove_padding=false"))
+    check_model(trainable(model_folder(tmp_path), sdpa))
+
+
+def test_a_model_whose_configuration_cannot_be_read_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"model.path='.*': its config.json cannot be read"):
+        check_model(trainable(f"actor_rollout_ref.model.path={tmp_path}"))
 
 
 def test_names_of_a_hub_and_addresses_are_left_to_verl():

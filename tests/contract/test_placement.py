@@ -19,7 +19,6 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.rollout.llm_server import LLMServerManager
 
 from darts import CONFIG_DIR
-from darts import trainer as trainer_module
 from darts.checks import check_run
 from darts.config import ConfigError
 from darts.placement import (
@@ -33,6 +32,7 @@ from darts.placement import (
 )
 from darts.testbed import assets_dir
 from darts.trainer import RayDartsTrainer
+from recipe.darts import main_darts
 from recipe.darts.main_darts import DartsTaskRunner
 from verl_patches import placement
 from verl_patches.dp_actor import OverlappedActorWorker
@@ -173,7 +173,8 @@ def test_nccl_without_cupy_is_named_before_anything_starts(monkeypatch):
     missing = {"nccl_checkpoint_engine": ModuleNotFoundError("No module named 'cupy'")}
     monkeypatch.setattr(CheckpointEngineRegistry, "_import_errors", missing)
     with pytest.raises(
-        ConfigError, match=r"backend='nccl': cannot be used here: No module named 'cupy'. Fix: install cup"
+        ConfigError,
+        match=r"backend='nccl': cannot be used here: No module named 'cupy'. Fix: run scripts/setup.sh",
     ):
         check_run(gpus())
 
@@ -401,19 +402,24 @@ def trainer(monkeypatch):
 
 
 @pytest.mark.usefixtures("patched")
+def test_the_trainer_starts_pools_apart_where_asked(trainer, capsys):
+    trainer.init_workers()
+    assert trainer.calls == ["init_workers"]
+    assert "plain verl; disaggregated: 1 GPUs train, 1 serve" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("nodes", [[1.0], [2.0], [1.0, 1.0], []])
-def test_the_trainer_looks_at_the_cluster_before_it_starts_anything(trainer, monkeypatch, capsys, nodes):
+def test_the_task_runner_looks_at_the_cluster_before_it_loads_anything(monkeypatch, nodes):
     found = [{"Alive": True, "Resources": {"CPU": 4.0, "GPU": gpus}} for gpus in nodes]
     found += [{"Alive": True, "Resources": {"CPU": 4.0}}, {"Alive": False, "Resources": {"GPU": 8.0}}]
-    monkeypatch.setattr(trainer_module.ray, "nodes", lambda: found)
-    if sum(nodes) == 2:
-        trainer.init_workers()
-        assert trainer.calls == ["init_workers"]
-        assert "plain verl; disaggregated: 1 GPUs train, 1 serve" in capsys.readouterr().out
-    else:
-        with pytest.raises(ClusterTooSmall, match=r"but 1 train, 1 serve .*, 2 together"):
-            trainer.init_workers()
-        assert trainer.calls == []
+    monkeypatch.setattr(main_darts.ray, "nodes", lambda: found)
+    loaded = []
+    monkeypatch.setattr(main_darts, "omega_conf_to_dataclass", lambda model: loaded.append(model) or 1 / 0)
+    config = composed("quickstart", "darts.placement=disaggregated", "darts.enable=false")
+    expected = ZeroDivisionError if sum(nodes) == 2 else ClusterTooSmall
+    with pytest.raises(expected):
+        DartsTaskRunner().run(config)
+    assert bool(loaded) == (sum(nodes) == 2)
 
 
 def test_the_error_of_a_small_cluster_survives_the_way_from_the_trainers_process():

@@ -180,7 +180,8 @@ def test_the_switches_of_the_ablation(launch):
 def test_every_knob_changes_what_is_launched(launch, name):
     text = (FOLDER / f"{name}.sh").read_text()
     knobs = dict(KNOBS.findall(text))
-    assert {"MODEL_PATH", "DATA_DIR", "NNODES", "GPUS_PER_NODE", "PLACEMENT", "OUTPUT_DIR"} <= knobs.keys()
+    assert {"MODEL_PATH", "DATA_DIR", "NNODES", "GPUS_PER_NODE", "OUTPUT_DIR"} <= knobs.keys()
+    assert ("PLACEMENT" in knobs) == (name != ONE_GPU)
     usual = {"PLACEMENT": "disaggregated"} if name != ONE_GPU else {}
     plain = launch(name, **usual)
     for knob in knobs.keys() - {"PYTHON", *FILES}:

@@ -147,7 +147,6 @@ def test_off_is_verls_own_loop(trainer, monkeypatch, enable):
 def test_it_refuses_a_manager_that_is_not_darts(trainer, monkeypatch, capsys):
     monkeypatch.setattr(RayPPOTrainer, "init_workers", lambda self: setattr(self, "async_rollout_manager", object()))
     monkeypatch.setattr(RolloutReplicaRegistry, "_registry", dict(RolloutReplicaRegistry._registry))
-    monkeypatch.setattr(RayDartsTrainer, "_check_cluster", lambda self: None)
     with pytest.raises(RuntimeError, match="the rollout manager is object, not DartsAgentLoopManager"):
         trainer.init_workers()
     assert RolloutReplicaRegistry.get("vllm").__name__ == "StreamingReplica"

@@ -113,9 +113,8 @@ def bench(cluster, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize(
-    "arms", [(ADAPTIVE, TAIL), pytest.param((ADAPTIVE, TAIL, SORTED), marks=pytest.mark.slow)], ids=len
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("arms", [(ADAPTIVE, TAIL), (ADAPTIVE, TAIL, SORTED)], ids=len)
 def test_an_arm_that_takes_turns_trains_as_it_does_alone(bench, tmp_path, arms):
     together = bench(tmp_path / "together", list(arms))
     for arm in arms:

@@ -28,7 +28,7 @@ LIMITS = ActorLimits(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["token", "sequence"])
+@pytest.fixture(scope="module", params=["token", pytest.param("sequence", marks=pytest.mark.slow)])
 def cluster(request, local_ray, make_config):
     """Two servers, two workers, one manager that overlaps; groups are shortest-only, so losers are aborted."""
     config = make_config(

@@ -191,8 +191,28 @@ def test_the_validation_source_is_checked_too(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_a_missing_split_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    source = save(tmp_path / "source", {"train": SMALL["gsm8k"][0]["train"]})
-    assert "no split 'test' among train" in refusal(capsys, "gsm8k", "--source", source, "--out", tmp_path / "out")
+    file = write_json(tmp_path / "train.jsonl", SMALL["gsm8k"][0]["train"], lines=True)
+    for source in (save(tmp_path / "source", {"train": SMALL["gsm8k"][0]["train"]}), file):
+        said = refusal(capsys, "gsm8k", "--source", source, "--out", tmp_path / "out")
+        assert f"--source={source}: no split 'test' among train; a file is one split" in said
+        assert "pass a folder with train.* and test.*, or a copy of openai/gsm8k." in said
+
+
+def test_a_folder_with_a_file_for_each_split_is_enough(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    for split, rows in SMALL["gsm8k"][0].items():
+        write_json(tmp_path / "source" / f"{split}.jsonl", rows, lines=True)
+    assert script("gsm8k").main(["--source", str(tmp_path / "source"), "--out", str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize(("file", "content"), [("train.jsonl", ""), ("train.jsonl", "\n\n"), ("train.json", "[]")])
+def test_a_file_without_rows_is_said_to_have_none(file: str, content: str, tmp_path: Path, capsys) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / file).write_text(content)
+    out = ["--out", tmp_path / "out"]
+    assert f"{source / file}: has no rows; pass a local" in refusal(capsys, "gsm8k", "--source", source / file, *out)
+    assert f"{source}: a file in it has no rows; pass" in refusal(capsys, "gsm8k", "--source", source, *out)
 
 
 @pytest.mark.parametrize("given", ["./nothing", "nothing.parquet", "a/b/c", "~/no such folder", ""])

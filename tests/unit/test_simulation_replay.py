@@ -235,6 +235,8 @@ def test_clusters():
     assert (apart.engines, apart.train_gpus) == (8, 32)
     with pytest.raises(SimulationError, match="gpus=4, tensor_parallel=8, colocated: at least one engine"):
         Cluster(gpus=4, tensor_parallel=8)
+    with pytest.raises(SimulationError, match=r"gpus=6, tensor_parallel=4, colocated: .* must fill the 6 GPUs"):
+        Cluster(gpus=6, tensor_parallel=4)
     with pytest.raises(SimulationError, match="at least one engine"):
         Cluster(gpus=1, placement="disaggregated")
     with pytest.raises(SimulationError, match="max_num_seqs=0"):

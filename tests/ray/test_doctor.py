@@ -81,7 +81,10 @@ def test_all_nodes_of_a_cluster(two_nodes):
 
 @pytest.mark.parametrize(
     ("method", "what", "others_wait"),
-    [("join", "joining the group", False), ("reduce", "all-reduce within the node", True)],
+    [
+        pytest.param("join", "joining the group", False, marks=pytest.mark.slow),
+        ("reduce", "all-reduce within the node", True),
+    ],
     ids=["torch ends the wait of the others", "the others wait for ever"],
 )
 def test_the_rank_that_does_not_answer_is_named(method, what, others_wait):

@@ -1,6 +1,6 @@
 r"""DeepMath-103K for verl: train.parquet and, for validation, aime2024.parquet.
 
-    python scripts/data/deepmath.py
+    .venv/bin/python scripts/data/deepmath.py
 
 Scored by verl's `math_reward`, which compares what stands in the last \boxed{}; verl finds it by the data source of
 MATH. Schema (card of zwhe99/DeepMath-103K): `question`, `final_answer`; its solutions of R1 are not used.

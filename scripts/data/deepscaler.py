@@ -1,6 +1,6 @@
 r"""DeepScaleR-Preview for verl: train.parquet and, for validation, aime2024.parquet.
 
-    python scripts/data/deepscaler.py
+    .venv/bin/python scripts/data/deepscaler.py
 
 Scored by verl's `math_reward`, which compares what stands in the last \boxed{}; verl finds it by the data source of
 MATH. Schema (card of agentica-org/DeepScaleR-Preview-Dataset): `problem`, `answer`, empty in a few rows.

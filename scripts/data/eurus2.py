@@ -1,6 +1,6 @@
 r"""Eurus-2-RL-Data for verl: train.parquet and validation.parquet, of code, math, or both.
 
-    python scripts/data/eurus2.py --ability code
+    .venv/bin/python scripts/data/eurus2.py --ability code
 
 Code is scored by verl's `prime_code`, which runs the last ```python block against the tests, math by `prime_math` on
 \boxed{}. The prompts stay as published, with their system message. The tests are JSON. verl 0.9.1 wants each input and

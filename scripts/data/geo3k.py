@@ -1,6 +1,6 @@
 r"""Geometry3K for verl, with images: train.parquet and test.parquet.
 
-    python scripts/data/geo3k.py
+    .venv/bin/python scripts/data/geo3k.py
 
 Scored by verl's `geo3k` (needs the package mathruler): 0.9 for the right answer in \boxed{}, 0.1 for the reasoning in
 <think>. The same question about another image is another prompt. Schema (verl's examples/data_preprocess/geo3k.py,

@@ -1,6 +1,6 @@
 """GSM8K for verl: train.parquet and test.parquet.
 
-    python scripts/data/gsm8k.py
+    .venv/bin/python scripts/data/gsm8k.py
 
 Scored by verl's `gsm8k`, which compares the number after `####` as text, without commas. Dropped: solutions without
 one. Schema (card of openai/gsm8k, config main): `question`; `answer`, a solution that ends in `#### number`.

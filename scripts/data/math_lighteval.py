@@ -1,6 +1,6 @@
 r"""MATH (Hendrycks et al.) for verl: train.parquet and test.parquet.
 
-    python scripts/data/math_lighteval.py
+    .venv/bin/python scripts/data/math_lighteval.py
 
 Scored by verl's `math_reward`, which compares what stands in the last \boxed{}. Dropped: solutions without one. Schema
 (verl's examples/data_preprocess/math_dataset.py, card): `problem`; `solution`, with the answer in its last \boxed{}.

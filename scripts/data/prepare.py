@@ -236,7 +236,9 @@ def pick(splits: Mapping[str, datasets.Dataset], part: Part, option: str, name: 
     split = part.split or ("train" if "train" in splits or len(splits) > 1 else next(iter(splits)))
     option = f"{option}={name}"
     if split not in splits:
-        raise InputError(f"{option}: no split {split!r} among {', '.join(splits)}; pass a copy of {part.hub}.")
+        files = " and ".join(f"{name}.*" for name in (*splits, split))
+        problem = f"no split {split!r} among {', '.join(splits)}; a file is one split"
+        raise InputError(f"{option}: {problem}: pass a folder with {files}, or a copy of {part.hub}.")
     rows = splits[split]
     for path, kind in part.columns.items():
         _check_column(rows, path, kind, f"{option}, split {split!r}", part)
@@ -293,8 +295,10 @@ def load(part: Part, option: str, name: str) -> Mapping[str, datasets.Dataset]:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        problem = f"{type(cause).__name__}: {_short(cause)}"
-        raise InputError(f"{where}: cannot be read ({problem}); {local_copy}.") from error
+        problem = f"cannot be read ({type(cause).__name__}: {_short(cause)})"
+        if isinstance(cause, StopIteration) or "corresponds to no data" in str(cause):  # how datasets says so
+            problem = "has no rows" if path.is_file() else "a file in it has no rows"
+        raise InputError(f"{where}: {problem}; {local_copy}.") from error
     return loaded if isinstance(loaded, dict) else {"train": loaded}
 
 

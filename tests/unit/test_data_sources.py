@@ -33,6 +33,7 @@ def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def refusal(capsys: pytest.CaptureFixture, name: str, *arguments: object) -> str:
     """The one line that a script says before it ends with code 2."""
+    capsys.readouterr()  # the progress bars of what made the source
     try:
         code = script(name).main([str(argument) for argument in arguments])
     except SystemExit as ended:

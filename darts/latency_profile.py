@@ -129,7 +129,8 @@ def model_config(path: str) -> dict[str, Any]:
         return dict(PretrainedConfig.get_config_dict(path)[0])
     except (OSError, ValueError, TypeError) as error:
         rule = f"its config.json cannot be read ({' '.join(str(error).split())[:200]})."
-        raise ConfigError(MODEL_KEY, path, rule, f"correct the path, or {MODEL_KEY}=...") from None
+        fix = f"correct the path, or {MODEL_KEY}=...; on nodes without internet: docs/slurm.md."
+        raise ConfigError(MODEL_KEY, path, rule, fix) from None
 
 
 def _settled(config: Any) -> Any:

@@ -26,7 +26,7 @@ from darts.metrics import METRICS
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / name for name in ("README.md", "recipe/darts/README.md", "CONTRIBUTING.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
-PYTHONS = (".venv/bin/python", "python", "python3")
+PYTHONS = (".venv/bin/python",)
 ENTRY_POINT = "recipe.darts.main_darts"
 FILES = {"darts.json", "darts.jsonl"}
 OURS = r"(?:darts|verl_patches|recipe|configs|docs|scripts|tests|benchmarks)"

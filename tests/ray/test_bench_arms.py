@@ -127,6 +127,7 @@ def test_an_arm_that_takes_turns_trains_as_it_does_alone(bench, tmp_path, arms):
     assert any(len(set(step)) > 1 for step in budgets[1:]), "what was learnt matters, so equality says something"
 
 
+@pytest.mark.slow
 def test_a_bench_that_was_stopped_goes_on_where_it_was(bench, tmp_path):
     arms = [ADAPTIVE, TAIL]
     whole = bench(tmp_path / "whole", arms)

@@ -71,6 +71,7 @@ def test_two_ranks_on_a_ray_of_its_own(tmp_path):
     assert [fact["status"] for fact in json.loads(path.read_text())["facts"]].count("FAILED") == 0
 
 
+@pytest.mark.slow
 def test_all_nodes_of_a_cluster(two_nodes):
     code, lines = doctor("--only", "machine", "--communication", RAY_ADDRESS=two_nodes)
     assert code == 0, lines

@@ -280,9 +280,9 @@ def _check_training_ranks(config: DictConfig) -> None:
             "set data.train_batch_size to a multiple of it.",
         )
     if actor.strategy == "megatron" and "megatron" in actor:
-        return _check_megatron(config)
+        _check_megatron(config)
     if not actor.strategy.startswith("fsdp"):
-        return None  # verl knows their ranks
+        return  # verl knows their ranks
     key = "actor_rollout_ref.actor.ulysses_sequence_parallel_size"
     train, ulysses = pools(config).train, actor.get("ulysses_sequence_parallel_size", 1)
     if ulysses <= 1:
@@ -323,7 +323,6 @@ def _check_training_ranks(config: DictConfig) -> None:
                     f"actor_rollout_ref.rollout.n={rollout.n}, between {ranks}).",
                     f"set actor_rollout_ref.{micro_key}={responses // ranks} or a divisor of it.",
                 )
-    return None
 
 
 def _check_megatron(config: DictConfig) -> None:

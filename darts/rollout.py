@@ -271,7 +271,7 @@ class DartsAgentLoopManager(AgentLoopManager):
                 future.cancel()
             await asyncio.gather(*beside, return_exceptions=True)
             for future in pending:
-                ray.cancel(futures[future].ref)
+                futures[future].worker.give_up.remote(self._number)
 
     async def _deadline(self, jobs: list["_Job"]) -> None:
         """Once every group of the batch is ready or complete, no group waits any longer."""

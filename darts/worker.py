@@ -71,6 +71,8 @@ class DartsAgentLoopWorker(AgentLoopWorker):
             patch_building()
         self._groups: dict[str, RunningGroup] = {}
         self._number = 0  # of the last rollout that began
+        self._running: asyncio.Task | None = None  # that rollout, unless it is being stopped
+        self._given_up = 0  # the last rollout that was
         self._outbox: GrowthOutbox | None = None  # of that rollout
         self._begun = asyncio.Condition()
         self._complete: list[str] = []  # uids of that rollout's groups, in the order in which they were decided
@@ -96,8 +98,11 @@ class DartsAgentLoopWorker(AgentLoopWorker):
 
         Raises:
             CandidateError: a candidate failed.
+            CancelledError: the rollout was given up.
             RuntimeError: another call has not ended.
         """
+        if number <= self._given_up:
+            raise asyncio.CancelledError
         if self._groups:
             raise RuntimeError(f"this worker still runs {len(self._groups)} prompts of another rollout.")
         budgets = prompts.non_tensor_batch[BUDGET].astype(np.int64)
@@ -125,6 +130,7 @@ class DartsAgentLoopWorker(AgentLoopWorker):
             )
         }
         self._complete, self._closed, self._number = [], False, number
+        self._running = asyncio.current_task()
         try:
             async with self._begun:
                 self._begun.notify_all()
@@ -132,13 +138,26 @@ class DartsAgentLoopWorker(AgentLoopWorker):
             pool = CandidatePool.concat([group.pool() for group in self._groups.values()])
             return output, pool, self.llm_client.take_step_times()
         finally:
-            await self._stop_all()
-            for group in self._groups.values():
-                group.settled.set()
-            self._groups = {}
-            self._close()
-            if self._outbox is not None:
-                self._outbox.end()
+            self._running = None
+            try:
+                await self._stop_all()
+            finally:
+                for group in self._groups.values():
+                    group.settled.set()
+                self._groups = {}
+                self._close()
+                if self._outbox is not None:
+                    self._outbox.end()
+
+    async def give_up(self, number: int) -> None:
+        """Rollout `number` has failed elsewhere: what this worker runs of it is stopped, or does not begin.
+
+        `ray.cancel` would end the calls to the servers and to verl's balancer with it, and an ordered actor like the
+        balancer waits 30 s for each call that was taken out of its queue (Ray 2.60).
+        """
+        self._given_up = max(self._given_up, number)
+        if self._number == number and self._running is not None:
+            self._running.cancel()
 
     async def settled(self, number: int) -> None:
         """Returns once every group of rollout `number` is ready for the deadline, or complete.

@@ -181,6 +181,77 @@ def test_a_failing_agent_loop_fails_the_rollout_at_once_with_uid_and_cause(bench
     assert not test.worker.llm_client._open
 
 
+def test_a_rollout_that_is_given_up_stops_and_the_next_begins(bench):
+    test = bench()
+    test.script([[Turn(5, delay=60)] * 4])
+
+    async def give_up_twice() -> None:
+        rollout = asyncio.ensure_future(test.worker.generate_groups(test.batch([4]), test.darts, 1))
+        while test.server.running < 4:
+            await asyncio.sleep(0.01)
+        await test.worker.give_up(1)
+        await asyncio.sleep(0)  # the rollout stops its candidates now
+        await test.worker.give_up(1)
+        with pytest.raises(asyncio.CancelledError):
+            await rollout
+        assert not test.worker.llm_client._open
+        while test.server.running:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(give_up_twice(), 20))
+    assert not test.worker._groups
+    test.number = 1
+    test.server.served.clear()
+    test.script([[Turn(5)] * 4])
+    output, _ = test.run([4])
+    assert len(output) == 4
+
+
+def test_a_rollout_that_is_given_up_while_it_stops_stops_to_the_end(bench):
+    """A candidate has failed; its rollout waits for a server that answers aborts late."""
+    test = bench()
+    test.script([[Turn(5, error="CUDA says no"), Turn(5, delay=60), Turn(5), Turn(5)]])
+    stopping, may_stop = asyncio.Event(), asyncio.Event()
+    stop_all = test.worker._stop_all
+
+    async def late_stop() -> None:
+        stopping.set()
+        await may_stop.wait()
+        await stop_all()
+
+    test.worker._stop_all = late_stop
+
+    async def give_up_meanwhile() -> None:
+        rollout = asyncio.ensure_future(test.worker.generate_groups(test.batch([4]), test.darts, 1))
+        await stopping.wait()
+        await test.worker.give_up(1)
+        await asyncio.sleep(0.05)
+        assert not rollout.done()
+        may_stop.set()
+        with pytest.raises(CandidateError, match="CUDA says no"):
+            await rollout
+        assert not test.worker.llm_client._open
+
+    asyncio.run(asyncio.wait_for(give_up_meanwhile(), 20))
+    assert not test.worker._groups
+
+
+def test_a_rollout_that_is_given_up_before_it_begins_does_not_begin(bench):
+    """Ray may run the small call first."""
+    test = bench()
+
+    async def give_up_first() -> None:
+        await test.worker.give_up(1)
+        with pytest.raises(asyncio.CancelledError):
+            await test.worker.generate_groups(test.batch([4]), test.darts, 1)
+
+    asyncio.run(give_up_first())
+    assert test.server.served == []
+    test.number = 1
+    output, _ = test.run([4])
+    assert len(output) == 4
+
+
 def test_an_empty_response_is_a_failure_not_a_shorter_batch(bench):
     test = bench()
     test.script([[Turn(5), Turn(5), Turn(0), Turn(5)]])

@@ -58,6 +58,7 @@ class ScriptedServer:
         self.aborts: list[list[str]] = []
         self.running = 0
         self.most_running = 0
+        self.cancelled = 0  # requests that Ray cancelled, which a real server may not hear of
         self._stop: dict[str, asyncio.Event] = {}
         self._chunks: dict[str, list[Chunk]] = defaultdict(list)  # by client
 
@@ -120,6 +121,9 @@ class ScriptedServer:
                         self._chunks[client].append(
                             Chunk(request_id, done - step, made, [-0.5] * len(made), time.time(), self.running)
                         )
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
         finally:
             self.running -= 1
             del self._stop[request_id]
@@ -145,6 +149,9 @@ class ScriptedServer:
 
     async def count_running(self) -> int:
         return self.running
+
+    async def count_cancelled(self) -> int:
+        return self.cancelled
 
     async def take_records(self) -> list[dict[str, Any]]:
         """What was served since the last call."""

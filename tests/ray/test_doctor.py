@@ -80,12 +80,10 @@ def test_all_nodes_of_a_cluster(two_nodes):
     assert "3 ranks, sums right" in named(lines, "all-reduce across nodes")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "what", "others_wait"),
-    [
-        pytest.param("join", "joining the group", False, marks=pytest.mark.slow),
-        ("reduce", "all-reduce within the node", True),
-    ],
+    [("join", "joining the group", False), ("reduce", "all-reduce within the node", True)],
     ids=["torch ends the wait of the others", "the others wait for ever"],
 )
 def test_the_rank_that_does_not_answer_is_named(method, what, others_wait):

@@ -4,7 +4,8 @@ Contract.
 1. The file is written whole or not at all, and before verl marks the step as its latest.
 2. It is read from the folder that is resumed from and nowhere else, and only if it is that step's.
 3. JSON, never pickle: a checkpoint can be looked at, and loading it runs nothing.
-4. What cannot be used is one `StateError`; the caller decides whether that is a warning.
+4. Whether a run has ended is read from verl's own file.
+5. What cannot be used is one `StateError`; the caller decides whether that is a warning.
 """
 
 import json
@@ -14,6 +15,8 @@ from typing import Any
 
 FILE_NAME = "darts.json"
 FORMAT = "verl-darts"
+TRACKER = "latest_checkpointed_iteration.txt"
+"""verl's file beside the steps' folders: the number of the last one."""
 
 
 class StateError(RuntimeError):
@@ -40,6 +43,23 @@ def step_folder(trainer: Any, step: int) -> Path:
     if path is not None and path.rstrip("/").endswith(f"global_step_{step}"):
         return Path(path)
     return Path(trainer.default_local_dir) / f"global_step_{step}"
+
+
+def finished_at(trainer: Any) -> int | None:
+    """The last checkpoint's step, if a run that goes on from it (`resume_mode=auto`) would have nothing left to train.
+
+    verl 0.9.1 trains one more step then, whatever `total_training_steps` says.
+
+    Args:
+        trainer: the block `trainer:` of the configuration.
+    """
+    if trainer.get("resume_mode") != "auto" or trainer.get("total_training_steps") is None or trainer.get("val_only"):
+        return None
+    try:
+        step = int((Path(trainer.default_local_dir) / TRACKER).read_text())
+    except (OSError, ValueError):
+        return None
+    return step if step >= trainer.total_training_steps else None
 
 
 def save_state(folder: Path, step: int, state: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from darts.config import AllocationConfig, DartsConfig
+from darts.state import TRACKER
 from darts.testbed import register_resolver
 
 
@@ -72,7 +73,7 @@ def models(folder: Path) -> tuple[Path, Path]:
     """
     register_resolver()
     config = OmegaConf.load(folder / "hydra" / ".hydra" / "config.yaml")
-    latest = folder / "checkpoints" / "latest_checkpointed_iteration.txt"
+    latest = folder / "checkpoints" / TRACKER
     if not latest.is_file():
         raise ValueError(
             f"{latest.parent}: no checkpoint, so nobody can say whether the weights moved; set trainer.save_freq"

@@ -70,7 +70,8 @@ if ((status != 0)); then
   die "the training ended with exit code $status; the full log is $out/run.log"
 fi
 if [[ -e metrics.earlier.jsonl ]]; then
-  cat metrics.jsonl >>metrics.earlier.jsonl && mv metrics.earlier.jsonl metrics.jsonl
+  if [[ -e metrics.jsonl ]]; then cat metrics.jsonl >>metrics.earlier.jsonl; fi # not there if nothing was left to train
+  mv metrics.earlier.jsonl metrics.jsonl
 fi
 status=0
 "$PYTHON" -m darts.summary "$out" || status=$?

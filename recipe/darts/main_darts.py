@@ -2,7 +2,7 @@
 
 Contract: composes `configs/darts_trainer.yaml` (or `--config-name quickstart`), checks it before anything expensive
 starts, and trains with `RayDartsTrainer` through verl's own `run_ppo`. A setting that cannot work is one line on stderr
-and exit code 2.
+and exit code 2. A run that has ended, started again, is one line and exit code 0.
 """
 
 import os
@@ -34,6 +34,7 @@ from darts.placement import (
     is_disaggregated,
     pools,
 )
+from darts.state import finished_at
 from darts.testbed import register_resolver
 
 register_resolver()
@@ -124,6 +125,14 @@ def main(config: DictConfig) -> None:
         validate_config(config, need_reference_policy(config), need_critic(config))
     except (AssertionError, ValueError) as error:  # verl's own rules
         refuse(error)
+    if (step := finished_at(config.trainer)) is not None:
+        print(
+            f"[darts] nothing to train: {config.trainer.default_local_dir} has step {step}, and "
+            f"trainer.total_training_steps={config.trainer.total_training_steps}. Raise it to train on, or choose "
+            "another folder.",
+            flush=True,
+        )
+        return
     join_cluster(config, os.environ)
     try:
         run_ppo(config, task_runner_class=ray.remote(DartsTaskRunner))

@@ -19,9 +19,12 @@ from verl.protocol import DataProto
 from verl.trainer import main_ppo, main_ppo_v0
 from verl.trainer.ppo import ray_trainer
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+from verl.utils.checkpoint.checkpoint_manager import get_checkpoint_tracker_filename
 from verl.utils.skip import SkipManager
 from verl.workers.rollout.llm_server import LLMServerClient
 from verl.workers.rollout.replica import RolloutReplicaRegistry, TokenOutput
+
+from darts.state import TRACKER
 
 
 def digest(symbol) -> str:
@@ -163,3 +166,8 @@ def test_rollout_skip_wraps_a_manager_method_of_one_batch():
 
 def test_spec_decode_metrics_take_missing_columns():
     assert ray_trainer.compute_spec_decode_metrics(None, None, None) == {}
+
+
+def test_the_file_that_names_the_last_checkpoint():
+    """`darts.state.finished_at` and `darts.summary` read it."""
+    assert get_checkpoint_tracker_filename("out") == f"out/{TRACKER}"

@@ -99,6 +99,10 @@ def test_a_run_that_resumes_at_the_end_of_an_epoch_has_its_history_too(folder, r
     assert plan.known.all()
     assert [budgets(run, AT_BOUNDARY)[prompt] for prompt in prompts] == plan.budgets.tolist()
 
+    # Started once more it trains nothing, and leaves its checkpoint as it is.
+    assert start(folder, "ended").output.count(f"nothing to train: {folder}/checkpoints has step {LAST}") == 1
+    assert not (folder / "checkpoints" / f"global_step_{LAST + 1}").exists()
+
 
 def key_of(text: str) -> str:
     """The key of a prompt, from its text after the chat template."""

@@ -5,7 +5,7 @@ import json
 import pytest
 from omegaconf import OmegaConf
 
-from darts.state import FILE_NAME, StateError, load_state, save_state, step_folder
+from darts.state import FILE_NAME, TRACKER, StateError, finished_at, load_state, save_state, step_folder
 
 STATE = {"version": 1, "steps": 3, "history": {"a": [1.5, 2.5]}}
 
@@ -66,3 +66,24 @@ def test_bytes_of_a_pickle_are_not_loaded(tmp_path):
 def test_the_folder_is_verls(trainer, folder):
     config = OmegaConf.create({"default_local_dir": "out", "resume_from_path": None} | trainer)
     assert str(step_folder(config, 12)) == folder.rstrip("/")
+
+
+@pytest.mark.parametrize(
+    ("settings", "tracker", "step"),
+    [
+        ({}, "10", 10),
+        ({}, "12", 12),
+        ({}, "9", None),
+        ({}, "", None),
+        ({}, None, None),
+        ({"total_training_steps": None}, "10", None),
+        ({"resume_mode": "disable"}, "10", None),
+        ({"resume_mode": "resume_path"}, "10", None),
+        ({"val_only": True}, "10", None),
+    ],
+)
+def test_a_run_with_its_last_step_has_ended(tmp_path, settings, tracker, step):
+    if tracker is not None:
+        (tmp_path / TRACKER).write_text(tracker)
+    trainer = {"resume_mode": "auto", "total_training_steps": 10, "default_local_dir": str(tmp_path)}
+    assert finished_at(OmegaConf.create(trainer | settings)) == step

@@ -8,14 +8,15 @@ import os
 import warnings
 from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from darts.actor_calls import RankAbility
+from darts.batches import check_batches, check_token_limits
 from darts.config import ConfigError, DartsConfig, refuse_unknown_keys
-from darts.latency_profile import MODEL_KEY, LatencyProfile, model_config, model_id
+from darts.latency_profile import LatencyProfile, model_config, model_id
+from darts.paths import check_paths
 from darts.placement import check_placement
 from darts.strategy import BYPASS_MODE, Plain, strategy_class
 from verl_patches.device import is_cpu_only
@@ -70,14 +71,16 @@ def check_run(config: DictConfig) -> DartsConfig:
             "RayPPOTrainer wants it true; which GPUs serve is what darts.placement says.",
             "set actor_rollout_ref.hybrid_engine=True, and darts.placement=disaggregated for servers of their own.",
         )
-    _check_paths(config)
+    check_paths(config)
     _check_attention(config)
     _warn_of_legacy_rewards(config)
     check_placement(config)
+    check_batches(config)
     if not darts.enable or issubclass(strategy_class(darts.strategy), Plain):
         _check_plain_rows(config)
     if not darts.enable:
         return darts
+    check_token_limits(config)
     rollout, estimator = config.actor_rollout_ref.rollout, str(config.algorithm.adv_estimator).lower()
     if rollout.name != "vllm":
         raise ConfigError(
@@ -307,42 +310,6 @@ def without_overlap(config: DictConfig) -> tuple[str, str] | None:
             "set darts.overlap.mode=off, or actor_rollout_ref.actor.strategy=fsdp2.",
         )
     return None
-
-
-def _check_paths(config: DictConfig) -> None:
-    """Local paths exist and are what they are said to be; names of a hub (owner/name) and addresses such as hdfs:// are
-    left to verl."""
-    data, model = config.data, config.actor_rollout_ref.model.path
-    files = {"data.train_files": data.train_files, "data.val_files": data.val_files, MODEL_KEY: model}
-    for key, value in files.items():
-        for path in [value] if isinstance(value, str) else value or []:
-            on_a_hub = key == MODEL_KEY and path.count("/") < 2 and not path.startswith(("/", ".", "~"))
-            if "://" in path or on_a_hub:
-                continue
-            if not Path(path).expanduser().exists():
-                fix = "correct the path" if key == MODEL_KEY else "prepare the data (scripts/data/), correct the path"
-                raise ConfigError(key, path, "there is no such file or folder.", f"{fix}, or {key}=...")
-            if key != MODEL_KEY and path.endswith(".parquet") and not data.custom_cls.path:
-                _check_parquet(key, path, data.prompt_key)
-    if model.endswith("/"):
-        raise ConfigError(MODEL_KEY, model, "verl takes no path that ends with a slash.", "leave the slash out.")
-
-
-def _check_parquet(key: str, path: str, prompt_key: str) -> None:
-    import pyarrow.parquet
-    from pyarrow import ArrowException
-
-    fix = "scripts/data/ makes such files; or set data.prompt_key, data.custom_cls."
-    try:
-        with pyarrow.parquet.ParquetFile(Path(path).expanduser()) as file:
-            rows, columns = file.metadata.num_rows, file.schema_arrow.names
-    except (ArrowException, OSError) as error:
-        raise ConfigError(key, path, f"is no parquet file ({' '.join(str(error).split())[:100]}).", fix) from None
-    if rows == 0:
-        raise ConfigError(key, path, "has no rows.", fix)
-    if prompt_key not in columns:
-        rule = f"has no column data.prompt_key={prompt_key!r}, but {', '.join(columns)}."
-        raise ConfigError(key, path, rule, fix)
 
 
 def check_model(config: DictConfig) -> None:

@@ -2,14 +2,14 @@
 
 Contract: `choose_backend` fills in the one key that follows from the placement; `check_placement` raises one
 `ConfigError` (key, value, rule, fix) for sizes that cannot work, before Ray starts; `check_cluster` raises one
-`ClusterTooSmall` once Ray knows its GPUs, and `check_room_for_servers` once those that train are taken, before anything
-waits for them. Sizes are verl's own keys: trainer.nnodes x trainer.n_gpus_per_node GPUs train,
+`ClusterTooSmall` once Ray knows its nodes, and `check_room_for_servers` once those that train are taken, before
+anything waits for them. Sizes are verl's own keys: trainer.nnodes x trainer.n_gpus_per_node GPUs train,
 actor_rollout_ref.rollout.nnodes x .n_gpus_per_node serve where disaggregated.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 
@@ -19,13 +19,20 @@ COLOCATED_BACKEND = "naive"
 OUR_BACKEND_MODULE = "verl_patches.weight_sync"
 BACKEND = "actor_rollout_ref.rollout.checkpoint_engine.backend"
 GPU_BACKENDS = ("nccl", "nixl", "kimi_ckpt_engine", "mooncake", "delta_sharded")
-CPUS_PER_GPU = 3
-"""Of verl's placement groups (`RayResourcePool`, max_colocate_count)."""
+CPUS_PER_GPU, CPUS_PER_SERVING_GPU = 3, 2
+"""Of verl's placement groups: `max_colocate_count` of `ResourcePoolManager`, and as `RolloutReplica` sets it."""
 SEPARATE = "with darts.placement=disaggregated"
 
 
 class ClusterTooSmall(RuntimeError):
-    """The cluster has fewer GPUs than the run asks for, or has them on other nodes."""
+    """The cluster has fewer GPUs or CPUs than the run asks for, or has them on other nodes."""
+
+
+class Node(NamedTuple):
+    """What a node has, or has left."""
+
+    gpus: float
+    cpus: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,73 +81,69 @@ def check_placement(config: DictConfig) -> None:
     if is_disaggregated(config):
         _check_separate(config)
     _check_servers(config)
-    _check_training_ranks(config)
 
 
-def check_cluster(config: DictConfig, others: int, nodes: Sequence[float]) -> None:
-    """Checks that the cluster has the GPUs of all pools, before anything waits for them: verl does so for ever.
+def check_cluster(config: DictConfig, others: int, nodes: Sequence[Node]) -> None:
+    """Checks that the cluster has the GPUs and CPUs that verl reserves, before anything waits for them for ever.
 
     Args:
         config: of the run.
         others: GPUs of further pools (reward model, teacher).
-        nodes: GPUs of each node, as Ray counts them.
+        nodes: what each node has, as Ray counts it.
 
     Raises:
         ClusterTooSmall: it has not.
     """
     have, trainer = pools(config), config.trainer
     serve = have.serve if have.separate else 0
-    wanted = have.train + serve + others
+    wanted, gpus = have.train + serve + others, [node.gpus for node in nodes]
     sizes = f"trainer.nnodes={trainer.nnodes} x n_gpus_per_node={trainer.n_gpus_per_node}"
-    if sum(nodes) < wanted:
+    if sum(gpus) < wanted:
         more = f", {serve} serve (actor_rollout_ref.rollout.nnodes x n_gpus_per_node)" if serve else ""
         more += f", {others} are for reward and teacher models" if others else ""
         raise ClusterTooSmall(
-            f"{sizes}: the cluster has {sum(nodes):g} GPUs on {sum(map(bool, nodes))} nodes, but {have.train} "
+            f"{sizes}: the cluster has {sum(gpus):g} GPUs on {sum(map(bool, gpus))} nodes, but {have.train} "
             f"train{more}, {wanted} together. Fix: set RAY_ADDRESS to your cluster's, start Ray on more nodes, or ask "
             "for fewer GPUs; without a GPU add +platform=cpu (GPUs are logical there: ray_kwargs.ray_init.num_gpus)."
         )
-    _require_parts(nodes, trainer.n_gpus_per_node, trainer.nnodes, sizes, "are on nodes")
+    _require_parts(gpus, trainer.n_gpus_per_node, trainer.nnodes, sizes, "are on nodes")
+    _check_processors(config, CPUS_PER_GPU * (have.train + others) + CPUS_PER_SERVING_GPU * serve, nodes, sizes)
 
 
-def check_processors(config: DictConfig, processors: float) -> None:
-    """Checks that the cluster has the CPUs that verl's `remote` reward manager would wait for.
-
-    Args:
-        config: of the run.
-        processors: CPUs of all nodes, as Ray counts them.
-
-    Raises:
-        ClusterTooSmall: it has not.
-    """
-    if config.reward.reward_manager.name != "remote":
+def _check_processors(config: DictConfig, pooled: int, nodes: Sequence[Node], sizes: str) -> None:
+    """verl reserves `pooled` CPUs with its GPUs, and its `remote` reward manager takes many."""
+    trainer, reward = config.trainer, config.reward
+    with_cpus = [min(node.gpus, node.cpus // CPUS_PER_GPU) for node in nodes]
+    scored = reward.num_workers**2 if reward.reward_manager.name == "remote" else 0
+    wanted, cpus = pooled + scored, sum(node.cpus for node in nodes)
+    fits = sum(int(gpus // trainer.n_gpus_per_node) for gpus in with_cpus) >= trainer.nnodes
+    if fits and cpus >= wanted:
         return
-    have, workers = pools(config), config.reward.num_workers
-    gpus = have.train + (have.serve if have.separate else 0)
-    wanted = workers**2 + CPUS_PER_GPU * gpus
-    if processors < wanted:
-        raise ClusterTooSmall(
-            f"reward.num_workers={workers}: reward.reward_manager.name=remote takes the square of it, and each of "
-            f"{gpus} GPUs {CPUS_PER_GPU}, which are {wanted} CPUs; the cluster has {processors:g}. Fix: a smaller "
-            "reward.num_workers, or more CPUs."
-        )
+    more = f", the square of reward.num_workers={reward.num_workers} (reward_manager.name=remote)" if scored else ""
+    raise ClusterTooSmall(
+        f"{sizes}: verl reserves {CPUS_PER_GPU} CPUs with a GPU that trains, {CPUS_PER_SERVING_GPU} with one that only "
+        f"serves{more}, {wanted} together, and would wait for them for ever: the nodes have "
+        f"{', '.join(f'{node.cpus:g}' for node in nodes)} CPUs. Fix: a larger allocation, or say what Ray shall count: "
+        "ray start --num-cpus, else ray_kwargs.ray_init.num_cpus."
+    )
 
 
-def check_room_for_servers(config: DictConfig, free: Sequence[float]) -> None:
+def check_room_for_servers(config: DictConfig, free: Sequence[Node]) -> None:
     """Checks that the servers fit on what the training GPUs leave of each node; Ray chooses the nodes of both.
 
     Args:
         config: of a disaggregated run.
-        free: GPUs of each node that are not taken, once those that train are.
+        free: what is not taken of each node, once those that train are.
 
     Raises:
         ClusterTooSmall: they do not.
     """
     rollout = config.actor_rollout_ref.rollout
     part = min(_server_size(rollout), rollout.n_gpus_per_node)
-    _require_parts(
-        free, part, pools(config).serve // part, "parallel sizes of a server x number of servers", "are left on nodes"
-    )
+    count, sizes = pools(config).serve // part, "parallel sizes of a server x number of servers"
+    _require_parts([node.gpus for node in free], part, count, sizes, "are left on nodes")
+    with_cpus = [min(node.gpus, node.cpus // CPUS_PER_SERVING_GPU) for node in free]
+    _require_parts(with_cpus, part, count, sizes, f"with {CPUS_PER_SERVING_GPU} CPUs each are left on nodes")
 
 
 def _require_parts(nodes: Sequence[float], size: int, count: int, sizes: str, state: str) -> None:
@@ -267,80 +270,3 @@ def _check_servers(config: DictConfig) -> None:
             f"servers do not fill {where}{' evenly, whole nodes or whole parts of one' if have.separate else ''}.",
             "choose parallel sizes whose product divides the number of GPUs.",
         )
-
-
-def _check_training_ranks(config: DictConfig) -> None:
-    """Batches split evenly between the ranks, and into mini-batches and micro-batches."""
-    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
-    if config.data.train_batch_size % actor.ppo_mini_batch_size:
-        raise ConfigError(
-            "actor_rollout_ref.actor.ppo_mini_batch_size",
-            actor.ppo_mini_batch_size,
-            f"must divide data.train_batch_size={config.data.train_batch_size}: verl would stop in the first update.",
-            "set data.train_batch_size to a multiple of it.",
-        )
-    if actor.strategy == "megatron" and "megatron" in actor:
-        _check_megatron(config)
-    if not actor.strategy.startswith("fsdp"):
-        return  # verl knows their ranks
-    key = "actor_rollout_ref.actor.ulysses_sequence_parallel_size"
-    train, ulysses = pools(config).train, actor.get("ulysses_sequence_parallel_size", 1)
-    if ulysses <= 1:
-        ulysses = actor.fsdp_config.get("ulysses_sequence_parallel_size", 1)
-        key = "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size"
-    if ulysses < 1 or train % ulysses:
-        raise ConfigError(
-            key,
-            ulysses,
-            f"must divide the {train} GPUs that train (trainer.nnodes x n_gpus_per_node).",
-            f"set {key}=1, or change the number of GPUs.",
-        )
-    ranks = train // ulysses
-    batches = {
-        "data.train_batch_size": (config.data.train_batch_size, {"rollout.log_prob_micro_batch_size_per_gpu": rollout}),
-        "actor_rollout_ref.actor.ppo_mini_batch_size": (
-            actor.ppo_mini_batch_size,
-            {"actor.ppo_micro_batch_size_per_gpu": actor},
-        ),
-    }
-    for key, (prompts, micro_batches) in batches.items():
-        responses = prompts * rollout.n
-        if responses % ranks:
-            raise ConfigError(
-                key,
-                prompts,
-                f"times actor_rollout_ref.rollout.n={rollout.n} are {responses} responses, which must split evenly "
-                f"between {ranks} training ranks ({train} GPUs, Ulysses {ulysses}).",
-                f"set {key} to a multiple of {ranks}, or change the number of GPUs.",
-            )
-        for micro_key, section in micro_batches.items():
-            size = section.get(micro_key.split(".")[1])
-            if size and not actor.use_dynamic_bsz and responses // ranks % size:
-                raise ConfigError(
-                    f"actor_rollout_ref.{micro_key}",
-                    size,
-                    f"must divide the {responses // ranks} responses of a training rank ({key}={prompts} times "
-                    f"actor_rollout_ref.rollout.n={rollout.n}, between {ranks}).",
-                    f"set actor_rollout_ref.{micro_key}={responses // ranks} or a divisor of it.",
-                )
-
-
-def _check_megatron(config: DictConfig) -> None:
-    """Parallel sizes divide the GPUs; Megatron says so once all workers have started."""
-    sizes, train = config.actor_rollout_ref.actor.megatron, pools(config).train
-    pipeline = sizes.pipeline_model_parallel_size
-    tensor = sizes.tensor_model_parallel_size
-    experts = sizes.expert_model_parallel_size * (sizes.expert_tensor_parallel_size or tensor) * pipeline
-    products = {
-        "tensor_model_parallel_size": tensor * pipeline * sizes.context_parallel_size,
-        "expert_model_parallel_size": experts,
-    }
-    for name, product in products.items():
-        if product < 1 or train % product:
-            raise ConfigError(
-                f"actor_rollout_ref.actor.megatron.{name}",
-                sizes[name],
-                f"a replica takes {product} GPUs (with pipeline, and context or expert-tensor parallel), which must "
-                f"divide the {train} GPUs that train (trainer.nnodes x n_gpus_per_node).",
-                "choose parallel sizes whose product divides the number of GPUs.",
-            )

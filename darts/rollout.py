@@ -250,17 +250,18 @@ class DartsAgentLoopManager(AgentLoopManager):
         if overlapping is not None:
             listening.add(overlapping)
         beside = {asyncio.ensure_future(self._deadline(jobs)), *listening}
+        unseen = set(beside)
         try:
             while pending or not all(future.done() for future in listening):
                 left = deadline - time.monotonic()
                 wait = max(min(left, self.darts.progress_s or left), 0.0)
-                watched = pending | {future for future in beside if not future.done()}
-                done, _ = await asyncio.wait(watched, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
+                done, _ = await asyncio.wait(pending | unseen, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
                 for future in done & pending:
                     futures[future].raise_failure(future)
-                for future in done & beside:
+                for future in done & unseen:
                     future.result()
                 pending -= done
+                unseen -= done
                 if not done:
                     expired = time.monotonic() >= deadline
                     running = [job for future, job in futures.items() if future in pending]

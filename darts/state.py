@@ -59,7 +59,7 @@ def finished_at(trainer: Any) -> int | None:
         step = int((Path(trainer.default_local_dir) / TRACKER).read_text())
     except (OSError, ValueError):
         return None
-    return step if step >= trainer.total_training_steps else None
+    return step if step >= trainer.total_training_steps and step_folder(trainer, step).is_dir() else None
 
 
 def save_state(folder: Path, step: int, state: dict[str, Any]) -> None:

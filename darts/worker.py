@@ -156,16 +156,23 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         balancer waits 30 s for each call that was taken out of its queue (Ray 2.60).
         """
         self._given_up = max(self._given_up, number)
+        async with self._begun:
+            self._begun.notify_all()
         if self._number == number and self._running is not None:
+            self.llm_client.abort_open(self._darts.streaming.abort_timeout_s)
             self._running.cancel()
+
+    async def _has_begun(self, number: int) -> None:
+        """Returns once rollout `number` or a later one has begun, or never will."""
+        async with self._begun:
+            await self._begun.wait_for(lambda: max(self._number, self._given_up) >= number)
 
     async def settled(self, number: int) -> None:
         """Returns once every group of rollout `number` is ready for the deadline, or complete.
 
         Ray may run this before `generate_groups`, whose arguments are larger: it then waits for it.
         """
-        async with self._begun:
-            await self._begun.wait_for(lambda: self._number >= number)
+        await self._has_begun(number)
         if self._number == number:
             await asyncio.gather(*[group.settled.wait() for group in list(self._groups.values())])
 
@@ -180,8 +187,7 @@ class DartsAgentLoopWorker(AgentLoopWorker):
 
         Empty once no more will come.
         """
-        async with self._begun:
-            await self._begun.wait_for(lambda: self._number >= number)
+        await self._has_begun(number)
         while self._number == number and not self._closed and len(self._complete) <= known:
             self._news.clear()
             await self._news.wait()
@@ -189,8 +195,7 @@ class DartsAgentLoopWorker(AgentLoopWorker):
 
     async def abandon(self, number: int) -> None:
         """Rollout `number` has enough complete groups: those of this worker that are not complete are given up."""
-        async with self._begun:
-            await self._begun.wait_for(lambda: self._number >= number)
+        await self._has_begun(number)
         if self._number == number and self._groups:
             requests = [request for group in self._groups.values() for request in group.abandon()]
             if requests:
@@ -207,8 +212,7 @@ class DartsAgentLoopWorker(AgentLoopWorker):
 
     async def take_growth(self, number: int, wait_s: float) -> Progress:
         """What candidates of rollout `number` have reported since the last call; see `darts.growth`."""
-        async with self._begun:
-            await self._begun.wait_for(lambda: self._number >= number)
+        await self._has_begun(number)
         if self._number != number or self._outbox is None:
             return Progress([], [], [], True)
         return await self._outbox.take(wait_s)

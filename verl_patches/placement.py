@@ -17,7 +17,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.rollout.llm_server import LLMServerManager
 
 import verl_patches.gloo_checkpoint_engine  # noqa: F401  (registers it)
-from darts.placement import check_room_for_servers
+from darts.placement import Node, check_room_for_servers
 from verl_patches.patching import replace
 
 
@@ -60,7 +60,8 @@ def _with_placement(upstream: Callable[..., None]) -> Callable[..., None]:
         if OmegaConf.select(config, "darts.placement") == "disaggregated":
             worker_group = rollout_resource_pool = None
             left = ray._private.state.available_resources_per_node().values()  # as verl's ResourcePoolManager does
-            check_room_for_servers(config, [resources.get(get_resource_name(), 0) for resources in left])
+            free = [Node(resources.get(get_resource_name(), 0), resources.get("CPU", 0)) for resources in left]
+            check_room_for_servers(config, free)
         upstream(self, config, worker_group, rollout_resource_pool, *args, **kwargs)
 
     return __init__

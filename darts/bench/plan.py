@@ -89,11 +89,13 @@ class BenchPlan:
         """The configuration of the run, whose results go to the folder."""
         from hydra import compose, initialize_config_dir
 
+        from darts.paths import settle_paths
         from darts.testbed import register_resolver
 
         register_resolver()
         with initialize_config_dir(self.config_dir, version_base=None):
             config = compose(self.config_name, overrides=[*self.overrides, *self._own_overrides(folder)])
+        settle_paths(config)
         self.check(OmegaConf.to_container(config.darts, resolve=True), config.actor_rollout_ref.rollout.n)
         return config
 

@@ -26,14 +26,8 @@ import verl_patches.register
 from darts import CONFIG_DIR
 from darts.checks import check_model, check_run, darts_config, refuse_unknown_overrides
 from darts.config import ConfigError
-from darts.placement import (
-    ClusterTooSmall,
-    check_cluster,
-    check_processors,
-    choose_backend,
-    is_disaggregated,
-    pools,
-)
+from darts.paths import settle_paths
+from darts.placement import ClusterTooSmall, Node, check_cluster, choose_backend, is_disaggregated, pools
 from darts.state import finished_at
 from darts.testbed import register_resolver
 
@@ -113,6 +107,7 @@ def main(config: DictConfig) -> None:
     """Checks the configuration, starts Ray and trains."""
     verl_patches.register.assert_active()
     auto_set_device(config)
+    settle_paths(config)
     OmegaConf.resolve(config)
     try:
         darts_config(config)
@@ -128,8 +123,8 @@ def main(config: DictConfig) -> None:
     if (step := finished_at(config.trainer)) is not None:
         print(
             f"[darts] nothing to train: {config.trainer.default_local_dir} has step {step}, and "
-            f"trainer.total_training_steps={config.trainer.total_training_steps}. Raise it to train on, or choose "
-            "another folder.",
+            f"trainer.total_training_steps={config.trainer.total_training_steps}. Raise it to train on; "
+            "trainer.val_only=True validates, if the run was ended in its last validation.",
             flush=True,
         )
         return
@@ -152,10 +147,9 @@ def check_ray(config: DictConfig, num_gpus: int) -> None:
     Raises:
         ClusterTooSmall: they are not.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    others = num_gpus - pools(config).train
-    check_cluster(config, others, [node.get(get_resource_name(), 0) for node in nodes])
-    check_processors(config, sum(node.get("CPU", 0) for node in nodes))
+    have = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [Node(resources.get(get_resource_name(), 0), resources.get("CPU", 0)) for resources in have]
+    check_cluster(config, others=num_gpus - pools(config).train, nodes=nodes)
 
 
 def join_cluster(config: DictConfig, environment: Mapping[str, str]) -> None:

@@ -38,7 +38,7 @@ ROLLOUT_GPUS_PER_NODE=${ROLLOUT_GPUS_PER_NODE:-$((GPUS_PER_NODE / 2))}  # where 
 GPU_MEMORY_UTILIZATION=${GPU_MEMORY_UTILIZATION:-$([[ $PLACEMENT == disaggregated ]] && echo 0.85 || echo 0.6)}  # of a server
 STRATEGY=${STRATEGY:-darts}             # or what to compare with: bypass, shortest_k, tail_batching, sorted
 ALLOCATION=${ALLOCATION:-adaptive}      # uniform: the same number of candidates for all; off: no redundancy
-MEAN_CANDIDATES=${MEAN_CANDIDATES:-null}  # of a prompt; null: as many as pay (adaptive), or the middle
+MEAN_CANDIDATES=${MEAN_CANDIDATES:-10.5}  # of a prompt; null: what the utility says (docs/tuning.md)
 MAX_CANDIDATES=${MAX_CANDIDATES:-16}    # M_up
 NUM_LONG=${NUM_LONG:-1}                 # L; K = 8 - L
 SELECTION=${SELECTION:-auto}            # dual_end, shortest_only: for all prompts

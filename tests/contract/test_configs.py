@@ -20,6 +20,7 @@ import recipe.darts.main_darts  # noqa: F401  (registers the resolver that quick
 from darts import CONFIG_DIR, checks
 from darts.checks import check_model, check_run
 from darts.config import SECTIONS, ConfigError, DartsConfig
+from darts.paths import settle_paths
 from darts.testbed import LIMITS, assets_dir
 
 PRIMARY = sorted(path.stem for path in CONFIG_DIR.glob("*.yaml") if "searchpath" in path.read_text())
@@ -143,9 +144,31 @@ def test_a_relative_data_file_that_is_not_there_is_refused(path):
         check_run(trainable(f"data.train_files={path}"))
 
 
-def test_a_model_path_with_a_slash_at_its_end_is_refused():
-    with pytest.raises(ConfigError, match="takes no path that ends with a slash"):
-        check_run(trainable(f"actor_rollout_ref.model.path={assets_dir('overthink')}/model/"))
+def test_local_paths_are_made_absolute(tmp_path, monkeypatch):
+    """verl's processes may have started in another folder; it expands no ~, and takes no slash at a model's end."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home" / "model").mkdir(parents=True)
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["1"]}), tmp_path / "here.parquet")
+    files = "data.train_files=[here.parquet,hdfs://cluster/a.parquet]"
+    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+        config = compose(
+            "darts_trainer",
+            [
+                files,
+                "data.val_files=here.parquet",
+                "actor_rollout_ref.model.path='~/model/'",
+                "trainer.default_local_dir=out",
+            ],
+        )
+    settle_paths(config)
+    assert list(config.data.train_files) == [f"{tmp_path}/here.parquet", "hdfs://cluster/a.parquet"]
+    assert config.data.val_files == f"{tmp_path}/here.parquet"
+    assert config.actor_rollout_ref.model.path == f"{tmp_path}/home/model"
+    assert config.darts.trace == f"{tmp_path}/out/darts.jsonl"
+    config.actor_rollout_ref.model.path = "Qwen/Qwen2.5-0.5B"
+    settle_paths(config)
+    assert config.actor_rollout_ref.model.path == "Qwen/Qwen2.5-0.5B"
 
 
 def test_data_without_rows_or_prompts_are_refused(tmp_path):
@@ -162,6 +185,30 @@ def test_data_without_rows_or_prompts_are_refused(tmp_path):
     }.items():
         with pytest.raises(ConfigError, match=f"data.val_files='.*{name}.parquet': (has|is) {rule}"):
             check_run(trainable(f"data.val_files=[{tmp_path}/good.parquet,{tmp_path}/{name}.parquet]"))
+
+
+def test_micro_batches_take_the_longest_row():
+    """verl would stop at the first response that is longer, maybe after hours."""
+    dynamic, limit = "actor_rollout_ref.actor.use_dynamic_bsz=true", "actor_rollout_ref.actor.ppo_max_token_len_per_gpu"
+    lengths = ["data.max_prompt_length=1000", "data.max_response_length=20000"]
+    longest = r"ppo_max_token_len_per_gpu=10500: times Ulysses 1 must be at least 21000, .* Fix: .*=21000 or more"
+    check_run(trainable(dynamic, *lengths, f"{limit}=21000"))
+    check_run(trainable(*lengths, f"{limit}=10500"))
+    with pytest.raises(ConfigError, match=longest):
+        check_run(trainable(dynamic, *lengths, f"{limit}=10500"))
+    check_run(trainable(dynamic, *lengths, f"{limit}=10500", "actor_rollout_ref.rollout.max_model_len=10500"))
+    check_run(trainable(dynamic, *lengths, f"{limit}=10500", "darts.enable=false"))
+    reference = [
+        "actor_rollout_ref.actor.use_kl_loss=true",
+        "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu=10500",
+    ]
+    with pytest.raises(ConfigError, match=r"ref.log_prob_max_token_len_per_gpu=10500"):
+        check_run(trainable(dynamic, *lengths, f"{limit}=21000", *reference))
+
+
+def test_log_probs_have_micro_batches_of_the_actors_kind():
+    with pytest.raises(ConfigError, match=r"log_prob_use_dynamic_bsz=True: must be what .*use_dynamic_bsz=False is"):
+        check_run(trainable("actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=true"))
 
 
 def model_folder(tmp_path, **config):

@@ -23,9 +23,9 @@ from darts.checks import check_run
 from darts.config import ConfigError
 from darts.placement import (
     ClusterTooSmall,
+    Node,
     Pools,
     check_cluster,
-    check_processors,
     check_room_for_servers,
     choose_backend,
     pools,
@@ -48,6 +48,11 @@ OURS = [
     *(f"{key}={assets_dir('overthink')}" for key in PATHS),
 ]
 SEPARATE = ["darts.placement=disaggregated", "actor_rollout_ref.rollout.nnodes=1"]
+
+
+def with_cpus(gpus: list[float]) -> list[Node]:
+    """Nodes with CPUs for all."""
+    return [Node(number, 4 * number + 1) for number in gpus]
 
 
 def composed(name: str, *overrides: str):
@@ -181,49 +186,65 @@ def test_nccl_without_cupy_is_named_before_anything_starts(monkeypatch):
 
 def test_a_cluster_without_room_for_both_pools_is_named_with_the_numbers():
     config = composed("quickstart", *SEPARATE, "trainer.n_gpus_per_node=6", f"{ROLLOUT}.n_gpus_per_node=2")
-    check_cluster(config, others=0, nodes=[8.0])
+    check_cluster(config, others=0, nodes=with_cpus([8.0]))
     with pytest.raises(ClusterTooSmall, match=r"has 7 GPUs on 1 nodes, but 6 train, 2 serve .*, 8 together\. Fix: "):
-        check_cluster(config, others=0, nodes=[7.0])
+        check_cluster(config, others=0, nodes=with_cpus([7.0]))
     with pytest.raises(ClusterTooSmall, match=r"2 serve .*, 1 are for reward and teacher models, 9 together"):
-        check_cluster(config, others=1, nodes=[8.0])
+        check_cluster(config, others=1, nodes=with_cpus([8.0]))
     with pytest.raises(ClusterTooSmall, match=r"1 times 6 GPUs of one node .*, but 4, 4 GPUs are on nodes\. Fix: "):
-        check_cluster(config, others=0, nodes=[4.0, 4.0])
+        check_cluster(config, others=0, nodes=with_cpus([4.0, 4.0]))
 
 
 def test_a_colocated_run_with_fewer_nodes_than_asked_is_named_with_the_numbers():
     config = composed("quickstart", "trainer.nnodes=2", "trainer.n_gpus_per_node=8", "data.train_batch_size=16")
-    check_cluster(config, others=0, nodes=[8.0, 8.0])
+    check_cluster(config, others=0, nodes=with_cpus([8.0, 8.0]))
     with pytest.raises(
         ClusterTooSmall,
         match=r"nnodes=2 x n_gpus_per_node=8: the cluster has 8 GPUs on 1 nodes, but 16 train, 16 together\. Fix: ",
     ):
-        check_cluster(config, others=0, nodes=[8.0])
+        check_cluster(config, others=0, nodes=with_cpus([8.0]))
     with pytest.raises(ClusterTooSmall, match=r"2 times 8 GPUs of one node .*, but 4, 4, 4, 4 GPUs are on nodes"):
-        check_cluster(config, others=0, nodes=[4.0] * 4)
+        check_cluster(config, others=0, nodes=with_cpus([4.0] * 4))
+
+
+def test_a_cluster_without_the_cpus_that_verl_reserves_is_named_with_the_numbers():
+    """verl waits for its placement groups for ever."""
+    config = composed("quickstart", "trainer.n_gpus_per_node=2")
+    check_cluster(config, others=0, nodes=[Node(2.0, 6.0)])
+    with pytest.raises(ClusterTooSmall, match=r"per_node=2: verl .* 6 together, .*: the nodes have 5 CPUs\. Fix"):
+        check_cluster(config, others=0, nodes=[Node(2.0, 5.0)])
+    with pytest.raises(ClusterTooSmall, match=r"the nodes have 5, 5 CPUs"):
+        check_cluster(config, others=0, nodes=[Node(2.0, 5.0), Node(0.0, 5.0)])
+    separate = composed("quickstart", *SEPARATE, "trainer.n_gpus_per_node=2", f"{ROLLOUT}.n_gpus_per_node=2")
+    check_cluster(separate, others=0, nodes=[Node(4.0, 10.0)])
+    with pytest.raises(ClusterTooSmall, match="10 together"):
+        check_cluster(separate, others=0, nodes=[Node(4.0, 9.0)])
+    check_room_for_servers(separate, free=[Node(2.0, 4.0)])
+    with pytest.raises(ClusterTooSmall, match=r"2 times 1 GPUs .*, but 1 GPUs with 2 CPUs each are left on nodes"):
+        check_room_for_servers(separate, free=[Node(2.0, 3.0)])
 
 
 def test_rewards_in_processes_of_their_own_need_cpus_for_them_all():
     """verl's workers would wait for them for ever."""
     remote = "reward.reward_manager.name=remote"
     config = composed("quickstart", "reward.num_workers=4", remote, "trainer.n_gpus_per_node=2")
-    check_processors(config, 22)
-    with pytest.raises(ClusterTooSmall, match=r"reward.num_workers=4: .* are 22 CPUs; the cluster has 21\. Fix: "):
-        check_processors(config, 21)
-    check_processors(composed("quickstart", "reward.num_workers=16"), 1)
+    check_cluster(config, others=0, nodes=[Node(2.0, 22.0)])
+    with pytest.raises(ClusterTooSmall, match=r"square of reward.num_workers=4 .* 22 together, .* have 21 CPUs"):
+        check_cluster(config, others=0, nodes=[Node(2.0, 21.0)])
 
 
 def test_servers_that_do_not_fit_beside_the_training_gpus_are_named():
     """Two nodes of 8: 4 of each train, so no server of 8 has a node, though 8 GPUs are left."""
     halves = ["trainer.nnodes=2", "trainer.n_gpus_per_node=4", "data.train_batch_size=128"]
     config = gpus(*halves, f"{ROLLOUT}.n_gpus_per_node=8", f"{ROLLOUT}.tensor_model_parallel_size=8")
-    check_cluster(config, others=0, nodes=[8.0, 8.0])
-    check_room_for_servers(config, free=[0.0, 8.0])
+    check_cluster(config, others=0, nodes=with_cpus([8.0, 8.0]))
+    check_room_for_servers(config, free=with_cpus([0.0, 8.0]))
     with pytest.raises(ClusterTooSmall, match=r"1 times 8 GPUs of one node .*, but 4, 4 GPUs are left on nodes\. Fix"):
-        check_room_for_servers(config, free=[4.0, 4.0])
+        check_room_for_servers(config, free=with_cpus([4.0, 4.0]))
     config.actor_rollout_ref.rollout.tensor_model_parallel_size = 2
-    check_room_for_servers(config, free=[4.0, 4.0])
+    check_room_for_servers(config, free=with_cpus([4.0, 4.0]))
     with pytest.raises(ClusterTooSmall, match=r"4 times 2 GPUs of one node"):
-        check_room_for_servers(config, free=[3.0, 5.0])
+        check_room_for_servers(config, free=with_cpus([3.0, 5.0]))
 
 
 def test_the_command_refuses_what_verl_refuses_in_one_line_too(tmp_path):
@@ -309,7 +330,8 @@ def patched(monkeypatch):
     """The patch, for the time of a test."""
     monkeypatch.setattr(LLMServerManager, "__init__", original(LLMServerManager.__init__))
     monkeypatch.setattr(LLMServerManager, "rollout_replica_class", Replica, raising=False)
-    monkeypatch.setattr(ray._private.state, "available_resources_per_node", lambda: {"a": {"GPU": 4}, "b": {"GPU": 5}})
+    left = {"a": {"GPU": 4, "CPU": 8}, "b": {"GPU": 5, "CPU": 10}}
+    monkeypatch.setattr(ray._private.state, "available_resources_per_node", lambda: left)
     assert placement.patch_llm_server_manager()
     assert not placement.patch_llm_server_manager(), "a second time changes nothing"
 

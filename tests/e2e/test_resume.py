@@ -100,7 +100,9 @@ def test_a_run_that_resumes_at_the_end_of_an_epoch_has_its_history_too(folder, r
     assert [budgets(run, AT_BOUNDARY)[prompt] for prompt in prompts] == plan.budgets.tolist()
 
     # Started once more it trains nothing, and leaves its checkpoint as it is.
-    assert start(folder, "ended").output.count(f"nothing to train: {folder}/checkpoints has step {LAST}") == 1
+    ended = start(folder, "ended")
+    assert ended.returncode == 0
+    assert ended.output.count(f"nothing to train: {folder}/checkpoints has step {LAST}") == 1
     assert not (folder / "checkpoints" / f"global_step_{LAST + 1}").exists()
 
 

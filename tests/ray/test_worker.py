@@ -194,6 +194,7 @@ def test_a_rollout_that_is_given_up_stops_and_the_next_begins(bench):
         await test.worker.give_up(1)
         with pytest.raises(asyncio.CancelledError):
             await rollout
+        assert len(test.server.aborts) == 1, "one call for all requests"
         assert not test.worker.llm_client._open
         while test.server.running:
             await asyncio.sleep(0.01)
@@ -241,7 +242,11 @@ def test_a_rollout_that_is_given_up_before_it_begins_does_not_begin(bench):
     test = bench()
 
     async def give_up_first() -> None:
+        listening = [test.worker.settled(1), test.worker.completed(1, 0), test.worker.take_growth(1, 5.0)]
+        listening = [asyncio.ensure_future(call) for call in (*listening, test.worker.abandon(1))]
+        await asyncio.sleep(0)
         await test.worker.give_up(1)
+        await asyncio.wait_for(asyncio.gather(*listening), 5)
         with pytest.raises(asyncio.CancelledError):
             await test.worker.generate_groups(test.batch([4]), test.darts, 1)
 

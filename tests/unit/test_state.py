@@ -85,5 +85,13 @@ def test_the_folder_is_verls(trainer, folder):
 def test_a_run_with_its_last_step_has_ended(tmp_path, settings, tracker, step):
     if tracker is not None:
         (tmp_path / TRACKER).write_text(tracker)
+        (tmp_path / f"global_step_{tracker}").mkdir()
     trainer = {"resume_mode": "auto", "total_training_steps": 10, "default_local_dir": str(tmp_path)}
     assert finished_at(OmegaConf.create(trainer | settings)) == step
+
+
+def test_a_run_whose_last_step_was_removed_begins_anew(tmp_path):
+    """As verl has it."""
+    (tmp_path / TRACKER).write_text("10")
+    trainer = {"resume_mode": "auto", "total_training_steps": 10, "default_local_dir": str(tmp_path)}
+    assert finished_at(OmegaConf.create(trainer)) is None

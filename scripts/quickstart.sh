@@ -32,9 +32,12 @@ keep
 resume=()
 if [[ ${DARTS_RESUME:-} == 1 ]]; then
   results=()
+  last=$(cat checkpoints/latest_checkpointed_iteration.txt 2>/dev/null || echo -1)
+  if [[ -d checkpoints/global_step_$last ]] && ! compgen -G "checkpoints/global_step_$last/actor/model_world_size_*" >/dev/null; then
+    die "$out/checkpoints/global_step_$last has no optimizer: only a run that began with DARTS_RESUME=1 can be resumed; unset it"
+  fi
   resume=(trainer.resume_mode=auto "actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra,hf_model]")
   if [[ -e metrics.jsonl ]]; then # verl's logger begins anew; the steps after the checkpoint come again
-    last=$(cat checkpoints/latest_checkpointed_iteration.txt 2>/dev/null || echo -1)
     awk -F '[:,]' -v last="$last" '$2 <= last' metrics.jsonl >>metrics.earlier.jsonl
     rm metrics.jsonl
   fi
@@ -50,10 +53,11 @@ platform=$("$PYTHON" -c 'from verl_patches.device import is_cpu_only; print("cpu
 
 say "training; the full log is $out/run.log"
 set +e
-timeout --signal=INT --kill-after=60 "${DARTS_QUICKSTART_TIMEOUT:-1200}" \
+# In the foreground Ctrl-C reaches the training, whose last lines the pipe waits for.
+timeout --foreground --signal=INT --kill-after=60 "${DARTS_QUICKSTART_TIMEOUT:-1200}" \
   "$PYTHON" -m recipe.darts.main_darts --config-name quickstart platform="$platform" \
   hydra.run.dir="$out/hydra" trainer.default_local_dir="$out/checkpoints" "${resume[@]}" "$@" 2>&1 </dev/null |
-  tee -a run.log | grep --line-buffered -oE '\[darts\] .*'
+  tee -ia run.log | (trap '' INT && exec grep --line-buffered -oE '\[darts\] .*')
 status=${PIPESTATUS[0]}
 set -e
 if ((status == 2)); then

@@ -60,6 +60,8 @@ def unavailable() -> str | None:
     if not hasattr(os, "geteuid") or os.geteuid() != 0:
         return "munged and slurmctld are started as root here"
     if missing := [name for name in PROGRAMS if shutil.which(name) is None]:
+        if len(missing) < len(PROGRAMS):
+            return f"{', '.join(missing)} are not installed, but other parts of a Slurm are, which is left alone"
         if shutil.which("apt-get") is None:
             return f"{', '.join(missing)} are not installed, and there is no apt-get"
         quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}

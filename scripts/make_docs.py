@@ -51,6 +51,7 @@ VARIABLES = (
     ("RAY_ADDRESS", "a run", "joins that cluster instead of starting a Ray of its own"),
     ("DARTS_OUT", "`scripts/quickstart.sh`", "the folder of its results"),
     ("DARTS_RESUME=1", "`scripts/quickstart.sh`", "goes on from the last checkpoint there"),
+    ("VERL_PATCHES_WEIGHT_TIMEOUT_S", "a run", "seconds without progress that end a weight update; default 600"),
     ("DARTS_QUICKSTART_TIMEOUT", "`scripts/quickstart.sh`", "seconds"),
     ("DARTS_DEVICE", "`scripts/setup.sh`", "`cpu` or `gpu`; default: `gpu` where there is one"),
     ("DARTS_PYTHON", "`scripts/setup.sh`", "the Python version"),

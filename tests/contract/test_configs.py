@@ -150,17 +150,10 @@ def test_local_paths_are_made_absolute(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home" / "model").mkdir(parents=True)
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["1"]}), tmp_path / "here.parquet")
-    files = "data.train_files=[here.parquet,hdfs://cluster/a.parquet]"
+    data = ["data.train_files=[here.parquet,hdfs://cluster/a.parquet]", "data.val_files=here.parquet"]
+    others = ["actor_rollout_ref.model.path='~/model/'", "trainer.default_local_dir=out"]
     with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-        config = compose(
-            "darts_trainer",
-            [
-                files,
-                "data.val_files=here.parquet",
-                "actor_rollout_ref.model.path='~/model/'",
-                "trainer.default_local_dir=out",
-            ],
-        )
+        config = compose("darts_trainer", [*data, *others])
     settle_paths(config)
     assert list(config.data.train_files) == [f"{tmp_path}/here.parquet", "hdfs://cluster/a.parquet"]
     assert config.data.val_files == f"{tmp_path}/here.parquet"

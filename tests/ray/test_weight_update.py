@@ -68,7 +68,7 @@ def test_updates_arrive_bit_for_bit_with_their_version_while_the_server_is_stopp
 @pytest.mark.parametrize(
     ("sending", "taking", "cause", "left"),
     [
-        pytest.param("blocks", "fails", "vLLM knows no w0", "trainers", id="the server fails"),
+        pytest.param("blocks", "fails", "vLLM knows no w0", "trainers", id="the server fails", marks=pytest.mark.slow),
         pytest.param("blocks", "dies", "gone|died|crash", "trainers", id="the server's worker dies"),
         pytest.param("dies", "works", "gone|died|crash", "server", id="the trainer dies"),
     ],

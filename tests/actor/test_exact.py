@@ -5,11 +5,19 @@ import pytest
 from actor_cases import differences, finished, full, in_step, largest, play, random_scripts, scale_weights, script
 
 FLOAT32 = 1e-4  # nats; what is seen is below 1e-5
-ENGINES = [(model, strategy) for model in ("qwen2", "qwen3", "llama", "qwen3_moe") for strategy in ("fsdp", "fsdp2")]
+MODELS = ("qwen2", "qwen3", "llama", "qwen3_moe")
+FSDP1 = pytest.param("fsdp", marks=pytest.mark.slow)
 TEMPERATURES = (0.7, 1.0, 1.3)
 
 
-@pytest.mark.parametrize(("model", "strategy"), [*ENGINES, ("qwen2_window", "fsdp2")])
+@pytest.mark.parametrize(
+    ("model", "strategy"),
+    [
+        *((model, "fsdp2") for model in (*MODELS, "qwen2_window")),
+        ("qwen2", "fsdp"),
+        *(pytest.param(model, "fsdp", marks=pytest.mark.slow) for model in MODELS[1:]),
+    ],
+)
 def test_equals_full_forward(group, model, strategy, record_property):
     group.build(model, strategy=strategy)
     seen = max(of_seed(group, seed) for seed in (1, 2))
@@ -56,7 +64,7 @@ def test_corners(group, attention, record_property):
 
 
 @pytest.mark.parametrize("settings", [{"with_reference": True}, {"lora_rank": 4}], ids=["reference", "LoRA"])
-@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+@pytest.mark.parametrize("strategy", [FSDP1, "fsdp2"])
 def test_reference(group, strategy, settings, record_property):
     """A reference model of its own, and with LoRA the actor without its adapter."""
     group.build("qwen2", strategy=strategy, **settings)

@@ -47,7 +47,7 @@ def test_comparison_sees(built, mistake):
 
 
 @pytest.mark.parametrize("mistake", OF_THE_BATCH)
-@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+@pytest.mark.parametrize("strategy", [pytest.param("fsdp", marks=pytest.mark.slow), "fsdp2"])
 def test_check_refuses(two_ranks, strategy, mistake):
     """A model that is not continued rightly is refused on every rank, and its whole sequences are right."""
     two_ranks.build("qwen2", strategy=strategy)

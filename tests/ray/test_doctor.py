@@ -104,6 +104,7 @@ def test_a_cluster_that_is_not_there_fails_at_once():
     assert "RAY_ADDRESS=127.0.0.1:9: " in named(lines, "Ray ")
 
 
+@pytest.mark.slow
 def test_gpus_in_use_are_said(two_nodes):
     holder = subprocess.Popen(
         [

@@ -7,7 +7,8 @@ end a run in its first update, once all models are loaded, or hours later with t
 from omegaconf import DictConfig, OmegaConf
 
 from darts.config import ConfigError
-from darts.placement import pools
+from darts.placement import has_adapter, pools
+from darts.strategy import BYPASS_MODE
 
 ACTOR, ROLLOUT, REFERENCE = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.ref"
 
@@ -30,7 +31,7 @@ def check_batches(config: DictConfig) -> None:
         _check_megatron(config)
     if not actor.strategy.startswith("fsdp"):
         return  # verl knows their ranks
-    key, ulysses = _ulysses(actor)
+    key, ulysses = _ulysses(ACTOR, actor)
     train = pools(config).train
     if ulysses < 1 or train % ulysses:
         raise ConfigError(
@@ -50,17 +51,21 @@ def check_token_limits(config: DictConfig) -> None:
     """
     if not config.actor_rollout_ref.actor.strategy.startswith("fsdp"):
         return
-    _, ulysses = _ulysses(config.actor_rollout_ref.actor)
     actor, rollout, reference = (config.actor_rollout_ref[name] for name in ("actor", "rollout", "ref"))
     longest = config.data.max_prompt_length + config.data.max_response_length
     if rollout.max_model_len:
         longest = min(longest, rollout.max_model_len)
+    bypass = OmegaConf.select(config, BYPASS_MODE, default=False)
+    of_actor, of_reference = _ulysses(ACTOR, actor)[1], _ulysses(REFERENCE, reference)[1]
     limits = {
-        f"{ACTOR}.ppo_max_token_len_per_gpu": actor.use_dynamic_bsz,
-        f"{ROLLOUT}.log_prob_max_token_len_per_gpu": rollout.log_prob_use_dynamic_bsz,
-        f"{REFERENCE}.log_prob_max_token_len_per_gpu": _uses_reference(config) and reference.log_prob_use_dynamic_bsz,
+        f"{ACTOR}.ppo_max_token_len_per_gpu": (actor.use_dynamic_bsz, of_actor),
+        f"{ROLLOUT}.log_prob_max_token_len_per_gpu": (rollout.log_prob_use_dynamic_bsz and not bypass, of_actor),
+        f"{REFERENCE}.log_prob_max_token_len_per_gpu": (
+            _uses_reference(config) and reference.log_prob_use_dynamic_bsz,
+            of_reference,
+        ),
     }
-    for key, applies in limits.items():
+    for key, (applies, ulysses) in limits.items():
         limit = OmegaConf.select(config, key)
         if applies and limit and limit * ulysses < longest:
             raise ConfigError(
@@ -72,17 +77,19 @@ def check_token_limits(config: DictConfig) -> None:
             )
 
 
-def _ulysses(actor: DictConfig) -> tuple[str, int]:
-    """Ranks that share a row, and the key that says so."""
-    size = actor.get("ulysses_sequence_parallel_size", 1)
+def _ulysses(path: str, section: DictConfig) -> tuple[str, int]:
+    """The key of the actor's or the reference's ranks that share a row, and their number."""
+    size = section.get("ulysses_sequence_parallel_size", 1)
     if size > 1:
-        return f"{ACTOR}.ulysses_sequence_parallel_size", size
+        return f"{path}.ulysses_sequence_parallel_size", size
     nested = "fsdp_config.ulysses_sequence_parallel_size"
-    return f"{ACTOR}.{nested}", actor.fsdp_config.get("ulysses_sequence_parallel_size", 1)
+    return f"{path}.{nested}", section.fsdp_config.get("ulysses_sequence_parallel_size", 1)
 
 
 def _uses_reference(config: DictConfig) -> bool:
-    return bool(config.actor_rollout_ref.actor.use_kl_loss or config.algorithm.use_kl_in_reward)
+    """Whether there is a reference of its own; with an adapter it is the actor without it."""
+    kl = config.actor_rollout_ref.actor.use_kl_loss or config.algorithm.use_kl_in_reward
+    return bool(kl) and not has_adapter(config.actor_rollout_ref.model)
 
 
 def _check_split(config: DictConfig, ranks: int, of: str) -> None:
@@ -96,7 +103,8 @@ def _check_split(config: DictConfig, ranks: int, of: str) -> None:
             "leave it out.",
         )
     log_probs = {f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu": actor.use_dynamic_bsz}
-    if _uses_reference(config):
+    same_ranks = _ulysses(REFERENCE, reference)[1] == _ulysses(ACTOR, actor)[1]
+    if _uses_reference(config) and same_ranks:
         log_probs[f"{REFERENCE}.log_prob_micro_batch_size_per_gpu"] = reference.log_prob_use_dynamic_bsz
     sizes = {
         "data.train_batch_size": (config.data.train_batch_size, log_probs),

@@ -5,6 +5,7 @@ and expands no `~`; `check_paths` raises one `ConfigError` (key, value, rule, fi
 Names of a hub (owner/name) and addresses (hdfs://...) are left to verl.
 """
 
+import os
 from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -12,14 +13,19 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from darts.config import ConfigError
 from darts.latency_profile import MODEL_KEY
 
-DATA_KEYS = ("data.train_files", "data.val_files")
-FOLDER_KEY, PROFILE_KEY = "trainer.default_local_dir", "darts.latency.profile"
+READ = (
+    "data.train_files", "data.val_files", MODEL_KEY, "critic.model.path", "darts.latency.profile",
+    "trainer.resume_from_path",
+)  # fmt: skip
+MADE = "trainer.default_local_dir"
+NO_PATHS = ("auto", "off")
+"""Of the latency profile."""
 
 
 def settle_paths(config: DictConfig) -> None:
     """Makes what is there absolute, and the folder of checkpoints, which a run makes. Other keys may be interpolations
     of these, so it comes before they are resolved."""
-    for key in (*DATA_KEYS, MODEL_KEY, PROFILE_KEY, FOLDER_KEY):
+    for key in (*READ, MADE):
         value = OmegaConf.select(config, key)
         if isinstance(value, ListConfig):
             OmegaConf.update(config, key, [_settled(path, key) for path in value])
@@ -28,10 +34,10 @@ def settle_paths(config: DictConfig) -> None:
 
 
 def _settled(path: str, key: str) -> str:
-    if "://" in path:
+    if "://" in path or path in NO_PATHS:
         return path
-    absolute = Path(path).expanduser().absolute()
-    return str(absolute) if key == FOLDER_KEY or absolute.exists() else path
+    absolute = Path(os.path.expanduser(path)).absolute()
+    return str(absolute) if key == MADE or absolute.exists() else path
 
 
 def check_paths(config: DictConfig) -> None:
@@ -47,7 +53,7 @@ def check_paths(config: DictConfig) -> None:
             on_a_hub = key == MODEL_KEY and path.count("/") < 2 and not path.startswith(("/", ".", "~"))
             if "://" in path or on_a_hub:
                 continue
-            if not Path(path).expanduser().exists():
+            if not os.path.exists(os.path.expanduser(path)):
                 fix = "correct the path" if key == MODEL_KEY else "prepare the data (scripts/data/), correct the path"
                 raise ConfigError(key, path, "there is no such file or folder.", f"{fix}, or {key}=...")
             if key != MODEL_KEY and path.endswith(".parquet") and not data.custom_cls.path:

@@ -117,7 +117,7 @@ def _check_processors(config: DictConfig, pooled: int, nodes: Sequence[Node], si
     scored = reward.num_workers**2 if reward.reward_manager.name == "remote" else 0
     wanted, cpus = pooled + scored, sum(node.cpus for node in nodes)
     fits = sum(int(gpus // trainer.n_gpus_per_node) for gpus in with_cpus) >= trainer.nnodes
-    if fits and cpus >= wanted:
+    if fits and cpus >= wanted and sum(node.cpus for node in nodes if node.gpus) >= pooled:
         return
     more = f", the square of reward.num_workers={reward.num_workers} (reward_manager.name=remote)" if scored else ""
     raise ClusterTooSmall(
@@ -221,6 +221,12 @@ def _check_sizes(config: DictConfig) -> None:
                 )
 
 
+def has_adapter(model: DictConfig) -> bool:
+    """Whether the block `model:` trains an adapter (LoRA), without which the actor is the reference."""
+    lora = model.get("lora") or {}
+    return model.get("lora_rank", 0) > 0 or lora.get("rank", 0) > 0 or model.get("lora_adapter_path") is not None
+
+
 def _check_separate(config: DictConfig) -> None:
     rollout, model = config.actor_rollout_ref.rollout, config.actor_rollout_ref.model
     if rollout.get("disaggregation", {}).get("enabled", False):
@@ -231,8 +237,7 @@ def _check_separate(config: DictConfig) -> None:
             "set actor_rollout_ref.rollout.disaggregation.enabled=False.",
         )
     lora = model.get("lora") or {}
-    has_adapter = model.get("lora_rank", 0) > 0 or lora.get("rank", 0) > 0 or model.get("lora_adapter_path") is not None
-    if has_adapter and not lora.get("merge", False):
+    if has_adapter(model) and not lora.get("merge", False):
         raise ConfigError(
             "actor_rollout_ref.model.lora.merge",
             lora.get("merge", False),

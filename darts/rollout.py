@@ -252,7 +252,7 @@ class DartsAgentLoopManager(AgentLoopManager):
         beside = {asyncio.ensure_future(self._deadline(jobs)), *listening}
         unseen = set(beside)
         try:
-            while pending or not all(future.done() for future in listening):
+            while pending or unseen & listening:
                 left = deadline - time.monotonic()
                 wait = max(min(left, self.darts.progress_s or left), 0.0)
                 done, _ = await asyncio.wait(pending | unseen, timeout=wait, return_when=asyncio.FIRST_COMPLETED)

@@ -159,8 +159,10 @@ def test_local_paths_are_made_absolute(tmp_path, monkeypatch):
     assert config.data.val_files == f"{tmp_path}/here.parquet"
     assert config.actor_rollout_ref.model.path == f"{tmp_path}/home/model"
     assert config.darts.trace == f"{tmp_path}/out/darts.jsonl"
+    (tmp_path / "auto").touch()
     config.actor_rollout_ref.model.path = "Qwen/Qwen2.5-0.5B"
     settle_paths(config)
+    assert config.darts.latency.profile == "auto"
     assert config.actor_rollout_ref.model.path == "Qwen/Qwen2.5-0.5B"
 
 
@@ -197,6 +199,11 @@ def test_micro_batches_take_the_longest_row():
     ]
     with pytest.raises(ConfigError, match=r"ref.log_prob_max_token_len_per_gpu=10500"):
         check_run(trainable(dynamic, *lengths, f"{limit}=21000", *reference))
+    check_run(trainable(dynamic, *lengths, f"{limit}=21000", *reference, "actor_rollout_ref.model.lora_rank=8"))
+    nested = "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=2"
+    check_run(trainable(dynamic, *lengths, f"{limit}=10500", nested))
+    with pytest.raises(ConfigError, match=r"ref.log_prob_max_token_len_per_gpu=10500: times Ulysses 1 "):
+        check_run(trainable(dynamic, *lengths, f"{limit}=10500", nested, *reference))
 
 
 def test_log_probs_have_micro_batches_of_the_actors_kind():

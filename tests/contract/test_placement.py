@@ -215,6 +215,8 @@ def test_a_cluster_without_the_cpus_that_verl_reserves_is_named_with_the_numbers
         check_cluster(config, others=0, nodes=[Node(2.0, 5.0)])
     with pytest.raises(ClusterTooSmall, match=r"the nodes have 5, 5 CPUs"):
         check_cluster(config, others=0, nodes=[Node(2.0, 5.0), Node(0.0, 5.0)])
+    with pytest.raises(ClusterTooSmall, match=r"the nodes have 8, 64 CPUs"):
+        check_cluster(config, others=2, nodes=[Node(4.0, 8.0), Node(0.0, 64.0)])
     separate = composed("quickstart", *SEPARATE, "trainer.n_gpus_per_node=2", f"{ROLLOUT}.n_gpus_per_node=2")
     check_cluster(separate, others=0, nodes=[Node(4.0, 10.0)])
     with pytest.raises(ClusterTooSmall, match="10 together"):
@@ -432,7 +434,7 @@ def test_the_trainer_starts_pools_apart_where_asked(trainer, capsys):
 
 @pytest.mark.parametrize("nodes", [[1.0], [2.0], [1.0, 1.0], []])
 def test_the_task_runner_looks_at_the_cluster_before_it_loads_anything(monkeypatch, nodes):
-    found = [{"Alive": True, "Resources": {"CPU": 4.0, "GPU": gpus}} for gpus in nodes]
+    found = [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": gpus}} for gpus in nodes]
     found += [{"Alive": True, "Resources": {"CPU": 4.0}}, {"Alive": False, "Resources": {"GPU": 8.0}}]
     monkeypatch.setattr(main_darts.ray, "nodes", lambda: found)
     loaded = []

@@ -36,7 +36,6 @@ def steps(server, since):
     return sorted((at, len(names)) for at, names in found.items())
 
 
-@pytest.mark.slow
 def test_a_curve_of_a_real_engine(profile, server):
     start = time.time()
     measured = profile(limit_s=120, largest=8, tokens=160)

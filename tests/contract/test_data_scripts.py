@@ -87,8 +87,6 @@ def judge(row: dict, right: str, wrong: str) -> None:
 
 @pytest.mark.parametrize("file", CASES)
 def test_verl_scores_the_rows(file: str, prepared) -> None:
-    if file.startswith("geo3k"):
-        pytest.importorskip("mathruler", reason="verl's scorer of geo3k wants the package mathruler")
     name, part = file.split("/")
     row = rows_of(prepared(name) / f"{part}.parquet")[0]
     for right, wrong in CASES[file]:

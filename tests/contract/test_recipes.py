@@ -28,6 +28,7 @@ PAPER = [name for name in RECIPES if name.endswith(("_3b_math", "_dapo", "_megat
 ONE_GPU = "run_qwen2.5_0.5b_gsm8k"
 SEVERAL_GPUS = [name for name in RECIPES if name != ONE_GPU]
 BRANCHES = ("colocated", "disaggregated")
+RUNS = [(name, placement) for placement in BRANCHES for name in (RECIPES if placement == "colocated" else SEVERAL_GPUS)]
 FILES = {
     "MODEL_PATH": str(assets_dir("overthink") / "model"),
     "TRAIN_FILES": str(assets_dir("overthink") / "train.parquet"),
@@ -100,12 +101,9 @@ def test_every_recipe_has_a_twin():
     assert {path.stem for path in FOLDER.glob("run_*_baseline.sh")} == {f"{name}_baseline" for name in RECIPES}
 
 
-@pytest.mark.parametrize("placement", BRANCHES)
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(("name", "placement"), RUNS)
 def test_it_is_valid_and_differs_from_its_twin_in_darts_alone(launch, name, placement):
     """The twin is plain verl: of the block `darts:` it reads `enable` and `placement`, which is the recipe's."""
-    if name == ONE_GPU and placement == "disaggregated":
-        pytest.skip("one GPU cannot both train and serve apart")
     ours, baseline = (checked(launch(script, PLACEMENT=placement)) for script in (name, f"{name}_baseline"))
     assert ours.darts.enable
     assert not baseline.darts.enable

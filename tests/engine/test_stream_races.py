@@ -186,6 +186,7 @@ def outlive(manager, kill, others=0):
     return asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_a_dead_engine_fails_all_its_requests_in_seconds(mortal):
     server = mortal.server_handles[0]
     core = next(process for process in engine_processes(server) if process.name().startswith("VLLM::EngineCor"))
@@ -201,6 +202,7 @@ def test_a_dead_engine_fails_all_its_requests_in_seconds(mortal):
     assert seconds < 10
 
 
+@pytest.mark.slow
 def test_a_dead_server_fails_its_requests(mortal):
     server = mortal.server_handles[0]
     close_gate(server)  # its engine may be dead already

@@ -342,8 +342,17 @@ def check_model(config: DictConfig) -> None:
 
 
 def _check_attention(config: DictConfig) -> None:
-    """The FSDP actor's attention is installed, and right for how its rows are packed and split."""
+    """The actor's attention is installed, and right for how an FSDP actor's rows are packed and split."""
     actor, model = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
+    if actor.strategy == "megatron" and not is_cpu_only():
+        missing = [package for package in ("megatron", "flash_attn") if find_spec(package) is None]
+        if missing:
+            raise ConfigError(
+                "actor_rollout_ref.actor.strategy",
+                "megatron",
+                f"needs {' and '.join(missing)}, not installed: verl would say so in every worker.",
+                "install what verl's Megatron engine needs (recipe/darts/README.md), or take model_engine=dp.",
+            )
     if actor.strategy not in ("fsdp", "fsdp2"):
         return
     attention = model.override_config.get("attn_implementation", FLASH_ATTENTION)

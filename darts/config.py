@@ -97,7 +97,8 @@ class DartsConfig:
     launch: str = field(
         default="heaviest",
         metadata={
-            "help": "heaviest: prompts with the most expected tokens start first; dual_end_first: dual-end groups"
+            "help": "heaviest: with adaptive budgets prompts with the most expected tokens start first; "
+            "dual_end_first: dual-end groups"
         },
     )
     trace: str | None = field(

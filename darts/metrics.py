@@ -108,7 +108,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "darts/rollout/prefix_cached_share": ("share", "prompt tokens that the servers had in their prefix cache"),
     "darts/early_stop/tokens_after": (
         "tokens",
-        "decoded after the decision to abort, estimated from each request's own speed; some per cent of the generated",
+        "decoded after the decision to abort, estimated from each request's own speed; up to 3 % of the generated",
     ),
     "darts/early_stop/stop_s_mean": ("s", "from the decision to abort to the answer of the server, mean over aborted"),
     "darts/early_stop/stop_s_max": ("s", "the same, slowest; seconds here are a server or network in trouble"),

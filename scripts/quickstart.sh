@@ -54,12 +54,20 @@ platform=$("$PYTHON" -c 'from verl_patches.device import is_cpu_only; print("cpu
 say "training; the full log is $out/run.log"
 set +e
 # In the foreground Ctrl-C reaches the training, whose last lines the pipe waits for.
+interrupted=
+trap 'interrupted=1' INT
 timeout --foreground --signal=INT --kill-after=60 "${DARTS_QUICKSTART_TIMEOUT:-1200}" \
   "$PYTHON" -m recipe.darts.main_darts --config-name quickstart platform="$platform" \
   hydra.run.dir="$out/hydra" trainer.default_local_dir="$out/checkpoints" "${resume[@]}" "$@" 2>&1 </dev/null |
   tee -ia run.log | (trap '' INT && exec grep --line-buffered -oE '\[darts\] .*')
 status=${PIPESTATUS[0]}
+trap - INT
 set -e
+if [[ -n $interrupted ]] || ((status == 130)); then
+  keep
+  say "interrupted; log and results so far are in $out"
+  exit 130
+fi
 if ((status == 2)); then
   said=$(tail -n 20 run.log)
   rm -rf "${results[@]}"

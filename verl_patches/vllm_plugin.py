@@ -1,7 +1,7 @@
 """Entry point of the group ``vllm.general_plugins``: vLLM calls ``register()`` in every process of an engine.
 
-Contract: without an accelerator the vLLM CPU patches are applied, elsewhere nothing happens and nothing of vLLM is
-imported. An error is raised into vLLM, which does not start then.
+Contract: the engine is marked as one of this run (``run_id``). Without an accelerator the vLLM CPU patches are applied,
+elsewhere nothing of vLLM is imported. An error is raised into vLLM, which does not start then.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import torch
 
 from verl_patches.device import is_cpu_only
 from verl_patches.patching import replace
+from verl_patches.run_id import mark_engine
 
 
 def register() -> None:
     """Apply what belongs into this vLLM process; safe to call again."""
+    mark_engine()
     if is_cpu_only():
         patch_cpu_linear()
 

@@ -10,6 +10,7 @@ Contract:
    in the server's own worker, from which it reaches the trainer.
 3. What cannot be seen so (an engine process that was killed leaves its call open) ends after ``TIMEOUT_S`` without an
    answer, as ``TimeoutError``.
+4. The sockets are this run's own on the machine (``run_id``).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from verl.workers.rollout.vllm_rollout.vllm_rollout import ServerAdapter
 import verl_patches.gloo_checkpoint_engine  # noqa: F401  (registers it)
 from verl_patches.limits import POLL_S, TIMEOUT_S
 from verl_patches.patching import replace
+from verl_patches.run_id import of_this_run
 
 # The call in which vLLM receives the weights that this task sends; None on ranks without a server.
 _receiver: ContextVar[ray.ObjectRef | None] = ContextVar("weight_receiver", default=None)
@@ -91,7 +93,7 @@ def _remembering_receiver(upstream: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def patch_weight_sender() -> bool:
-    """Watch the receiver while waiting for its answer.
+    """Watch the receiver while waiting for its answer, and bind a socket of this run (``run_id``).
 
     Symptom: an exception of vLLM in ``update_weights_from_ipc`` leaves the sending worker in a ``recv`` (or, before
     vLLM has connected, in a ``send``) without time limit, the driver in ``update_weights``, and the run hanging for
@@ -105,6 +107,7 @@ def patch_weight_sender() -> bool:
 
 def _with_watched_socket(upstream: Callable[..., None]) -> Callable[..., None]:
     def _init_socket(self: BucketedWeightSender) -> None:
+        self.zmq_handle = of_this_run(self.zmq_handle)
         upstream(self)
         self.socket = WatchedSocket(self.socket, _receiver.get())
 

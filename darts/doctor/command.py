@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 import sys
+import sysconfig
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -31,6 +32,7 @@ from darts.doctor.facts import (
     installed,
     installed_for,
     judge_gpus,
+    judge_headers,
     list_gpus,
     machine_facts,
     version_facts,
@@ -126,6 +128,7 @@ def device_facts(elsewhere: bool = False) -> Iterator[Fact]:
     yield _importable("cupy", "cupy", cupy, SETUP, status=WARNING)
     if not (shutil.which("gcc") or shutil.which("clang") or os.environ.get("CC")):
         yield Fact(name="C compiler", status=FAILED, value="none: Triton needs one", fix="install gcc, or set CC")
+    yield judge_headers(sysconfig.get_paths()["include"], sysconfig.get_python_version())
     if not shutil.which("nvcc") and not os.environ.get("CUDA_HOME"):
         value = "missing: vLLM (FlashInfer) compiles some kernels when they are first used"
         fix = f"install CUDA {torch.version.cuda}'s nvcc if an engine asks for it"

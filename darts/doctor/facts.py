@@ -149,14 +149,26 @@ def judge_shared_memory(free: int, memory: int) -> Fact:
     return Fact(**fact, status=OK)
 
 
-def judge_open_files(soft: int, hard: int) -> Fact:
-    """Ray raises the soft limit itself, to 65,536 at most."""
+def judge_open_files(soft: int, hard: int, joins: bool) -> Fact:
+    """A Ray that the run starts raises the soft limit itself, to 65,536 at most; `ray start`, whose Ray it joins, does
+    not."""
     unlimited = (resource.RLIM_INFINITY,)
-    reached = 65536 if hard in unlimited or soft in unlimited else max(soft, min(hard, 65536))
+    raised = 65536 if hard in unlimited else min(hard, 65536)
+    reached = 65536 if soft in unlimited else soft if joins else max(soft, raised)
     value = f"soft {soft}, hard {'unlimited' if hard in unlimited else hard}"
     if reached < 8192:
-        return Fact(name="ulimit -n", status=WARNING, value=value, fix="ulimit -n 65536 (every request is a socket)")
+        where = " in the shell that calls `ray start`" if joins else ""
+        fix = f"ulimit -n 65536{where} (every request is a socket)"
+        return Fact(name="ulimit -n", status=WARNING, value=value, fix=fix)
     return Fact(name="ulimit -n", status=OK, value=value)
+
+
+def judge_headers(include: str, version: str) -> Fact:
+    """Python's own, which Triton compiles kernels against."""
+    if (Path(include) / "Python.h").exists():
+        return Fact(name="Python headers", status=OK, value=include)
+    fix = f"install python{version}-dev, or name a Python that has them in DARTS_PYTHON for {SETUP}"
+    return Fact(name="Python headers", status=FAILED, value=f"not in {include}: Triton cannot compile", fix=fix)
 
 
 def machine_facts() -> Iterator[Fact]:
@@ -172,7 +184,8 @@ def machine_facts() -> Iterator[Fact]:
             yield judge_disk(path, usage.free, usage.total, use)
     shared = Path("/dev/shm")
     yield judge_shared_memory(shutil.disk_usage(shared).free if shared.is_dir() else 0, pages)
-    yield judge_open_files(*resource.getrlimit(resource.RLIMIT_NOFILE))
+    joins = os.environ.get("RAY_ADDRESS", "local") != "local"
+    yield judge_open_files(*resource.getrlimit(resource.RLIMIT_NOFILE), joins=joins)
 
 
 # --- GPUs ------------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from darts.paths import settle_paths
 from darts.placement import ClusterTooSmall, Node, check_cluster, choose_backend, is_disaggregated, pools
 from darts.state import finished_at
 from darts.testbed import register_resolver
+from verl_patches.run_id import name_run
 
 register_resolver()
 
@@ -128,6 +129,7 @@ def main(config: DictConfig) -> None:
             flush=True,
         )
         return
+    name_run()
     join_cluster(config, os.environ)
     try:
         run_ppo(config, task_runner_class=ray.remote(DartsTaskRunner))

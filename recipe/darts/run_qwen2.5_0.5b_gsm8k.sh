@@ -3,10 +3,11 @@
 # The smallest run with a real model. Responses are short here: it shows that all works, not what DARTS is for.
 # Composed and checked on CPUs; not run on GPUs yet.
 #
-#   .venv/bin/python scripts/data/gsm8k.py                                                              the data, once
-#   bash recipe/darts/run_qwen2.5_0.5b_gsm8k.sh                                                         one GPU of 24 GB or more
-#   bash recipe/darts/run_qwen2.5_0.5b_gsm8k_baseline.sh                                                plain verl, all else the same
-#   OUTPUT_DIR=outputs/try bash recipe/darts/run_qwen2.5_0.5b_gsm8k.sh trainer.total_training_steps=2   Hydra overrides come last
+#   .venv/bin/python scripts/data/gsm8k.py                 the data, once
+#   bash recipe/darts/run_qwen2.5_0.5b_gsm8k.sh            one GPU of 24 GB or more
+#   bash recipe/darts/run_qwen2.5_0.5b_gsm8k_baseline.sh   plain verl, all else the same
+# Hydra overrides come last; other settings, another folder:
+#   OUTPUT_DIR=outputs/try_qwen2.5_0.5b_gsm8k bash recipe/darts/run_qwen2.5_0.5b_gsm8k.sh trainer.total_training_steps=2
 set -xeuo pipefail
 
 ########################### user-adjustable ###########################
@@ -32,7 +33,7 @@ LOGGER=${LOGGER:-[console,file]}  # [console,file,wandb]
 
 # DARTS; *_baseline.sh sets the first. docs/tuning.md says which to choose, docs/reproduction.md has the paper's ablation.
 DARTS_ENABLE=${DARTS_ENABLE:-True}
-STRATEGY=${STRATEGY:-darts}             # or what to compare with: bypass, shortest_k, tail_batching, sorted
+STRATEGY=${STRATEGY:-darts}             # or what to compare with: none, bypass, shortest_k, tail_batching, sorted
 ALLOCATION=${ALLOCATION:-adaptive}      # uniform: the same number of candidates for all; off: no redundancy
 MEAN_CANDIDATES=${MEAN_CANDIDATES:-10.5}  # of a prompt; null: what the utility says (docs/tuning.md)
 MAX_CANDIDATES=${MAX_CANDIDATES:-16}    # M_up

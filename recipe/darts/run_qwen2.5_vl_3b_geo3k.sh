@@ -3,11 +3,12 @@
 # Our choice of settings; the paper has no vision run.
 # Composed and checked on CPUs; not run on GPUs yet.
 #
-#   .venv/bin/python scripts/data/geo3k.py                                                               the data, once
-#   bash recipe/darts/run_qwen2.5_vl_3b_geo3k.sh                                                         one node of 8 GPUs
-#   bash recipe/darts/run_qwen2.5_vl_3b_geo3k_baseline.sh                                                plain verl, all else the same
-#   PLACEMENT=disaggregated bash recipe/darts/run_qwen2.5_vl_3b_geo3k.sh                                 half of each node serves
-#   OUTPUT_DIR=outputs/try bash recipe/darts/run_qwen2.5_vl_3b_geo3k.sh trainer.total_training_steps=2   Hydra overrides come last
+#   .venv/bin/python scripts/data/geo3k.py                                 the data, once
+#   bash recipe/darts/run_qwen2.5_vl_3b_geo3k.sh                           one node of 8 GPUs
+#   bash recipe/darts/run_qwen2.5_vl_3b_geo3k_baseline.sh                  plain verl, all else the same
+#   PLACEMENT=disaggregated bash recipe/darts/run_qwen2.5_vl_3b_geo3k.sh   half of each node serves
+# Hydra overrides come last; other settings, another folder:
+#   OUTPUT_DIR=outputs/try_qwen2.5_vl_3b_geo3k bash recipe/darts/run_qwen2.5_vl_3b_geo3k.sh trainer.total_training_steps=2
 set -xeuo pipefail
 
 ########################### user-adjustable ###########################
@@ -36,7 +37,7 @@ DARTS_ENABLE=${DARTS_ENABLE:-True}
 PLACEMENT=${PLACEMENT:-colocated}       # disaggregated: servers on GPUs of their own, training on the others
 ROLLOUT_GPUS_PER_NODE=${ROLLOUT_GPUS_PER_NODE:-$((GPUS_PER_NODE / 2))}  # where disaggregated
 GPU_MEMORY_UTILIZATION=${GPU_MEMORY_UTILIZATION:-$([[ $PLACEMENT == disaggregated ]] && echo 0.85 || echo 0.6)}  # of a server
-STRATEGY=${STRATEGY:-darts}             # or what to compare with: bypass, shortest_k, tail_batching, sorted
+STRATEGY=${STRATEGY:-darts}             # or what to compare with: none, bypass, shortest_k, tail_batching, sorted
 ALLOCATION=${ALLOCATION:-adaptive}      # uniform: the same number of candidates for all; off: no redundancy
 MEAN_CANDIDATES=${MEAN_CANDIDATES:-10.5}  # of a prompt; null: what the utility says (docs/tuning.md)
 MAX_CANDIDATES=${MAX_CANDIDATES:-16}    # M_up

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # GRPO with DARTS | Qwen3-30B-A3B (MoE) | DAPO-Math-17k, AIME-2024 | Megatron and vLLM
-# As run_qwen3_30b_a3b_dapo.sh, trained by Megatron (verl's model_engine=megatron, no code of ours; verl's extra `megatron`).
+# As run_qwen3_30b_a3b_dapo.sh, trained by Megatron (verl's model_engine=megatron, no code of ours; how to install it: recipe/darts/README.md).
 # Log-probs are not overlapped: that is written for FSDP, and OVERLAP=auto turns it off.
 # Composed and checked on CPUs; not run on GPUs yet.
 #
-#   .venv/bin/python scripts/data/dapo_math.py                                                                   the data, once
-#   bash recipe/darts/run_qwen3_30b_a3b_dapo_megatron.sh                                                         8 nodes of 8 GPUs
-#   bash recipe/darts/run_qwen3_30b_a3b_dapo_megatron_baseline.sh                                                plain verl, all else the same
-#   PLACEMENT=disaggregated bash recipe/darts/run_qwen3_30b_a3b_dapo_megatron.sh                                 as in the paper: half of each node serves
-#   OUTPUT_DIR=outputs/try bash recipe/darts/run_qwen3_30b_a3b_dapo_megatron.sh trainer.total_training_steps=2   Hydra overrides come last
+#   .venv/bin/python scripts/data/dapo_math.py                                     the data, once
+#   bash recipe/darts/run_qwen3_30b_a3b_dapo_megatron.sh                           8 nodes of 8 GPUs
+#   bash recipe/darts/run_qwen3_30b_a3b_dapo_megatron_baseline.sh                  plain verl, all else the same
+#   PLACEMENT=disaggregated bash recipe/darts/run_qwen3_30b_a3b_dapo_megatron.sh   as in the paper: half of each node serves
+# Hydra overrides come last; other settings, another folder:
+#   OUTPUT_DIR=outputs/try_qwen3_30b_a3b_dapo_megatron bash recipe/darts/run_qwen3_30b_a3b_dapo_megatron.sh trainer.total_training_steps=2
 set -xeuo pipefail
 
 ########################### user-adjustable ###########################
@@ -26,7 +27,7 @@ MAX_PROMPT=${MAX_PROMPT:-2048}
 MAX_RESPONSE=${MAX_RESPONSE:-16384}
 TOTAL_STEPS=${TOTAL_STEPS:-500}
 ACTOR_TP=${ACTOR_TP:-4}
-ACTOR_EP=${ACTOR_EP:-4}  # experts
+ACTOR_EP=${ACTOR_EP:-8}  # experts
 ACTOR_PP=${ACTOR_PP:-1}
 ROLLOUT_TP=${ROLLOUT_TP:-4}
 OFFLOAD=${OFFLOAD:-True}  # weights and optimizer to the CPU while they are not used
@@ -37,7 +38,7 @@ DARTS_ENABLE=${DARTS_ENABLE:-True}
 PLACEMENT=${PLACEMENT:-colocated}       # disaggregated: servers on GPUs of their own, training on the others
 ROLLOUT_GPUS_PER_NODE=${ROLLOUT_GPUS_PER_NODE:-$((GPUS_PER_NODE / 2))}  # where disaggregated
 GPU_MEMORY_UTILIZATION=${GPU_MEMORY_UTILIZATION:-$([[ $PLACEMENT == disaggregated ]] && echo 0.85 || echo 0.6)}  # of a server
-STRATEGY=${STRATEGY:-darts}             # or what to compare with: bypass, shortest_k, tail_batching, sorted
+STRATEGY=${STRATEGY:-darts}             # or what to compare with: none, bypass, shortest_k, tail_batching, sorted
 ALLOCATION=${ALLOCATION:-adaptive}      # uniform: the same number of candidates for all; off: no redundancy
 MEAN_CANDIDATES=${MEAN_CANDIDATES:-10.5}  # of a prompt; null: what the utility says (docs/tuning.md)
 MAX_CANDIDATES=${MAX_CANDIDATES:-16}    # M_up

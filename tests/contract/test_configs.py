@@ -308,6 +308,14 @@ def test_attention_that_is_not_installed_is_refused(monkeypatch, enable):
     check_run(composed("quickstart"))
 
 
+def test_megatron_that_is_not_installed_is_refused(monkeypatch):
+    monkeypatch.setattr(checks, "find_spec", lambda name: None if name == "megatron" else object())
+    check_run(trainable("model_engine=megatron"))
+    monkeypatch.setattr(checks, "is_cpu_only", lambda: False)
+    with pytest.raises(ConfigError, match="strategy='megatron': needs megatron, not installed"):
+        check_run(trainable("model_engine=megatron"))
+
+
 @pytest.mark.parametrize("key", ["ulysses_sequence_parallel_size", "fsdp_config.ulysses_sequence_parallel_size"])
 def test_sequences_are_split_with_flash_attention_alone(key):
     """With sdpa verl's ranks would each attend to their own slice, silently."""

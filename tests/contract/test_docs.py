@@ -4,16 +4,19 @@ that are named exist. What needs no verl is in `tests/unit/test_docs.py`."""
 import os
 import re
 import subprocess
+from string import Template
 
 import pytest
 from documents import ENTRY_POINT, PAGES, ROOT, commands_of, environment_and_words, recipes, text_of, write_example
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
+from verl.checkpoint_engine import CheckpointEngineRegistry
 
 import recipe.darts.main_darts  # noqa: F401  (registers the resolver that configurations use)
 from darts import CONFIG_DIR
-from darts.checks import darts_config, refuse_unknown_overrides
+from darts.checks import check_run, darts_config, refuse_unknown_overrides
 from darts.config import DartsConfig
+from darts.placement import choose_backend
 from darts.strategy import make_strategy
 from darts.testbed import assets_dir
 
@@ -67,6 +70,7 @@ def composed(arguments: list[str]) -> DictConfig:
 
 def test_there_are_commands():
     assert len(COMMANDS) > 15
+    assert len(RUNGS) == 5
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -78,6 +82,20 @@ def test_overrides_compose(command, arguments_of, tmp_path, monkeypatch):
     assert isinstance(darts, DartsConfig)
     if darts.enable:
         assert make_strategy(darts, config.data.train_batch_size).next_round().new > 0
+
+
+RUNGS = re.findall(r"bash scripts/quickstart\.sh((?:[^`'\n\\]|\\\n)*)", text_of("docs/smoke.md"))
+
+
+@pytest.mark.parametrize("gpus", [2, 8])
+@pytest.mark.parametrize("rung", [" ".join(rung.replace("\\\n", " ").split()) for rung in RUNGS if "$" in rung])
+def test_rungs_of_the_first_hour_are_valid_on_nodes_with_gpus(rung, gpus, monkeypatch):
+    sizes = {"GPUS": gpus, "GPUS_PER_NODE": gpus, "HALF": gpus // 2, "NNODES": 2}
+    words = Template(rung).substitute(sizes).split()
+    config = composed(["--config-name", "quickstart", "platform=gpu", *words])
+    monkeypatch.setitem(CheckpointEngineRegistry._registry, "nccl", object)  # as where cupy is installed
+    choose_backend(config)
+    check_run(config)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,11 +1,13 @@
-"""What dies or raises in the middle of a rollout ends the run within a minute, with the cause."""
+"""What dies, raises or is interrupted in the middle of a run ends it within a minute, with the cause."""
 
+import signal
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
-from jobs import SUPPORT, Run, run_job
+from jobs import ROOT, SUPPORT, Run, run_job
 
 SETTINGS = ["--config-name", "quickstart", "trainer.val_before_train=false", "trainer.save_freq=-1"]
 
@@ -55,3 +57,47 @@ def test_a_rank_of_the_overlapped_actor_that_fails_ends_the_run_within_a_minute(
     while any(map(psutil.pid_exists, ranks)):
         assert time.monotonic() < deadline, "a rank is left"
         time.sleep(0.5)
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """What the quickstart with this DARTS_OUT has started: those with it in their environment, and their descendants,
+    since some of Ray's and vLLM's processes write their title over it."""
+    everyone = {process.pid: process for process in psutil.process_iter(["name", "ppid", "environ"])}
+
+    def is_ours(process: psutil.Process | None) -> bool:
+        if process is None:
+            return False
+        marked = (process.info["environ"] or {}).get("DARTS_OUT") == str(folder)
+        return marked or is_ours(everyone.get(process.info["ppid"]))
+
+    return [process for process in everyone.values() if is_ours(process)]
+
+
+@pytest.mark.slow
+def test_an_interrupted_quickstart_says_so_keeps_what_was_logged_and_leaves_nothing_running(tmp_path):
+    """As Ctrl-C in a terminal: all processes of the foreground group get SIGINT."""
+    before: list[psutil.Process] = []
+    interrupted_at = 0.0
+
+    def two_steps_are_done(run: Run) -> bool:
+        nonlocal interrupted_at
+        done = sum("timing_s/step" in metrics for metrics in run.metrics()) >= 2
+        if done:
+            before.extend(processes_of(tmp_path))
+            interrupted_at = time.time()
+        return done
+
+    command = ["env", "--default-signal=INT", "bash", str(ROOT / "scripts" / "quickstart.sh")]
+    run = run_job(command, tmp_path, limit=400, kill_when=two_steps_are_done, kill_with=signal.SIGINT)
+    names = {process.info["name"] for process in before}
+    assert "raylet" in names
+    assert any(name.startswith("VLLM::EngineCor") for name in names)
+    assert run.returncode == 130
+    assert run.ended - interrupted_at < 60
+    assert run.output.splitlines()[-1].endswith(f"interrupted; log and results so far are in {tmp_path}")
+    assert "Traceback" not in run.output
+    assert 2 <= sum("timing_s/step" in metrics for metrics in run.metrics()) < 10
+    assert "KeyboardInterrupt" in (tmp_path / "run.log").read_text()
+    _, left = psutil.wait_procs(before, timeout=30)
+    assert not left
+    assert not processes_of(tmp_path)

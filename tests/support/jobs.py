@@ -55,11 +55,16 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def run_job(
-    command: list[str], out: Path, limit: float, kill_when: Callable[[Run], bool] | None = None, **environment: str
+    command: list[str],
+    out: Path,
+    limit: float,
+    kill_when: Callable[[Run], bool] | None = None,
+    kill_with: signal.Signals = signal.SIGKILL,
+    **environment: str,
 ) -> Run:
     """Runs a command in `out` with the tests' modules importable in Ray's workers, within `limit` seconds.
 
-    With `kill_when` it is killed (SIGKILL) as soon as that is true of what it has left behind so far.
+    With `kill_when` its process group gets `kill_with` as soon as that is true of what it has left behind so far.
     """
     out.mkdir(parents=True, exist_ok=True)
     overrides = [
@@ -81,8 +86,10 @@ def run_job(
             stdin=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         while process.poll() is None:
-            soon = kill_when is not None and kill_when(Run(out, 0, "", 0.0, 0.0))
-            if soon or time.time() > start + limit:
+            if kill_when is not None and kill_when(Run(out, 0, "", 0.0, 0.0)):
+                os.killpg(process.pid, kill_with)
+                kill_when = None
+            if time.time() > start + limit:
                 os.killpg(process.pid, signal.SIGKILL)
             time.sleep(0.05)
     output = (out / "output.log").read_text(errors="replace")

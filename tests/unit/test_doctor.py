@@ -18,6 +18,7 @@ from darts.doctor.facts import (
     installed,
     judge_disk,
     judge_gpus,
+    judge_headers,
     judge_open_files,
     judge_reduce,
     judge_same,
@@ -108,12 +109,26 @@ def test_shared_memory(free, memory, status):
 
 
 @pytest.mark.parametrize(
-    ("soft", "hard", "status"),
-    [(1024, 1048576, OK), (1024, 4096, WARNING), (65536, 65536, OK), (1024, -1, OK)],
-    ids=["Ray raises it", "cannot be raised", "high", "unlimited"],
+    ("soft", "hard", "joins", "status"),
+    [
+        (1024, 1048576, False, OK),
+        (1024, 1048576, True, WARNING),
+        (1024, 4096, False, WARNING),
+        (65536, 65536, True, OK),
+        (1024, -1, False, OK),
+        (-1, -1, True, OK),
+    ],
+    ids=["Ray raises it", "ray start does not", "cannot be raised", "high", "unlimited", "unlimited, joined"],
 )
-def test_open_files(soft, hard, status):
-    assert judge_open_files(soft, hard).status == status
+def test_open_files(soft, hard, joins, status):
+    assert judge_open_files(soft, hard, joins).status == status
+
+
+def test_headers_of_python(tmp_path):
+    assert judge_headers(str(tmp_path), "3.11").status == FAILED
+    assert "python3.11-dev" in judge_headers(str(tmp_path), "3.11").fix
+    (tmp_path / "Python.h").touch()
+    assert judge_headers(str(tmp_path), "3.11").status == OK
 
 
 def test_a_temporary_folder_of_ray_that_is_not_there_fails(monkeypatch, tmp_path):

@@ -58,7 +58,7 @@ interrupted=
 trap 'interrupted=1' INT
 timeout --foreground --signal=INT --kill-after=60 "${DARTS_QUICKSTART_TIMEOUT:-1200}" \
   "$PYTHON" -m recipe.darts.main_darts --config-name quickstart platform="$platform" \
-  hydra.run.dir="$out/hydra" trainer.default_local_dir="$out/checkpoints" "${resume[@]}" "$@" 2>&1 </dev/null |
+  hydra.run.dir="'$out/hydra'" trainer.default_local_dir="'$out/checkpoints'" "${resume[@]}" "$@" 2>&1 </dev/null |
   tee -ia run.log | (trap '' INT && exec grep --line-buffered -oE '\[darts\] .*')
 status=${PIPESTATUS[0]}
 trap - INT

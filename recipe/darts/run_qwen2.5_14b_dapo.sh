@@ -86,7 +86,7 @@ REWARD=(
 )
 
 MODEL=(
-    actor_rollout_ref.model.path="$MODEL_PATH"
+    actor_rollout_ref.model.path="'$MODEL_PATH'"
     actor_rollout_ref.model.use_remove_padding=True
     actor_rollout_ref.model.enable_gradient_checkpointing=True
     ++actor_rollout_ref.model.override_config.attn_implementation="$ATTENTION"
@@ -138,12 +138,12 @@ TRAINER=(
     trainer.test_freq=10
     trainer.resume_mode=auto
     trainer.project_name=darts
-    trainer.experiment_name="$(basename "$OUTPUT_DIR")"
-    trainer.default_local_dir="$OUTPUT_DIR"
+    trainer.experiment_name="'$(basename "$OUTPUT_DIR")'"
+    trainer.default_local_dir="'$OUTPUT_DIR'"
     trainer.logger="$LOGGER"
     # A file for each start: verl's logger begins anew when a run goes on.
-    +ray_kwargs.ray_init.runtime_env.env_vars.VERL_FILE_LOGGER_PATH="$OUTPUT_DIR/metrics-$(date +%Y%m%d-%H%M%S).jsonl"
-    hydra.run.dir="$OUTPUT_DIR/hydra"
+    +ray_kwargs.ray_init.runtime_env.env_vars.VERL_FILE_LOGGER_PATH="'$OUTPUT_DIR/metrics-$(date +%Y%m%d-%H%M%S).jsonl'"
+    hydra.run.dir="'$OUTPUT_DIR/hydra'"
 )
 
 DARTS=(

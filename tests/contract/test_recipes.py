@@ -197,12 +197,14 @@ def without_the_time(arguments: tuple[str, ...]) -> list[str]:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_overrides_come_last_and_paths_are_absolute(launch, name):
-    arguments = launch(name, "trainer.total_training_steps=2", "darts.selection.num_long=2", OUTPUT_DIR="here")
+    folder = "lr=1e-6, try (2)"
+    arguments = launch(name, "trainer.total_training_steps=2", "darts.selection.num_long=2", OUTPUT_DIR=folder)
     assert arguments[-2:] == ("trainer.total_training_steps=2", "darts.selection.num_long=2")
     config = checked(arguments)
     assert config.trainer.total_training_steps == 2
     assert config.darts.selection.num_long == 2
     assert Path(config.trainer.default_local_dir).is_absolute()
+    assert Path(config.trainer.default_local_dir).name == config.trainer.experiment_name == folder
     assert Path(config.darts.trace) == Path(config.trainer.default_local_dir) / "darts.jsonl"
 
 

@@ -425,5 +425,9 @@ def test_a_small_replay_is_fast():
 
 
 @pytest.mark.slow
-def test_1024_prompts_of_16_candidates_over_100_steps_take_less_than_30_seconds():
-    assert any(seconds_of(1024, 100) < 30 for _ in range(2))  # a machine that others use gets a second chance
+def test_a_candidate_of_1024_prompts_takes_no_longer_than_one_of_64():
+    """The same work in batches of other sizes, in turns: seconds are the machine's (22 to 43 for 100 steps)."""
+    pairs = [(seconds_of(64, 128), seconds_of(1024, 8)) for _ in range(3)]
+    small, large = (min(seconds) for seconds in zip(*pairs, strict=True))
+    assert large < 1.5 * small
+    assert large < 10

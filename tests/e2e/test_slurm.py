@@ -173,7 +173,7 @@ def test_scancel_ends_all_of_a_job_and_nothing_else(submit, light, slurm, tmp_pa
         "import ray, sys; ray.init(num_cpus=1, num_gpus=0, include_dashboard=False); print('up', flush=True); "
         "sys.stdin.readline(); f = ray.remote(lambda: 'alive'); print(ray.get(f.remote(), timeout=60), flush=True)"
     )
-    own = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    own = os.environ | {"RAY_ADDRESS": "local"}
     other = subprocess.Popen(
         [sys.executable, "-c", bystander],
         env=own,

@@ -1,7 +1,7 @@
 """DARTS for verl: shapes the distribution of rollouts so that synchronous RL steps end sooner.
 
-Two rings. The method (`selection`, `group`, `allocation`, `config`, `metrics`) is pure Python and NumPy: lengths and
-events in, decisions out. The adapters (`rollout`, `checks`, `trainer`) connect it to verl and Ray.
+Files directly in this folder are the method: Python and NumPy, lengths and events in, decisions out. The folders make
+verl follow it, or show what came of it. Imports point down; pyproject.toml has the layers (`[tool.importlinter]`).
 """
 
 from pathlib import Path

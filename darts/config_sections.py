@@ -224,7 +224,7 @@ def parse_latency(section: Mapping[str, Any]) -> LatencyConfig:
         "darts.latency.profile",
         profile,
         isinstance(profile, str) and profile != "",
-        "must be auto, off, or the path of a file that `python -m darts.latency profile` wrote.",
+        "must be auto, off, or the path of a file that `python -m darts.engines profile` wrote.",
         "set darts.latency.profile=auto.",
     )
     profile_s = check_seconds("darts.latency.profile_s", section.get("profile_s"), 60.0, positive=True)

@@ -10,6 +10,10 @@ Contract: pure Python and NumPy. `prompt_key` names a prompt, `censored_moments`
 3. Observed lengths enter as they are; of a censored one only the unseen part is estimated. So an observation without
    censored lengths has exactly the plain moments (`numpy.std`, no degree of freedom taken off).
 4. Estimates are finite, not negative, and scale with the lengths.
+5. `StopCorrection` learns how far `censored_std` is off for groups that were stopped, from groups that were not: the
+   tail beyond the M shortest is a matter of the model of lengths, which no workload obeys. Groups that ran to their end
+   show the truth: censored as deeply as early stop censors, their estimate can be compared with it. Without it prompts
+   that are stopped would look too even where tails are heavy, and lose their budget for it.
 """
 
 import hashlib
@@ -30,6 +34,8 @@ STATE_VERSION = 1
 LARGE = 4096  # bytes of a part of a prompt that count by their hash: images are not copied from level to level
 LOG_SQRT_TAU = 0.5 * math.log(math.tau)
 FAR_TAIL = 30.0  # in standard deviations; erfc underflows a little further out
+CORRECTION_WEIGHT = 0.3  # of a new rollout in what early stop hides
+MAX_CORRECTION = 4.0  # the factor lies in [1 / this, this], since few prompts are off by chance
 
 
 def prompt_key(content: object) -> str:
@@ -305,3 +311,64 @@ def _tail(bound: float) -> tuple[float, float, float]:
     excess = (1 - 2 / bound**2 + 10 / bound**4) / bound
     hazard = bound + excess
     return -0.5 * bound * bound - LOG_SQRT_TAU - math.log(hazard), hazard, hazard * excess
+
+
+class StopCorrection:
+    """The factor by which stds of stopped groups are corrected: root of the ratio of two moving mean variances.
+
+    Variances, because these are what a history averages: in the mean the corrected ones are those of full groups.
+
+    Example:
+        >>> correction = StopCorrection()
+        >>> correction.factor
+        1.0
+    """
+
+    def __init__(self) -> None:
+        self._means: tuple[float, float] | None = None  # of the variance in truth, and estimated had it been stopped
+
+    @property
+    def factor(self) -> float:
+        """Truth over estimate; 1.0 before anything was learnt."""
+        if self._means is None or min(self._means) == 0:
+            return 1.0
+        return float(np.clip(np.sqrt(self._means[0] / self._means[1]), 1 / MAX_CORRECTION, MAX_CORRECTION))
+
+    def learn(self, groups: Sequence[NDArray[np.int64]], num_keep: int, most: int) -> None:
+        """Takes the groups of a rollout that ran to their end.
+
+        A stopped group has `most` candidates and ends after M of them. Full groups have fewer, so they are censored
+        after the same share of theirs.
+
+        Args:
+            groups: lengths of all candidates of each group.
+            num_keep: M, after which a stopped group ends.
+            most: M_up, candidates of a group that is stopped.
+        """
+        pairs = []
+        for lengths in groups:
+            ended = max(round(len(lengths) * num_keep / most), 2)
+            if ended < len(lengths):
+                end = np.partition(lengths, ended - 1)[ended - 1]
+                pairs.append((lengths.var(), censored_std(np.minimum(lengths, end), lengths > end) ** 2))
+        if pairs:
+            new = np.mean(pairs, axis=0)
+            old = new if self._means is None else np.array(self._means)
+            truth, estimate = (old + CORRECTION_WEIGHT * (new - old)).tolist()
+            self._means = truth, estimate
+
+    def state_dict(self) -> list[float] | None:
+        """For JSON."""
+        return None if self._means is None else list(self._means)
+
+    def load_state_dict(self, state: Any) -> None:
+        """Goes on where `state_dict` was called.
+
+        Raises:
+            ValueError: something else.
+        """
+        if state is not None:
+            numbers = isinstance(state, list) and len(state) == 2
+            if not (numbers and all(isinstance(v, int | float) and np.isfinite(v) and v >= 0 for v in state)):
+                raise ValueError(f"correction={state!r:.80}: must be null or two finite numbers that are not negative.")
+        self._means = None if state is None else (float(state[0]), float(state[1]))

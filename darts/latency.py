@@ -1,7 +1,8 @@
 """The cost model: seconds of a decoding step, of an engine's rollout, and of the slowest of several engines.
 
-Contract: pure Python and NumPy; lengths and measured times in, seconds out. `python -m darts.latency profile` measures
-a curve: `darts.latency_command` starts an engine, `darts.profiler` drives it, `darts.latency_profile` is the file.
+Contract: pure Python and NumPy; lengths and measured times in, seconds out. `python -m darts.engines profile` measures
+a curve: `darts.engines.command` starts an engine, `darts.engines.measure` drives it, `darts.evidence.profile` is the
+file.
 
 1. A `LatencyCurve` is PTL(tp, b) of the paper for one engine (model, device, tensor-parallel size): seconds of a
    decoding step with b running sequences. It never falls as b grows, whatever was measured.
@@ -13,7 +14,6 @@ a curve: `darts.latency_command` starts an engine, `darts.profiler` drives it, `
 
 import heapq
 import math
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, overload
 
@@ -291,9 +291,3 @@ def _refuse(name: str, values: NDArray, wrong: NDArray, rule: str) -> None:
     if wrong.any():
         where = "" if values.ndim == 0 else f"[{int(np.argmax(wrong))}]"
         raise ValueError(f"{name}{where}={values.ravel()[np.argmax(wrong)]:g}: {rule}")
-
-
-if __name__ == "__main__":
-    from darts.latency_command import main
-
-    sys.exit(main())

@@ -28,12 +28,11 @@ from darts.allocation import (
     spread_parts,
     uniform_budgets,
 )
-from darts.calibration import StopCorrection
 from darts.config import DartsConfig
 from darts.forecast import CostModel, draw_lengths, stopped_lengths
-from darts.history import LengthHistory
+from darts.history import LengthHistory, StopCorrection
 from darts.latency import StepTimes
-from darts.metrics import CandidatePool
+from darts.pool import CandidatePool
 
 STATE_VERSION = 1
 TIME_WEIGHT = 0.1

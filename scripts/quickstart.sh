@@ -86,7 +86,7 @@ if [[ -e metrics.earlier.jsonl ]]; then
   mv metrics.earlier.jsonl metrics.jsonl
 fi
 status=0
-"$PYTHON" -m darts.summary "$out" || status=$?
+"$PYTHON" -m darts.report.summary "$out" || status=$?
 if [[ -e $out/checkpoints/darts.jsonl ]]; then
   "$PYTHON" -m darts.report "$out/checkpoints" --out "$out/report" >report.log 2>&1 ||
     { cat report.log >&2; die "no report of the run, see above"; }

@@ -1,7 +1,7 @@
 """The overlapped actor: log-probs and entropies of responses that are still being generated.
 
 Contract. `OverlappedActorWorker` is `verl.workers.engine_workers.ActorRolloutRefWorker` (verl 0.9.1) with four RPCs
-more, which act on records of `darts.actor_calls`. From `overlap_open` to `overlap_clear` the weights must not change.
+more, which act on records of `darts.messages`. From `overlap_open` to `overlap_clear` the weights must not change.
 
 1. The results are those of a full forward of verl's engine over the complete sequence. When k tokens of a sequence are
    known, the tokens 1 .. k-1 have log-probs; the last known one is forwarded with the first that follows it.
@@ -22,7 +22,7 @@ more, which act on records of `darts.actor_calls`. From `overlap_open` to `overl
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,12 +34,12 @@ from verl.single_controller.base.worker_group import WorkerGroup
 from verl.utils.device import get_device_name, get_torch_device
 from verl.workers.engine_workers import TrainingWorker
 
-from darts.actor_calls import Extras, RankAbility, RankCall, RankReport, RankResults, Row, SequenceKey, StepSettings
-from verl_patches.overlap_engine import LogProbModel, register_engine
-from verl_patches.overlap_extras import ImageRows, completed, fetch_extras, layers_of
+from darts.messages import Extras, RankAbility, RankCall, RankReport, RankResults, Row, SequenceKey, StepSettings
+from verl_patches.log_prob_model import LogProbModel, register_engine
+from verl_patches.patches import patch_forward_without_images
 from verl_patches.placement import PlacedActorWorker
 from verl_patches.prefix_cache import Prefix
-from verl_patches.vision import patch_forward_without_images
+from verl_patches.row_extras import completed, fetch_extras, layers_of
 
 MESH = "actor"
 COMPANY = np.zeros(2, dtype=np.int64)
@@ -381,3 +381,24 @@ class OverlappedActorWorker(PlacedActorWorker):
         if self._overlap is None:
             raise RuntimeError("a call came before overlap_open")
         return self._overlap
+
+
+class ImageRows:
+    """Takes rows with images out where the models cannot run them."""
+
+    def __init__(self) -> None:
+        self._said = False
+
+    def usable(
+        self, models: Sequence[LogProbModel], rows: list[Row], extras: list[Extras | None], layers: int
+    ) -> tuple[list[Row], list[Extras | None]]:
+        """Rows that are forwarded, and their extras. Runs collectives, where `layers` is not 0."""
+        reasons = [model.images_refusal(layers) for model in models] if layers else []
+        reason = next(filter(None, reasons), None)
+        if reason is None:
+            return rows, extras
+        if not self._said and torch.distributed.get_rank() == 0:
+            print(f"[darts] overlap: responses with images are computed after generation, since {reason}", flush=True)
+        self._said = True
+        kept = [at for at, one in enumerate(extras) if one is None or not one.multi_modal_inputs]
+        return [rows[at] for at in kept], [extras[at] for at in kept]

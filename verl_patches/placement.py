@@ -6,19 +6,11 @@ rollout and `RayPPOTrainer.init_workers` starts standalone servers; every other 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import ray
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from verl.checkpoint_engine import CheckpointEngineRegistry
-from verl.utils.device import get_resource_name
 from verl.workers.engine_workers import ActorRolloutRefWorker
-from verl.workers.rollout.llm_server import LLMServerManager
-
-import verl_patches.gloo_checkpoint_engine  # noqa: F401  (registers it)
-from darts.placement import Node, check_room_for_servers
-from verl_patches.patching import replace
 
 
 class PlacedActorWorker(ActorRolloutRefWorker):
@@ -33,38 +25,6 @@ class PlacedActorWorker(ActorRolloutRefWorker):
         if config.rollout.checkpoint_engine.backend != "naive":
             self.role = "_".join(part for part in role.split("_") if part != "rollout")
             self._is_rollout = False
-
-
-def patch_llm_server_manager() -> bool:
-    """Make standalone servers where the run is disaggregated.
-
-    Symptom: the servers start on the trainer's GPUs whatever `rollout.nnodes` says.
-    Upstream: `verl.trainer.ppo.ray_trainer.RayPPOTrainer.init_workers` (verl 0.9.1) always hands the actor's worker
-    group to `verl.workers.rollout.llm_server.LLMServerManager`, which makes standalone servers without one. Servers of
-    teachers and reward models are made by other classes.
-    Delete: when `RayPPOTrainer` makes standalone servers (verl's V1 trainers do), or with `RayPPOTrainer`.
-    """
-    parameters = ("self", "config", "worker_group", "rollout_resource_pool", "start_rank", "load_balancer_cls")
-    return replace(LLMServerManager, "__init__", parameters, _with_placement)
-
-
-def _with_placement(upstream: Callable[..., None]) -> Callable[..., None]:
-    def __init__(
-        self: LLMServerManager,
-        config: DictConfig,
-        worker_group: Any = None,
-        rollout_resource_pool: Any = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        if OmegaConf.select(config, "darts.placement") == "disaggregated":
-            worker_group = rollout_resource_pool = None
-            left = ray._private.state.available_resources_per_node().values()  # as verl's ResourcePoolManager does
-            free = [Node(resources.get(get_resource_name(), 0), resources.get("CPU", 0)) for resources in left]
-            check_room_for_servers(config, free)
-        upstream(self, config, worker_group, rollout_resource_pool, *args, **kwargs)
-
-    return __init__
 
 
 def why_unavailable(backend: str) -> str | None:

@@ -55,7 +55,8 @@ def _apply() -> tuple[str, ...]:
         from verl_patches import cpu_platform
 
         applied += cpu_platform.activate()
-    # The streaming vLLM server imports vLLM: darts.trainer registers it in the process that starts the servers.
+    # The streaming vLLM server imports vLLM: darts.training.trainer registers it in the process that starts the
+    # servers.
     return applied
 
 

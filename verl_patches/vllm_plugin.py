@@ -12,7 +12,7 @@ import torch
 
 from verl_patches.device import is_cpu_only
 from verl_patches.patching import replace
-from verl_patches.run_id import mark_engine
+from verl_patches.weights.run_id import mark_engine
 
 
 def register() -> None:

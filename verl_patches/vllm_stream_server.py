@@ -35,7 +35,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from darts.client import Chunk
+from darts.messages import Chunk
 
 logger = logging.getLogger(__name__)
 

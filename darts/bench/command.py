@@ -27,14 +27,15 @@ from typing import Any
 
 from darts import CONFIG_DIR
 from darts.bench.arms import PRESETS, chosen
+from darts.bench.harness import ENVIRONMENT, machine
 from darts.bench.plan import CONFIG, RECORDS, STATES, BenchPlan
 from darts.bench.records import Record, Records, StepRecord
 from darts.bench.report import BASE, document, save, text
 from darts.bench.states import POSITION
 from darts.bench.statistics import Results
 from darts.config import ConfigError
+from darts.evidence.console import say
 from darts.testbed import LIMITS
-from darts.testbed.rollouts import ENVIRONMENT, machine, say
 
 LOG, MACHINE, DOCUMENT, TABLE, LOCK = "run.log", "machine.json", "bench.json", "table.md", "running"
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,7 +59,7 @@ def options_of(given: Sequence[str]) -> Options:
     Raises:
         ConfigError: arms that do not exist, or cannot be.
     """
-    from verl_patches.device import is_cpu_only  # torch
+    from verl_patches.device import is_cpu_only
 
     parser = argparse.ArgumentParser(
         prog="python -m darts.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -262,7 +263,7 @@ def _composed(options: Options) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from darts.checks import check_run
+    from darts.checks.run import check_run
 
     try:
         config = options.plan.compose(options.out)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from darts.bench.report import BASE
 from darts.bench.statistics import Array, Results
-from darts.report_figures import Drawn, Missing, draw_all, dress
+from darts.evidence.figures import Drawn, Missing, draw_all, dress
 
 COLORS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#882255", "#999933", "#666666")
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)))

@@ -89,7 +89,7 @@ class BenchPlan:
         """The configuration of the run, whose results go to the folder."""
         from hydra import compose, initialize_config_dir
 
-        from darts.paths import settle_paths
+        from darts.checks.paths import settle_paths
         from darts.testbed import register_resolver
 
         register_resolver()

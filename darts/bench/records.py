@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darts.bench.slots import in_turns, slot_steps
-from darts.metrics import CandidatePool
-from darts.trace import drop_cut_line
+from darts.evidence.trace import drop_cut_line
+from darts.pool import CandidatePool
 
 TIMES = {
     "step_s": "timing_s/step",

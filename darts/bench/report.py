@@ -12,7 +12,7 @@ from typing import Any
 
 from darts.bench.records import StepRecord, ValidationRecord, records_of, table_of
 from darts.bench.statistics import Compared, Results
-from darts.testbed.rollouts_report import table
+from darts.evidence.tables import table
 
 FORMAT = "darts.bench"
 VERSION = 1
@@ -218,7 +218,7 @@ def document(
         arms: what each of them is (`Arm.to_dict`).
         settings: of the command.
         config: the resolved Hydra configuration, the arms' changes aside.
-        machine: `darts.testbed.rollouts.machine`, taken before anything was measured.
+        machine: `darts.bench.rollouts.machine`, taken before anything was measured.
         base: what the others are compared with.
         target: as `learning_table`.
     """

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darts.bench.records import Record, StepRecord, ValidationRecord
-from darts.testbed.statistics import Estimate
+from darts.evidence.statistics import Estimate
 
 Array = NDArray[np.float64]
 RESAMPLES = 2000

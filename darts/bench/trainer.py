@@ -32,10 +32,10 @@ from darts.bench.arms import Arm
 from darts.bench.plan import RECORDS, STATES, TRACES, BenchPlan
 from darts.bench.records import Records, ValidationRecord, step_record
 from darts.bench.states import ArmStates
+from darts.evidence.trace import Trace
 from darts.strategy import BYPASS_MODE, make_strategy
-from darts.trace import Trace
-from darts.trainer import RayDartsTrainer
-from recipe.darts.main_darts import DartsTaskRunner
+from darts.training.launch import DartsTaskRunner
+from darts.training.trainer import RayDartsTrainer
 
 
 class ArmsTrainer(RayDartsTrainer):
@@ -236,8 +236,8 @@ def train(folder: Path) -> None:
     from verl.utils.device import auto_set_device
 
     import verl_patches.register
-    from darts.checks import check_run
-    from darts.placement import choose_backend
+    from darts.checks.placement import choose_backend
+    from darts.checks.run import check_run
 
     verl_patches.register.assert_active()
     config = BenchPlan.load(folder).compose(folder)

@@ -84,7 +84,7 @@ def plugin_facts() -> Iterator[Fact]:
         import verl  # noqa: F401
 
         loaded = "verl_patches.register" in sys.modules
-        from verl_patches import register  # raises what verl logs at DEBUG only
+        from verl_patches import register
 
         state = register.assert_active()
     except Exception as error:
@@ -171,7 +171,7 @@ def main(given: Sequence[str] | None = None) -> int:
     )
     print(f"[darts] doctor: {summary}")
     if options.json is not None:
-        from darts.machine import machine
+        from darts.evidence.machine import machine
 
         document = {"format": "darts.doctor", "version": 1, "machine": machine(), "facts": [asdict(f) for f in facts]}
         options.json.write_text(json.dumps(document, indent=1) + "\n")

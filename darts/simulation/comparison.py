@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 
+from darts.evidence import statistics
+from darts.evidence.statistics import Estimate
+from darts.evidence.tables import table
 from darts.simulation.bound import Throughput
 from darts.simulation.costs import StepTime
 from darts.simulation.draws import Dataset
 from darts.simulation.replay import Arm, Reshape, Setting, Step, replay, width
 from darts.simulation.trace import LengthTrace
 from darts.strategy import strategy_class
-from darts.testbed import statistics
-from darts.testbed.rollouts_report import table
-from darts.testbed.statistics import Estimate
 
 PLAIN, ORACLE, FREE_ORACLE = "none", "oracle", "oracle, own batches"
 FORMULAS = (

@@ -2,15 +2,15 @@
 
 Contract: the built-in curves are estimates of GPUs that nobody measured here (our choice), for a first look: time to
 read the weights and each sequence's cache of 1,500 tokens at 80 % of the memory's bandwidth, or to compute at 50 % of
-the peak where that is longer, plus launches and communication. Measure your own: `python -m darts.latency profile`.
+the peak where that is longer, plus launches and communication. Measure your own: `python -m darts.engines profile`.
 """
 
 import json
 from pathlib import Path
 
 from darts.config import ConfigError
+from darts.evidence.profile import LatencyProfile
 from darts.latency import LatencyCurve
-from darts.latency_profile import LatencyProfile
 from darts.simulation import SimulationError
 
 SIZES = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -40,7 +40,7 @@ def load_curve(name: str) -> tuple[LatencyCurve, str]:
     if not path.is_file():
         raise SimulationError(
             f"--curve {name}: neither a file nor one of {', '.join(BUILTIN)}; measure one with "
-            "`python -m darts.latency profile --out FILE`."
+            "`python -m darts.engines profile --out FILE`."
         )
     try:
         state = json.loads(path.read_text())

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from darts.machine import machine
+from darts.evidence.machine import machine
 from darts.simulation import SimulationError
 from darts.simulation.comparison import Summary
 from darts.simulation.validation import Compared

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from darts.report_figures import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, STYLE
+from darts.evidence.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, STYLE
 from darts.simulation.comparison import FREE_ORACLE, ORACLE, PLAIN, Summary
 
 COLORS = (BLUE, ORANGE, GREEN, RED, PINK, SKY)

@@ -6,8 +6,8 @@ and learns; `darts.simulation.rollout` runs the groups.
 1. New prompts come in the trace's order, those of the strategy's queue with fresh draws of their candidates. All
    strategies get the same draws for the same prompt, epoch and launch.
 2. Exactly `num_prompts` prompts with M rows each are trained on at every step.
-3. What is not asked of the planner in a run (`darts.trainer`) is not asked here: plain rounds have no plan, and there
-   is no cost model where `darts.latency.profile` or the allocation does without.
+3. What is not asked of the planner in a run (`darts.training.trainer`) is not asked here: plain rounds have no plan,
+   and there is no cost model where `darts.latency.profile` or the allocation does without.
 """
 
 from collections.abc import Callable, Iterator, Mapping

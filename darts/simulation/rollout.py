@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from darts.config import DartsConfig
 from darts.group import CandidateGroup
-from darts.metrics import CandidatePool
+from darts.pool import CandidatePool
 from darts.simulation.engine import NEVER, Engine
 
 ABORT = -1
@@ -85,7 +85,7 @@ class Outcome:
 
 
 def make_group(rules: DartsConfig, budget: int, draw: float = 0.0) -> CandidateGroup:
-    """The group of a prompt with so many candidates, as `darts.running` makes it; plain verl keeps all M."""
+    """The group of a prompt with so many candidates, as `darts.rollout.running` makes it; plain verl keeps all M."""
     if not rules.enable:
         return CandidateGroup(budget, budget, 0)
     selection = rules.selection

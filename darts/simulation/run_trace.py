@@ -1,4 +1,4 @@
-"""The lengths and times of a run, from the JSONL that `darts.trace` wrote.
+"""The lengths and times of a run, from the JSONL that `darts.evidence.trace` wrote.
 
 Contract.
 1. A step that is written again (a resume) replaces the one before, and all that came after that one; a last line that
@@ -29,7 +29,7 @@ from darts.simulation.trace import LONGEST, LengthTrace, PromptLengths, read_csv
 
 VERSION = 1
 FATES = "kfdtax"
-"""Kept, kept although truncated, dropped, truncated and dropped, aborted, lost; as `darts.trace` writes them."""
+"""Kept, kept although truncated, dropped, truncated and dropped, aborted, lost: `darts.evidence.trace` writes them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from darts.evidence.tables import table
 from darts.simulation.bench_records import MeasuredArm
 from darts.simulation.draws import Dataset
 from darts.simulation.replay import Setting, replay, width
 from darts.simulation.trace import LengthTrace
-from darts.testbed.rollouts_report import table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

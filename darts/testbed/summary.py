@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from darts.testbed import statistics
-from darts.testbed.statistics import Array, Estimate, Verdict
+from darts.evidence import statistics
+from darts.evidence.statistics import Array, Estimate, Verdict
+from darts.evidence.tables import Check
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,24 +50,6 @@ class Summary:
     pattern: Verdict
     false_patterns: float
     """Control: share of shuffles of correctness that still show a pattern; 0.05 is expected."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
-    """One required bound with what was measured."""
-
-    name: str
-    value: float
-    low: float
-    high: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether low <= value <= high."""
-        return self.low <= self.value <= self.high
-
-    def __str__(self) -> str:
-        return f"{'pass' if self.passed else 'FAIL'}  {self.name}: {self.value:.3f} in [{self.low:g}, {self.high:g}]"
 
 
 def summarize(samples: Samples, seed: int = 0, shuffles: int = 200) -> Summary:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from actor_ranks import VOCABULARY
 
-from darts.actor_calls import Extras, RankCall, RankReport, Row, SequenceKey, StepSettings
+from darts.messages import Extras, RankCall, RankReport, Row, SequenceKey, StepSettings
 
 SETTINGS = StepSettings(step=1, mode="token", temperature=0.7, sum_pi_squared=True)
 
@@ -168,7 +168,7 @@ def in_step(step: int, **settings) -> StepSettings:
 
 def _batch_with(change):
     """A `PrefixBatch` that `change` has spoilt."""
-    from verl_patches import overlap_engine
+    from verl_patches import log_prob_model as overlap_engine
 
     upstream = overlap_engine.PrefixBatch
 
@@ -237,7 +237,7 @@ def _error_in_layer():
 
 
 def _cache_is_ignored():
-    from verl_patches.overlap_engine import OverlapEngine
+    from verl_patches.log_prob_model import OverlapEngine
 
     upstream = OverlapEngine.prepare_model_inputs
 
@@ -299,7 +299,7 @@ def lose_extras(rank, of: int) -> None:
     """On one rank, as where the worker that put them has died."""
     from ray.exceptions import RayError
 
-    from verl_patches import overlap_extras
+    from verl_patches import row_extras as overlap_extras
 
     def fetch(extras):
         raise RayError("it is gone")
@@ -309,7 +309,7 @@ def lose_extras(rank, of: int) -> None:
 
 
 def find_extras(rank, of: int) -> None:
-    from verl_patches import overlap_extras
+    from verl_patches import row_extras as overlap_extras
 
     if rank.rank == of:
         overlap_extras.fetch = rank.fetch

@@ -23,7 +23,7 @@ from actor_cases import (
 )
 from actor_ranks import VOCABULARY, RankError
 
-from darts.actor_calls import RankCall, SequenceKey
+from darts.messages import RankCall, SequenceKey
 
 
 @pytest.fixture(scope="module")

@@ -28,8 +28,8 @@ from actor_cases import (
 )
 from actor_ranks import RankError
 
-from darts.actor_calls import SequenceKey
-from darts.multimodal import make_extras
+from darts.messages import SequenceKey
+from darts.overlap.images import make_extras
 
 FLOAT32 = 1e-4  # nats
 VISIBLE = 0.05  # nats, 500 times what is allowed

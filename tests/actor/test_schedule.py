@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from actor_cases import SETTINGS, collect, extend, finished, full, largest, random_scripts
 
-from darts.overlap import Growth, OverlapSchedule
+from darts.messages import Growth
+from darts.schedule import OverlapSchedule
 
 LONGEST = 75
 """Tokens of a random script, at most."""

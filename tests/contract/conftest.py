@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hydra._internal.config_repository import ConfigRepository
 
-from darts import checks
+from darts.checks import run as checks
 
 READ: dict = {}
 

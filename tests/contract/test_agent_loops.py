@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from verl.experimental.agent_loop import agent_loop
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 
-from verl_patches.agent_loops import build, patch_building
+from verl_patches.patches import build, patch_building
 from verl_patches.patching import PatchTargetMoved
 
 

@@ -17,10 +17,11 @@ from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import validate_config
 
 import recipe.darts.main_darts  # noqa: F401  (registers the resolver that quickstart.yaml uses)
-from darts import CONFIG_DIR, checks
-from darts.checks import check_model, check_run
+from darts import CONFIG_DIR
+from darts.checks import run as checks
+from darts.checks.paths import settle_paths
+from darts.checks.run import check_model, check_run
 from darts.config import SECTIONS, ConfigError, DartsConfig
-from darts.paths import settle_paths
 from darts.testbed import LIMITS, assets_dir
 
 PRIMARY = sorted(path.stem for path in CONFIG_DIR.glob("*.yaml") if "searchpath" in path.read_text())

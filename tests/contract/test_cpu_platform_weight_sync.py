@@ -1,4 +1,4 @@
-"""What ``verl_patches.weight_sync`` relies on in verl 0.9.1, and that a failed receiver ends the wait."""
+"""What ``verl_patches.weights.sync`` relies on in verl 0.9.1, and that a failed receiver ends the wait."""
 
 import asyncio
 import inspect
@@ -7,9 +7,9 @@ import threading
 import pytest
 import zmq
 
-weight_sync = pytest.importorskip("verl_patches.weight_sync", reason="needs verl with vLLM")
+from verl_patches.patching import original
 
-from verl_patches.patching import original  # noqa: E402
+weight_sync = pytest.importorskip("verl_patches.weights.sync", reason="needs verl with vLLM")
 
 
 @pytest.fixture

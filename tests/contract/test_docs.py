@@ -14,9 +14,9 @@ from verl.checkpoint_engine import CheckpointEngineRegistry
 
 import recipe.darts.main_darts  # noqa: F401  (registers the resolver that configurations use)
 from darts import CONFIG_DIR
-from darts.checks import check_run, darts_config, refuse_unknown_overrides
+from darts.checks.placement import choose_backend
+from darts.checks.run import check_run, darts_config, refuse_unknown_overrides
 from darts.config import DartsConfig
-from darts.placement import choose_backend
 from darts.strategy import make_strategy
 from darts.testbed import assets_dir
 

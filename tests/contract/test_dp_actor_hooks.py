@@ -20,7 +20,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from verl_patches import dp_actor
 from verl_patches.dp_actor import OverlappedActorWorker
-from verl_patches.overlap_engine import OverlapEngine, register_engine
+from verl_patches.log_prob_model import OverlapEngine, register_engine
 from verl_patches.prefix_cache import Prefix, PrefixBatch
 
 

@@ -7,7 +7,7 @@ import torch
 import weight_transfer as wt
 from verl.checkpoint_engine import CheckpointEngineRegistry
 
-from verl_patches.gloo_checkpoint_engine import GlooCheckpointEngine
+from verl_patches.weights.gloo import GlooCheckpointEngine
 
 BUCKET = 4096
 F32, BF16, I64 = torch.float32, torch.bfloat16, torch.int64

@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from darts import CONFIG_DIR
-from recipe.darts.main_darts import OF_A_NEW_RAY, join_cluster
+from darts.training.launch import OF_A_NEW_RAY, join_cluster
 
 
 @pytest.fixture

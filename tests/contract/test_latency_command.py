@@ -1,9 +1,10 @@
-"""`python -m darts.latency profile` on real configurations, up to the point where it would start an engine."""
+"""`python -m darts.engines profile` on real configurations, up to the point where it would start an engine."""
 
 import pytest
 
-from darts import CONFIG_DIR, latency_command
-from darts.latency_command import main
+from darts import CONFIG_DIR
+from darts.engines import command as latency_command
+from darts.engines.command import main
 from darts.testbed import assets_dir
 
 
@@ -25,7 +26,7 @@ def configured(tmp_path, monkeypatch):
         raise Started
 
     monkeypatch.setattr(latency_command, "_configure", record)
-    monkeypatch.setattr("darts.testbed.engines.local_ray", refuse)
+    monkeypatch.setattr("darts.engines.start.local_ray", refuse)
 
     def run(*options):
         with pytest.raises(Started):
@@ -91,7 +92,7 @@ def test_settings_that_cannot_work_are_one_line_and_exit_code_2(tmp_path, capsys
     def refuse(*args, **kwargs):
         raise Started
 
-    monkeypatch.setattr("darts.testbed.engines.local_ray", refuse)
+    monkeypatch.setattr("darts.engines.start.local_ray", refuse)
     with pytest.raises(SystemExit) as raised:
         main(["profile", "--out", str(tmp_path / "curve.json"), *options])
     assert raised.value.code == 2

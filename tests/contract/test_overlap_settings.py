@@ -8,10 +8,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from darts import CONFIG_DIR
-from darts.actor_calls import RankAbility
-from darts.checks import check_memory, check_run, darts_config
+from darts.checks.run import check_memory, check_run, darts_config
 from darts.config import ConfigError
-from darts.overlap_join import actor_limits
+from darts.messages import RankAbility
+from darts.overlap.join import actor_limits
 from darts.testbed import register_resolver
 
 register_resolver()

@@ -19,24 +19,19 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.rollout.llm_server import LLMServerManager
 
 from darts import CONFIG_DIR
-from darts.checks import check_run
+from darts.checks.cluster import Pools, check_cluster, pools
+from darts.checks.placement import choose_backend
+from darts.checks.run import check_run
 from darts.config import ConfigError
-from darts.placement import (
-    ClusterTooSmall,
-    Node,
-    Pools,
-    check_cluster,
-    check_room_for_servers,
-    choose_backend,
-    pools,
-)
+from darts.messages import Node
 from darts.testbed import assets_dir
-from darts.trainer import RayDartsTrainer
+from darts.training.launch import DartsTaskRunner
+from darts.training.trainer import RayDartsTrainer
 from recipe.darts import main_darts
-from recipe.darts.main_darts import DartsTaskRunner
 from verl_patches import placement
 from verl_patches.dp_actor import OverlappedActorWorker
 from verl_patches.patching import original
+from verl_patches.pools import ClusterTooSmall, check_room_for_servers
 
 ROLLOUT, ACTOR = "actor_rollout_ref.rollout", "actor_rollout_ref.actor"
 ENGINE = f"{ROLLOUT}.checkpoint_engine"

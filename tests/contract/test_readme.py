@@ -13,9 +13,9 @@ from verl.utils.config import validate_config
 
 import recipe.darts.main_darts  # noqa: F401  (registers the resolver that quickstart.yaml uses)
 from darts import CONFIG_DIR
-from darts.checks import check_run
+from darts.checks.run import check_run
 from darts.metrics import METRICS
-from darts.summary import summarise
+from darts.report.summary import summarise
 from darts.testbed import assets_dir
 
 README = text_of("README.md")

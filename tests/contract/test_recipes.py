@@ -17,9 +17,10 @@ from verl.utils.config import validate_config
 
 import recipe.darts.main_darts  # noqa: F401  (registers the resolver that configurations use)
 from darts import CONFIG_DIR
-from darts.checks import check_run
+from darts.checks.cluster import Pools, pools
+from darts.checks.placement import choose_backend
+from darts.checks.run import check_run
 from darts.config import ConfigError
-from darts.placement import Pools, choose_backend, pools
 from darts.testbed import assets_dir
 
 FOLDER = ROOT / "recipe" / "darts"

@@ -10,8 +10,8 @@ from torch.utils.data import RandomSampler, SequentialSampler
 from verl.trainer.ppo.utils import create_rl_sampler
 
 from darts.config import DartsConfig
-from darts.rounds import RoundLoader
 from darts.strategy import Round, TailBatching
+from darts.training.rounds import RoundLoader
 
 ROWS = 11
 

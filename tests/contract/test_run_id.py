@@ -1,4 +1,4 @@
-"""Runs on one machine do not share the sockets of weights: what `verl_patches.run_id` relies on in verl 0.9.1."""
+"""Runs on one machine do not share sockets of weights: what `verl_patches.weights.run_id` relies on in verl 0.9.1."""
 
 import inspect
 import os
@@ -12,7 +12,9 @@ from verl.workers.rollout.vllm_rollout import vllm_async_server, vllm_rollout
 from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightSender
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
-from verl_patches import run_id, vllm_plugin, weight_sync
+from verl_patches import vllm_plugin
+from verl_patches.weights import run_id
+from verl_patches.weights import sync as weight_sync
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +67,7 @@ def test_where_vllm_does_not_load_the_plugin_runs_have_no_name(monkeypatch):
 
 
 def test_nothing_heavy_is_imported():
-    code = "import sys, verl_patches.run_id; assert not {'ray', 'torch', 'verl', 'vllm'} & set(sys.modules)"
+    code = "import sys, verl_patches.weights.run_id; assert not {'ray', 'torch', 'verl', 'vllm'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

@@ -15,18 +15,19 @@ from verl.utils.skip import SkipManager
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 
 import verl_patches.register
-from darts import trainer as trainer_module
+from darts.checks.model import model_id
 from darts.config import ConfigError, DartsConfig
+from darts.engines.measure import ProfileError
+from darts.evidence.checkpoint import FILE_NAME, StateError
+from darts.evidence.profile import LatencyProfile
+from darts.evidence.trace import Trace
 from darts.forecast import CostModel
 from darts.latency import LatencyCurve, StepTimes
-from darts.latency_profile import LatencyProfile, model_id
 from darts.planning import RolloutPlanner
-from darts.profiler import ProfileError
-from darts.rollout import DartsAgentLoopManager
-from darts.state import FILE_NAME, StateError
+from darts.rollout.manager import DartsAgentLoopManager
 from darts.strategy import Bypass, Darts, Sorted
-from darts.trace import Trace
-from darts.trainer import RayDartsTrainer, progress_line, short_to_long
+from darts.training import trainer as trainer_module
+from darts.training.trainer import RayDartsTrainer, progress_line, short_to_long
 
 
 @pytest.fixture
@@ -190,7 +191,7 @@ def test_a_progress_line_leaves_out_what_was_not_measured():
 
 
 def test_the_manager_is_the_one_that_the_configuration_names():
-    from darts.checks import MANAGER
+    from darts.checks.run import MANAGER
 
     assert f"{DartsAgentLoopManager.__module__}.{DartsAgentLoopManager.__qualname__}" == MANAGER
     assert trainer_module.RayDartsTrainer.__mro__.index(SeparateRayPPOTrainer) == 1

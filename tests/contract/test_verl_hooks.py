@@ -24,7 +24,7 @@ from verl.utils.skip import SkipManager
 from verl.workers.rollout.llm_server import LLMServerClient
 from verl.workers.rollout.replica import RolloutReplicaRegistry, TokenOutput
 
-from darts.state import TRACKER
+from darts.evidence.checkpoint import TRACKER
 
 
 def digest(symbol) -> str:
@@ -64,14 +64,14 @@ def test_signature(symbol):
 
 # What is replaced, or imitated step by step: the text itself is pinned.
 TEXTS = {
-    "darts.trainer: order of a colocated step": (RayPPOTrainer.fit, "b5678ef1a7c0"),
-    "darts.trainer: workers and servers": (RayPPOTrainer.init_workers, "a1b0c087ba01"),
-    "darts.trainer: the step that it runs": (SeparateRayPPOTrainer.fit_step, "38b55ab275e5"),
-    "darts.trainer: the loop that it runs": (SeparateRayPPOTrainer.fit, "b6336bb79554"),
-    "darts.trainer: _fit_update_weights": (SeparateRayPPOTrainer._fit_update_weights, "c06a73492507"),
-    "darts.trainer: _fit_generate": (SeparateRayPPOTrainer._fit_generate, "0cd47478a913"),
-    "darts.trainer: _fit_save_checkpoint": (SeparateRayPPOTrainer._fit_save_checkpoint, "993b881cb26d"),
-    "darts.trainer: _stop_profiling": (SeparateRayPPOTrainer._fit_stop_profile, "2045c7fb955c"),
+    "darts.training.trainer: order of a colocated step": (RayPPOTrainer.fit, "b5678ef1a7c0"),
+    "darts.training.trainer: workers and servers": (RayPPOTrainer.init_workers, "a1b0c087ba01"),
+    "darts.training.trainer: the step that it runs": (SeparateRayPPOTrainer.fit_step, "38b55ab275e5"),
+    "darts.training.trainer: the loop that it runs": (SeparateRayPPOTrainer.fit, "b6336bb79554"),
+    "darts.training.trainer: _fit_update_weights": (SeparateRayPPOTrainer._fit_update_weights, "c06a73492507"),
+    "darts.training.trainer: _fit_generate": (SeparateRayPPOTrainer._fit_generate, "0cd47478a913"),
+    "darts.training.trainer: _fit_save_checkpoint": (SeparateRayPPOTrainer._fit_save_checkpoint, "993b881cb26d"),
+    "darts.training.trainer: _stop_profiling": (SeparateRayPPOTrainer._fit_stop_profile, "2045c7fb955c"),
     "darts.rollout: _postprocess": (AgentLoopWorker._postprocess, "ea9a728fad78"),
     "darts.rollout: _agent_loop_postprocess": (AgentLoopWorker._agent_loop_postprocess, "2a943f406221"),
     "darts.rollout: pool rewards": (AgentLoopWorker._compute_score, "3d35bd85469e"),
@@ -158,7 +158,7 @@ def test_token_output_has_the_fields_that_agent_loops_read():
 
 def test_rollout_skip_wraps_a_manager_method_of_one_batch():
     """Dump and replay works for the DARTS manager because it carries the same decorator."""
-    from darts.rollout import DartsAgentLoopManager
+    from darts.rollout.manager import DartsAgentLoopManager
 
     assert DartsAgentLoopManager._generate_groups.__wrapped__.__name__ == "_generate_groups"
     assert SkipManager._should_bypass_for_validation((None, DataProto(meta_info={"validate": True})), {})
@@ -169,5 +169,5 @@ def test_spec_decode_metrics_take_missing_columns():
 
 
 def test_the_file_that_names_the_last_checkpoint():
-    """`darts.state.finished_at` and `darts.summary` read it."""
+    """`darts.evidence.checkpoint.finished_at` and `darts.report.summary` read it."""
     assert get_checkpoint_tracker_filename("out") == f"out/{TRACKER}"

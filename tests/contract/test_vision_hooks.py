@@ -19,12 +19,12 @@ from verl.workers.engine import BaseEngine
 from verl.workers.engine.utils import prepare_micro_batches
 from verl.workers.utils.padding import left_right_2_no_padding
 
-from darts.actor_calls import Extras
-from darts.multimodal import make_extras
-from darts.overlap_join import _uneven
-from verl_patches.overlap_engine import OverlapEngine, jagged_rows
+from darts.messages import Extras
+from darts.overlap.images import make_extras
+from darts.overlap.join import _uneven
+from verl_patches.log_prob_model import OverlapEngine, jagged_rows
+from verl_patches.patches import MODULE, patch_forward_without_images
 from verl_patches.patching import original
-from verl_patches.vision import MODULE, patch_forward_without_images
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def batch_of(lengths: list[int], layers: int = 4) -> DataProto:
 
 
 def test_positions_of_equally_long_rows_are_lost_by_verl():
-    """Delete `darts.overlap_join._uneven` when this fails."""
+    """Delete `darts.overlap.join._uneven` when this fails."""
 
     def nested(lengths):
         batch = batch_of(lengths).batch.to_dict()

@@ -16,8 +16,9 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from darts.client import Chunk, OpenRequest
 from darts.latency import StepTimes
+from darts.messages import Chunk
+from darts.rollout.client import OpenRequest
 from verl_patches import vllm_stream_server as module
 from verl_patches.vllm_stream_server import StreamingReplica, StreamingServer, _Outbox, _Stream, _StreamingEngine
 

@@ -8,9 +8,9 @@ import pytest
 from jobs import ROOT, read_lines, run_job
 from transformers import AutoTokenizer
 
+from darts.rollout.worker import candidate_seed
 from darts.selection import select
 from darts.testbed import LIMITS, assets_dir
-from darts.worker import candidate_seed
 
 pytestmark = pytest.mark.timeout(700)  # the run is a fixture
 

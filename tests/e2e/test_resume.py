@@ -9,11 +9,11 @@ from jobs import Run, read_lines, run_job
 from transformers import AutoTokenizer
 
 from darts.config import DartsConfig
+from darts.evidence.checkpoint import FILE_NAME
 from darts.history import prompt_key
 from darts.planning import RolloutPlanner
-from darts.state import FILE_NAME
+from darts.rollout.worker import candidate_seed
 from darts.testbed import assets_dir
-from darts.worker import candidate_seed
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the runs are fixtures
 

@@ -8,7 +8,7 @@ import pytest
 from engine_state import EngineState
 from server_probe import NOTHING, books, wait_until
 
-from darts.profiler import ProfileError, profile_servers
+from darts.engines.measure import ProfileError, profile_servers
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ from engine_state import EngineState, engine_config, run_in_server
 from fakes import CountingReward, prompts
 from start_together import hold, release
 
-from darts.rollout import DartsAgentLoopManager
+from darts.messages import CANDIDATE
+from darts.rollout.manager import DartsAgentLoopManager
 from darts.selection import select
 from darts.testbed import assets_dir
-from darts.worker import CANDIDATE
 
 M, CANDIDATES, PROMPTS = 8, 12, 6
 
@@ -77,7 +77,7 @@ def responses(output):
 
 def pools(manager, monkeypatch):
     """Collects the pool of each rollout, which the manager otherwise turns into metrics at once."""
-    import darts.rollout
+    import darts.rollout.manager
 
     collected, metrics = [], darts.rollout.rollout_metrics
     monkeypatch.setattr(

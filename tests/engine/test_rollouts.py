@@ -3,8 +3,8 @@
 import pytest
 from engine_state import EngineState
 
-from darts.testbed import rollouts, rollouts_report
-from darts.testbed.rollouts_bench import Bench, CountingBalancer
+from darts.bench import rollouts, rollouts_report
+from darts.bench.rollouts_run import Bench, CountingBalancer
 
 SMALL = ["--prompts=2", "--group-size=2", "--candidates=3", "--seeds=1", "--batches=2", "--chunk-tokens=4",
          "--requests", "4", "--tokens=64", "--repetitions=2"]  # fmt: skip

@@ -23,8 +23,8 @@ from server_probe import (
     wait_until,
 )
 
-from darts.client import DartsServerClient
-from darts.testbed.engines import engine_processes
+from darts.engines.start import engine_processes
+from darts.rollout.client import DartsServerClient
 
 CROWD = 1500
 

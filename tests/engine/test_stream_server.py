@@ -25,7 +25,7 @@ from server_probe import (
     wait_until,
 )
 
-from darts.client import DartsServerClient
+from darts.rollout.client import DartsServerClient
 
 LENGTH = 600
 
@@ -43,7 +43,7 @@ def tidy(server):
 @pytest.fixture
 def client(engine, monkeypatch):
     """Polls for a shorter time than in production, so that its last call does not outlive the test."""
-    monkeypatch.setattr("darts.client.POLL_S", 0.3)
+    monkeypatch.setattr("darts.rollout.client.POLL_S", 0.3)
     return DartsServerClient.of(engine.get_client())
 
 

@@ -10,10 +10,11 @@ from fakes import CountingReward, Script, ScriptedServer, Turn, balancer, prompt
 from verl.workers.rollout.llm_server import LLMServerClient
 
 from darts.history import prompt_key
+from darts.messages import CANDIDATE
 from darts.planning import RolloutPlanner
-from darts.rollout import DartsAgentLoopManager
+from darts.rollout.manager import DartsAgentLoopManager
+from darts.rollout.worker import candidate_seed
 from darts.selection import select
-from darts.worker import CANDIDATE, candidate_seed
 
 GROUP_SIZE, HIGH, LIMIT = 4, 8, 32
 SPREADS = np.array([0, 12, 1, 2, 12, 1])

@@ -11,8 +11,9 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopO
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 from worker_bench import CALL, Bench, lengths_of
 
+from darts.messages import CANDIDATE
+from darts.rollout.worker import CandidateError
 from darts.selection import select
-from darts.worker import CANDIDATE, CandidateError
 
 SHORTEST = "darts.selection.mode=shortest_only"
 

@@ -11,9 +11,10 @@ from fakes import Turn
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput, register
 from worker_bench import Bench
 
-from darts.actor_calls import Extras
-from darts.multimodal import SharedInputs, fetch
-from darts.overlap_join import sequence_keys
+from darts.messages import Extras
+from darts.overlap.images import SharedInputs
+from darts.overlap.join import sequence_keys
+from verl_patches.row_extras import fetch
 
 LENGTHS = (3, 6, 9, 12, 15, 18)
 

@@ -15,10 +15,11 @@ from verl.utils.skip import SkipManager
 from verl.workers.rollout.llm_server import LLMServerClient
 
 from darts.allocation import uniform_budgets
+from darts.messages import CANDIDATE
 from darts.metrics import METRICS
-from darts.rollout import DartsAgentLoopManager
+from darts.rollout.manager import DartsAgentLoopManager
+from darts.rollout.worker import candidate_seed
 from darts.selection import select
-from darts.worker import CANDIDATE, candidate_seed
 
 GROUP_SIZE = 4
 NUM_WORKERS = 3

@@ -16,10 +16,10 @@ from verl.workers.rollout.llm_server import LLMServerClient
 
 from darts.config_sections import OverlapConfig
 from darts.metrics import METRICS
-from darts.overlap_join import OverlappedLogProbs, sequence_keys
-from darts.overlap_session import ActorLimits, OverlapSession
-from darts.rollout import DartsAgentLoopManager
-from darts.worker import candidate_seed
+from darts.overlap.join import OverlappedLogProbs, sequence_keys
+from darts.overlap.session import ActorLimits, OverlapSession
+from darts.rollout.manager import DartsAgentLoopManager
+from darts.rollout.worker import candidate_seed
 
 GROUP_SIZE, CANDIDATES, PROMPTS = 4, 6, 5
 LIMITS = ActorLimits(

@@ -21,13 +21,13 @@ from verl.experimental.separation.ray_trainer import SeparateRayPPOTrainer
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 
 from darts.config import DartsConfig
+from darts.evidence.checkpoint import StateError
+from darts.messages import POPULATION, WEIGHT
 from darts.metrics import METRICS
 from darts.reweighting import reweighted_advantages
-from darts.rollout import _Job
-from darts.state import StateError
+from darts.rollout.manager import _Job
 from darts.strategy import make_strategy
-from darts.trainer import RayDartsTrainer
-from darts.worker import POPULATION, WEIGHT
+from darts.training.trainer import RayDartsTrainer
 
 PROMPTS = 4
 

@@ -8,8 +8,9 @@ import pytest
 from fakes import Turn, prompts
 from worker_bench import CALL, Bench, lengths_of
 
+from darts.messages import CANDIDATE
+from darts.rollout.worker import CandidateError, candidate_seed
 from darts.selection import select
-from darts.worker import CANDIDATE, CandidateError, candidate_seed
 
 
 @pytest.fixture

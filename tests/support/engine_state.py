@@ -1,6 +1,6 @@
 """The truth at the engine cores of real vLLM servers, for tests.
 
-The servers are those of `darts.testbed.engines`. `EngineState` asks the EngineCore process of a server what it runs and
+The servers are those of `darts.engines.start`. `EngineState` asks the EngineCore process of a server what it runs and
 which tokens it sampled: `watched_scheduler` lives there, since `engine_config` names it as vLLM's `scheduler_cls`. This
 module imports neither verl nor vLLM before they are needed.
 """
@@ -17,8 +17,8 @@ from uuid import uuid4
 import ray
 from omegaconf import DictConfig
 
-from darts.testbed import engines
-from darts.testbed.engines import MAX_MODEL_LEN, RESPONSE_LENGTH, start_servers
+from darts.engines import start as engines
+from darts.engines.start import MAX_MODEL_LEN, RESPONSE_LENGTH, start_servers
 
 __all__ = [
     "BLOCK_SIZE",
@@ -37,7 +37,7 @@ BLOCK_SIZE = 16
 
 
 def engine_config(*overrides: str, replicas: int = 1) -> DictConfig:
-    """As `darts.testbed.engines.engine_config`, with the scheduler that `EngineState` asks."""
+    """As `darts.engines.start.engine_config`, with the scheduler that `EngineState` asks."""
     return engines.engine_config(
         f"+{engines.ENGINE}.block_size={BLOCK_SIZE}",
         f"+{engines.ENGINE}.scheduler_cls={__name__}.watched_scheduler",
@@ -49,7 +49,7 @@ def engine_config(*overrides: str, replicas: int = 1) -> DictConfig:
 
 
 def local_ray(num_gpus: int = 3) -> AbstractContextManager[None]:
-    """As `darts.testbed.engines.local_ray`, with workers that can import the tests' modules."""
+    """As `darts.engines.start.local_ray`, with workers that can import the tests' modules."""
     return engines.local_ray(
         num_gpus,
         environment={"PYTHONPATH": str(Path(__file__).parent)},

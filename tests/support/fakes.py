@@ -17,7 +17,8 @@ from verl.protocol import DataProto
 from verl.workers.rollout.replica import TokenOutput
 from verl.workers.rollout.router import GlobalRequestLoadBalancer
 
-from darts.client import Chunk, DartsServerClient
+from darts.messages import Chunk
+from darts.rollout.client import DartsServerClient
 
 ANY_TOKEN = 5
 

@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from darts.metrics import CandidatePool
+from darts.pool import CandidatePool
 
 
 def pool_of(lengths: list[list[int]], fates: list[str] | None = None, **columns) -> CandidatePool:
-    """Candidates of the given lengths, all of them finished, and the first kept; or with the fates of `darts.trace`."""
+    """Candidates of the given lengths, all finished and the first kept; or with the fates of a trace."""
     fates = fates or ["k" + "d" * (len(row) - 1) for row in lengths]
     letters, flat = np.array(list("".join(fates))), np.concatenate(lengths).astype(np.int64)
     count = len(flat)

@@ -31,7 +31,7 @@ class WatchedEngine:
         return getattr(self._engine, name)
 
     async def generate(self, **kwargs: Any) -> AsyncIterator[Any]:
-        from vllm.sampling_params import RequestOutputKind  # every process imports this module, vLLM's alone have it
+        from vllm.sampling_params import RequestOutputKind
 
         about = {
             "weights": self._server.global_steps,

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from darts.actor_calls import RankAbility, RankCall, RankReport, RankResults, SequenceKey, StepSettings
-from darts.overlap import checksum
+from darts.messages import RankAbility, RankCall, RankReport, RankResults, SequenceKey, StepSettings, checksum
 
 
 def scripted_log_probs(tokens: np.ndarray, prompt_tokens: int) -> np.ndarray:
@@ -86,7 +85,7 @@ class ScriptedRank:
 
 
 class ScriptedActor:
-    """The part of verl's worker group that `darts.overlap_session` calls, over scripted ranks."""
+    """The part of verl's worker group that `darts.overlap.session` calls, over scripted ranks."""
 
     def __init__(self, num_ranks: int, **script: Any) -> None:
         self.ranks = [ScriptedRank.remote(**script) for _ in range(num_ranks)]

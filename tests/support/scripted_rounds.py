@@ -18,10 +18,11 @@ from verl.utils.dataset.rl_dataset import collate_fn
 from verl.workers.rollout.llm_server import LLMServerClient
 
 from darts.config import DartsConfig
+from darts.messages import CANDIDATE
 from darts.planning import RolloutPlanner
-from darts.rollout import DartsAgentLoopManager
-from darts.trainer import RayDartsTrainer
-from darts.worker import CANDIDATE, candidate_seed
+from darts.rollout.manager import DartsAgentLoopManager
+from darts.rollout.worker import candidate_seed
+from darts.training.trainer import RayDartsTrainer
 
 M, ROWS = 4, 40
 

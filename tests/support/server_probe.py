@@ -10,7 +10,8 @@ import ray
 from engine_state import EngineState, run_in_server
 from verl.workers.rollout.replica import TokenOutput
 
-from darts.client import Chunk, DartsServerClient, OpenRequest, current_listener
+from darts.messages import Chunk
+from darts.rollout.client import DartsServerClient, OpenRequest, current_listener
 
 PROMPT = list(range(48, 98))
 

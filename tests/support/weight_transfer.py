@@ -15,7 +15,7 @@ import torch
 
 # Children of a process that has done the imports, and nothing else: no threads of torch's.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["verl_patches.gloo_checkpoint_engine"])
+CONTEXT.set_forkserver_preload(["verl_patches.weights.gloo"])
 
 
 def weights_of(seed: int, sizes: list[tuple[str, tuple[int, ...], torch.dtype]]) -> dict[str, torch.Tensor]:
@@ -68,7 +68,7 @@ def members(actors: int, receivers: int, bucket_size: int, timeout_s: float = 20
 
 def connect(made: list[Member], actors: int) -> list[dict[str, Any]]:
     """`CheckpointEngineManager.build_process_group`; returns each member's arguments."""
-    from verl_patches.gloo_checkpoint_engine import GlooCheckpointEngine
+    from verl_patches.weights.gloo import GlooCheckpointEngine
 
     for member in made:
         member.call("prepare")
@@ -84,7 +84,7 @@ def connect(made: list[Member], actors: int) -> list[dict[str, Any]]:
 
 
 def _serve(pipe: Connection, is_master: bool, bucket_size: int, timeout_s: float, poll_s: float) -> None:
-    from verl_patches import gloo_checkpoint_engine as module
+    from verl_patches.weights import gloo as module
 
     module.POLL_S = poll_s
     engine = module.GlooCheckpointEngine(bucket_size, is_master=is_master, timeout_s=timeout_s)

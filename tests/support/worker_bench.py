@@ -8,9 +8,10 @@ from fakes import CountingReward, Script, ScriptedServer, Turn, handle, in_proce
 from omegaconf import DictConfig
 from verl.protocol import DataProto
 
-from darts.checks import darts_config
-from darts.metrics import CandidatePool
-from darts.worker import BUDGET, PROMPT, DartsAgentLoopWorker, candidate_seed
+from darts.checks.run import darts_config
+from darts.messages import BUDGET, PROMPT
+from darts.pool import CandidatePool
+from darts.rollout.worker import DartsAgentLoopWorker, candidate_seed
 
 CALL = '<tool_call>\n{"name": "lookup", "arguments": {"key": "a"}}\n</tool_call>'
 STEP = 1

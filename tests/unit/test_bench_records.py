@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from darts.bench.records import TIMES, RecordError, Records, StepRecord, record_of, records_of, step_record, table_of
 from darts.bench.slots import in_turns, slot_steps
-from darts.metrics import finished_pool
+from darts.pool import finished_pool
 
 # --- slots -----------------------------------------------------------------------------------------------------------
 

@@ -8,8 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import allocate, common, overhead, rollouts, training, training_report
+from attic import training, training_report
 from darts.allocation import allocate as darts_allocate
+from darts.bench import allocate, overhead
+from darts.bench import budgets as rollouts
+from darts.bench import harness as common
 from darts.config import DartsConfig
 from darts.planning import RolloutPlanner
 
@@ -285,7 +288,7 @@ def test_a_command_that_fails_names_its_log(tmp_path):
 
 def test_padding_is_that_of_verls_order_in_micro_batches():
     """Workload grows with length; small rows go to both ends: 1 3 5 | 4 2 of the lengths' ranks."""
-    from benchmarks.padding import balanced, padding_of
+    from attic.padding import balanced, padding_of
 
     tokens = np.array([50, 10, 40, 20, 30])
     order = balanced(tokens)

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from pools import pool_of
 
-from darts.calibration import MOST, WEIGHT, StopCorrection
 from darts.config import DartsConfig
-from darts.history import LengthHistory, censored_std
+from darts.history import CORRECTION_WEIGHT, MAX_CORRECTION, LengthHistory, StopCorrection, censored_std
 from darts.latency import StepTimes
 from darts.planning import RolloutPlanner
 
@@ -74,7 +73,7 @@ def test_the_factor_is_the_root_of_the_ratio_of_moving_means_at_the_depth_of_ear
         estimates = [censored_std(*stopped(group, 6)) ** 2 for group in groups]  # 6 of 9 are 8 of 12
         means.append([np.mean([group.var() for group in groups]), np.mean(estimates)])
     first, second = np.array(means)
-    truth, estimate = first + WEIGHT * (second - first)
+    truth, estimate = first + CORRECTION_WEIGHT * (second - first)
     assert correction.factor == pytest.approx(np.sqrt(truth / estimate))
     assert correction.state_dict() == pytest.approx([truth, estimate])
 
@@ -91,9 +90,9 @@ def test_groups_that_tell_nothing_are_left_out():
 def test_the_factor_is_bounded():
     correction = StopCorrection()
     correction.load_state_dict([100.0, 1.0])
-    assert correction.factor == MOST
+    assert correction.factor == MAX_CORRECTION
     correction.load_state_dict([1.0, 100.0])
-    assert correction.factor == 1 / MOST
+    assert correction.factor == 1 / MAX_CORRECTION
 
 
 def test_state_round_trips_and_bad_ones_are_refused():

@@ -5,8 +5,8 @@ import asyncio
 import numpy as np
 import pytest
 
-from darts.actor_calls import Extras, SequenceKey
-from darts.growth import GrowthOutbox
+from darts.messages import Extras, SequenceKey
+from darts.overlap.outbox import GrowthOutbox
 
 A, B = SequenceKey("a", 0), SequenceKey("b", 1)
 PROMPT = [1, 2, 3]

@@ -19,7 +19,7 @@ from darts import history
 from darts.history import LengthHistory, censored_moments, censored_std, prompt_key
 
 ROOT = Path(__file__).resolve().parents[2]
-REAL_LENGTHS = ROOT / "benchmarks/data/rollout_lengths.csv.gz"
+REAL_LENGTHS = ROOT / "darts/simulation/data/rollout_lengths.csv.gz"
 NUM_KEEP = 8
 DRAWS = (9, 10, 12, 14, 16)
 

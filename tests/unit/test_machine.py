@@ -2,7 +2,7 @@
 
 import json
 
-from darts import machine
+from darts.evidence import machine
 
 
 def test_it_says_where_figures_come_from(monkeypatch):

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from darts.metrics import METRICS, CandidatePool, finished_pool, rollout_metrics
+from darts.metrics import METRICS, rollout_metrics
+from darts.pool import CandidatePool, finished_pool
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from darts.actor_calls import Extras, Row, SequenceKey
-from darts.overlap import Growth, OverlapSchedule, checksum
+from darts.messages import Extras, Growth, Row, SequenceKey, checksum
+from darts.schedule import OverlapSchedule
 
 
 def key(number):

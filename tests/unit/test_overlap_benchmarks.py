@@ -6,12 +6,13 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import overlap, overlap_projection, overlap_report
-from benchmarks.overlap_projection import Actor, Hardware, Shape
-from benchmarks.overlap_report import ARMS, BYPASS, EQUAL, OFF, SEQUENCE, TAIL, TOKEN
-from darts.actor_calls import RankCall, Row, SequenceKey
+from attic import overlap_projection
+from attic.overlap_projection import Actor, Hardware, Shape
+from darts.bench import overlap, overlap_report
+from darts.bench.overlap_report import ARMS, BYPASS, EQUAL, OFF, SEQUENCE, TAIL, TOKEN
+from darts.evidence.statistics import Estimate
 from darts.latency import LatencyCurve, rollout_time
-from darts.testbed.statistics import Estimate
+from darts.messages import RankCall, Row, SequenceKey
 
 SMALL = Shape(name="small", parameters=1e6, layers=2, hidden=64, kv_heads=2, head_dim=32, tensor_parallel=1)
 

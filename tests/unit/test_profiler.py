@@ -10,11 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from darts import profiler
+from darts.checks.model import model_id, vocabulary
 from darts.config import ConfigError
-from darts.latency_command import main, table
-from darts.latency_profile import LatencyProfile, model_id, vocabulary
-from darts.profiler import ProfileError, StuckRequests, Workload, profile_servers
+from darts.engines import measure as profiler
+from darts.engines.command import main, table
+from darts.engines.measure import ProfileError, StuckRequests, Workload, profile_servers
+from darts.evidence.profile import LatencyProfile
 
 ROLLOUT = SimpleNamespace(
     max_num_seqs=16, max_model_len=1000, prompt_length=64, data_parallel_size=1, tensor_model_parallel_size=2,
@@ -315,7 +316,7 @@ def refused(path):
     assert raised.value.key == "darts.latency.profile"
     text = str(raised.value)
     assert text.startswith(f"darts.latency.profile={str(path)!r}: ")
-    assert f"Fix: measure again with `python -m darts.latency profile --config-name ... --out {path}`" in text
+    assert f"Fix: measure again with `python -m darts.engines profile --config-name ... --out {path}`" in text
     return text
 
 
@@ -465,7 +466,7 @@ def test_the_vocabulary_may_be_that_of_a_part():
     ],
 )
 def test_options_that_cannot_work_are_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, options, message):
-    monkeypatch.delattr("darts.latency_command._configure")  # nothing is composed, let alone started
+    monkeypatch.delattr("darts.engines.command._configure")  # nothing is composed, let alone started
     (tmp_path / "file").write_text("old")
     names = {"FILE": str(tmp_path / "file"), "FOLDER": str(tmp_path)}
     given = [option.replace("FILE", names["FILE"]).replace("FOLDER", names["FOLDER"]) for option in options]

@@ -5,17 +5,20 @@ import json
 import re
 import subprocess
 import sys
-import time
 import tracemalloc
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
-from darts import report, report_figures
+from darts.evidence.figures import Missing
+from darts.evidence.trace import find_file
 from darts.metrics import METRICS
-from darts.report import find_file, first_and_last, main, read_run, summary
-from darts.report_figures import Missing, draw
+from darts.report import figures as report_figures
+from darts.report import run as report_run
+from darts.report.figures import draw
+from darts.report.page import main, summary
+from darts.report.run import first_and_last, read_run
 
 
 def fake_steps(steps=40, prompts=8, seed=0, resumes=(), history=True, pool=True, gaps=False):
@@ -203,7 +206,7 @@ def test_hours_leave_out_gaps_and_replace_unknown_times(tmp_path):
 
 def test_names_of_metrics_are_those_that_are_logged():
     known = {"darts/reward/kept_mean", "darts/reward/pool_mean", "darts/group/saturated_share", "darts/rollout/seconds"}
-    assert known <= set(METRICS) & set(report.LOGGED)
+    assert known <= set(METRICS) & set(report_run.LOGGED)
 
 
 # --- resumes and broken files ----------------------------------------------------------------------------------------
@@ -432,7 +435,7 @@ def test_many_candidates_are_held_as_evenly_spaced_ranks(tmp_path):
     length = rng.lognormal(6, 0.8, 5000).astype(int)
     block = {"budget": [5000], "length": [length.tolist()], "fate": ["k" * 5000]}
     rollout = read(tmp_path, [step(1, block)]).steps[0].rollout
-    assert len(rollout.lengths) == report.MAX_LENGTHS
+    assert len(rollout.lengths) == report_run.MAX_LENGTHS
     assert rollout.lengths.mean() == pytest.approx(length.mean(), rel=0.01)
     assert np.median(rollout.lengths) == pytest.approx(np.median(length), rel=0.01)
 
@@ -479,7 +482,7 @@ def test_cost_model(tmp_path):
 
 
 def test_long_files_are_read_in_little_memory(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(report, "PROGRESS_S", 0.0)
+    monkeypatch.setattr(report_run, "PROGRESS_S", 0.0)
     rng = np.random.default_rng(0)
     length = rng.integers(1, 8192, (205, 10)).tolist()
     known = {"key": ["0" * 16] * 205, "std": rng.random(205).tolist(), "observed_std": rng.random(205).tolist()}
@@ -488,12 +491,10 @@ def test_long_files_are_read_in_little_memory(tmp_path, capsys, monkeypatch):
     path = write(tmp_path / "darts.jsonl", (step(n, block) | {"metrics": metrics} for n in range(1, 151)))
     assert path.stat().st_size > 4e6
     tracemalloc.start()
-    began = time.monotonic()
     run = read_run(path)
-    seconds, (held, peak) = time.monotonic() - began, tracemalloc.get_traced_memory()
+    held, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert held < 150 * 10_000  # 10 kB a step: 100 MB for 10,000 steps
     assert peak < held + 3e6
-    assert seconds < 30
     assert len(run.steps) == 150
     assert re.search(r"^darts.jsonl: \d+ of \d+ MB read$", capsys.readouterr().err, re.MULTILINE)

@@ -8,13 +8,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from darts import report_figures, report_timeline
+from darts.evidence.figures import Missing
+from darts.evidence.trace import INSIDE_STEP, MOST, timeline_columns
+from darts.messages import ActorCall
 from darts.metrics import METRICS
-from darts.overlap import ActorCall
-from darts.report import INSIDE_STEP, OVERLAP, main, read_run, summary
-from darts.report_figures import Missing, draw
-from darts.report_timeline import EXPOSED, HIDDEN, hidden_and_exposed, overlap_sentence, phases_after
-from darts.trace import MOST, timeline_columns
+from darts.report import figures as report_figures
+from darts.report import timeline as report_timeline
+from darts.report.figures import draw
+from darts.report.page import main, summary
+from darts.report.run import OVERLAP, read_run
+from darts.report.timeline import EXPOSED, HIDDEN, hidden_and_exposed, overlap_sentence, phases_after
 
 BEGAN = 1.7e9
 

@@ -19,12 +19,6 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
-PURE_METHOD = (
-    "selection", "group", "allocation", "history", "calibration", "latency", "forecast", "planning", "config",
-    "config_rules", "config_sections", "metrics", "actor_calls", "overlap", "strategy", "reweighting", "simulation",
-)  # fmt: skip
-"""Modules of `darts`, and packages of it with all that is in them."""
-NOT_IN_THE_METHOD = {"ray", "vllm", "verl", "verl_patches", "torch", "transformers", "tensordict"}
 MAX_LINES = 500
 ENTRY_POINTS = {
     "verl.plugins": {"darts": "verl_patches.register"},
@@ -77,26 +71,6 @@ def imported_packages(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             packages.add(node.module.split(".")[0])
     return packages
-
-
-@pytest.mark.parametrize("module", PURE_METHOD)
-def test_the_method_is_pure(module: str) -> None:
-    package = ROOT / "darts" / module
-    paths = sorted(package.glob("*.py")) if package.is_dir() else [package.with_suffix(".py")]
-    assert paths
-    assert {name_of(path) for path in paths if imported_packages(path) & NOT_IN_THE_METHOD} == set()
-
-
-def test_importing_the_method_loads_nothing_heavy() -> None:
-    """Catches what imports of imports bring in, which the test above cannot see."""
-    modules = [f"darts.{module}" for module in PURE_METHOD]
-    code = (
-        f"import importlib, sys; [importlib.import_module(name) for name in {modules!r}]; "
-        f"print(*sorted(set(sys.modules) & {NOT_IN_THE_METHOD!r}))"
-    )
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == []
 
 
 @pytest.mark.parametrize("package", ["recipe", "tests", "scripts"])

@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from darts.testbed import rollouts_report as report
-from darts.testbed import statistics
-from darts.testbed.rollouts import arguments, rotated, summary
+from darts.bench import rollouts_report as report
+from darts.bench.harness import rotated
+from darts.bench.rollouts import arguments, summary
+from darts.evidence import statistics
 
 
 def stream(arm, repetition, speed, requests=32):

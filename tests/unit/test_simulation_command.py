@@ -18,7 +18,7 @@ from darts.simulation.search import flags
 from darts.simulation.validation import kendall, spearman
 
 ROOT = Path(__file__).resolve().parents[2]
-REAL = ROOT / "benchmarks/data/rollout_lengths.csv.gz"
+REAL = ROOT / "darts/simulation/data/rollout_lengths.csv.gz"
 
 
 @pytest.fixture

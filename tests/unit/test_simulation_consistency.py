@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from darts.config import STRATEGIES
+from darts.evidence.trace import fate
 from darts.latency import LatencyCurve
 from darts.simulation import rollout
 from darts.simulation.cluster import Cluster
@@ -13,7 +14,6 @@ from darts.simulation.draws import Dataset
 from darts.simulation.replay import Arm, Setting, replay, width
 from darts.simulation.run_trace import read_trace
 from darts.simulation.trace import LengthTrace, PromptLengths
-from darts.trace import fate
 
 PROMPTS, GROUP, STEPS = 16, 4, 120
 DEADLINE = {"strategy": "darts", "allocation": {"mode": "uniform"}, "selection": {"long_wait": "deadline"}}

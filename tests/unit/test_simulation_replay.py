@@ -24,7 +24,7 @@ from darts.simulation.trace import LengthTrace, PromptLengths
 from darts.strategy import Darts, strategy_class
 
 CURVE = LatencyCurve([1, 16, 64, 256], [0.010, 0.011, 0.014, 0.03])
-REAL = Path(__file__).resolve().parents[2] / "benchmarks/data/rollout_lengths.csv.gz"
+REAL = Path(__file__).resolve().parents[2] / "darts/simulation/data/rollout_lengths.csv.gz"
 
 
 def trace_of(lengths, steps=1, limit=10**6):

@@ -5,7 +5,7 @@ import json
 import pytest
 from omegaconf import OmegaConf
 
-from darts.state import FILE_NAME, TRACKER, StateError, finished_at, load_state, save_state, step_folder
+from darts.evidence.checkpoint import FILE_NAME, TRACKER, StateError, finished_at, load_state, save_state, step_folder
 
 STATE = {"version": 1, "steps": 3, "history": {"a": [1.5, 2.5]}}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from darts.summary import main, read_steps, summarise, weight_change
+from darts.report.summary import main, read_steps, summarise, weight_change
 
 STEP = {
     "timing_s/step": 3.0,

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from darts.testbed import statistics
+from darts.evidence import statistics
 from darts.testbed.summary import Samples, Summary, checks, pool, summarize, table
 
 RNG = np.random.default_rng

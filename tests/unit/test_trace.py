@@ -9,10 +9,10 @@ import pytest
 from pools import pool_of
 
 from darts.config import DartsConfig
+from darts.evidence.trace import Trace, timeline_columns
 from darts.latency import StepTimes
-from darts.overlap import ActorCall
+from darts.messages import ActorCall
 from darts.planning import Rollout, RolloutPlanner
-from darts.trace import Trace, timeline_columns
 
 
 def rollout(rewards=None) -> Rollout:

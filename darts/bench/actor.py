@@ -1,0 +1,214 @@
+"""Measures the overlapped actor's forwards: chunks that continue cached prefixes, against computing everything again.
+
+    python -m darts.bench.actor --shape 0.5B --out outputs/prefix_chunks.json
+
+Contract. One process, one data-parallel rank of `verl_patches.dp_actor.OverlappedActorWorker` with random weights, on
+the device that verl finds (a GPU if there is one, bfloat16 there). In each repeat the same responses are computed in
+three ways, all rows in one forward, in an order that rotates:
+
+1. `whole`: once, complete, by verl's own forward, as after generation and in mode `sequence`;
+2. `chunks`: as they grow, each chunk continuing the cached prefix (mode `token`);
+3. `again`: as they grow, without a cache: with each chunk the response so far is forwarded anew by verl's forward.
+
+Seconds are those between a call and its answer, the results being in host memory by then. The first repeat warms up
+and is not counted. The exit code is 1 if log-probs of the three ways differ by more than the rounding of the type.
+"""
+
+import argparse
+import os
+import socket
+import sys
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+
+from darts.bench import harness as common
+from darts.bench.harness import rotated
+from darts.evidence.console import say
+from darts.evidence.tables import Check
+
+WHOLE, CHUNKS, AGAIN = ARMS = ("whole", "chunks", "again")
+SHAPES = {
+    "tiny": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 1024},
+    "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+             "num_key_value_heads": 2, "vocab_size": 151936},
+    "7B": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+           "num_key_value_heads": 4, "vocab_size": 152064},
+}  # fmt: skip
+"""Sizes of Qwen2.5-0.5B and -7B by their public configurations, and of a model for machines without a GPU."""
+DIFFERENCE = {"fp32": 1e-4, "bf16": 0.1}
+"""Mean absolute difference of a log-prob from that of `whole`, in nats. Random weights make large logits, and so large
+rounding in bfloat16; `tests/actor` has the exact bounds."""
+
+
+def build(shape: str, dtype: str, options: argparse.Namespace) -> Any:
+    """The worker, alone in its process group, with a random model."""
+    import torch
+    from hydra import compose, initialize_config_module
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    import verl_patches.register
+
+    verl_patches.register.assert_active()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(
+        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    from verl_patches.dp_actor import OverlappedActorWorker
+
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        longest = options.prompt + options.response
+        sizes = Qwen2Config(**SHAPES[shape], max_position_embeddings=longest)
+        AutoModelForCausalLM.from_config(sizes, dtype=torch.bfloat16).save_pretrained(folder)
+        role, fsdp = "actor_rollout_ref.actor", "actor_rollout_ref.actor.fsdp_config"
+        with initialize_config_module("verl.trainer.config", version_base=None):
+            config = compose("ppo_trainer", [
+                f"actor_rollout_ref.model.path={folder}", "+actor_rollout_ref.model.load_tokenizer=false",
+                "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
+                f"actor_rollout_ref.model.use_remove_padding={options.remove_padding}",
+                f"{role}.strategy=fsdp2", f"{role}.use_torch_compile=false", f"{fsdp}.use_torch_compile=false",
+                f"{role}.ppo_micro_batch_size_per_gpu=1", f"{fsdp}.model_dtype={dtype}",
+                f"++{fsdp}.mixed_precision={{param_dtype: {dtype}, reduce_dtype: fp32, buffer_dtype: fp32}}",
+                "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=1",
+            ]).actor_rollout_ref  # fmt: skip
+        worker = OverlappedActorWorker(config, role="actor")
+        worker.role = "actor"  # no rollout
+        worker.init_model()
+    return worker
+
+
+class Step:
+    """Calls to the worker, and how long they took."""
+
+    def __init__(self, worker: Any, number: int, mode: str) -> None:
+        from darts.messages import StepSettings
+
+        self._worker, self._step, self._calls = worker, number, 0
+        settings = StepSettings(step=number, mode=mode, temperature=1.0)
+        if refusal := worker.overlap_open(settings).refusal:
+            raise RuntimeError(f"the model cannot continue prefixes: {refusal}")
+        self.seconds, self.tokens, self.peak_bytes = 0.0, 0, 0
+
+    def call(self, rows: list[Any], growing: bool) -> None:
+        """One forward over rows."""
+        from darts.messages import RankCall
+
+        call = RankCall(step=self._step, number=self._calls, **{"growing" if growing else "whole": rows})
+        start = time.perf_counter()
+        report = self._worker.overlap_extend(call)
+        self.seconds += time.perf_counter() - start
+        self._calls += 1
+        self.tokens += report.tokens
+        self.peak_bytes = report.peak_cache_bytes
+
+    def end(self, keys: list[Any]) -> np.ndarray:
+        """All log-probs."""
+        values = self._worker.overlap_collect(self._step, keys).values
+        self._worker.overlap_clear(self._step)
+        return np.concatenate([values[key]["old_log_probs"] for key in keys])
+
+
+def measure(worker: Any, arm: str, number: int, tokens: np.ndarray, options: argparse.Namespace) -> tuple[Step, Any]:
+    """One arm over `tokens` [rows, prompt and response]; the step, and its log-probs."""
+    from darts.messages import Row, SequenceKey
+
+    rows, length = tokens.shape
+    keys = [SequenceKey(f"{row}", 0) for row in range(rows)]
+    ends = [*range(options.prompt + options.chunk, length, options.chunk), length]
+    step = Step(worker, number, "token" if arm == CHUNKS else "sequence")
+    for start, end in zip([0, *ends], ends, strict=False):
+        if arm == WHOLE and end < length:
+            continue
+        begin = start if arm == CHUNKS else 0
+        last = end == length or arm == AGAIN
+        step.call(
+            [
+                Row(key=key, prompt_tokens=options.prompt, start=begin, token_ids=row[begin:end], last=last)
+                for key, row in zip(keys, tokens, strict=True)
+            ],
+            growing=arm == CHUNKS,
+        )
+    return step, step.end(keys)
+
+
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All repeats of all arms, the first repeat included."""
+    from verl_patches.device import is_cpu_only
+
+    dtype = options.dtype or ("fp32" if is_cpu_only() else "bf16")
+    worker = build(options.shape, dtype, options)
+    say(f"{options.shape} in {dtype} is ready")
+    random = np.random.default_rng(options.seed)
+    records, number = [], 0
+    for repeat in range(options.repeats + 1):
+        size = (options.rows, options.prompt + options.response)
+        tokens = random.integers(0, SHAPES[options.shape]["vocab_size"], size).astype(np.int32)
+        found = {}
+        for arm in rotated(ARMS, repeat):
+            number += 1
+            step, found[arm] = measure(worker, arm, number, tokens, options)
+            record = {"shape": options.shape, "dtype": dtype, "repeat": repeat, "arm": arm, "seconds": step.seconds}
+            records.append(record | {"tokens": step.tokens, "peak_bytes": step.peak_bytes})
+        for record in records[-len(ARMS) :]:
+            record["difference"] = float(np.abs(found[record["arm"]] - found[WHOLE]).mean())
+        say(
+            f"repeat {repeat}/{options.repeats}: " + ", ".join(f"{r['arm']} {r['seconds']:.2f} s" for r in records[-3:])
+        )
+    return records
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Means and ratios over the counted repeats."""
+    rows = []
+    for arm in ARMS:
+        own = [record for record in records if record["arm"] == arm]
+        rows.append([
+            arm,
+            f"{common.mean([record['seconds'] for record in own]):.3f}",
+            "1" if arm == WHOLE else format(common.over(records, arm, WHOLE, ("repeat",)), ".2f"),
+            f"{own[0]['tokens'] / own_tokens(records):.2f}",
+            f"{max(record['peak_bytes'] for record in own) / 2**30:.2f}",
+            f"{max(record['difference'] for record in own):.1e}",
+        ])  # fmt: skip
+    columns = ["", "seconds", "over whole", "tokens forwarded over whole", "cache, GiB", "difference, nats"]
+    return common.table(columns, rows)
+
+
+def own_tokens(records: list[dict[str, Any]]) -> int:
+    """Tokens of the sequences."""
+    return next(record["tokens"] for record in records if record["arm"] == WHOLE)
+
+
+def main(given: list[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    parser = common.parser(__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="tiny", help="of the model (default: %(default)s)")
+    parser.add_argument("--dtype", choices=DIFFERENCE, help="(default: fp32 on a CPU, else bf16)")
+    parser.add_argument("--rows", type=int, default=8, help="responses that grow together (default: %(default)s)")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens (default: %(default)s)")
+    parser.add_argument("--response", type=int, default=1024, help="tokens (default: %(default)s)")
+    parser.add_argument("--chunk", type=int, default=64, help="tokens (default: %(default)s)")
+    parser.add_argument("--remove-padding", action="store_true", help="verl packs; needs flash-attention")
+    parser.add_argument("--repeats", type=int, default=5, help="counted (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of tokens (default: %(default)s)")
+    options = parser.parse_args(given)
+    opening = common.document(options)
+    records = run(options)
+    counted = [record for record in records if record["repeat"]]
+    dtype = counted[0]["dtype"]
+    worst = max(record["difference"] for record in counted)
+    check = Check(name="largest mean difference of log-probs, nats", value=worst, low=0, high=DIFFERENCE[dtype])
+    common.save(options, opening, records=records, checks=[str(check)])
+    print(f"\n{options.shape}, {dtype}, {options.rows} responses of {options.response}, chunks of {options.chunk}\n")
+    print(f"{table(counted)}\n\n{check}")
+    return 0 if check.passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,200 @@
+"""Measures what DARTS itself costs besides generation: planning, learning, metrics, trace, state.
+
+    python -m darts.bench.overhead --runs outputs/training/*/steps* --out outputs/overhead.json
+
+Contract.
+1. At scale, synthetic: one process, no engine. Each part of a step's own work is timed alone, on log-normal lengths of
+   which about a fifth were aborted, with a length history of `--history` prompts, all of the batch among them, and a
+   cost model for 8 engines of 256 sequences. `plan` chooses its total by the utility; the other parts get a rollout of
+   12 candidates per prompt in the mean, with adaptive budgets.
+2. Of runs: per step, `darts/rollout/own_s` over `timing_s/step` from their traces. It has keys, plan, joining, learning
+   and metrics, but neither the trace nor the state, which are written after the rollout.
+
+The exit code is 1 if in the median step of a run DARTS's own work takes more than 1 %.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from darts.bench import harness as common
+from darts.config import DartsConfig
+from darts.evidence.checkpoint import save_state
+from darts.evidence.console import say
+from darts.evidence.tables import Check
+from darts.evidence.trace import Trace
+from darts.forecast import CostModel
+from darts.history import prompt_key
+from darts.latency import LatencyCurve, StepTimes
+from darts.metrics import rollout_metrics
+from darts.planning import Plan, Rollout, RolloutPlanner
+from darts.pool import CandidatePool
+
+GROUP_SIZE, MEAN = 8, 12.0
+ENGINES, MAX_RUNNING, LIMIT = 8, 256, 8192
+MEDIAN_LENGTH, BETWEEN, WITHIN = 800.0, 0.4, 0.5
+"""Tokens; standard deviations of log length, between prompts and within one."""
+FINISHING = 0.75
+"""Share of a prompt's candidates that end by themselves, but at least M."""
+PROMPT_CHARACTERS = 1000
+CURVE = LatencyCurve([1, 16, 64, 256], [0.010, 0.011, 0.014, 0.026])
+TARGET = 0.01
+
+
+def planner_of(keys: Sequence[str], rng: np.random.Generator) -> RolloutPlanner:
+    """A planner that has observed all the keys, and has a cost model."""
+    planner = RolloutPlanner(ema_weight=0.3, response_length=LIMIT, num_engines=ENGINES, max_running=MAX_RUNNING)
+    medians = rng.lognormal(np.log(MEDIAN_LENGTH), BETWEEN, len(keys))
+    for key, lengths in zip(
+        keys, rng.lognormal(np.log(medians)[:, None], WITHIN, (len(keys), GROUP_SIZE)), strict=True
+    ):
+        planner.history.update(key, np.ceil(lengths), np.zeros(GROUP_SIZE, dtype=bool))
+    planner.cost, planner.steps = CostModel(CURVE, "benchmark"), 1
+    return planner
+
+
+def pool_of(plan: Plan, rng: np.random.Generator) -> CandidatePool:
+    """What could become of a plan: of each prompt the longest are aborted where the longest of the others ends."""
+    parts = []
+    for mean, budget in zip(plan.mean, plan.budgets.tolist(), strict=True):
+        drawn = np.clip(np.ceil(rng.lognormal(np.log(mean), WITHIN, budget)), 1, LIMIT).astype(np.int64)
+        rank = np.argsort(np.argsort(drawn, kind="stable"))
+        finishing = max(GROUP_SIZE, int(np.ceil(FINISHING * budget)))
+        parts.append((np.minimum(drawn, drawn[rank == finishing - 1]), rank, np.full(budget, finishing)))
+    length, rank, finishing = map(np.concatenate, zip(*parts, strict=True))
+    aborted, count = rank >= finishing, len(length)
+    zero = np.zeros(count, dtype=np.int64)
+    return CandidatePool(
+        prompt=np.repeat(np.arange(len(plan.keys)), plan.budgets),
+        candidate=np.concatenate([np.arange(budget) for budget in plan.budgets]),
+        length=length,
+        truncated=(length == LIMIT) & ~aborted,
+        aborted=aborted,
+        lost=np.zeros(count, dtype=bool),
+        kept=rank < GROUP_SIZE,
+        arrival=np.where(aborted, -1, rank),
+        saturated=np.repeat(plan.budgets == plan.budgets.max(), plan.budgets),
+        reward=np.where(aborted, np.nan, rng.integers(0, 2, count)),
+        prompt_tokens=zero + 200,
+        chunks=length // 256,
+        chunk_seconds=0.01 * (length // 256),
+        ended_at=1.7e9 + 0.02 * length,
+        stop_seconds=np.where(aborted, 0.05, np.nan),
+        tokens_after=aborted.astype(np.int64),
+        **dict.fromkeys(("num_long", "weights_min", "weights_max", "cached_tokens"), zero),
+    )
+
+
+def parts_of_a_step(prompts: int, history: int, rng: np.random.Generator, folder: Path) -> dict[str, Callable[[], Any]]:
+    """What is timed, by name; `candidates` and `aborted` only count."""
+    texts = [[{"role": "user", "content": f"{n}".zfill(PROMPT_CHARACTERS)}] for n in range(prompts)]
+    keys = [prompt_key(text) for text in texts]
+    planner = planner_of([*keys, *(f"{n:016x}" for n in range(history - prompts))], rng)
+    chosen, given = (
+        DartsConfig.from_block({"allocation": {"mode": "adaptive", "mean_candidates": mean}}, GROUP_SIZE)
+        for mean in (None, MEAN)
+    )
+    plan = planner.plan(keys, given)
+    pool, seconds, times = pool_of(plan, rng), 60.0, StepTimes()
+    for running in (1, 8, 64, 256):
+        times.add(running, CURVE(running) * 1000, 1000)
+    metrics = rollout_metrics(pool, GROUP_SIZE, seconds)
+    observed, learnt = planner.observe(plan, given, pool, seconds, times)
+    rollout = Rollout(plan=plan, pool=pool, observed_std=observed, metrics=metrics | learnt)
+    trace = Trace(str(folder / "darts.jsonl"))
+    return {
+        "candidates": lambda: len(pool),
+        "aborted": lambda: float(pool.aborted.mean()),
+        "keys": lambda: [prompt_key(text) for text in texts],
+        "plan": lambda: planner.plan(keys, chosen),
+        "observe": lambda: planner.observe(plan, given, pool, seconds, times),
+        "metrics": lambda: rollout_metrics(pool, GROUP_SIZE, seconds),
+        "trace": lambda: trace.write(1, rollout.metrics, rollout),
+        "state": lambda: save_state(folder, 1, planner.state_dict()),
+    }
+
+
+def at_scale(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A record for each repetition and number of prompts, with the seconds of each part."""
+    records = []
+    for prompts in options.prompts:
+        with tempfile.TemporaryDirectory() as folder:
+            parts = parts_of_a_step(prompts, options.history, np.random.default_rng(prompts), Path(folder))
+            counts = {name: parts.pop(name)() for name in ("candidates", "aborted")}
+            for repetition in range(-1, options.repetitions):  # the first warms up
+                seconds = {}
+                for name, part in parts.items():
+                    start = time.perf_counter()
+                    part()
+                    seconds[name] = time.perf_counter() - start
+                if repetition >= 0:
+                    records.append({"prompts": prompts, "repetition": repetition} | counts | seconds)
+        say(f"{prompts:,} prompts: " + ", ".join(f"{name} {1000 * some:.1f} ms" for name, some in seconds.items()))
+    return records
+
+
+def scale_table(records: Sequence[common.Record]) -> str:
+    """Milliseconds of each part, medians over the repetitions; own is keys to metrics, what `own_s` has."""
+    names, rows = ("keys", "plan", "observe", "metrics", "trace", "state"), []
+    for prompts in dict.fromkeys(record["prompts"] for record in records):
+        some = [record for record in records if record["prompts"] == prompts]
+        own = [sum(record[name] for name in names[:4]) for record in some]
+        cells = [f"{1000 * np.median(values):.1f}" for values in (*([r[name] for r in some] for name in names), own)]
+        rows.append([f"{prompts:,}", f"{some[0]['candidates']:,}", f"{some[0]['aborted']:.0%}", *cells])
+    return common.table(["prompts", "candidates", "aborted", *(f"{name}, ms" for name in (*names, "own"))], rows)
+
+
+def of_run(run: Path) -> dict[str, Any]:
+    """A run's record: of each step DARTS's own seconds, the whole step's, and the share of the former."""
+    names = ("darts/rollout/own_s", "timing_s/step")
+    steps = [[step[name] for name in names] for step in common.trace_metrics(run).values() if set(names) <= set(step)]
+    if not steps:
+        raise ValueError(f"{run}: no step of the trace has both {' and '.join(names)}.")
+    own, step = np.array(steps).T
+    return {"run": str(run), "own_s": own.tolist(), "step_s": step.tolist(), "share": (own / step).tolist()}
+
+
+def runs_table(records: Sequence[common.Record]) -> str:
+    """A row per run."""
+    columns = ["run", "steps", "own s, median", "step s, median", "share, median", "share, worst"]
+    rows = []
+    for record in records:
+        own, step, share = (float(np.median(record[name])) for name in ("own_s", "step_s", "share"))
+        worst = max(record["share"])
+        rows.append([record["run"], len(record["share"]), f"{own:.3f}", f"{step:.2f}", f"{share:.2%}", f"{worst:.2%}"])
+    return common.table(columns, rows)
+
+
+def main(given: list[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    parser = common.parser(__doc__)
+    parser.add_argument(
+        "--prompts", type=int, nargs="*", default=[8, 128, 256, 1024], help="none: runs alone (default: %(default)s)"
+    )
+    parser.add_argument("--history", type=int, default=20_000, help="prompts in the history (default: %(default)s)")
+    parser.add_argument("--repetitions", type=int, default=15, help="of each size (default: %(default)s)")
+    parser.add_argument(
+        "--runs", type=Path, nargs="+", default=[], metavar="DIR", help="runs with a trace (default: none)"
+    )
+    options = parser.parse_args(given)
+    opening = common.document(options)
+    runs = [of_run(run) for run in options.runs]
+    scale = at_scale(options)
+    common.save(options, opening, records=scale, runs=runs)
+    print("\n" + "\n\n".join(make(some) for make, some in ((scale_table, scale), (runs_table, runs)) if some) + "\n")
+    checks = [
+        Check(name=f"% of a step, {run['run']}", value=100 * float(np.median(run["share"])), low=0, high=100 * TARGET)
+        for run in runs
+    ]
+    print("\n".join(map(str, checks)))
+    return 0 if all(check.passed for check in checks) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Can this configuration run? Asked before Ray starts, answered in one line."""

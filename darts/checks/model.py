@@ -1,0 +1,57 @@
+"""A model's config.json: read without loading anything else."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from darts.config import ConfigError
+
+MODEL_KEY = "actor_rollout_ref.model.path"
+
+VOLATILE = {"transformers_version", "dtype", "torch_dtype", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"}
+"""Keys of a model's config.json that change when it is saved again, and do not change what a step costs."""
+
+
+def model_id(path: str) -> str:
+    """Fingerprint of a model's architecture: of its config.json without what changes when it is saved again.
+
+    Args:
+        path: A folder, a name on the hub, or an address that verl can copy (hdfs://...).
+
+    Raises:
+        ConfigError: there is no config.json to be read.
+    """
+    return hashlib.sha256(json.dumps(_settled(model_config(path)), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def model_config(path: str) -> dict[str, Any]:
+    """The config.json of a model; arguments and errors as `model_id`."""
+    try:
+        if "://" in path:
+            from verl.utils.fs import copy_to_local
+
+            path = copy_to_local(path)
+        file = Path(path).expanduser() / "config.json"
+        if file.parent.exists() or path.startswith(("/", "./", "../", "~")):
+            return dict(json.loads(file.read_text()))
+        from transformers import PretrainedConfig
+
+        return dict(PretrainedConfig.get_config_dict(path)[0])
+    except (OSError, ValueError, TypeError) as error:
+        rule = f"its config.json cannot be read ({' '.join(str(error).split())[:200]})."
+        fix = f"correct the path, or {MODEL_KEY}=...; on nodes without internet: docs/slurm.md."
+        raise ConfigError(MODEL_KEY, path, rule, fix) from None
+
+
+def _settled(config: Any) -> Any:
+    if not isinstance(config, dict):
+        return config
+    kept = {key for key, value in config.items() if value is not None and key not in VOLATILE and key[:1] != "_"}
+    return {key: _settled(config[key]) for key in kept}
+
+
+def vocabulary(config: dict[str, Any]) -> int:
+    """Tokens of a model that has this config.json; 1000 where it does not say."""
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    return next((part["vocab_size"] for part in parts if part.get("vocab_size")), 1000)

@@ -1,0 +1,158 @@
+"""Which GPUs train and which serve: what `darts.placement` asks of the rest of a run's configuration.
+
+Contract: `choose_backend` fills in the one key that follows from the placement; `check_placement` raises one
+`ConfigError` (key, value, rule, fix) for sizes that cannot work, before Ray starts; `check_cluster` raises one
+`ClusterTooSmall` once Ray knows its nodes, and `check_room_for_servers` once those that train are taken, before
+anything waits for them. Sizes are verl's own keys: trainer.nnodes x trainer.n_gpus_per_node GPUs train,
+actor_rollout_ref.rollout.nnodes x .n_gpus_per_node serve where disaggregated.
+"""
+
+from typing import Any
+
+from omegaconf import DictConfig
+
+from darts.checks.cluster import is_disaggregated, pools
+from darts.config import ConfigError
+from verl_patches.pools import server_size
+
+COLOCATED_BACKEND = "naive"
+OUR_BACKEND_MODULE = "verl_patches.weights.sync"
+BACKEND = "actor_rollout_ref.rollout.checkpoint_engine.backend"
+GPU_BACKENDS = ("nccl", "nixl", "kimi_ckpt_engine", "mooncake", "delta_sharded")
+SEPARATE = "with darts.placement=disaggregated"
+
+
+def choose_backend(config: DictConfig) -> None:
+    """Sets the checkpoint engine of a disaggregated run that names none: nccl, or gloo on a CPU."""
+    engine = config.actor_rollout_ref.rollout.checkpoint_engine
+    if is_disaggregated(config) and engine.backend == COLOCATED_BACKEND:
+        engine.backend = "gloo" if config.trainer.device == "cpu" else "nccl"
+
+
+def check_placement(config: DictConfig) -> None:
+    """Checks that both pools can be what the configuration says, and that weights get from one to the other.
+
+    Raises:
+        ConfigError: see the module's contract.
+    """
+    _check_backend(config)
+    _check_sizes(config)
+    if is_disaggregated(config):
+        _check_separate(config)
+    _check_servers(config)
+
+
+def _check_backend(config: DictConfig) -> None:
+    engine = config.actor_rollout_ref.rollout.checkpoint_engine
+    backend, module = engine.backend, engine.custom_backend_module
+    if not is_disaggregated(config):
+        if backend != COLOCATED_BACKEND:
+            raise ConfigError(
+                BACKEND,
+                backend,
+                "carries weights to servers with GPUs of their own, but darts.placement=colocated.",
+                f"set darts.placement=disaggregated, or {BACKEND}={COLOCATED_BACKEND}.",
+            )
+        return
+    on_cpu = config.trainer.device == "cpu"
+    fallback = "gloo" if on_cpu else "nccl"
+    if backend == COLOCATED_BACKEND:
+        raise ConfigError(
+            BACKEND,
+            backend,
+            f"cannot reach servers in other processes, {SEPARATE}.",
+            f"set {BACKEND}={fallback}, as darts.checks.placement.choose_backend does.",
+        )
+    if on_cpu and backend in GPU_BACKENDS:
+        raise ConfigError(
+            BACKEND, backend, "needs GPUs, but trainer.device=cpu.", f"set {BACKEND}=gloo, or leave it at naive."
+        )
+    if backend == "gloo" and not module:
+        raise ConfigError(
+            f"{BACKEND.removesuffix('.backend')}.custom_backend_module",
+            module,
+            "gloo is a backend of this plugin, which verl's workers import by this key.",
+            f"set it to {OUR_BACKEND_MODULE}, as configs/darts_base.yaml does.",
+        )
+    if module not in (None, OUR_BACKEND_MODULE):
+        return  # it may register what it likes
+    from verl_patches.placement import why_unavailable
+
+    reason = why_unavailable(backend)
+    if reason is not None:
+        cupy = "run scripts/setup.sh (its extra gpu has cupy), or " if "cupy" in reason else ""
+        raise ConfigError(
+            BACKEND,
+            backend,
+            f"cannot be used here: {reason}.",
+            f"{cupy}set {BACKEND}=gloo (slower: over TCP and the CPU).",
+        )
+
+
+def _check_sizes(config: DictConfig) -> None:
+    for pool, does in (("actor_rollout_ref.rollout", "serve"), ("trainer", "train")):
+        section: Any = config.trainer if pool == "trainer" else config.actor_rollout_ref.rollout
+        for name in ("nnodes", "n_gpus_per_node"):
+            if section[name] < 1 and (pool == "trainer" or is_disaggregated(config)):
+                raise ConfigError(
+                    f"{pool}.{name}",
+                    section[name],
+                    f"{pool}.nnodes x n_gpus_per_node GPUs {does}: at least 1 x 1.",
+                    f"set {pool}.{name}=1 or more.",
+                )
+
+
+def has_adapter(model: DictConfig) -> bool:
+    """Whether the block `model:` trains an adapter (LoRA), without which the actor is the reference."""
+    lora = model.get("lora") or {}
+    return model.get("lora_rank", 0) > 0 or lora.get("rank", 0) > 0 or model.get("lora_adapter_path") is not None
+
+
+def _check_separate(config: DictConfig) -> None:
+    rollout, model = config.actor_rollout_ref.rollout, config.actor_rollout_ref.model
+    if rollout.get("disaggregation", {}).get("enabled", False):
+        raise ConfigError(
+            "actor_rollout_ref.rollout.disaggregation.enabled",
+            True,
+            f"pairs of prefill and decoding servers are not supported {SEPARATE}.",
+            "set actor_rollout_ref.rollout.disaggregation.enabled=False.",
+        )
+    lora = model.get("lora") or {}
+    if has_adapter(model) and not lora.get("merge", False):
+        raise ConfigError(
+            "actor_rollout_ref.model.lora.merge",
+            lora.get("merge", False),
+            f"{SEPARATE} verl 0.9.1 sends the base weights alone: servers would never get what the adapter learns.",
+            "set actor_rollout_ref.model.lora.merge=True, or darts.placement=colocated.",
+        )
+
+
+def _check_servers(config: DictConfig) -> None:
+    rollout = config.actor_rollout_ref.rollout
+    if rollout.get("disaggregation", {}).get("enabled", False):
+        return  # servers of several sizes
+    tensor, data, pipeline = (rollout[f"{name}_parallel_size"] for name in ("tensor_model", "data", "pipeline_model"))
+    server, have = server_size(rollout), pools(config)
+    if not have.separate and rollout.n_gpus_per_node != config.trainer.n_gpus_per_node:
+        raise ConfigError(
+            "actor_rollout_ref.rollout.n_gpus_per_node",
+            rollout.n_gpus_per_node,
+            "with darts.placement=colocated the servers are on the training GPUs, of which each node has "
+            f"trainer.n_gpus_per_node={config.trainer.n_gpus_per_node}.",
+            "leave it out, or set darts.placement=disaggregated.",
+        )
+    if have.separate:
+        nodes, per_node = rollout.nnodes, rollout.n_gpus_per_node
+        fits = per_node % server == 0 or (server % per_node == 0 and nodes % (server // per_node) == 0)
+        where = f"the {nodes} x {per_node} GPUs that serve (actor_rollout_ref.rollout.nnodes x n_gpus_per_node)"
+    else:
+        fits = have.train % server == 0
+        where = f"the {have.train} GPUs (trainer.nnodes x n_gpus_per_node)"
+    if not fits:
+        raise ConfigError(
+            "actor_rollout_ref.rollout.tensor_model_parallel_size",
+            tensor,
+            f"a server takes {server} GPUs (tensor {tensor} x data {data} x pipeline {pipeline} parallel), and such "
+            f"servers do not fill {where}{' evenly, whole nodes or whole parts of one' if have.separate else ''}.",
+            "choose parallel sizes whose product divides the number of GPUs.",
+        )

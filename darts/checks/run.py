@@ -1,0 +1,416 @@
+"""Checks of a whole run's configuration, before Ray starts and before any model is loaded.
+
+Contract: `check_run` raises one `ConfigError` (key, value, rule, fix) for what cannot work, and warns about what can
+work but is outside the method's theory. It reads the configuration and versions, nothing else.
+"""
+
+import os
+import warnings
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from darts.checks.batches import check_batches, check_token_limits
+from darts.checks.model import model_config, model_id
+from darts.checks.paths import check_paths
+from darts.checks.placement import check_placement
+from darts.config import ConfigError, DartsConfig, refuse_unknown_keys
+from darts.evidence.profile import LatencyProfile
+from darts.messages import RankAbility
+from darts.strategy import BYPASS_MODE, Plain, strategy_class
+from verl_patches.device import is_cpu_only
+
+VERL_VERSION = "0.9.1"
+ALLOW_OTHER_VERL = "DARTS_ALLOW_OTHER_VERL"
+WITHOUT_GROUP_BASELINE = ("gae", "reinforce_plus_plus")
+WEIGHTED = ("grpo", "grpo_vectorized", "rloo", "rloo_vectorized")
+"""Estimators whose advantages `darts.selection.keep_probability` can weight."""
+GIB = 1 << 30
+FLASH_ATTENTION = "flash_attention_2"
+"""What verl's actor attends with unless `model.override_config` says otherwise."""
+MANAGER = "darts.rollout.manager.DartsAgentLoopManager"
+
+
+def darts_config(config: DictConfig) -> DartsConfig:
+    """The typed `darts:` block of a run.
+
+    Raises:
+        ConfigError: as `DartsConfig.from_block`, or the block is missing.
+    """
+    if not isinstance(config.get("darts"), DictConfig):
+        raise ConfigError(
+            "darts", config.get("darts"), "the block `darts:` is missing.", "start from configs/darts_trainer.yaml."
+        )
+    block: Any = OmegaConf.to_container(config.darts, resolve=True)
+    overlap = block.get("overlap") or {}
+    if isinstance(overlap, dict) and overlap.get("mode") in (None, "auto") and without_overlap(config):
+        block["overlap"] = overlap | {"mode": "off"}
+    return DartsConfig.from_block(block, group_size=config.actor_rollout_ref.rollout.n)
+
+
+def check_run(config: DictConfig) -> DartsConfig:
+    """Checks everything that DARTS needs of verl's configuration and version. Returns the typed block.
+
+    Raises:
+        ConfigError: see the module's contract.
+    """
+    _check_verl_version()
+    darts = darts_config(config)
+    if config.trainer.get("use_v1", True):
+        raise ConfigError(
+            "trainer.use_v1",
+            True,
+            "RayDartsTrainer is a RayPPOTrainer; verl's V1 trainers do not run it.",
+            "set trainer.use_v1=False, or start verl.trainer.main_ppo for plain verl's V1 trainer.",
+        )
+    if not config.actor_rollout_ref.hybrid_engine:
+        raise ConfigError(
+            "actor_rollout_ref.hybrid_engine",
+            False,
+            "RayPPOTrainer wants it true; which GPUs serve is what darts.placement says.",
+            "set actor_rollout_ref.hybrid_engine=True, and darts.placement=disaggregated for servers of their own.",
+        )
+    check_paths(config)
+    _check_attention(config)
+    _warn_of_legacy_rewards(config)
+    check_placement(config)
+    check_batches(config)
+    if not darts.enable or issubclass(strategy_class(darts.strategy), Plain):
+        _check_plain_rows(config)
+    if not darts.enable:
+        return darts
+    check_token_limits(config)
+    rollout, estimator = config.actor_rollout_ref.rollout, str(config.algorithm.adv_estimator).lower()
+    if rollout.name != "vllm":
+        raise ConfigError(
+            "actor_rollout_ref.rollout.name",
+            rollout.name,
+            "DARTS drives verl's vLLM servers; other backends are not supported.",
+            "set actor_rollout_ref.rollout.name=vllm.",
+        )
+    if rollout.get("disaggregation", {}).get("enabled", False):
+        raise ConfigError(
+            "actor_rollout_ref.rollout.disaggregation.enabled",
+            True,
+            "verl runs prefill and decoding on servers of another class, which cannot stream or stop a request.",
+            "set actor_rollout_ref.rollout.disaggregation.enabled=False.",
+        )
+    if darts.routing == "group" and rollout.get("router_config_path"):
+        raise ConfigError(
+            "darts.routing",
+            "group",
+            "needs verl's own balancer, but actor_rollout_ref.rollout.router_config_path="
+            f"{rollout.router_config_path!r} replaces it.",
+            "set darts.routing=balanced, or actor_rollout_ref.rollout.router_config_path=null.",
+        )
+    if estimator == "remax":
+        raise ConfigError(
+            "algorithm.adv_estimator",
+            estimator,
+            "REMAX adds a greedy response to each prompt's group, which selection by length would drop.",
+            "set algorithm.adv_estimator=grpo (or rloo, reinforce_plus_plus_baseline).",
+        )
+    if estimator in WITHOUT_GROUP_BASELINE:
+        warnings.warn(
+            f"algorithm.adv_estimator={estimator}: DARTS shapes lengths through the group's mean "
+            "reward (a group baseline, as in GRPO); without one the kept responses are a length-biased sample without "
+            "that effect.",
+            stacklevel=2,
+        )
+    if darts.selection.keep_probability > 0 and estimator not in WEIGHTED:
+        raise ConfigError(
+            "darts.selection.keep_probability",
+            darts.selection.keep_probability,
+            f"weights one advantage per response, of a group's mean reward: algorithm.adv_estimator={estimator} has no "
+            f"such advantages; {', '.join(WEIGHTED)} do.",
+            "set darts.selection.keep_probability=0, or algorithm.adv_estimator=grpo.",
+        )
+    if darts.selection.keep_probability > 0 and OmegaConf.select(config, "algorithm.rollout_correction.rollout_rs"):
+        raise ConfigError(
+            "darts.selection.keep_probability",
+            darts.selection.keep_probability,
+            "the kept stand for those that are not: algorithm.rollout_correction.rollout_rs rejects some of them.",
+            "set darts.selection.keep_probability=0, or algorithm.rollout_correction.rollout_rs=null.",
+        )
+    if darts.early_stop == "exact" and darts.streaming.chunk_tokens >= rollout.response_length:
+        warnings.warn(
+            f"darts.early_stop=exact with darts.streaming.chunk_tokens={darts.streaming.chunk_tokens} and responses of "
+            f"at most {rollout.response_length} tokens: no response reports its growth, so nothing is aborted before "
+            "its end. Set darts.streaming.chunk_tokens to about a tenth of the mean length.",
+            stacklevel=2,
+        )
+    manager = rollout.agent.get("agent_loop_manager_class")
+    if not manager:
+        raise ConfigError(
+            "actor_rollout_ref.rollout.agent.agent_loop_manager_class",
+            manager,
+            f"candidates are generated by {MANAGER} or a subclass of it (RayDartsTrainer checks the class).",
+            "start from configs/darts_trainer.yaml, or set the key to that class.",
+        )
+    reward_model = config.reward.reward_model
+    if darts.reward.pool and reward_model.enable and not reward_model.enable_resource_pool:
+        raise ConfigError(
+            "darts.reward.pool",
+            True,
+            "a colocated reward model scores after generation, when only the kept are left.",
+            "set darts.reward.pool=false, or give the reward model a pool of its own.",
+        )
+    _check_strategy(config, darts)
+    _check_overlap(config, darts)
+    latency_profile(config, darts)
+    return darts
+
+
+def latency_profile(config: DictConfig, darts: DartsConfig) -> LatencyProfile | None:
+    """The profile that `darts.latency.profile` names; None for `auto` and `off`.
+
+    Raises:
+        ConfigError: a file that cannot be read, or is of another model or tensor-parallel size.
+    """
+    path = darts.latency.profile
+    if path in ("auto", "off"):
+        return None
+    profile = LatencyProfile.load(path)
+    tensor_parallel = config.actor_rollout_ref.rollout.tensor_model_parallel_size
+    profile.require(path, model_id(config.actor_rollout_ref.model.path), tensor_parallel)
+    return profile
+
+
+def check_memory(
+    darts: DartsConfig,
+    abilities: list[RankAbility],
+    *,
+    logit_bytes: int,
+    server_share: float,
+) -> None:
+    """Checks that actor and server fit on one device while both work, which plain verl never has them do.
+
+    Args:
+        darts: the settings; nothing is checked unless log-probs are overlapped on the servers' devices.
+        abilities: of the ranks, with the servers asleep.
+        logit_bytes: of the largest forward.
+        server_share: of the device that an awake server takes, `rollout.gpu_memory_utilization`; 0 where it never
+            sleeps, and so holds its memory already.
+
+    Raises:
+        ConfigError: they do not fit.
+    """
+    if darts.placement != "colocated" or darts.overlap.mode == "off":
+        return
+    for ability in abilities:
+        cache = darts.overlap.kv_cache_gib if darts.overlap.mode == "token" and ability.refusal is None else 0.0
+        parts = {
+            "in use with the servers asleep": (ability.device_bytes - ability.free_bytes) / GIB,
+            "the servers (rollout.gpu_memory_utilization)": server_share * ability.device_bytes / GIB,
+            "gathered parameters": ability.gathered_bytes / GIB,
+            "the optimizer's state, once there is one": ability.optimizer_bytes / GIB,
+            "prefixes (darts.overlap.kv_cache_gib)": cache,
+            "logits of one forward": logit_bytes / GIB,
+        }
+        if sum(parts.values()) > ability.device_bytes / GIB:
+            listed = " + ".join(f"{name} {size:.1f}" for name, size in parts.items())
+            raise ConfigError(
+                "darts.overlap.mode",
+                darts.overlap.mode,
+                f"actor and servers work at the same time, and need {sum(parts.values()):.1f} GiB of the device's "
+                f"{ability.device_bytes / GIB:.1f}: {listed}.",
+                "lower actor_rollout_ref.rollout.gpu_memory_utilization or darts.overlap.kv_cache_gib, or set "
+                "darts.overlap.mode=off, or darts.placement=disaggregated.",
+            )
+
+
+def refuse_unknown_overrides(arguments: list[str]) -> None:
+    """Refuses command-line overrides of unknown `darts.*` keys, for which Hydra would advise to append them with `+`.
+
+    Raises:
+        ConfigError: an unknown key.
+    """
+    for argument in arguments:
+        key, equals, value = argument.lstrip("+").partition("=")
+        if equals and key.startswith("darts."):
+            block: Any = value
+            for name in reversed(key.split(".")[1:]):
+                block = {name: block}
+            refuse_unknown_keys(block)
+
+
+def _check_strategy(config: DictConfig, darts: DartsConfig) -> None:
+    """What strategies need of verl's configuration."""
+    strategy, rollout = strategy_class(darts.strategy), config.actor_rollout_ref.rollout
+    bypass = strategy.overrides.get(BYPASS_MODE) or OmegaConf.select(config, BYPASS_MODE)
+    if bypass and not rollout.calculate_log_probs:
+        raise ConfigError(
+            "actor_rollout_ref.rollout.calculate_log_probs",
+            False,
+            f"{BYPASS_MODE} (set by itself, or by darts.strategy=bypass) trains with the servers' log-probs.",
+            "set actor_rollout_ref.rollout.calculate_log_probs=True.",
+        )
+    for key in strategy.overrides:
+        section = key.rpartition(".")[0]
+        if not isinstance(OmegaConf.select(config, section), DictConfig):
+            raise ConfigError(
+                section, None, f"darts.strategy={darts.strategy} sets {key}.", f"leave {section} as verl has it."
+            )
+    if not strategy.chooses_prompts:
+        return
+    if OmegaConf.select(config, "skip.rollout.enable", default=False):
+        raise ConfigError(
+            "skip.rollout.enable",
+            True,
+            f"darts.strategy={darts.strategy} decides during a rollout which prompts are trained on, so none can be "
+            "replayed.",
+            "set skip.rollout.enable=False, or darts.strategy=darts.",
+        )
+    batch_size = config.data.get("gen_batch_size")
+    if batch_size not in (None, config.data.train_batch_size):
+        raise ConfigError(
+            "data.gen_batch_size",
+            batch_size,
+            f"darts.strategy={darts.strategy} decides how many prompts a rollout launches.",
+            "set data.gen_batch_size=null.",
+        )
+
+
+def _check_overlap(config: DictConfig, darts: DartsConfig) -> None:
+    """What overlapped log-probs need of verl's configuration."""
+    if darts.overlap.mode == "off":
+        return
+    reason = without_overlap(config)
+    if reason is not None:
+        raise ConfigError("darts.overlap.mode", darts.overlap.mode, *reason)
+
+
+def without_overlap(config: DictConfig) -> tuple[str, str] | None:
+    """Why verl's settings exclude overlapped log-probs, and what to change; None where they do not."""
+    strategy = OmegaConf.select(config, "darts.strategy")
+    if isinstance(strategy, str) and issubclass(strategy_class(strategy), Plain):
+        return (
+            f"darts.strategy={strategy} generates as plain verl does, whose servers do not stream.",
+            "set darts.overlap.mode=off; darts.allocation.mode=off overlaps without redundancy.",
+        )
+    corrected = config.algorithm.get("rollout_correction")
+    if corrected and corrected.get("bypass_mode", False):
+        return (
+            "with algorithm.rollout_correction.bypass_mode=True the servers' own log-probs are the old log-probs, so "
+            "there is nothing to compute while generation runs.",
+            "set darts.overlap.mode=off, or algorithm.rollout_correction.bypass_mode=False.",
+        )
+    reward_model = config.reward.reward_model
+    if reward_model.enable and not reward_model.enable_resource_pool:
+        return (
+            "a reward model on the training GPUs (reward.reward_model.enable_resource_pool=False) wakes up right after "
+            "generation, when the overlapped actor still holds its memory.",
+            "set darts.overlap.mode=off, or give the reward model a pool of its own.",
+        )
+    strategy = config.actor_rollout_ref.actor.strategy
+    if strategy not in ("fsdp", "fsdp2"):
+        return (
+            f"the overlapped actor is verl's FSDP engine; actor_rollout_ref.actor.strategy={strategy!r} is not.",
+            "set darts.overlap.mode=off, or actor_rollout_ref.actor.strategy=fsdp2.",
+        )
+    return None
+
+
+def check_model(config: DictConfig) -> None:
+    """Checks the model's own configuration, which a hub may have to be asked for: nothing else is loaded.
+
+    Raises:
+        ConfigError: it cannot be read; it is made for fewer positions than the servers are to serve; it is a vision
+            model whose rows verl would pack without flash-attn.
+    """
+    actor, rollout = config.actor_rollout_ref, config.actor_rollout_ref.rollout
+    made_for = model_config(actor.model.path)
+    text = made_for.get("text_config") or made_for
+    positions = actor.model.override_config.get("max_position_embeddings", text.get("max_position_embeddings"))
+    if positions and rollout.max_model_len and rollout.max_model_len > positions:
+        raise ConfigError(
+            "actor_rollout_ref.rollout.max_model_len",
+            rollout.max_model_len,
+            f"{actor.model.path} is made for {positions} positions (max_position_embeddings).",
+            "lower it, or set +actor_rollout_ref.model.override_config.max_position_embeddings and "
+            "+actor_rollout_ref.rollout.engine_kwargs.vllm.hf_overrides.max_position_embeddings to it.",
+        )
+    packs = actor.model.use_remove_padding and actor.actor.strategy in ("fsdp", "fsdp2")
+    if made_for.get("vision_config") and packs and find_spec("flash_attn") is None and not is_cpu_only():
+        raise ConfigError(
+            "actor_rollout_ref.model.use_remove_padding",
+            True,
+            "verl packs the rows of vision models with flash-attn whatever attn_implementation says; it is missing.",
+            "set it to False, with sdpa, or install flash-attn (docs/smoke.md).",
+        )
+
+
+def _check_attention(config: DictConfig) -> None:
+    """The actor's attention is installed, and right for how an FSDP actor's rows are packed and split."""
+    actor, model = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
+    if actor.strategy == "megatron" and not is_cpu_only():
+        missing = [package for package in ("megatron", "flash_attn") if find_spec(package) is None]
+        if missing:
+            raise ConfigError(
+                "actor_rollout_ref.actor.strategy",
+                "megatron",
+                f"needs {' and '.join(missing)}, not installed: verl would say so in every worker.",
+                "install what verl's Megatron engine needs (recipe/darts/README.md), or take model_engine=dp.",
+            )
+    if actor.strategy not in ("fsdp", "fsdp2"):
+        return
+    attention = model.override_config.get("attn_implementation", FLASH_ATTENTION)
+    key = "actor_rollout_ref.model.override_config.attn_implementation"
+    # transformers takes it from the package `kernels` too, which loads it from the hub.
+    installed = find_spec("flash_attn") is not None or find_spec("kernels") is not None
+    if attention == FLASH_ATTENTION and not installed and not is_cpu_only():
+        raise ConfigError(
+            key,
+            attention,
+            "verl's default needs the package flash-attn, which is not installed.",
+            f"install it (docs/smoke.md), or set +{key}=sdpa and Ulysses to 1: right, but slow when packed.",
+        )
+    ulysses = max(actor.get("ulysses_sequence_parallel_size", 1), actor.fsdp_config.ulysses_sequence_parallel_size)
+    if attention != FLASH_ATTENTION and ulysses > 1:
+        raise ConfigError(
+            key,
+            attention,
+            f"with Ulysses {ulysses} verl 0.9.1 exchanges heads within flash attention alone: each rank would attend "
+            "to its own slice, and log-probs would be wrong by nats.",
+            "set actor_rollout_ref.actor.ulysses_sequence_parallel_size=1, or use flash_attention_2.",
+        )
+
+
+def _check_plain_rows(config: DictConfig) -> None:
+    """verl itself deals rows and not groups to the agent-loop workers, in equal parts."""
+    rollout = config.actor_rollout_ref.rollout
+    rows, workers = config.data.train_batch_size * rollout.n, rollout.agent.num_workers
+    if rows % workers:
+        raise ConfigError(
+            "actor_rollout_ref.rollout.agent.num_workers",
+            workers,
+            f"must divide the {rows} responses of a step (data.train_batch_size={config.data.train_batch_size} times "
+            f"actor_rollout_ref.rollout.n={rollout.n}), where plain verl generates.",
+            "choose a divisor, or another data.train_batch_size.",
+        )
+
+
+def _warn_of_legacy_rewards(config: DictConfig) -> None:
+    """verl 0.9.1 still composes `reward_model.*`, and reads `reward.*` alone."""
+    legacy = OmegaConf.to_container(config.get("reward_model") or OmegaConf.create(), resolve=True)
+    given = [name for name, value in dict(legacy).items() if value is not None and not isinstance(value, dict)]
+    given += [name for name in ("reward_kwargs",) if legacy.get(name)]
+    if given:
+        warnings.warn(
+            f"reward_model.{given[0]} is read by nothing in verl {VERL_VERSION}: write reward.* "
+            "(reward.reward_manager.name, reward.reward_kwargs, reward.num_workers).",
+            stacklevel=2,
+        )
+
+
+def _check_verl_version() -> None:
+    installed = version("verl")
+    if installed != VERL_VERSION and os.environ.get(ALLOW_OTHER_VERL) != "1":
+        raise ConfigError(
+            "verl",
+            installed,
+            f"this plugin is written and tested against verl {VERL_VERSION}.",
+            f"install verl=={VERL_VERSION}, or set {ALLOW_OTHER_VERL}=1 to try (run scripts/test.sh first).",
+        )

@@ -1,0 +1,162 @@
+"""The command that measures the latency curve of an engine and writes it to a file.
+
+    python -m darts.engines profile --out curve.json                                       the quickstart's model
+    python -m darts.engines profile --out curve.json --config-name darts_trainer \\
+        actor_rollout_ref.model.path=/models/mine actor_rollout_ref.rollout.tensor_model_parallel_size=4
+
+Contract: composes the configuration as `recipe.darts.main_darts` does, and starts one engine as a training run with it
+would, with the model's own weights, on a Ray of its own. A setting that cannot work is one line on stderr and exit code
+2, before anything is started; an engine that cannot be measured is exit code 1. The file is replaced in one go, at the
+end.
+"""
+
+import argparse
+import asyncio
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from darts.checks.model import MODEL_KEY, model_config, vocabulary
+from darts.config import ConfigError
+from darts.engines.measure import MOST_PROMPT_TOKENS, TOKENS, ProfileError, Workload, profile_servers
+from darts.evidence.profile import KEY, LatencyProfile
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        _refuse(f"{message}; --help lists the options.")
+
+
+def _parse(given: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(
+        prog="python -m darts.engines",
+        description="Measures how long a decoding step of a rollout engine takes, by the number of running sequences, "
+        "and writes the file that darts.latency.profile=FILE reads. Starts one engine, as a training run with this "
+        "configuration would, on a Ray of its own.",
+    )
+    parser.add_argument("command", choices=["profile"], help="what to do")
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for recipe.darts.main_darts")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="the profile, JSON; replaced if it exists"
+    )
+    parser.add_argument("--model", metavar="PATH", help=f"short for {MODEL_KEY}=PATH")
+    parser.add_argument("--config-name", default="quickstart", help="e.g. darts_trainer (default: %(default)s)")
+    parser.add_argument("--config-dir", type=Path, metavar="DIR", help="where it lies (default: the project's configs)")
+    parser.add_argument("--largest", type=int, metavar="N", help="largest batch size (default: rollout.max_num_seqs)")
+    parser.add_argument(
+        "--tokens", type=int, metavar="N", help=f"steps to be timed (default: {TOKENS}, or what fits into the context)"
+    )
+    parser.add_argument(
+        "--prompt-tokens", type=int, metavar="N", help=f"default: the longest prompt, at most {MOST_PROMPT_TOKENS}"
+    )
+    parser.add_argument(
+        "--limit-s", type=float, default=180.0, metavar="S", help="for the measurement (default: %(default)s)"
+    )
+    parser.add_argument("--verbose", action="store_true", help="show what the engine logs")
+    options = parser.parse_intermixed_args(given)
+    if not options.limit_s > 0:
+        parser.error(f"--limit-s {options.limit_s:g}: must be positive")
+    folder = next(parent for parent in options.out.absolute().parents if parent.exists())
+    if options.out.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        parser.error(f"--out {options.out}: a file cannot be written there")
+    return options
+
+
+def _configure(options: argparse.Namespace) -> Any:
+    """The configuration of one standalone engine. Raises what `main` refuses."""
+    from darts.checks.run import refuse_unknown_overrides
+    from darts.engines.start import engine_config
+    from verl_patches.device import is_cpu_only
+
+    refuse_unknown_overrides(options.overrides)
+    overrides = [] if options.config_name != "quickstart" or is_cpu_only() else ["platform=gpu"]
+    overrides += options.overrides + ([f"{MODEL_KEY}={options.model}"] if options.model else [])
+    config = engine_config(
+        *overrides,
+        response_length=None,
+        max_model_len=None,
+        config_name=options.config_name,
+        config_dir=options.config_dir,
+    )
+    name = config.actor_rollout_ref.rollout.name
+    if name != "vllm":
+        raise ConfigError("actor_rollout_ref.rollout.name", name, "DARTS drives vLLM servers.", "set it to vllm.")
+    model = config.actor_rollout_ref.model.path
+    Workload.plan(
+        config.actor_rollout_ref.rollout,
+        vocabulary(model_config(model)),
+        options.largest,
+        options.tokens,
+        options.prompt_tokens,
+    )
+    return config
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code: 1 if it could not be measured, 2 for options that cannot work."""
+    options = _parse(given)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        config = _configure(options)
+    except (ValueError, HydraException, OmegaConfBaseException) as error:
+        _refuse(str(error))
+    from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
+
+    from darts.engines.start import gpus_per_engine, local_ray, start_servers
+    from verl_patches.vllm_stream_server import StreamingReplica
+
+    start = time.monotonic()
+    model, num_gpus = config.actor_rollout_ref.model.path, gpus_per_engine(config)
+    _say(f"starting one engine of {model}, which takes a minute or more ...")
+    environment = get_ppo_ray_runtime_env(config)["env_vars"]
+    with local_ray(num_gpus, environment, options.verbose), start_servers(config, StreamingReplica) as manager:
+        _say(f"it runs after {time.monotonic() - start:.0f} s; measuring for at most {options.limit_s:g} s")
+        try:
+            profile = asyncio.run(
+                profile_servers(
+                    manager.server_handles,
+                    model,
+                    limit_s=options.limit_s,
+                    largest=options.largest,
+                    tokens=options.tokens,
+                    prompt_tokens=options.prompt_tokens,
+                    seeded=config.get("darts", {}).get("seed") is not None,
+                    command=f"python -m darts.engines {' '.join(sys.argv[1:] if given is None else given)}",
+                    say=_say,
+                )
+            )
+        except ProfileError as error:
+            print(f"[darts] {error}", file=sys.stderr)
+            return 1
+    profile.save(options.out)
+    print(table(profile))
+    _say(f"written to {options.out} after {time.monotonic() - start:.0f} s; use it by {KEY}={options.out.absolute()}")
+    return 0
+
+
+def table(profile: LatencyProfile) -> str:
+    """A profile for people."""
+    lines = [
+        f"\n{profile.model} on {profile.device}, tensor parallel {profile.tensor_parallel}",
+        f"{'sequences':>9}  {'ms per step':>11}  {'tokens/s':>9}",
+    ]
+    for size, seconds in zip(profile.batch_sizes, profile.seconds, strict=True):
+        lines.append(f"{size:9d}  {seconds * 1e3:11.3f}  {size / seconds:9,.0f}")
+    return "\n".join(lines) + "\n"
+
+
+def _say(line: str) -> None:
+    print(f"[darts] {line}", flush=True)
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"[darts] {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

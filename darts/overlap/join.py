@@ -1,0 +1,215 @@
+"""Puts what was computed during generation into verl's batch, and has verl compute the rest.
+
+Contract. Rows are joined by (uid, candidate), whatever their order. A row takes an overlapped result only if it has as
+many values as the row's response has tokens, and prompt and response are, by checksum, what the actor was given; all
+other rows are computed by verl's own call, in one batch. Outputs are those of verl 0.9.1's
+`RayPPOTrainer._compute_old_log_prob` and `_compute_ref_log_prob`: float32 [rows, response length], zero after the end.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from verl.protocol import DataProto, pad_dataproto_to_divisor, unpad_dataproto
+
+from darts.config import DartsConfig
+from darts.messages import CANDIDATE, ActorCall, SequenceKey, checksum
+from darts.overlap.session import ActorLimits, OverlapOutcome, OverlapSession, overlap_metrics
+from darts.planning import Rollout
+
+
+def sequence_keys(batch: DataProto) -> list[SequenceKey]:
+    """The name of each row's sequence."""
+    columns = batch.non_tensor_batch
+    return [SequenceKey(uid, int(candidate)) for uid, candidate in zip(columns["uid"], columns[CANDIDATE], strict=True)]
+
+
+def response_lengths(batch: DataProto) -> torch.Tensor:
+    """Tokens of each row's response, those of tools included; int64 [rows]."""
+    return batch.batch["attention_mask"][:, batch.batch["prompts"].shape[1] :].sum(dim=1)
+
+
+def usable_rows(batch: DataProto, outcome: OverlapOutcome) -> list[bool]:
+    """Which rows have an overlapped result of exactly their tokens."""
+    tokens, mask = batch.batch["input_ids"].numpy(), batch.batch["attention_mask"].numpy().astype(bool)
+    usable = []
+    for row, (key, length) in enumerate(zip(sequence_keys(batch), response_lengths(batch).tolist(), strict=True)):
+        values = outcome.values.get(key)
+        usable.append(
+            values is not None
+            and all(len(value) == length for value in values.values())
+            and checksum(tokens[row][mask[row]]) == outcome.checksums[key]
+        )
+    return usable
+
+
+def join(
+    batch: DataProto,
+    outcome: OverlapOutcome,
+    usable: list[bool],
+    names: list[str],
+    compute: Callable[[DataProto], DataProto],
+    num_ranks: int,
+    max_tokens: int,
+) -> DataProto:
+    """The values `names` of all rows.
+
+    Args:
+        batch: as verl computes log-probs of it.
+        outcome: of the step; `usable` as `usable_rows` says.
+        names: of the values, as in `darts.messages.RankResults`.
+        compute: verl's computation of them, for the rows that are missing.
+        num_ranks: by which verl's computation divides its rows.
+        max_tokens: of a micro-batch.
+
+    Returns:
+        float32 [rows, response length] for each name.
+    """
+    rows, width = batch.batch["responses"].shape
+    joined = {name: torch.zeros(rows, width, dtype=torch.float32) for name in names}
+    for row, key in enumerate(sequence_keys(batch)):
+        if usable[row]:
+            for name in names:
+                values = torch.tensor(outcome.values[key][name])  # a copy: what Ray gives is read-only
+                joined[name][row, : len(values)] = values
+    missing = _uneven(batch, np.flatnonzero(~np.asarray(usable, dtype=bool)))
+    if len(missing):
+        part, added = pad_dataproto_to_divisor(batch.select_idxs(missing), num_ranks)
+        part.meta_info = part.meta_info | {
+            "global_token_num": part.batch["attention_mask"].sum(dim=-1).tolist(),
+            "use_dynamic_bsz": True,
+            "max_token_len_per_gpu": max_tokens,
+        }
+        computed = unpad_dataproto(compute(part), added)
+        for name in names:
+            joined[name][missing] = computed.batch[name].float()
+    return DataProto.from_single_dict(joined)
+
+
+def _uneven(batch: DataProto, rows: np.ndarray) -> np.ndarray:
+    """The rows and, where they have M-RoPE positions and are all equally long, one that is not: of such a batch verl
+    0.9.1 loses the positions (`left_right_2_no_padding` takes the layers for the ragged dimension, the engine the
+    tokens)."""
+    if len(rows) and batch.batch["position_ids"].dim() == 3:
+        lengths = batch.batch["attention_mask"].sum(dim=1).numpy()
+        others = np.flatnonzero(lengths != lengths[rows[0]])
+        if len(others) and not np.isin(rows, others).any():
+            return np.append(rows, others[0])
+    return rows
+
+
+def actor_limits(config: DictConfig, darts: DartsConfig, num_ranks: int, with_reference: bool) -> ActorLimits:
+    """What verl's configuration says about the actor's forwards."""
+    ours = config.actor_rollout_ref
+    rollout, longest = ours.rollout, ours.rollout.prompt_length + ours.rollout.response_length
+    asked = [rollout, ours.ref] if with_reference else [rollout]
+    fixed = [part.log_prob_micro_batch_size_per_gpu for part in asked if not part.log_prob_use_dynamic_bsz]
+    fixed = [size for size in fixed if size is not None]
+    dynamic = [part.log_prob_max_token_len_per_gpu for part in asked if part.log_prob_use_dynamic_bsz]
+    return ActorLimits(
+        num_ranks=num_ranks,
+        max_tokens=min([*dynamic, *(size * longest for size in fixed)], default=longest),
+        max_rows=min(fixed, default=None if dynamic else 1),
+        padded=not ours.model.use_remove_padding,
+        sequence_parallel=max(
+            ours.actor.ulysses_sequence_parallel_size, ours.actor.fsdp_config.get("ulysses_sequence_parallel_size", 1)
+        ),
+        longest=longest,
+        temperature=rollout.temperature,
+        with_reference=with_reference,
+        sum_pi_squared=ours.actor.get("calculate_sum_pi_squared", False),
+        timeout_s=darts.timeout_s,
+    )
+
+
+@dataclass(slots=True, eq=False)
+class _Joined:
+    """What is known of the step whose results were fetched."""
+
+    outcome: OverlapOutcome
+    keys: list[SequenceKey]
+    lengths: list[int]
+    usable: list[bool]
+    exposed_s: float = 0.0
+
+
+class OverlappedLogProbs:
+    """The trainer's view: verl's two calls, answered from what was computed during generation.
+
+    Args:
+        session: drives the actor.
+        limits: as the session's.
+    """
+
+    def __init__(self, session: OverlapSession, limits: ActorLimits) -> None:
+        self.session = session
+        self._limits = limits
+        self._joined: _Joined | None = None
+
+    def old(self, batch: DataProto, compute: Callable[[DataProto], tuple[DataProto, float]]) -> tuple[DataProto, float]:
+        """As `RayPPOTrainer._compute_old_log_prob`, which is `compute`."""
+        self._joined = None
+        if not self.session.begun:  # a replayed rollout
+            return compute(batch)
+        start = time.monotonic()
+        keys = sequence_keys(batch)
+        outcome = self.session.finish(keys)
+        usable = usable_rows(batch, outcome)
+        self._joined = _Joined(outcome, keys, response_lengths(batch).tolist(), usable)
+        mfu = [outcome.mfu] if any(usable) else []
+
+        def missing(part: DataProto) -> DataProto:
+            output, part_mfu = compute(part)
+            mfu.append(part_mfu)
+            return output
+
+        names = ["old_log_probs", "entropys"] + ["sum_pi_squared"] * self._limits.sum_pi_squared
+        output = self._join(batch, names, missing)
+        if not self._limits.with_reference:
+            outcome.release()
+        self._joined.exposed_s = time.monotonic() - start
+        return output, mfu[0]
+
+    def reference(self, batch: DataProto, compute: Callable[[DataProto], DataProto]) -> DataProto:
+        """As `RayPPOTrainer._compute_ref_log_prob`, which is `compute`."""
+        if self._joined is None or self._joined.keys != sequence_keys(batch):
+            return compute(batch)
+        start = time.monotonic()
+        output = self._join(batch, ["ref_log_prob"], compute)
+        self._joined.outcome.release()
+        self._joined.exposed_s += time.monotonic() - start
+        return output
+
+    def metrics(self, rollout: Rollout) -> dict[str, float]:
+        """Of the step that was fetched last; empty if it had no overlapped results. Keys as in `METRICS`."""
+        joined = self._joined
+        if joined is None:
+            return {}
+        pool = rollout.pool
+        ended_at = {
+            SequenceKey(rollout.uids[prompt], candidate): at
+            for prompt, candidate, at in zip(
+                pool.prompt.tolist(), pool.candidate.tolist(), pool.ended_at.tolist(), strict=True
+            )
+        }
+        lengths = dict(zip(joined.keys, joined.lengths, strict=True))
+        metrics = overlap_metrics(joined.outcome, lengths, ended_at, rollout.ended)
+        hidden = metrics["darts/overlap/hidden_s"]
+        metrics["darts/overlap/exposed_s"] = joined.exposed_s
+        metrics["darts/overlap/hidden_share"] = hidden / max(hidden + joined.exposed_s, 1e-9)
+        metrics["darts/overlap/late_rows"] = float(joined.usable.count(False))
+        return metrics
+
+    @property
+    def calls(self) -> list[ActorCall]:
+        """The actor's calls of that step."""
+        return [] if self._joined is None else self._joined.outcome.calls
+
+    def _join(self, batch: DataProto, names: list[str], compute: Callable[[DataProto], DataProto]) -> DataProto:
+        joined, limits = self._joined, self._limits
+        # A fixed number of rows would have to divide them; one of the longest always fits.
+        max_tokens = limits.max_tokens if limits.max_rows is None else limits.longest
+        return join(batch, joined.outcome, joined.usable, names, compute, limits.num_ranks, max_tokens)

@@ -1,0 +1,122 @@
+"""What an agent-loop worker tells the overlapped actor about its candidates' tokens.
+
+Contract. One `GrowthOutbox` per rollout and worker, filled by the worker's groups, emptied by the rollout manager,
+which has one call per worker open at a time: calls do not grow with candidates or tokens.
+
+1. Of a growing candidate, `grow` tells the tokens of each chunk (mode `token`, agent loops with one request). `finish`
+   tells prompt and response as the agent loop returned them: what was not told before, or everything again where what
+   was told is not how they begin.
+2. Once a group has decided, `keep` names the candidates that stay; one that is not kept is dropped once, and nothing is
+   told of it afterwards.
+3. Where the model takes more than tokens (a processor), complete sequences alone are told, each at once and with its
+   extras.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from darts.messages import Extras, Growth, Progress, Row, SequenceKey, checksum
+
+
+@dataclass(slots=True)
+class _Told:
+    """What was told of a candidate."""
+
+    tokens: int = 0
+    checksum: int = 0
+    over: bool = False  # complete or dropped
+
+
+@dataclass(slots=True, eq=False)
+class GrowthOutbox:
+    """Reports of one rollout that the manager has not fetched."""
+
+    growing: bool  # tell of growing candidates too
+    _told: dict[SequenceKey, _Told] = field(default_factory=dict)
+    _growths: list[Growth] = field(default_factory=list)
+    _kept: list[SequenceKey] = field(default_factory=list)
+    _dropped: list[SequenceKey] = field(default_factory=list)
+    _ended: bool = False
+    _filled: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def grow(
+        self, key: SequenceKey, prompt_ids: Sequence[int], offset: int, token_ids: Sequence[int], chance: float
+    ) -> None:
+        """A running response has new tokens, `offset` of it before them; a gap waits for `finish`."""
+        told = self._told.setdefault(key, _Told())
+        if not self.growing or told.over or told.tokens != (len(prompt_ids) + offset if offset else 0):
+            return
+        self._tell(
+            key, told, len(prompt_ids), _array(token_ids if offset else [*prompt_ids, *token_ids]), False, chance
+        )
+
+    def finish(
+        self,
+        key: SequenceKey,
+        prompt_ids: Sequence[int],
+        response_ids: Sequence[int],
+        chance: float,
+        extras: Callable[[], Extras] | None = None,
+    ) -> None:
+        """A response is complete. `extras` makes what the model takes besides tokens, and runs only if it is told."""
+        told = self._told.setdefault(key, _Told())
+        if told.over:
+            return
+        tokens = _array([*prompt_ids, *response_ids])
+        if extras is not None or told.tokens > len(tokens) or checksum(tokens[: told.tokens]) != told.checksum:
+            told.tokens = told.checksum = 0
+        made = None if extras is None else extras()
+        self._tell(key, told, len(prompt_ids), tokens[told.tokens :], True, chance, made)
+
+    def keep(self, keys: Iterable[SequenceKey]) -> None:
+        """The candidates that a group keeps."""
+        self._kept.extend(keys)
+        self._filled.set()
+
+    def drop(self, key: SequenceKey) -> None:
+        """A candidate is not kept."""
+        told = self._told.pop(key, None)
+        self._told[key] = _Told(over=True)
+        if told is not None and told.tokens:
+            self._dropped.append(key)
+            self._filled.set()
+
+    def end(self) -> None:
+        """The rollout has ended."""
+        self._ended = True
+        self._filled.set()
+
+    async def take(self, wait_s: float) -> Progress:
+        """The reports since the last call, at once if there are any; none after `wait_s` seconds."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._filled.wait(), wait_s)
+        self._filled.clear()
+        progress = Progress(self._growths, self._kept, self._dropped, self._ended)
+        self._growths, self._kept, self._dropped = [], [], []
+        return progress
+
+    def _tell(
+        self,
+        key: SequenceKey,
+        told: _Told,
+        prompt_tokens: int,
+        new: np.ndarray,
+        last: bool,
+        chance: float,
+        extras: Extras | None = None,
+    ) -> None:
+        row = Row(key=key, prompt_tokens=prompt_tokens, start=told.tokens, token_ids=new, last=last, extras=extras)
+        self._growths.append(Growth(row, chance))
+        told.checksum = checksum(new, told.checksum)
+        told.tokens += len(new)
+        told.over = last
+        self._filled.set()
+
+
+def _array(token_ids: Sequence[Any]) -> np.ndarray:
+    return np.asarray(token_ids, dtype=np.int32)

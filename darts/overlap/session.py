@@ -1,0 +1,359 @@
+"""The overlapped actor's side of a rollout: reports from the workers in, calls to the actor's ranks out, results.
+
+Contract. One `OverlapSession` per run, in the process of trainer and rollout manager (`darts.schedule` says why). A
+step is `run` while the rollout runs, in its event loop, and then `finish`, which blocks: what is left for it is
+exposed.
+
+1. One call is in flight at a time: ranks forward together, and Ray does not promise an order to calls of an actor that
+   has async methods. Generation never waits: `run` only awaits, and returns when the workers have nothing to report any
+   more; a call that is in flight then goes on, and `finish` takes its answer.
+2. A rank that raises or dies ends `run` or `finish` with the cause; every wait has a limit (`darts.timeout_s`).
+3. Nothing of a step outlives it: ranks forget when a step opens and when it is finished; every call names its step.
+4. `finish` gives results only for sequences whose tokens are those of the batch, by checksum. The rest is missing, and
+   verl computes it.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import ray
+
+from darts.config_sections import OverlapConfig
+from darts.messages import (
+    ActorCall,
+    Progress,
+    RankAbility,
+    RankCall,
+    RankReport,
+    RankResults,
+    SequenceKey,
+    StepSettings,
+)
+from darts.schedule import OverlapSchedule
+
+POLL_S = 5.0
+PAUSE_S = 0.05
+"""Between two polls of a worker: at 64 GPUs it has thousands of reports in a second, and one call brings them all."""
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActorLimits:
+    """What the run's configuration says about forwards of the actor."""
+
+    num_ranks: int  # data-parallel
+    max_tokens: int  # of a forward on one GPU
+    max_rows: int | None  # of a forward; None: as many as `max_tokens` allows
+    padded: bool  # verl's forward pads its rows to the longest
+    sequence_parallel: int  # GPUs of a rank
+    longest: int  # tokens of prompt and response, at most
+    temperature: float
+    with_reference: bool
+    sum_pi_squared: bool
+    timeout_s: float
+
+
+@dataclass(slots=True, eq=False)
+class OverlapOutcome:
+    """What the actor computed in a step.
+
+    `values[key]` as `darts.messages.RankResults.values`, for the kept sequences that it has; `checksums[key]` of
+    their tokens.
+    """
+
+    values: dict[SequenceKey, dict[str, np.ndarray]]
+    checksums: dict[SequenceKey, int]
+    mfu: float
+    calls: list[ActorCall]
+    computed: dict[SequenceKey, list[tuple[float, int]]]  # of each sequence: when a part was there, tokens of it
+    restarted_tokens: int
+    peak_cache_bytes: int
+
+    def release(self) -> None:
+        """Gives the values back: in long runs they are hundreds of megabytes of Ray's object store."""
+        self.values = {key: {} for key in self.values}
+
+
+@dataclass(slots=True, eq=False)
+class _Step:
+    """A step that has begun and is not finished."""
+
+    number: int
+    schedule: OverlapSchedule | None = None  # None until the ranks have opened the step
+    early: list[Progress] = field(default_factory=list)  # reported before that
+    waiting: list[Any] = field(default_factory=list)  # answers of the ranks, object references
+    sent: list[RankCall] = field(default_factory=list)  # what they answer; empty: they open the step
+    calls: list[ActorCall] = field(default_factory=list)
+    computed: dict[SequenceKey, list[tuple[float, int]]] = field(default_factory=dict)
+    peak_cache_bytes: int = 0
+
+
+class OverlapSession:
+    """Drives the overlapped actor, once `prepare` has asked it what it can do.
+
+    Args:
+        actor: worker group of `verl_patches.dp_actor.OverlappedActorWorker`.
+        overlap: the settings; the mode is `sequence` or `token`.
+        limits: of the actor's forwards.
+
+    Attributes:
+        mode: in which log-probs are computed; `sequence` also where `token` was asked for and cannot be.
+        cache_tokens: of prefixes that each rank may hold and work on; 0 in mode `sequence`.
+    """
+
+    def __init__(self, actor: Any, overlap: OverlapConfig, limits: ActorLimits) -> None:
+        self._actor = actor
+        self._overlap = overlap
+        self._limits = limits
+        self.mode = overlap.mode
+        self.cache_tokens = 0
+        self._step: _Step | None = None
+        self._more = asyncio.Event()  # something was reported
+
+    @property
+    def begun(self) -> bool:
+        """Whether a step has run and is not finished."""
+        return self._step is not None
+
+    def prepare(self, say: Callable[[str], None] = print) -> list[RankAbility]:
+        """Finds out what the ranks can do, in a step of its own, number 0, and says once if that excludes `token`.
+
+        Raises:
+            RuntimeError: a rank failed.
+            TimeoutError: a rank did not answer.
+        """
+        abilities: list[RankAbility] = self._get(self._actor.overlap_open(self._settings(0)))
+        self._get(self._actor.overlap_clear(0))
+        if self.mode == "token":
+            refusal = next((ability.refusal for ability in abilities if ability.refusal), None)
+            if refusal is None:
+                refusal = self._choose_cache(max(ability.bytes_per_token for ability in abilities))
+            if refusal is not None:
+                self.mode = "sequence"
+                say(f"[darts] overlap: complete responses alone (mode sequence), since {refusal}")
+        return abilities
+
+    async def run(self, workers: Iterable[Any], rollout: int, step: int) -> None:
+        """Computes while `workers` run rollout number `rollout`.
+
+        Raises:
+            RuntimeError: a rank failed.
+            TimeoutError: a rank did not answer.
+        """
+        self._more = asyncio.Event()
+        self._step = _Step(step, waiting=self._actor.overlap_open(self._settings(step)))
+        driver = asyncio.ensure_future(self._drive(self._step))
+        polls = asyncio.gather(*[self._poll(self._step, worker, rollout) for worker in workers])
+        try:
+            await asyncio.wait({driver, polls}, return_when=asyncio.FIRST_COMPLETED)
+            for ended in (driver, polls):
+                if ended.done():
+                    ended.result()
+        finally:
+            driver.cancel()
+            polls.cancel()
+            await asyncio.gather(driver, polls, return_exceptions=True)
+
+    def finish(self, keys: list[SequenceKey]) -> OverlapOutcome:
+        """Computes what is left of the kept sequences `keys`, fetches their results, and clears the ranks.
+
+        Raises:
+            RuntimeError: a rank failed, or no step has begun.
+            TimeoutError: a rank did not answer.
+        """
+        if self._step is None:
+            raise RuntimeError("no step has begun: run() comes before finish().")
+        step, self._step = self._step, None
+        sending = True
+        while sending:
+            if step.waiting:
+                self._take(step, self._get(step.waiting))
+            step.schedule.keep_only(keys)
+            sending = self._send(step)
+        answers = self._get(self._actor.overlap_collect(step.number, step.schedule.complete(keys)))
+        results: list[RankResults] = answers[: self._limits.num_ranks]
+        self._get(self._actor.overlap_clear(step.number))
+        values = {key: value for result in results for key, value in result.values.items()}
+        return OverlapOutcome(
+            values=values,
+            checksums={key: step.schedule.checksum(key) for key in values},
+            mfu=float(np.mean([result.mfu for result in results])),
+            calls=step.calls,
+            computed=step.computed,
+            restarted_tokens=step.schedule.restarted_tokens,
+            peak_cache_bytes=step.peak_cache_bytes,
+        )
+
+    async def _poll(self, step: _Step, worker: Any, rollout: int) -> None:
+        """Takes what one worker reports until it has ended."""
+        try:
+            while True:
+                progress: Progress = await _answer(worker.take_growth.remote(rollout, POLL_S))
+                if step.schedule is None:
+                    step.early.append(progress)
+                else:
+                    _report(step.schedule, progress)
+                self._more.set()
+                if progress.ended:
+                    return
+                await asyncio.sleep(PAUSE_S)
+        except ray.exceptions.RayActorError:
+            return  # the rollout fails with the same cause
+
+    async def _drive(self, step: _Step) -> None:
+        """Calls the ranks, one call after the other."""
+        while True:
+            reports = await self._answers(step.waiting)
+            self._take(step, reports)
+            while not self._send(step):
+                self._more.clear()
+                await self._more.wait()
+
+    async def _answers(self, refs: list[Any]) -> list[Any]:
+        """What all ranks answer, or the first failure. If it is cancelled the ranks go on."""
+        tasks = [asyncio.ensure_future(_answer(ref)) for ref in refs]
+        for task in tasks:
+            task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # retrieved
+        try:
+            done, pending = await asyncio.wait(
+                tasks, timeout=self._limits.timeout_s, return_when=asyncio.FIRST_EXCEPTION
+            )
+            for task in done:
+                task.result()
+        except ray.exceptions.RayError as cause:
+            raise failed(cause) from cause
+        finally:
+            for task in tasks:
+                task.cancel()
+        if pending:
+            raise self._too_late()
+        return [task.result() for task in tasks]
+
+    def _send(self, step: _Step) -> bool:
+        """Sends the next call. Returns whether there was one."""
+        calls = step.schedule.next_call()
+        if calls is not None:
+            step.sent = calls
+            step.waiting = self._actor.overlap_extend(calls)
+        return calls is not None
+
+    def _take(self, step: _Step, answers: list[Any]) -> None:
+        """Takes the ranks' answers to what was sent."""
+        step.waiting = []
+        if not step.sent:
+            limits = self._limits
+            step.schedule = OverlapSchedule(
+                step.number,
+                limits.num_ranks,
+                limits.max_tokens * limits.sequence_parallel,
+                self.cache_tokens,
+                max_rows=limits.max_rows,
+                padded=limits.padded,
+            )
+            for progress in step.early:
+                _report(step.schedule, progress)
+            step.early = []
+            return
+        reports: list[RankReport] = answers[: self._limits.num_ranks]  # the others are parts of the same ranks
+        ended = max(report.ended for report in reports)
+        call = ActorCall(min(r.began for r in reports), ended, sum(r.tokens for r in reports))
+        if call.tokens:
+            step.calls.append(call)
+        step.peak_cache_bytes = max(step.peak_cache_bytes, *(report.peak_cache_bytes for report in reports))
+        for rank_call in step.sent:
+            for row in (*rank_call.whole, *rank_call.growing):
+                # Log-probs there are now: of all tokens but the prompt's; a row's own first token has one too.
+                new = row.start + len(row.token_ids) - max(row.start, row.prompt_tokens)
+                if row.start == 0:
+                    step.computed[row.key] = []
+                step.computed[row.key].append((ended, max(new, 0)))
+
+    def _settings(self, step: int) -> StepSettings:
+        limits = self._limits
+        return StepSettings(
+            step=step,
+            mode=self.mode,
+            temperature=limits.temperature,
+            with_reference=limits.with_reference,
+            sum_pi_squared=limits.sum_pi_squared,
+        )
+
+    def _choose_cache(self, bytes_per_token: int) -> str | None:
+        """Sets `cache_tokens`, or says why there is no room."""
+        tokens, two = int(self._overlap.kv_cache_gib * GIB / bytes_per_token), 2 * self._limits.longest
+        if tokens < two:
+            return (
+                f"darts.overlap.kv_cache_gib={self._overlap.kv_cache_gib:g} holds {tokens} tokens on a rank; two "
+                f"sequences of {self._limits.longest} need {two * bytes_per_token / GIB:.2f} GiB"
+            )
+        self.cache_tokens = tokens
+        return None
+
+    def _get(self, refs: list[Any]) -> list[Any]:
+        try:
+            return ray.get(refs, timeout=self._limits.timeout_s)
+        except ray.exceptions.GetTimeoutError:
+            raise self._too_late() from None
+        except ray.exceptions.RayError as cause:
+            raise failed(cause) from cause
+
+    def _too_late(self) -> TimeoutError:
+        return TimeoutError(
+            f"darts.timeout_s={self._limits.timeout_s:g}: the overlapped actor did not answer in this time. Look at "
+            "the log of the actor's ranks, or set darts.overlap.mode=off."
+        )
+
+
+def overlap_metrics(
+    outcome: OverlapOutcome, lengths: dict[SequenceKey, int], ended_at: dict[SequenceKey, float], generated: float
+) -> dict[str, float]:
+    """Metrics of the hidden part; keys as in `darts.metrics.METRICS`.
+
+    Args:
+        outcome: of the step.
+        lengths: response tokens of the kept sequences.
+        ended_at: `time.time()` at which each of them had been generated.
+        generated: the same for the rollout.
+    """
+    forwarded = sum(call.tokens for call in outcome.calls)
+    kept = sum(lengths.values())
+    early = Counter()
+    for key in lengths.keys() & outcome.values.keys():
+        for at, tokens in outcome.computed.get(key, []):
+            early["rollout"] += tokens * (at <= generated)
+            early["response"] += tokens * (at <= ended_at[key])
+    wasted = sum(tokens for key, parts in outcome.computed.items() if key not in lengths for _, tokens in parts)
+    return {
+        "darts/overlap/calls": float(len(outcome.calls)),
+        "darts/overlap/hidden_s": sum(max(min(call.ended, generated) - call.began, 0.0) for call in outcome.calls),
+        "darts/overlap/tokens_forwarded": float(forwarded),
+        "darts/overlap/tokens_twice": float(outcome.restarted_tokens),
+        "darts/overlap/tokens_wasted": float(wasted),
+        "darts/overlap/forwarded_per_kept": forwarded / max(kept, 1),
+        "darts/overlap/before_end_share": early["response"] / max(kept, 1),
+        "darts/overlap/in_rollout_share": early["rollout"] / max(kept, 1),
+        "darts/overlap/cache_peak_gib": outcome.peak_cache_bytes / GIB,
+    }
+
+
+def failed(cause: BaseException) -> RuntimeError:
+    """What is raised where a rank has failed."""
+    origin = cause.cause if isinstance(cause, ray.exceptions.RayTaskError) else cause
+    return RuntimeError(f"the overlapped actor failed: {type(origin).__name__}: {origin}")
+
+
+def _report(schedule: OverlapSchedule, progress: Progress) -> None:
+    for growth in progress.growths:
+        schedule.grow(growth)
+    for key in progress.kept:
+        schedule.keep(key)
+    for key in progress.dropped:
+        schedule.drop(key)
+
+
+async def _answer(ref: Any) -> Any:
+    return await ref

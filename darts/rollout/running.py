@@ -1,0 +1,284 @@
+"""A prompt's candidates while they run: what their requests report becomes events of the group, and its answers aborts.
+
+Contract. One `RunningGroup` per prompt, in the agent-loop worker that runs its candidates; everything happens in that
+worker's event loop. A `RunningCandidate` listens to the requests of its agent loop (one per turn).
+
+1. A candidate ends once: `finish` when its agent loop has returned, `stop` when it was aborted, `lose` when a server
+   ended a request that nobody aborted.
+2. An abort stops the open request; a candidate between two requests (tool, judge) is cancelled, which releases what it
+   holds. Either way its agent loop is left by a `CancelledError`, and its task returns without a result.
+3. Length is counted in generated tokens over all turns; tool answers do not count.
+4. With an outbox, the overlapped actor is told of what grows, ends and is dropped (`darts.overlap.outbox`).
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+
+import numpy as np
+from verl.workers.rollout.replica import TokenOutput
+
+from darts.config import DartsConfig
+from darts.group import CandidateGroup
+from darts.messages import Chunk, Extras, SequenceKey
+from darts.overlap.images import SharedInputs
+from darts.overlap.outbox import GrowthOutbox
+from darts.pool import CandidatePool
+from darts.rollout.client import DartsServerClient, OpenRequest
+
+
+class RunningCandidate:
+    """One candidate: its task, its requests, and what is known about them."""
+
+    def __init__(self, group: "RunningGroup", index: int) -> None:
+        self.group = group
+        self.index = index
+        self.chunk_tokens = group.darts.streaming.chunk_tokens
+        self.routing_key = group.routing_key
+        self.task: asyncio.Task | None = None
+        self.single_turn = False  # its agent loop makes one request
+        self.requests: dict[str, OpenRequest] = {}
+        self.over = False  # aborted or lost: the agent loop is left
+        self.ended = False
+        self.generated = 0  # tokens of the turns that have ended
+        self.finish_reason: str | None = None  # of the last turn
+        self.reward = np.nan
+        self.weights: set[int] = set()  # versions of the weights that generated
+        self.prompt_tokens = 0  # over all turns
+        self.cached_tokens = 0  # of them, those that the server had in its prefix cache
+        self.chunks = 0
+        self.chunk_seconds = 0.0
+        self.ended_at = np.nan  # `time.time()`
+        self.stop_seconds = np.nan  # from the decision to abort to the server's answer, or the loop's end
+        self.tokens_after = 0  # of them decoded after the decision, estimated
+        self._aborted_at: float | None = None  # `time.monotonic()`
+        self._tokens_then: dict[str, int] = {}  # of each open request, as far as chunks had told
+
+    def opened(self, request: OpenRequest) -> None:
+        """A turn begins."""
+        self.requests[request.request_id] = request
+        self.prompt_tokens += len(request.prompt_ids)
+
+    def grew(self, request: OpenRequest, chunk: Chunk, latency: float) -> None:
+        """A turn has more tokens."""
+        self.chunks += 1
+        self.chunk_seconds += latency
+        self.group.progress(self.index, self.generated + sum(open_.tokens for open_ in self.requests.values()))
+        if self.single_turn and not (self.over or self.ended):
+            self.group.tell_growth(self.index, request.prompt_ids, chunk)
+
+    def closed(self, request: OpenRequest, output: TokenOutput, finish_reason: str) -> bool:
+        """A turn has ended. Returns whether the agent loop goes on."""
+        del self.requests[request.request_id]
+        tokens = len(output.token_ids)
+        self.generated += tokens
+        self.finish_reason = finish_reason
+        if (version := output.extra_fields.get("global_steps")) is not None:
+            self.weights.add(int(version))
+        self.cached_tokens += output.extra_fields.get("num_cached_tokens") or 0
+        if self._aborted_at is not None:
+            self.stop_seconds = time.monotonic() - self._aborted_at
+            # The request's own decoding rate tells how much of it came after the decision.
+            rate = tokens / (time.monotonic() - request.opened_at)
+            known = self._tokens_then.get(request.request_id, 0)
+            self.tokens_after += min(round(rate * self.stop_seconds), tokens - known)
+        elif not self.over and (finish_reason == "abort" or tokens == 0):
+            self.lose(self.generated)
+        self._leave_other_branches()
+        return not self.over
+
+    def dropped(self, request: OpenRequest) -> None:
+        """A turn was given up by its agent loop; its tokens are not known."""
+        self.requests.pop(request.request_id, None)
+        self._leave_other_branches()
+
+    def abort(self) -> list[OpenRequest]:
+        """The candidate is not needed any more. Returns the requests to stop; without any, its task is cancelled."""
+        self.over = True
+        self._aborted_at = time.monotonic()
+        self._tokens_then = {request.request_id: request.tokens for request in self.requests.values()}
+        if not self.requests and self.task is not None:
+            self.task.cancel()
+        return list(self.requests.values())
+
+    def lose(self, length: int) -> None:
+        """The candidate has no usable response."""
+        self._end()
+        self.group.lose(self.index, length)
+        self.over = True
+        self.group.stop_requests(list(self.requests.values()))
+
+    def finish(self, length: int, truncated: bool) -> None:
+        """The agent loop has returned."""
+        self._end()
+        self.group.finish(self.index, length, truncated)
+
+    def left(self) -> None:
+        """The agent loop of an aborted candidate was left. If it had ended before the abort arrived, it finished."""
+        if self.ended:
+            return
+        if self._aborted_at is not None and np.isnan(self.stop_seconds):  # no request was open
+            self.stop_seconds = time.monotonic() - self._aborted_at
+        if self.single_turn and self.generated and self.finish_reason in ("stop", "length"):
+            self.finish(self.generated, self.finish_reason == "length")
+        else:
+            self._end()
+            self.group.stop(self.index, self.generated)
+
+    def _leave_other_branches(self) -> None:
+        """An agent loop with parallel branches is left in all of them, once no request of it is open."""
+        if self.over and not self.requests and self.task not in (None, asyncio.current_task()):
+            self.task.cancel()
+
+    def _end(self) -> None:
+        self.ended = True
+        self.ended_at = time.time()
+
+
+class RunningGroup:
+    """One prompt's group while its candidates run: the state machine, its aborts, and the wait for its decision."""
+
+    def __init__(
+        self,
+        uid: str,
+        prompt: int,
+        budget: int,
+        darts: DartsConfig,
+        client: DartsServerClient,
+        routing_key: str | None = None,
+        outbox: GrowthOutbox | None = None,
+        on_complete: Callable[[str], None] = lambda uid: None,
+        draw: float = 0.0,
+    ) -> None:
+        self.uid = uid
+        self._on_complete = on_complete  # told once
+        self._outbox = outbox  # None: nobody computes log-probs meanwhile
+        self.shared = SharedInputs()  # of the candidates, for the outbox
+        self.routing_key = routing_key
+        self.prompt = prompt
+        self.darts = darts
+        self.saturated = budget >= darts.allocation.high
+        self.state = CandidateGroup(
+            budget,
+            darts.group_size,
+            darts.num_long_for(budget),
+            darts.early_stop,
+            darts.selection.long_wait,
+            darts.selection.keep_probability,
+            draw,
+        )
+        self.candidates = [RunningCandidate(self, index) for index in range(budget)]
+        self.settled = asyncio.Event()  # ready for the deadline, or complete
+        self._client = client
+        self._decided = asyncio.Event()
+
+    def progress(self, index: int, length: int) -> None:
+        """As `CandidateGroup.progress`; who loses is aborted. So are the losers of the next four."""
+        self._act(self.state.progress(index, length))
+
+    def finish(self, index: int, length: int, truncated: bool) -> None:
+        """As `CandidateGroup.finish`."""
+        self._act(self.state.finish(index, length, truncated))
+
+    def stop(self, index: int, length: int) -> None:
+        """As `CandidateGroup.stop`."""
+        self._act(self.state.stop(index, length))
+
+    def lose(self, index: int, length: int) -> None:
+        """As `CandidateGroup.lose`."""
+        self._act(self.state.lose(index, length))
+        self._tell_dropped([index])
+
+    def deadline(self) -> None:
+        """As `CandidateGroup.deadline`."""
+        self._act(self.state.deadline())
+
+    def abandon(self) -> list[OpenRequest]:
+        """As `CandidateGroup.abandon`: the rollout ends without this group, unless it is complete.
+
+        Returns:
+            Its requests, for the caller to stop.
+        """
+        if self.state.complete:
+            return []
+        losers = self.state.abandon()
+        self._tell_dropped(range(len(self.candidates)))
+        self._decided.set()
+        self.settled.set()
+        return [request for index in losers for request in self.candidates[index].abort()]
+
+    async def keeps(self, index: int) -> bool:
+        """Waits for the decision. Returns whether the candidate is kept."""
+        await self._decided.wait()
+        return self.state.complete and self.state.keeps(index)
+
+    def pool(self) -> CandidatePool:
+        """The group's candidates, for metrics."""
+        budget = len(self.candidates)
+        arrival = np.full(budget, -1, dtype=np.int64)
+        arrival[self.state.arrival] = np.arange(len(self.state.arrival))
+        kept = np.zeros(budget, dtype=bool)
+        if self.state.complete:
+            kept[self.state.kept] = True
+
+        def column(name: str, dtype: type) -> np.ndarray:
+            return np.array([getattr(candidate, name) for candidate in self.candidates], dtype=dtype)
+
+        return CandidatePool(
+            prompt=np.full(budget, self.prompt),
+            candidate=np.arange(budget),
+            length=np.array(self.state.lengths, dtype=np.int64),
+            truncated=np.array(self.state.truncated, dtype=bool),
+            aborted=np.array(self.state.stopped, dtype=bool),
+            lost=np.array(self.state.lost, dtype=bool),
+            kept=kept,
+            arrival=arrival,
+            num_long=np.full(budget, self.state.num_long),
+            saturated=np.full(budget, self.saturated),
+            reward=column("reward", np.float64),
+            weights_min=np.array([min(c.weights, default=-1) for c in self.candidates]),
+            weights_max=np.array([max(c.weights, default=-1) for c in self.candidates]),
+            prompt_tokens=column("prompt_tokens", np.int64),
+            cached_tokens=column("cached_tokens", np.int64),
+            chunks=column("chunks", np.int64),
+            chunk_seconds=column("chunk_seconds", np.float64),
+            ended_at=column("ended_at", np.float64),
+            stop_seconds=column("stop_seconds", np.float64),
+            tokens_after=column("tokens_after", np.int64),
+        )
+
+    def stop_requests(self, requests: list[OpenRequest]) -> None:
+        """Stops them at their servers."""
+        if requests:
+            self._client.abort(requests, self.darts.streaming.abort_timeout_s)
+
+    def tell_growth(self, index: int, prompt_ids: list[int], chunk: Chunk) -> None:
+        """The overlapped actor may go on with a response that grows."""
+        if self._outbox is not None:
+            chance = self.state.chance(index)
+            self._outbox.grow(SequenceKey(self.uid, index), prompt_ids, chunk.offset, chunk.token_ids, chance)
+
+    def tell_end(
+        self, index: int, prompt_ids: list[int], response_ids: list[int], extras: Callable[[], Extras] | None
+    ) -> None:
+        """The overlapped actor has the whole response; `extras` as in `GrowthOutbox.finish`."""
+        if self._outbox is not None:
+            key, chance = SequenceKey(self.uid, index), self.state.chance(index)
+            self._outbox.finish(key, prompt_ids, response_ids, chance, extras)
+
+    def _tell_dropped(self, indices: Iterable[int]) -> None:
+        if self._outbox is not None:
+            for index in indices:
+                self._outbox.drop(SequenceKey(self.uid, index))
+
+    def _act(self, losers: list[int]) -> None:
+        self.stop_requests([request for index in losers for request in self.candidates[index].abort()])
+        self._tell_dropped(losers)
+        if self.state.complete and not self._decided.is_set():
+            self._decided.set()
+            self._on_complete(self.uid)
+            self._tell_dropped(set(range(len(self.candidates))).difference(self.state.kept))
+            if self._outbox is not None:
+                self._outbox.keep(SequenceKey(self.uid, index) for index in self.state.kept)
+        if self.state.complete or self.state.ready:
+            self.settled.set()

@@ -1,0 +1,360 @@
+"""verl's agent-loop worker with groups of candidates: it runs them, stops the losers, and keeps M of each.
+
+Contract. A worker runs whole prompts: all candidates of a prompt, through verl's own agent loops, each as a request of
+its own. It owns the decision which are kept.
+
+1. A dropped candidate is padded, scored and sent nowhere. With `darts.reward.pool` each one that finishes is scored.
+2. When `generate_groups` returns, every candidate's agent loop and request has ended, the aborted ones included.
+3. A candidate that fails ends the rollout with the uid, the candidate and the cause; what still ran is stopped. One
+   whose request the server ended unasked, or whose agent loop returned no generated token, is lost: the group goes on
+   while enough are left. What fails in the agent loop of an aborted one is printed.
+4. Of groups that are abandoned, since the rollout has enough others, nothing is kept.
+5. `generate_sequences` (validation, plain runs) is verl's own.
+"""
+
+import asyncio
+from typing import Any
+
+import numpy as np
+import ray
+from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, AgentLoopWorker
+from verl.protocol import DataProto
+
+from darts.config import DartsConfig
+from darts.latency import StepTimes
+from darts.messages import BUDGET, CANDIDATE, POPULATION, PROMPT, WEIGHT, Progress
+from darts.overlap.images import make_extras
+from darts.overlap.outbox import GrowthOutbox
+from darts.pool import CandidatePool
+from darts.rollout.client import AbortTimeout, DartsServerClient, current_listener
+from darts.rollout.running import RunningCandidate, RunningGroup
+from verl_patches.patches import patch_building
+
+
+class CandidateError(RuntimeError):
+    """A candidate could not be generated or scored. The message names uid, candidate and cause."""
+
+
+class _Dropped:
+    """Stands in for the output of a candidate that was not kept."""
+
+
+DROPPED = _Dropped()
+
+
+def candidate_seed(seed: int, step: int, prompt: int, candidate: int) -> int:
+    """The sampling seed of one candidate: 32 bits, the same whatever the other prompts' budgets are (our choice).
+
+    All turns of a multi-turn candidate have it.
+    """
+    return int(np.random.SeedSequence([seed, max(step, 0), prompt, candidate]).generate_state(1)[0])
+
+
+def group_draw(seed: int | None, step: int, prompt: int) -> float:
+    """The draw in [0, 1) of one group; apart from its candidates' seeds. Without a seed the system's."""
+    entropy = None if seed is None else [seed, max(step, 0), prompt, 1 << 31]
+    return float(np.random.default_rng(np.random.SeedSequence(entropy)).random())
+
+
+class DartsAgentLoopWorker(AgentLoopWorker):
+    """verl's agent-loop worker, which also runs groups of candidates and keeps M of each."""
+
+    llm_client: DartsServerClient
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.config.darts.enable:
+            patch_building()
+        self._groups: dict[str, RunningGroup] = {}
+        self._number = 0  # of the last rollout that began
+        self._running: asyncio.Task | None = None  # that rollout, unless it is being stopped
+        self._given_up = 0  # the last rollout that was
+        self._outbox: GrowthOutbox | None = None  # of that rollout
+        self._begun = asyncio.Condition()
+        self._complete: list[str] = []  # uids of that rollout's groups, in the order in which they were decided
+        self._news = asyncio.Event()  # one more of them, or no more to come
+        self._closed = False
+        self._darts: DartsConfig | None = None  # of the rollout that runs
+        self._step = -1
+
+    async def generate_groups(
+        self, prompts: DataProto, darts: DartsConfig, number: int
+    ) -> tuple[DataProto, CandidatePool, StepTimes]:
+        """Runs `BUDGET` candidates of each prompt and keeps M.
+
+        Args:
+            prompts: one row per prompt, with `uid`, `priority` of its first candidate, `BUDGET` and `PROMPT` (position
+                in the whole batch).
+            darts: the settings of this rollout.
+            number: of this rollout; above that of the one before.
+
+        Returns:
+            The kept rows, as verl's `generate_sequences` gives them, with `uid` and `CANDIDATE` (none if all groups
+            were abandoned); all candidates; and the decoding steps that were seen.
+
+        Raises:
+            CandidateError: a candidate failed.
+            CancelledError: the rollout was given up.
+            RuntimeError: another call has not ended.
+        """
+        if number <= self._given_up:
+            raise asyncio.CancelledError
+        if self._groups:
+            raise RuntimeError(f"this worker still runs {len(self._groups)} prompts of another rollout.")
+        budgets = prompts.non_tensor_batch[BUDGET].astype(np.int64)
+        rows = prompts.select_idxs(np.repeat(np.arange(len(prompts)), budgets))
+        candidates = np.concatenate([np.arange(budget) for budget in budgets])
+        rows.non_tensor_batch[CANDIDATE] = candidates
+        rows.non_tensor_batch["priority"] = rows.non_tensor_batch["priority"] + candidates
+        self._step = prompts.meta_info.get("global_steps", -1)
+        self._darts = darts
+        self._outbox = self._new_outbox()
+        self._groups = {
+            uid: RunningGroup(
+                uid,
+                int(prompt),
+                budget,
+                darts,
+                self.llm_client,
+                self._routing_key(uid, int(prompt)),
+                self._outbox,
+                self._tell_complete,
+                group_draw(self._seed(), self._step, int(prompt)),
+            )
+            for uid, prompt, budget in zip(
+                prompts.non_tensor_batch["uid"], prompts.non_tensor_batch[PROMPT], budgets.tolist(), strict=True
+            )
+        }
+        self._complete, self._closed, self._number = [], False, number
+        self._running = asyncio.current_task()
+        try:
+            async with self._begun:
+                self._begun.notify_all()
+            output = await super().generate_sequences(rows)
+            pool = CandidatePool.concat([group.pool() for group in self._groups.values()])
+            return output, pool, self.llm_client.take_step_times()
+        finally:
+            self._running = None
+            try:
+                await self._stop_all()
+            finally:
+                for group in self._groups.values():
+                    group.settled.set()
+                self._groups = {}
+                self._close()
+                if self._outbox is not None:
+                    self._outbox.end()
+
+    async def give_up(self, number: int) -> None:
+        """Rollout `number` has failed elsewhere: what this worker runs of it is stopped, or does not begin.
+
+        `ray.cancel` would end the calls to the servers and to verl's balancer with it, and an ordered actor like the
+        balancer waits 30 s for each call that was taken out of its queue (Ray 2.60).
+        """
+        self._given_up = max(self._given_up, number)
+        async with self._begun:
+            self._begun.notify_all()
+        if self._number == number and self._running is not None:
+            self.llm_client.abort_open(self._darts.streaming.abort_timeout_s)
+            self._running.cancel()
+
+    async def _has_begun(self, number: int) -> None:
+        """Returns once rollout `number` or a later one has begun, or never will."""
+        async with self._begun:
+            await self._begun.wait_for(lambda: max(self._number, self._given_up) >= number)
+
+    async def settled(self, number: int) -> None:
+        """Returns once every group of rollout `number` is ready for the deadline, or complete.
+
+        Ray may run this before `generate_groups`, whose arguments are larger: it then waits for it.
+        """
+        await self._has_begun(number)
+        if self._number == number:
+            await asyncio.gather(*[group.settled.wait() for group in list(self._groups.values())])
+
+    async def deadline(self, number: int) -> None:
+        """No group of rollout `number` waits any longer."""
+        if self._number == number:
+            for group in self._groups.values():
+                group.deadline()
+
+    async def completed(self, number: int, known: int) -> list[str]:
+        """The uids of rollout `number`'s groups that were decided, without the first `known`; waits until there is one.
+
+        Empty once no more will come.
+        """
+        await self._has_begun(number)
+        while self._number == number and not self._closed and len(self._complete) <= known:
+            self._news.clear()
+            await self._news.wait()
+        return self._complete[known:] if self._number == number else []
+
+    async def abandon(self, number: int) -> None:
+        """Rollout `number` has enough complete groups: those of this worker that are not complete are given up."""
+        await self._has_begun(number)
+        if self._number == number and self._groups:
+            requests = [request for group in self._groups.values() for request in group.abandon()]
+            if requests:
+                self.llm_client.abort(requests, self._darts.streaming.abort_timeout_s)
+            self._close()
+
+    def _tell_complete(self, uid: str) -> None:
+        self._complete.append(uid)
+        self._news.set()
+
+    def _close(self) -> None:
+        self._closed = True
+        self._news.set()
+
+    async def take_growth(self, number: int, wait_s: float) -> Progress:
+        """What candidates of rollout `number` have reported since the last call; see `darts.overlap.outbox`."""
+        await self._has_begun(number)
+        if self._number != number or self._outbox is None:
+            return Progress([], [], [], True)
+        return await self._outbox.take(wait_s)
+
+    async def progress(self) -> tuple[int, list[str]] | None:
+        """Of the rollout that runs: finished candidates, and the uids of incomplete prompts; None if none runs."""
+        if not self._groups:
+            return None
+        groups = self._groups.values()
+        finished = sum(len(group.state.arrival) for group in groups)
+        return finished, [group.uid for group in groups if not group.state.ended]
+
+    async def _stop_all(self) -> None:
+        """Stops what runs after a failure; after a rollout that succeeded there is nothing."""
+        tasks = [
+            candidate.task
+            for group in self._groups.values()
+            for candidate in group.candidates
+            if candidate.task is not None and not candidate.task.done()
+        ]
+        if tasks:
+            self.llm_client.abort_open(self._darts.streaming.abort_timeout_s)
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks, timeout=self._darts.streaming.abort_timeout_s)
+
+    async def _run_agent_loop(self, sampling_params: dict[str, Any], trajectory: dict[str, Any], **kwargs: Any) -> Any:
+        """verl's method, told which candidate this task runs; a failure gets its uid."""
+        index = kwargs.pop(CANDIDATE, None)
+        if index is None:
+            return await super()._run_agent_loop(sampling_params, trajectory, **kwargs)
+        kwargs = {key: value for key, value in kwargs.items() if key not in (BUDGET, PROMPT)}
+        group = self._groups[kwargs["uid"]]
+        candidate = group.candidates[int(index)]
+        candidate.task = asyncio.current_task()
+        candidate.single_turn = kwargs["agent_name"] == "single_turn_agent"
+        current_listener.set(candidate)
+        if (seed := self._seed()) is not None:
+            sampling_params["seed"] = candidate_seed(seed, self._step, group.prompt, candidate.index)
+        try:
+            if not candidate.over:
+                return await super()._run_agent_loop(sampling_params, trajectory, **kwargs)
+        except asyncio.CancelledError:
+            if not candidate.over:
+                raise
+        except Exception as cause:
+            if candidate.over and not isinstance(cause, AbortTimeout):
+                print(
+                    f"[darts] the agent loop of an aborted candidate (prompt uid={group.uid}) failed: {reason(cause)}",
+                    flush=True,
+                )
+                candidate.left()
+                return DROPPED
+            raise CandidateError(
+                f"candidate {candidate.index} of prompt uid={group.uid} (row {group.prompt} of the batch, step "
+                f"{self._step}) failed: {reason(cause)}"
+            ) from cause
+        candidate.left()
+        return DROPPED
+
+    async def _agent_loop_postprocess(self, output: AgentLoopOutput, validate: bool, **kwargs: Any) -> Any:
+        """Between an agent loop and its padding and reward: wait for the group, go on only if kept."""
+        candidate = current_listener.get()
+        if not isinstance(candidate, RunningCandidate):
+            return await super()._agent_loop_postprocess(output, validate, **kwargs)
+        if candidate.over:
+            candidate.left()
+            return DROPPED
+        length = int(sum(output.response_mask))
+        if length == 0:  # some loops return this where their environment fails
+            candidate.lose(candidate.generated)
+            return DROPPED
+        if candidate.finish_reason is None:
+            raise RuntimeError(
+                f"its agent loop ({kwargs.get('agent_name', self.rollout_config.agent.default_agent_loop)}) returned a "
+                "response that it did not generate through its server_manager: DARTS cannot follow or stop it."
+            )
+        group = candidate.group
+        # A loop may cut what was generated to the response budget. One that ends because a tool's answer would not fit
+        # does not say so, and counts as ended.
+        cut = candidate.generated > length and len(output.response_ids) >= self.rollout_config.response_length
+        candidate.finish(length, truncated=candidate.finish_reason == "length" or cut)
+        extras = None if self.processor is None else lambda: group.shared.put(make_extras(self, output))
+        group.tell_end(candidate.index, output.prompt_ids, output.response_ids, extras)
+        if self._darts.reward.pool:
+            output.extra_fields["raw_prompt"] = kwargs["raw_prompt"]  # as verl does before it scores
+            await self._compute_score([output], kwargs=kwargs)
+            candidate.reward = output.reward_score
+        kept = await group.keeps(candidate.index)
+        if self._darts.selection.on_no_valid == "fail" and group.state.num_valid == 0:
+            raise RuntimeError(
+                f"none of the {len(group.candidates)} candidates ended within the response budget "
+                f"({self.rollout_config.response_length} tokens). Raise data.max_response_length, drop the prompt, or "
+                "set darts.selection.on_no_valid=fill to train on truncated ones."
+            )
+        if not kept:
+            return DROPPED
+        padded = await super()._agent_loop_postprocess(output, validate, **kwargs)
+        if padded.reward_score is not None:
+            candidate.reward = padded.reward_score
+        return padded
+
+    def _postprocess(
+        self, inputs: list[Any], input_non_tensor_batch: dict | None = None, validate: bool = False
+    ) -> DataProto:
+        """Batches the kept alone, and adds the columns that rows are joined by."""
+        columns = input_non_tensor_batch or {}
+        if CANDIDATE not in columns:
+            return super()._postprocess(inputs, input_non_tensor_batch=input_non_tensor_batch, validate=validate)
+        kept = [row for row, output in enumerate(inputs) if output is not DROPPED]
+        if not kept:
+            return DataProto(meta_info={"metrics": []})
+        columns = {key: value[kept] for key, value in columns.items() if key not in (BUDGET, PROMPT)}
+        output = super()._postprocess([inputs[row] for row in kept], input_non_tensor_batch=columns, validate=validate)
+        output.non_tensor_batch["uid"] = columns["uid"]
+        output.non_tensor_batch[CANDIDATE] = columns[CANDIDATE]
+        if self._darts.selection.keep_probability > 0:
+            states = [self._groups[uid].state for uid in columns["uid"]]
+            weights = [
+                state.weights[state.kept.index(index)]
+                for state, index in zip(states, columns[CANDIDATE].tolist(), strict=True)
+            ]
+            output.non_tensor_batch[WEIGHT] = np.array(weights)
+            output.non_tensor_batch[POPULATION] = np.array([state.population for state in states])
+        return output
+
+    def _new_outbox(self) -> GrowthOutbox | None:
+        """None where no log-probs are computed meanwhile. With a processor nothing is told of growing candidates."""
+        if self._darts.overlap.mode == "off":
+            return None
+        return GrowthOutbox(growing=self._darts.overlap.mode == "token" and self.processor is None)
+
+    def _routing_key(self, uid: str, prompt: int) -> str | None:
+        """What verl's balancer keeps together; None leaves each candidate to it. A uid differs from run to run."""
+        if self._darts.routing == "balanced":
+            return None
+        return f"det-{prompt}" if self.rollout_config.full_determinism else uid
+
+    def _seed(self) -> int | None:
+        """What the candidates' seeds are made of; None leaves the draw to the engine."""
+        if self._darts.seed is None and self.rollout_config.full_determinism:
+            return self.rollout_config.seed  # verl's server gives every request of a replica the same seed
+        return self._darts.seed
+
+
+def reason(error: Exception) -> str:
+    """Type and text of an exception; of one that another Ray process raised, without that process's traceback."""
+    cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+    return f"{type(cause).__name__}: {cause}"

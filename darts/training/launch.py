@@ -1,0 +1,124 @@
+"""Runs verl's PPO with `RayDartsTrainer`: the task runner, and how a running Ray is joined."""
+
+import os
+import socket
+from collections.abc import Mapping
+from pprint import pprint
+
+import ray
+from omegaconf import DictConfig, OmegaConf, open_dict
+from verl.trainer.main_ppo_v0 import BaseTaskRunner
+from verl.trainer.ppo.ray_trainer import Role
+from verl.trainer.ppo.utils import create_rl_dataset, create_rl_sampler, need_critic, need_reference_policy
+from verl.utils.config import omega_conf_to_dataclass, validate_config
+from verl.utils.device import get_resource_name
+
+from darts.checks.cluster import check_cluster, is_disaggregated, pools
+from darts.checks.run import darts_config
+from darts.messages import Node
+from darts.training.trainer import RayDartsTrainer
+
+OF_A_NEW_RAY = ("num_cpus", "num_gpus", "resources", "labels", "object_store_memory", "_node_name", "_system_config")
+"""Arguments of `ray.init` that it refuses where it joins a cluster."""
+
+FORWARDED = (
+    "VERL_", "DARTS_", "VLLM_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "WANDB_", "NCCL_", "GLOO_",
+    "UCX_", "FI_", "TORCH_", "OMP_", "PYTORCH_",
+)  # fmt: skip
+"""Beginnings of the names of variables that workers are to have as the entry point has them."""
+
+NOT_FORWARDED = ("_HOST_IP", "_KEY", "_TOKEN", "_SECRET", "_PASSWORD")
+"""Ends of names: a node's own address, and what must not be read in a log; verl prints what it gives to Ray."""
+
+
+class DartsTaskRunner(BaseTaskRunner):
+    """verl's legacy task runner (`verl.trainer.main_ppo_v0.TaskRunner`, 0.9.1) with `RayDartsTrainer`."""
+
+    def add_actor_rollout_worker(self, config: DictConfig) -> tuple[type, type]:
+        """As verl's; the worker holds no rollout where the servers stand alone, and has the RPCs of the overlap."""
+        worker, worker_group = super().add_actor_rollout_worker(config)
+        darts = darts_config(config)
+        if darts.enable and darts.overlap.mode != "off":
+            from verl_patches.dp_actor import OverlappedActorWorker as worker
+        elif is_disaggregated(config):
+            from verl_patches.placement import PlacedActorWorker as worker
+        else:
+            return worker, worker_group
+        roles = (Role.ActorRollout, Role.ActorRolloutRef)
+        self.role_worker_mapping |= {role: ray.remote(worker) for role in roles if role in self.role_worker_mapping}
+        return worker, worker_group
+
+    def trainer_class(self) -> type:
+        """`RayDartsTrainer`; a subclass may train with a subclass of it."""
+
+        return RayDartsTrainer
+
+    def run(self, config: DictConfig) -> None:
+        """Sets up roles, data and trainer as `TaskRunner.run` does, and trains."""
+        print(f"DartsTaskRunner hostname: {socket.gethostname()}, PID: {os.getpid()}")
+        pprint(OmegaConf.to_container(config, resolve=True))
+        _, ray_worker_group_cls = self.add_actor_rollout_worker(config)
+        self.add_critic_worker(config)
+        self.add_reward_model_resource_pool(config)
+        self.add_teacher_model_resource_pool(config)
+        validate_config(config, need_reference_policy(config), need_critic(config))
+        resource_pools = self.init_resource_pool_mgr(config)
+        check_ray(config, resource_pools.get_n_gpus())
+        model = omega_conf_to_dataclass(config.actor_rollout_ref.model)
+        data = config.data
+        train, val = (
+            create_rl_dataset(files, data, model.tokenizer, model.processor, is_train=is_train, max_samples=limit)
+            for files, is_train, limit in (
+                (data.train_files, True, data.get("train_max_samples", -1)),
+                (data.val_files, False, data.get("val_max_samples", -1)),
+            )
+        )
+        trainer = self.trainer_class()(
+            config=config,
+            tokenizer=model.tokenizer,
+            processor=model.processor,
+            role_worker_mapping=self.role_worker_mapping,
+            resource_pool_manager=resource_pools,
+            ray_worker_group_cls=ray_worker_group_cls,
+            train_dataset=train,
+            val_dataset=val,
+            train_sampler=create_rl_sampler(data, train),
+        )
+        trainer.init_workers()
+        trainer.fit()
+
+
+def check_ray(config: DictConfig, num_gpus: int) -> None:
+    """Checks that the nodes which Ray has now are enough, before data or models are loaded.
+
+    Args:
+        config: of the run.
+        num_gpus: of verl's resource pools: those that train, and those of reward and teacher models.
+
+    Raises:
+        ClusterTooSmall: they are not.
+    """
+    have = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [Node(resources.get(get_resource_name(), 0), resources.get("CPU", 0)) for resources in have]
+    check_cluster(config, others=num_gpus - pools(config).train, nodes=nodes)
+
+
+def join_cluster(config: DictConfig, environment: Mapping[str, str]) -> None:
+    """Where a running Ray is to be joined (RAY_ADDRESS, or `ray_kwargs.ray_init.address`), fits `ray_init` to that.
+
+    What only a new Ray can be told is dropped. Workers of a Ray that was started elsewhere have its environment, not
+    this one's: variables that verl, vLLM and the like read are handed on, unless the configuration sets them.
+    """
+    ray_init = config.ray_kwargs.ray_init
+    if (ray_init.get("address") or environment.get("RAY_ADDRESS") or "local") == "local":
+        return
+    with open_dict(ray_init):
+        for name in OF_A_NEW_RAY:
+            ray_init.pop(name, None)
+        runtime_env = ray_init.get("runtime_env") or {}
+        forwarded = {
+            name: value
+            for name, value in environment.items()
+            if name.startswith(FORWARDED) and not name.endswith(NOT_FORWARDED)
+        }
+        ray_init.runtime_env = {**runtime_env, "env_vars": {**forwarded, **(runtime_env.get("env_vars") or {})}}

@@ -1,0 +1,457 @@
+"""verl's PPO trainer with DARTS: `RayDartsTrainer`.
+
+Contract.
+1. The trainer refuses to start if the plugin is not active or the rollout manager is not DARTS's.
+2. With `darts.enable=false` it runs `RayPPOTrainer.init_workers` and `RayPPOTrainer.fit`: plain verl.
+3. With DARTS on, a step is verl's own, by the `_fit_*` methods of `SeparateRayPPOTrainer` (one per phase). Workers and
+   servers are those of `RayPPOTrainer.init_workers`, colocated or (`darts.placement=disaggregated`) on GPUs of their
+   own, with current weights at every step. Where the two trainers of verl differ, the colocated order is restored: a
+   checkpoint is saved while the engines sleep (and not during critic warm-up), engines are woken also during critic
+   warm-up, the profiler's finish command runs after the last profiled step, and rollout dump and
+   replay (`skip.rollout`) works; a replayed step has no `darts/*` metrics. Not restored: GDPO's per-component reward
+   metrics, and that the dataset's `on_batch_end` is not called after the last step.
+4. The manager decides, the trainer only reports: `darts/*` metrics are added to verl's, and the trace gets every step.
+5. What the planner has learnt is in verl's checkpoint of the same step (`darts.evidence.checkpoint`), written before
+   verl marks it. A resumed run takes it from the step that it resumes from; without it, it starts cold or not at all
+   (`darts.state.strict`).
+6. A step's rollout is a round of the run's `darts.strategy`. Those that choose their prompts get them from a
+   `RoundLoader`; its position and the strategy's queue are in the same state, without which no run resumes.
+7. With `darts.latency.profile=auto` the running engines are measured before the first step, unless a state had a model.
+"""
+
+import asyncio
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from verl.experimental.separation.ray_trainer import SeparateRayPPOTrainer
+from verl.protocol import DataProto
+from verl.trainer.ppo.ray_trainer import RayPPOTrainer, compute_spec_decode_metrics
+from verl.utils.debug import marked_timer
+from verl.utils.skip import SkipManager
+
+import verl_patches.register
+from darts.checks.cluster import pools
+from darts.checks.model import model_id
+from darts.checks.run import check_memory, check_run, latency_profile, without_overlap
+from darts.config import ConfigError
+from darts.engines.measure import ProfileError, engine_device, profile_servers
+from darts.evidence.checkpoint import StateError, load_state, save_state, step_folder
+from darts.evidence.profile import LatencyProfile
+from darts.evidence.trace import Trace
+from darts.forecast import CostModel
+from darts.messages import POPULATION, WEIGHT
+from darts.overlap.join import OverlappedLogProbs, actor_limits
+from darts.overlap.session import OverlapSession
+from darts.planning import Rollout, RolloutPlanner
+from darts.reweighting import reweighted_advantages
+from darts.rollout.manager import DartsAgentLoopManager
+from darts.strategy import Strategy, make_strategy
+from darts.training.rounds import RoundLoader
+from verl_patches.patches import patch_llm_server_manager
+
+
+class RayDartsTrainer(SeparateRayPPOTrainer):
+    """A `RayPPOTrainer` whose rollouts are shaped by DARTS. Arguments as `RayPPOTrainer`."""
+
+    async_rollout_manager: DartsAgentLoopManager
+    strategy: Strategy
+    _rounds: RoundLoader | None = None  # where the strategy chooses its prompts
+    _log_probs: OverlappedLogProbs | None = None  # where they are computed during generation
+
+    def __init__(self, config: DictConfig, *args: Any, **kwargs: Any) -> None:
+        verl_patches.register.assert_active()
+        self.darts = check_run(config)
+        self._overridden: dict[str, Any] = {}
+        super().__init__(config, *args, **kwargs)
+
+    def _create_dataloader(self, *args: Any, **kwargs: Any) -> None:
+        """As upstream; a strategy that chooses its prompts gets a loader of its own."""
+        super()._create_dataloader(*args, **kwargs)
+        if self.darts.enable:
+            self.use_strategy(make_strategy(self.darts, self.config.data.train_batch_size))
+            if self.strategy.chooses_prompts:
+                self.train_dataloader = self._rounds = self.round_loader(self.train_dataloader)
+
+    def round_loader(self, loader: Any, sampler: Any = None) -> RoundLoader:
+        """Batches by the strategy's rounds, from the beginning.
+
+        Args:
+            loader: verl's train dataloader.
+            sampler: of its rows; None: its own.
+
+        Raises:
+            ConfigError: a round takes more prompts than there are.
+        """
+        new = self.strategy.next_round().new
+        if new > len(loader.dataset):
+            raise ConfigError(
+                "data.train_batch_size",
+                self.strategy.num_prompts,
+                f"a round of darts.strategy={self.darts.strategy} launches {new} prompts; the data have "
+                f"{len(loader.dataset)}.",
+                f"lower data.train_batch_size, or the factor in darts.{self.darts.strategy}.",
+            )
+        rows = loader.dataset, loader.sampler if sampler is None else sampler, loader.collate_fn
+        return RoundLoader(*rows, lambda: self.strategy.next_round())
+
+    def use_strategy(self, strategy: Strategy) -> None:
+        """From now on rounds are this strategy's. What it sets in verl's configuration is set; what the one before had
+        set is put back."""
+        for key, value in self._overridden.items():
+            OmegaConf.update(self.config, key, value)
+        self._overridden = {key: OmegaConf.select(self.config, key) for key in strategy.overrides}
+        for key, value in strategy.overrides.items():
+            OmegaConf.update(self.config, key, value)
+        self.strategy = strategy
+
+    def init_workers(self) -> None:
+        """Workers and managers exactly as `RayPPOTrainer` makes them, servers on GPUs of their own where disaggregated,
+        and servers that stream."""
+        if self.darts.placement == "disaggregated":
+            patch_llm_server_manager()
+        print("[darts] starting workers, engines and reward loop", flush=True)
+        if self.darts.enable:
+            from verl_patches import vllm_stream_server
+
+            vllm_stream_server.register()
+        RayPPOTrainer.init_workers(self)
+        if self.darts.enable:
+            if not isinstance(self.async_rollout_manager, DartsAgentLoopManager):
+                raise RuntimeError(
+                    f"the rollout manager is {type(self.async_rollout_manager).__name__}, not DartsAgentLoopManager: "
+                    "DARTS would do nothing."
+                )
+            self._prepare_planner()
+            self._prepare_overlap()
+            # SeparateRayPPOTrainer asks the rollout manager to start the servers' profilers: the server manager does.
+            self.async_rollout_manager.start_profile = lambda global_step: self.llm_server_manager.start_profile()
+        print(self.banner(), flush=True)
+
+    def banner(self) -> str:
+        """One line that says whether DARTS is on, and with which settings."""
+        placed = f"; {pools(self.config)}" if self.darts.placement == "disaggregated" else ""
+        if not self.darts.enable:
+            return f"[darts] plugin active, darts.enable=false: plain verl{placed}"
+        allocation, selection = self.darts.allocation, self.darts.selection
+        mean = self.darts.group_size if allocation.mode == "off" else allocation.mean_candidates
+        if self.darts.strategy != "darts":
+            return f"[darts] plugin active: strategy {self.darts.strategy}, M={self.darts.group_size}{placed}"
+        count = "as many candidates as pay" if mean is None else f"{mean:g} candidates"
+        return (
+            f"[darts] plugin active: M={self.darts.group_size} of {count} ({allocation.mode}, "
+            f"{allocation.low} to {allocation.high}), selection {selection.mode}: K={self.darts.num_short} shortest "
+            f"and L={selection.num_long} longest (wait: {selection.long_wait}), early stop {self.darts.early_stop}"
+            f"{'' if self.darts.some_shortest_only else ' (no group is shortest-only: it never acts)'}{placed}"
+            f"; log-probs {self._overlapped()}"
+        )
+
+    def _overlapped(self) -> str:
+        """When log-probs are computed, for the banner."""
+        mode, reason = self.darts.overlap.mode, without_overlap(self.config)
+        if mode == "off":
+            why = f" ({reason[0]})" if reason is not None else ""
+            return f"after generation{why}"
+        tokens = 0 if self._log_probs is None else self._log_probs.session.cache_tokens
+        held = f", prefixes of up to {tokens:,} tokens on a rank" if tokens else ""
+        return f"during generation (overlap {mode}{held})"
+
+    def fit(self) -> None:
+        """Trains: plain verl's loop with `darts.enable=false`, else the loop of `SeparateRayPPOTrainer`."""
+        if not self.darts.enable:
+            return RayPPOTrainer.fit(self)
+        if self._dump_executor._shutdown:
+            self._init_dump_executor()
+        SkipManager.init(self.config)
+        try:
+            super().fit()
+        finally:
+            self._shutdown_dump_executor()
+
+    def _warn_of_saturation(self) -> None:
+        all_saturated = self.metrics.get("darts/group/saturated_share") == 1
+        if all_saturated and self.strategy.rules.selection.mode == "auto" and not self._warned_of_saturation:
+            self._warned_of_saturation = True
+            warnings.warn(
+                f"all prompts of step {self.global_steps} have M_up candidates, so all groups are shortest-only and no "
+                "long response is kept: raise darts.allocation.cost_weight, set darts.allocation.mean_candidates, or "
+                "darts.selection.mode=dual_end, unless this is what you want.",
+                stacklevel=2,
+            )
+
+    @property
+    def planner(self) -> RolloutPlanner:
+        """What plans the rollouts and learns from them."""
+        return self.async_rollout_manager.planner
+
+    def _prepare_planner(self) -> None:
+        rollout = self.config.actor_rollout_ref.rollout
+        self.planner.num_engines = len(self.llm_server_manager.server_handles) * rollout.data_parallel_size
+        self._rollout: Rollout | None = None
+        self._trace = Trace(self.darts.trace)
+        self._cost_model_is_set = False
+        self._warned_of_saturation = False
+
+    def _prepare_overlap(self) -> None:
+        """Where log-probs are computed during generation: the session with the actor, its abilities and memory."""
+        if self.darts.overlap.mode == "off":
+            return
+        num_ranks = self._get_dp_size(self.actor_rollout_wg, "actor")
+        limits = actor_limits(self.config, self.darts, num_ranks, self.use_reference_policy)
+        session = OverlapSession(self.actor_rollout_wg, self.darts.overlap, limits)
+        abilities = session.prepare()
+        # Workers tell of growing responses only if somebody computes them.
+        self.darts = replace(self.darts, overlap=replace(self.darts.overlap, mode=session.mode))
+        self.use_strategy(make_strategy(self.darts, self.config.data.train_batch_size))
+        rollout = self.config.actor_rollout_ref.rollout
+        asleep = self.config.trainer.device != "cpu" and rollout.free_cache_engine
+        check_memory(
+            self.darts,
+            abilities,
+            logit_bytes=8 * limits.max_tokens * len(self.tokenizer),  # bfloat16, and what is made of it
+            server_share=rollout.gpu_memory_utilization if asleep else 0.0,
+        )
+        self._log_probs = OverlappedLogProbs(session, limits)
+        self.async_rollout_manager.overlap = session
+
+    def _set_cost_model(self) -> None:
+        """Before the first rollout: what the settings ask for, unless the state has a refinement of it."""
+        latency, cost = self.darts.latency, self.planner.cost
+        profile = latency_profile(self.config, self.darts)
+        if profile is not None:
+            answer = engine_device(self.llm_server_manager.server_handles[0])
+            device = asyncio.run(asyncio.wait_for(answer, latency.profile_s))
+            profile.require(latency.profile, profile.model_id, profile.tensor_parallel, device)
+        if latency.profile == "off" or (
+            latency.profile == "auto" and self.strategy.rules.allocation.mode != "adaptive"
+        ):
+            self.planner.cost = None
+        elif profile is not None:
+            if cost is None or cost.source != source_of(profile):
+                self.planner.cost = CostModel(profile.curve(), source_of(profile))
+        elif cost is None or not cost.source.startswith(engine_of(self.config)):
+            if cost is not None:
+                print(f"[darts] the checkpoint's latency model is of another engine ({cost.source})", flush=True)
+            profile = self._measured_profile()
+            self.planner.cost = None if profile is None else CostModel(profile.curve(), source_of(profile))
+
+    def _measured_profile(self) -> LatencyProfile | None:
+        """Measures the engines, which are awake; None, with a warning, where they cannot be measured."""
+        path, limit_s = Path(self.config.trainer.default_local_dir) / "latency.json", self.darts.latency.profile_s
+        print(f"[darts] measuring the engines for at most {limit_s:g} s (darts.latency.profile=auto)", flush=True)
+        measured = profile_servers(
+            self.llm_server_manager.server_handles,
+            self.config.actor_rollout_ref.model.path,
+            limit_s=limit_s,
+            seeded=self.darts.seed is not None,
+            say=lambda line: print(f"[darts] {line}", flush=True),
+        )
+        try:
+            profile = asyncio.run(measured)
+        except (ProfileError, ValueError) as error:  # ValueError: the settings leave nothing to measure
+            warnings.warn(
+                f"darts.latency.profile=auto: {error} There is no cost model: the mean number of candidates is "
+                f"{self.darts.allocation.fallback_mean:g}.",
+                stacklevel=2,
+            )
+            return None
+        try:
+            profile.save(path)
+            print(f"[darts] the latency profile is in {path}", flush=True)
+        except OSError as cause:
+            warnings.warn(f"{path}: the latency profile cannot be kept: {cause}", stacklevel=2)
+        return profile
+
+    def _load_checkpoint(self) -> None:
+        super()._load_checkpoint()
+        if not self.darts.enable or self.global_steps == 0:
+            return
+        try:
+            folder = step_folder(self.config.trainer, self.global_steps)
+            self._load_state(load_state(folder, self.global_steps))
+        except StateError as error:
+            if self.darts.state.strict or self._rounds is not None or error.loses_prompts:
+                raise
+            warnings.warn(f"{error} DARTS starts without what it had learnt.", stacklevel=2)
+
+    def _load_state(self, state: Any) -> None:
+        rounds = state.pop("rounds", None) if isinstance(state, dict) else None
+        try:
+            if self._rounds is not None:
+                self._load_rounds(rounds)
+            elif rounds is not None:  # verl's own place in the data is not in that checkpoint
+                made = rounds.get("strategy") if isinstance(rounds, dict) else rounds
+                raise ValueError(f"it is of strategy={made!s:.80}, which has prompts of its own.")
+            self.planner.load_state_dict(state)
+        except ValueError as cause:
+            message = f"the state of step {self.global_steps} cannot be used: {cause}"
+            raise StateError(message, loses_prompts=rounds is not None) from cause
+        print(f"[darts] resumed with the length history of {len(self.planner.history)} prompts", flush=True)
+
+    def _load_rounds(self, state: Any) -> None:
+        if not isinstance(state, dict) or state.get("strategy") != self.darts.strategy:
+            made = state.get("strategy") if isinstance(state, dict) else "one without a queue"
+            raise ValueError(f"darts.strategy={self.darts.strategy}, but the checkpoint's strategy is {made}.")
+        self.strategy.load_state_dict(state.get("state"))
+        self._rounds.go_to(state.get("position"))
+
+    def _save_checkpoint(self) -> None:
+        if self.darts.enable:
+            folder = step_folder(self.config.trainer, self.global_steps)
+            state = self.planner.state_dict()
+            if self._rounds is not None:
+                state["rounds"] = {
+                    "strategy": self.darts.strategy,
+                    "state": self.strategy.state_dict(),
+                    "position": self._rounds.position,
+                }
+            save_state(folder, self.global_steps, state)
+        super()._save_checkpoint()
+
+    def fit_step(self, batch_dict: Any = None) -> None:
+        """A step on a round of the strategy."""
+        if self._rounds is not None:
+            self.epoch = self._rounds.epoch
+        super().fit_step(batch_dict)
+
+    def _fit_prepare_step(self) -> None:
+        SkipManager.set_step(self.global_steps)
+        super()._fit_prepare_step()
+        if not self._cost_model_is_set:
+            self._set_cost_model()
+            self._cost_model_is_set = True
+
+    def _fit_generate(self, batch: DataProto = None) -> DataProto:
+        manager, round_ = self.async_rollout_manager, self.strategy.next_round()
+        trained = list(range(len(batch)))
+
+        def keep(prompts: list[int]) -> None:
+            # verl's method repeats and joins the batch once its rows are there.
+            some = batch.select_idxs(np.array(prompts))
+            batch.batch, batch.non_tensor_batch = some.batch, some.non_tensor_batch
+            trained[:] = prompts
+
+        manager.darts, manager.harvest, manager.on_harvest = round_.rules, round_.harvest, keep
+        output = super()._fit_generate(batch)
+        if self._rounds is not None:
+            self.strategy.ended(self._rounds.launched, trained)
+            self.metrics["darts/strategy/queue"] = len(self.strategy.queue)
+        self._rollout = manager.pop_rollout()
+        if self._rollout is not None:
+            self.metrics.update(self._rollout.metrics)
+            self._warn_of_saturation()
+        if self.strategy.short_to_long:  # where verl balances
+            lengths = output.batch["response_mask"].sum(dim=-1)
+            order = short_to_long(lengths.numpy(), self._get_dp_size(self.actor_rollout_wg, "actor"))
+            output.reorder(torch.from_numpy(order))
+            output.meta_info["global_token_num"] = [output.meta_info["global_token_num"][row] for row in order]
+        return output
+
+    def _compute_old_log_prob(self, batch: DataProto) -> tuple[DataProto, float]:
+        compute = super()._compute_old_log_prob
+        return compute(batch) if self._log_probs is None else self._log_probs.old(batch, compute)
+
+    def _compute_ref_log_prob(self, batch: DataProto) -> DataProto:
+        compute = super()._compute_ref_log_prob
+        return compute(batch) if self._log_probs is None else self._log_probs.reference(batch, compute)
+
+    def _fit_compute_ref_log_prob(self, batch: DataProto) -> DataProto:
+        batch = super()._fit_compute_ref_log_prob(batch)
+        if self._log_probs is not None and self._rollout is not None:
+            self.metrics.update(self._log_probs.metrics(self._rollout))
+        return batch
+
+    def _fit_compute_advantage(self, batch: DataProto) -> DataProto:
+        """As upstream; with `keep_probability` the kept are weighted (`darts.reweighting`)."""
+        batch = super()._fit_compute_advantage(batch)
+        columns, mask = batch.non_tensor_batch, batch.batch["response_mask"]
+        if WEIGHT in columns:
+            first = mask.argmax(dim=-1, keepdim=True)  # one advantage stands at all tokens of a response
+            reweighted = reweighted_advantages(
+                batch.batch["advantages"].gather(-1, first)[:, 0].numpy(),
+                columns[WEIGHT],
+                columns["uid"],
+                columns[POPULATION],
+                normalize="grpo" in str(self.config.algorithm.adv_estimator).lower()
+                and self.config.algorithm.get("norm_adv_by_std_in_grpo", True),
+            )
+            advantages = torch.from_numpy(reweighted).to(mask.device, torch.float32)[:, None] * mask
+            batch.batch["advantages"] = batch.batch["returns"] = advantages
+        return batch
+
+    def _fit_update_weights(self) -> None:
+        """Saves while the engines sleep (or idle, on GPUs of their own), then gives them the new weights; as in
+        `RayPPOTrainer.fit`."""
+        if self.config.trainer.critic_warmup <= self.global_steps:
+            super()._fit_save_checkpoint()
+            super()._fit_update_weights()
+        else:
+            with marked_timer("update_weights", self.timing_raw, color="red"):
+                self.checkpoint_manager.update_weights(self.global_steps)
+
+    def _fit_save_checkpoint(self) -> None:
+        """Done in `_fit_update_weights`."""
+
+    def _stop_profiling(self, do_profile: bool, run_command: bool = False) -> None:
+        steps = self.config.global_profiler.steps
+        last = bool(steps) and (self.global_steps == max(steps) or self.is_last_step)
+        super()._stop_profiling(do_profile, run_command=run_command or last)
+
+    def _fit_collect_metrics(self, batch: DataProto) -> None:
+        super()._fit_collect_metrics(batch)
+        columns = batch.non_tensor_batch
+        self.metrics.update(
+            compute_spec_decode_metrics(
+                columns.get("spec_num_draft_tokens"),
+                columns.get("spec_num_accepted_tokens"),
+                columns.get("spec_num_verify_steps"),
+            )
+        )
+
+    def _fit_postprocess_step(self) -> None:
+        print(f"[darts] {progress_line(self.metrics, self.global_steps, self.total_training_steps)}", flush=True)
+        calls = [] if self._log_probs is None else self._log_probs.calls
+        self._trace.write(self.global_steps, self.metrics, self._rollout, calls)
+        super()._fit_postprocess_step()
+
+
+def short_to_long(lengths: np.ndarray, num_ranks: int) -> np.ndarray:
+    """The order of rows in which every rank's part, and so each mini-batch over the ranks, goes from short to long.
+
+    Args:
+        lengths: of the rows' responses, shape [num_rows].
+        num_ranks: that get equal parts of consecutive rows; divides the number of rows.
+    """
+    return np.argsort(lengths, kind="stable").reshape(-1, num_ranks).T.ravel()
+
+
+def source_of(profile: LatencyProfile) -> str:
+    """Tells one profile from another, in the state."""
+    return f"{profile.model_id}, tensor parallel {profile.tensor_parallel}, {profile.device}, {profile.date}"
+
+
+def engine_of(config: DictConfig) -> str:
+    """How the source of a profile of this run's engines begins."""
+    ours = config.actor_rollout_ref
+    return f"{model_id(ours.model.path)}, tensor parallel {ours.rollout.tensor_model_parallel_size}, "
+
+
+def progress_line(metrics: dict[str, Any], step: int, total: int) -> str:
+    """One readable line about a step; a figure that the step did not measure is left out."""
+    figures = (
+        ("timing_s/step", "{:.1f} s"),
+        ("timing_s/gen", "rollout {:.1f} s"),
+        ("darts/length/pool_mean", "mean length {:.0f}"),
+        ("darts/length/kept_mean", "of the kept {:.0f}"),
+        ("darts/length/pool_max", "longest {:.0f}"),
+        ("darts/reward/pool_mean", "reward {:.2f}"),
+        ("darts/reward/kept_mean", "of the kept {:.2f}"),
+        ("darts/allocation/total", "{:.0f} candidates"),
+        ("darts/candidates/dropped", "dropped {:.0f}"),
+        ("darts/candidates/aborted", "of them aborted {:.0f}"),
+    )
+    return f"step {step}/{total}: " + ", ".join(text.format(metrics[key]) for key, text in figures if key in metrics)

@@ -1,0 +1,339 @@
+"""verl's FSDP engine, continuing sequences of which it has seen the beginning; and one model as the overlapped actor
+uses it: complete sequences through verl's own path, growing ones through cached prefixes.
+
+Contract:
+1. `OverlapEngine` is `verl.workers.engine.fsdp.FSDPEngineWithLMHead` (verl 0.9.1); only a micro-batch that carries a
+   `PrefixBatch` gets other inputs than upstream's, and its outputs are computed by upstream's code.
+2. `LogProbModel` makes no difference between actor and reference but the adapter, the entropy and the names.
+3. Every method runs collectives of the FSDP group: all ranks call it equally often, with rows or with company.
+4. A model with a processor, or of which parts see or hear, never continues prefixes and has no cache. Its complete
+   sequences go through verl's path with the positions and multimodal inputs that verl gives them.
+5. `refusal` is the same on all ranks. It is None only if the model has given, in this process, the same log-probs for
+   two sequences as a whole and in pieces: a model that nobody thought of is refused, not computed wrongly.
+
+`register_engine()` puts the engine in the place of upstream's in this process, for language models on fsdp and fsdp2.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from transformers import PretrainedConfig
+from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_id, get_device_name, get_vendor
+from verl.workers.engine import EngineRegistry
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+from verl.workers.engine_workers import TrainingWorker
+
+from darts.messages import Extras
+from verl_patches.prefix_cache import Geometry, Prefix, PrefixBatch
+from verl_patches.row_extras import text_extras
+
+BACKENDS = ("fsdp", "fsdp2")
+_BATCH = "prefix_batch"  # the marker of a micro-batch that continues prefixes
+
+CHECKED_PIECES = ((9, 1, 6, 8), (3, 10, 1, 2))
+"""Tokens of the pieces of the two sequences that the check of a model runs."""
+
+ANY_TOKENS = 1 << 40
+"""More than a forward has. verl makes as few micro-batches as its limit of tokens allows, equally many on all ranks."""
+
+FIXED_ROPE = {"default", "linear", "yarn", "llama3", "proportional"}
+"""Kinds of RoPE whose frequencies are those of the configuration. Others, as `dynamic` and `longrope`, choose them by
+the longest sequence of each forward: keys that are cached would have other frequencies than those beside them."""
+
+
+class OverlapEngine(FSDPEngineWithLMHead):
+    """verl's FSDP engine for language models; see invariant 1 of the module."""
+
+    def prepare_model_inputs(self, micro_batch: TensorDict) -> tuple[dict[str, Any], dict[str, Any]]:
+        batch: PrefixBatch | None = tu.get_non_tensor_data(data=micro_batch, key=_BATCH, default=None)
+        if batch is None:
+            return super().prepare_model_inputs(micro_batch)
+        temperature = float(micro_batch["temperature"])
+        model_inputs = {
+            "input_ids": batch.input_ids,
+            "attention_mask": batch.attention_mask,
+            "position_ids": batch.position_ids,
+            "past_key_values": batch.cache,
+        }
+        output_args = {
+            "temperature_is_one": temperature == 1.0,
+            "temperature": torch.full((len(batch.lengths),), temperature, device=batch.input_ids.device),
+            "input_ids_rmpad_rolled": batch.labels,
+        }
+        return model_inputs, output_args
+
+    def continue_prefixes(self, batch: PrefixBatch, **settings: Any) -> dict[str, torch.Tensor]:
+        """One forward of upstream's; returns its outputs by verl's names, each [sum of n_b]."""
+        new_tokens = torch.nested.as_nested_tensor(  # jagged [rows, n_b]
+            [row[: int(length)] for row, length in zip(batch.input_ids, batch.lengths, strict=True)],
+            layout=torch.jagged,
+        )
+        micro_batch = TensorDict({"input_ids": new_tokens}, batch_size=[len(batch.lengths)])
+        tu.assign_non_tensor(
+            micro_batch, **{_BATCH: batch}, **settings, use_remove_padding=False, use_fused_kernels=False
+        )
+        with torch.no_grad(), torch.profiler.record_function("continue_prefixes"):
+            _, output = self.forward_step(micro_batch, loss_function=None, forward_only=True)
+        return {name: values.values() for name, values in output["model_output"].items()}
+
+
+def register_engine() -> None:
+    """Makes verl build `OverlapEngine`s in this process; an engine that another plugin has put there is left as it is.
+
+    verl looks for an engine of the vendor first, and registers its own for all vendors.
+    """
+    device = os.getenv("VERL_ENGINE_DEVICE") or get_device_name()
+    vendor = os.getenv("VERL_ENGINE_VENDOR") or get_vendor()
+    for backend in BACKENDS:
+        if EngineRegistry.get_engine_cls("language_model", backend) is FSDPEngineWithLMHead:
+            EngineRegistry.register("language_model", backend, device, vendor)(OverlapEngine)
+            found = EngineRegistry.get_engine_cls("language_model", backend)
+            if found is not OverlapEngine:
+                raise RuntimeError(f"verl builds {found.__name__} for {backend} although OverlapEngine is registered")
+
+
+class LogProbModel:
+    """The actor, or the reference, as it is asked for log-probs."""
+
+    def __init__(self, worker: TrainingWorker, names: dict[str, str], *, adapter: bool = True) -> None:
+        """`names`: results by verl's names of the model's outputs, as {"log_probs": "old_log_probs"}."""
+        self.worker = worker
+        self.names = names
+        self.adapter = adapter
+        self.geometry: Geometry | None = None
+        self._refusal: str | None = None
+        self._images_checked = False
+        self._images_refusal: str | None = None
+
+    @property
+    def engine(self) -> FSDPEngineWithLMHead:
+        return self.worker.engine
+
+    @property
+    def gathered_bytes(self) -> int:
+        """Of what FSDP gathers at once: the embeddings and two layers, or everything. An estimate; 0 for the actor
+        without its adapter."""
+        if not self.adapter:
+            return 0
+        engine = self.engine
+        world = torch.distributed.get_world_size()
+        size = engine.engine_config.fsdp_size
+        elements = sum(shard.numel() for shard in self._shards()) * (size if 0 < size < world else world)
+        text = plain_model(engine.module).config.get_text_config(decoder=True)
+        root = min(elements, 2 * text.vocab_size * text.hidden_size)
+        if engine.engine_config.reshard_after_forward:
+            elements = root + 2 * (elements - root) // text.num_hidden_layers
+        return elements * engine._autocast_dtype.itemsize
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """Of the state that the optimizer will make with its first step, on the device: two moments of each trained
+        parameter, as Adam's. 0 once it is there, where it is offloaded, and for a reference."""
+        engine = self.engine
+        optimizer = getattr(engine, "optimizer", None)
+        if optimizer is None or optimizer.state or engine.is_optimizer_offload_enabled:
+            return 0
+        return 2 * sum(shard.nbytes for shard in self._shards(trained=True))
+
+    def _shards(self, trained: bool = False) -> list[torch.Tensor]:
+        """This rank's parts of the parameters."""
+        parameters = self.engine.module.parameters()
+        return [getattr(p, "_local_tensor", p) for p in parameters if p.requires_grad or not trained]
+
+    def whole(
+        self, sequences: Sequence[np.ndarray], temperature: float, extras: Sequence[Extras] = ()
+    ) -> np.ndarray | None:
+        """Outputs for complete sequences through verl's own `infer_batch`, in one micro-batch; float32 [outputs, sum of
+        tokens], where each token's are those of its successor. None on a rank whose outputs verl does not use. `extras`
+        are of all sequences, as values and with equally many layers, or of none.
+        """
+        data = jagged_rows(sequences, extras)
+        tu.assign_non_tensor(
+            data, **self._settings(temperature), compute_loss=False, use_dynamic_bsz=True,
+            max_token_len_per_gpu=ANY_TOKENS, disable_auto_offload=True, no_lora_adapter=not self.adapter,
+        )  # fmt: skip
+        output = self.worker.infer_batch(data)
+        if output is None:
+            return None
+        return self._gather({name: tu.get(output, name).values() for name in self.names}).cpu().numpy()
+
+    def images_refusal(self, layers: int) -> str | None:
+        """Why a rank cannot forward images while another has none; None: it can. Found out once, by all ranks together:
+        a forward without images must enter all that FSDP gathers, or the collectives of the two ranks do not match.
+        """
+        if not self._images_checked and torch.distributed.get_world_size() > 1:
+            self._images_checked = True
+            named = self.engine.module.named_modules()
+            units = {
+                name: module for name, module in named if isinstance(module, FullyShardedDataParallel | FSDPModule)
+            }
+            entered: set[str] = set()
+            hooks = [
+                module.register_forward_pre_hook(lambda *_, name=name: entered.add(name))
+                for name, module in units.items()
+            ]
+            self.whole([np.zeros(2, dtype=np.int64)], 1.0, [text_extras(2, layers)])
+            for hook in hooks:
+                hook.remove()
+            missed = sorted(units.keys() - entered)
+            if missed:
+                kind = type(plain_model(self.engine.module)).__name__
+                self._images_refusal = f"a forward of {kind} without images leaves out {missed[0]}"
+        return self._images_refusal
+
+    def growing(self, batch: PrefixBatch, temperature: float) -> torch.Tensor:
+        """Outputs for the new tokens of a batch, on the device; float32 [outputs, sum of n_b]."""
+        adapter = nullcontext() if self.adapter else self.engine.disable_adapter()
+        with self.engine.eval_mode(disable_auto_offload=True), adapter:
+            return self._gather(self.engine.continue_prefixes(batch, **self._settings(temperature)))
+
+    def batch(self, prefixes: Sequence[Prefix], inputs: list[np.ndarray], labels: list[np.ndarray]) -> PrefixBatch:
+        """For `growing`."""
+        return PrefixBatch(self.geometry, prefixes, inputs, labels, get_device_id())
+
+    def refusal(self) -> str | None:
+        """Why the model cannot continue prefixes; None: it can. Found out once, by all ranks together."""
+        if self.geometry is None and self._refusal is None:
+            self._refusal = self._unsupported() or self._check()
+            if self._refusal is not None:
+                self.geometry = None
+        return self._refusal
+
+    def _settings(self, temperature: float) -> dict[str, Any]:
+        return {
+            "temperature": temperature,
+            "calculate_entropy": "entropy" in self.names,
+            "calculate_sum_pi_squared": "sum_pi_squared" in self.names,
+        }
+
+    def _gather(self, outputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.stack([outputs[name].float() for name in self.names])
+
+    def _unsupported(self) -> str | None:
+        """What is known without a forward."""
+        engine = self.engine
+        if not isinstance(engine, OverlapEngine):
+            return f"the engine is {type(engine).__name__}, not OverlapEngine"
+        if engine.ulysses_sequence_parallel_size > 1:
+            return f"ulysses_sequence_parallel_size={engine.ulysses_sequence_parallel_size} splits sequences over ranks"
+        if engine.model_config.use_fused_kernels:
+            return "use_fused_kernels=True computes log-probs without logits"
+        model = plain_model(engine.module)
+        config = model.config
+        sees = hasattr(config, "vision_config") or hasattr(config, "audio_config")
+        if sees or engine.model_config.processor is not None:
+            return f"{type(config).__name__} is multimodal"
+        text = config.get_text_config(decoder=True)
+        if config.is_encoder_decoder or getattr(model, "_is_stateful", False):
+            return f"{config.model_type} keeps a state that is no cache of keys and values"
+        kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+        if kinds:
+            return f"{config.model_type} has layers of the kind {', '.join(sorted(kinds))}"
+        kinds = _rope_kinds(text) - FIXED_ROPE
+        if kinds:
+            return (
+                f"{config.model_type} has RoPE of the kind {', '.join(sorted(kinds))}, whose frequencies may depend on "
+                "the longest sequence of a forward"
+            )
+        if getattr(text, "num_kv_shared_layers", 0):
+            return f"{config.model_type} has layers that share keys and values"
+        if "past_key_values" not in inspect.signature(model.forward).parameters:
+            return f"{type(model).__name__}.forward takes no past_key_values"
+        return None
+
+    def _check(self) -> str | None:
+        """Runs two sequences as a whole, together and alone, and in pieces. The mean difference of the pieces must be
+        within what rounding explains: that of the two ways to run them as a whole, and the precision of the numbers."""
+        random = np.random.default_rng(0)
+        vocabulary = plain_model(self.engine.module).config.get_text_config(decoder=True).vocab_size
+        sequences = [random.integers(0, vocabulary, sum(pieces) + 1) for pieces in CHECKED_PIECES]
+        together = self.whole(sequences, 1.0)
+        alone = [self.whole([tokens], 1.0) for tokens in sequences]
+        try:
+            pieces = self._in_pieces(sequences)
+            reason = None
+        except Exception as error:  # all ranks run the same tokens and fail alike
+            pieces, reason = [], f"continuing a prefix failed: {error!r}"
+        if reason is None:
+            cut = np.cumsum([len(tokens) for tokens in sequences])[:-1]
+            parts = zip(np.split(together, cut, axis=1), alone, pieces, strict=True)
+            rows = [(a[0, :-1], b[0, :-1], c[0]) for a, b, c in parts]  # log-probs; the last token has no successor
+            a, b, c = (np.concatenate(column) for column in zip(*rows, strict=True))
+            noise, off = float(np.abs(a - b).mean()), float(np.abs(c - (a + b) / 2).mean())
+            allowed = 1e-4 + 4 * noise + torch.finfo(self.engine._autocast_dtype).eps * float(np.abs(a).mean())
+            if not off <= allowed:
+                reason = f"log-probs in pieces are off by {off:.3g} nats on average, allowed are {allowed:.3g}"
+        failed = torch.tensor(float(reason is not None), device=get_device_name())
+        torch.distributed.all_reduce(failed, op=torch.distributed.ReduceOp.MAX)
+        if failed.item() and reason is None:
+            reason = "another rank cannot"
+        return reason
+
+    def _in_pieces(self, sequences: list[np.ndarray]) -> list[np.ndarray]:
+        """float32 [outputs, tokens - 1] of each sequence; learns the geometry on the way."""
+        device = get_device_id()
+        first = [tokens[: pieces[0]] for tokens, pieces in zip(sequences, CHECKED_PIECES, strict=True)]
+        batch = PrefixBatch(None, [Prefix() for _ in first], first, first, device)
+        self.growing(batch, 1.0)
+        layers = plain_model(self.engine.module).config.get_text_config(decoder=True).num_hidden_layers
+        self.geometry = Geometry.of(batch.cache, layers, int(batch.lengths.max()))
+
+        prefixes = [Prefix() for _ in sequences]
+        results: list[list[np.ndarray]] = [[] for _ in sequences]
+        for lengths in zip(*CHECKED_PIECES, strict=True):
+            starts = [prefix.tokens for prefix in prefixes]
+            spans = list(zip(sequences, starts, lengths, strict=True))
+            inputs = [tokens[start : start + length] for tokens, start, length in spans]
+            labels = [tokens[start + 1 : start + length + 1] for tokens, start, length in spans]
+            batch = self.batch(prefixes, inputs, labels)
+            for result, values in zip(results, batch.split(self.growing(batch, 1.0).cpu().numpy()), strict=True):
+                result.append(values)
+            batch.keep(range(len(sequences)))
+        return [np.concatenate(result, axis=1) for result in results]
+
+
+def jagged_rows(sequences: Sequence[np.ndarray], extras: Sequence[Extras] = ()) -> TensorDict:
+    """As `verl.workers.utils.padding.left_right_2_no_padding` gives them; arguments as of `LogProbModel.whole`."""
+    lengths = torch.tensor([len(tokens) for tokens in sequences])
+    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    tokens = torch.from_numpy(np.concatenate(sequences).astype(np.int64))
+    layers = [one.position_ids for one in extras or [text_extras(len(tokens)) for tokens in sequences]]
+    positions = torch.from_numpy(np.concatenate(layers, axis=1).astype(np.int64))  # [layers, sum of tokens]
+    flat = {"values": positions[0]} if len(positions) == 1 else {"values": positions, "jagged_dim": 2}
+    data = TensorDict(
+        {
+            "input_ids": torch.nested.nested_tensor_from_jagged(tokens, offsets),
+            "position_ids": torch.nested.nested_tensor_from_jagged(offsets=offsets, **flat),
+            "loss_mask": torch.ones(len(sequences), 1, dtype=torch.int64),  # verl sums it for losses, of which none
+        },
+        batch_size=[len(sequences)],
+    )
+    if extras:
+        tu.assign_non_tensor_stack(data, "multi_modal_inputs", [one.multi_modal_inputs for one in extras])
+    return data
+
+
+def _rope_kinds(config: PretrainedConfig) -> set[str]:
+    """All that a configuration names, for the model or for each kind of layers, in today's form or the older one."""
+    found = set()
+    for name in ("rope_parameters", "rope_scaling"):
+        settings = getattr(config, name, None) or {}
+        for one in (settings, *(value for value in settings.values() if isinstance(value, dict))):
+            found |= {one[key] for key in ("rope_type", "type") if one.get(key)}
+    return found
+
+
+def plain_model(module: torch.nn.Module) -> torch.nn.Module:
+    """The transformers model inside FSDP and an adapter."""
+    module = getattr(module, "_fsdp_wrapped_module", module)
+    return module.get_base_model() if hasattr(module, "get_base_model") else module

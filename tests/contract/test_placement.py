@@ -25,10 +25,10 @@ from darts.checks.run import check_run
 from darts.config import ConfigError
 from darts.messages import Node
 from darts.testbed import assets_dir
+from darts.training import launch
 from darts.training.launch import DartsTaskRunner
 from darts.training.trainer import RayDartsTrainer
-from recipe.darts import main_darts
-from verl_patches import placement
+from verl_patches import patches, placement
 from verl_patches.dp_actor import OverlappedActorWorker
 from verl_patches.patching import original
 from verl_patches.pools import ClusterTooSmall, check_room_for_servers
@@ -329,8 +329,8 @@ def patched(monkeypatch):
     monkeypatch.setattr(LLMServerManager, "rollout_replica_class", Replica, raising=False)
     left = {"a": {"GPU": 4, "CPU": 8}, "b": {"GPU": 5, "CPU": 10}}
     monkeypatch.setattr(ray._private.state, "available_resources_per_node", lambda: left)
-    assert placement.patch_llm_server_manager()
-    assert not placement.patch_llm_server_manager(), "a second time changes nothing"
+    assert patches.patch_llm_server_manager()
+    assert not patches.patch_llm_server_manager(), "a second time changes nothing"
 
 
 @pytest.mark.usefixtures("patched")
@@ -431,9 +431,9 @@ def test_the_trainer_starts_pools_apart_where_asked(trainer, capsys):
 def test_the_task_runner_looks_at_the_cluster_before_it_loads_anything(monkeypatch, nodes):
     found = [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": gpus}} for gpus in nodes]
     found += [{"Alive": True, "Resources": {"CPU": 4.0}}, {"Alive": False, "Resources": {"GPU": 8.0}}]
-    monkeypatch.setattr(main_darts.ray, "nodes", lambda: found)
+    monkeypatch.setattr(launch.ray, "nodes", lambda: found)
     loaded = []
-    monkeypatch.setattr(main_darts, "omega_conf_to_dataclass", lambda model: loaded.append(model) or 1 / 0)
+    monkeypatch.setattr(launch, "omega_conf_to_dataclass", lambda model: loaded.append(model) or 1 / 0)
     config = composed("quickstart", "darts.placement=disaggregated", "darts.enable=false")
     expected = ZeroDivisionError if sum(nodes) == 2 else ClusterTooSmall
     with pytest.raises(expected):

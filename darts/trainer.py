@@ -44,13 +44,11 @@ from darts.overlap_session import OverlapSession
 from darts.placement import pools
 from darts.planning import Rollout, RolloutPlanner
 from darts.profiler import ProfileError, engine_device, profile_servers
-from darts.reweighting import reweighted_advantages
 from darts.rollout import DartsAgentLoopManager
 from darts.rounds import RoundLoader
 from darts.state import StateError, load_state, save_state, step_folder
 from darts.strategy import Strategy, make_strategy
 from darts.trace import Trace
-from darts.worker import POPULATION, WEIGHT
 from verl_patches.placement import patch_llm_server_manager
 
 
@@ -362,24 +360,6 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
         batch = super()._fit_compute_ref_log_prob(batch)
         if self._log_probs is not None and self._rollout is not None:
             self.metrics.update(self._log_probs.metrics(self._rollout))
-        return batch
-
-    def _fit_compute_advantage(self, batch: DataProto) -> DataProto:
-        """As upstream; with `keep_probability` the kept are weighted (`darts.reweighting`)."""
-        batch = super()._fit_compute_advantage(batch)
-        columns, mask = batch.non_tensor_batch, batch.batch["response_mask"]
-        if WEIGHT in columns:
-            first = mask.argmax(dim=-1, keepdim=True)  # one advantage stands at all tokens of a response
-            reweighted = reweighted_advantages(
-                batch.batch["advantages"].gather(-1, first)[:, 0].numpy(),
-                columns[WEIGHT],
-                columns["uid"],
-                columns[POPULATION],
-                normalize="grpo" in str(self.config.algorithm.adv_estimator).lower()
-                and self.config.algorithm.get("norm_adv_by_std_in_grpo", True),
-            )
-            advantages = torch.from_numpy(reweighted).to(mask.device, torch.float32)[:, None] * mask
-            batch.batch["advantages"] = batch.batch["returns"] = advantages
         return batch
 
     def _fit_update_weights(self) -> None:

@@ -31,8 +31,6 @@ from verl_patches.agent_loops import patch_building
 
 # Columns of the batch between manager and worker. Agent loops never see them.
 BUDGET, PROMPT, CANDIDATE = "darts_budget", "darts_prompt", "darts_candidate"
-WEIGHT, POPULATION = "darts_weight", "darts_population"
-"""With `darts.selection.keep_probability`: of a kept row, and the candidates that its group's weights stand for."""
 
 
 class CandidateError(RuntimeError):
@@ -52,12 +50,6 @@ def candidate_seed(seed: int, step: int, prompt: int, candidate: int) -> int:
     All turns of a multi-turn candidate have it.
     """
     return int(np.random.SeedSequence([seed, max(step, 0), prompt, candidate]).generate_state(1)[0])
-
-
-def group_draw(seed: int | None, step: int, prompt: int) -> float:
-    """The draw in [0, 1) of one group; apart from its candidates' seeds. Without a seed the system's."""
-    entropy = None if seed is None else [seed, max(step, 0), prompt, 1 << 31]
-    return float(np.random.default_rng(np.random.SeedSequence(entropy)).random())
 
 
 class DartsAgentLoopWorker(AgentLoopWorker):
@@ -123,7 +115,6 @@ class DartsAgentLoopWorker(AgentLoopWorker):
                 self._routing_key(uid, int(prompt)),
                 self._outbox,
                 self._tell_complete,
-                group_draw(self._seed(), self._step, int(prompt)),
             )
             for uid, prompt, budget in zip(
                 prompts.non_tensor_batch["uid"], prompts.non_tensor_batch[PROMPT], budgets.tolist(), strict=True
@@ -329,14 +320,6 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         output = super()._postprocess([inputs[row] for row in kept], input_non_tensor_batch=columns, validate=validate)
         output.non_tensor_batch["uid"] = columns["uid"]
         output.non_tensor_batch[CANDIDATE] = columns[CANDIDATE]
-        if self._darts.selection.keep_probability > 0:
-            states = [self._groups[uid].state for uid in columns["uid"]]
-            weights = [
-                state.weights[state.kept.index(index)]
-                for state, index in zip(states, columns[CANDIDATE].tolist(), strict=True)
-            ]
-            output.non_tensor_batch[WEIGHT] = np.array(weights)
-            output.non_tensor_batch[POPULATION] = np.array([state.population for state in states])
         return output
 
     def _new_outbox(self) -> GrowthOutbox | None:

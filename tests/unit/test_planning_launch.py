@@ -2,13 +2,12 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from darts.allocation import contiguous_parts, spread_parts
 from darts.config import LAUNCH_ORDERS, DartsConfig
 from darts.forecast import CostModel, draw_lengths, stopped_lengths
-from darts.group import CandidateGroup
 from darts.latency import LatencyCurve
 from darts.planning import Plan, RolloutPlanner, launch_order
 
@@ -103,42 +102,3 @@ def test_the_forecast_follows_the_order():
         assert plan.predicted_s == planner.cost.seconds(decoded, 1, 6)
         assert plan.launch_order.tolist() == ([0, 3, 2, 1] if launch == "heaviest" else [2, 1, 0, 3])
     assert seconds["heaviest"] != seconds["dual_end_first"]
-
-
-# --- losers that are kept by chance -----------------------------------------------------------------------------------
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.lists(st.integers(1, 12), min_size=LOW, max_size=HIGH), min_size=1, max_size=4), st.integers(0, 24))
-def test_forecasts_run_a_spared_loser_to_its_end_as_the_state_machine_does(lengths, percent):
-    p = percent / 100
-    darts = darts_of(selection={"mode": "shortest_only", "keep_probability": p})
-    padded = np.array([row + [7] * (HIGH - len(row)) for row in lengths], dtype=np.float64)
-    got = stopped_lengths(padded[None], np.array([len(row) for row in lengths]), darts, limit=12)[0]
-    draws = np.random.default_rng(1).random((1, len(lengths)))[0]
-    for row, decoded, draw in zip(lengths, got, draws, strict=True):
-        group = CandidateGroup(len(row), LOW, 0, "eager", keep_probability=p, draw=draw)
-        want, aborted = list(row), set()
-        for length, index in sorted((length, index) for index, length in enumerate(row)):
-            if index in aborted:
-                continue
-            for loser in group.finish(index, length, truncated=length == 12):
-                aborted.add(loser)
-                want[loser] = length
-        assert decoded[: len(row)].tolist() == want
-
-
-def test_a_deadline_waits_for_the_spared():
-    """A dual-end group's long response is cut when the shortest-only group is complete: later if it spares one."""
-    lengths = np.array([[1, 2, 3, 4, 50, 60, 70, 80], [5, 5, 5, 5, 99, 0, 0, 0]], dtype=np.float64)
-    budgets = np.array([8, 5])
-    cut = {}
-    for p in (0.0, 0.24):
-        darts = darts_of(selection={"long_wait": "deadline", "keep_probability": p})
-        drawn = np.repeat(lengths[None], 200, axis=0)
-        decoded = stopped_lengths(drawn, budgets, darts, limit=1000)
-        cut[p] = decoded[:, 1, 4]
-        assert (decoded[:, 1, 4] == np.maximum(decoded[:, 0].max(axis=1), 5)).all()
-    assert set(cut[0.0]) == {5}
-    assert set(cut[0.24]) == {5, 50, 60, 70, 80}
-    assert np.mean(cut[0.24] > 5) == pytest.approx(0.96, abs=0.05)

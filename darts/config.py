@@ -36,7 +36,6 @@ from darts.group import EARLY_STOP
 __all__ = ["ConfigError", "DartsConfig", "refuse_unknown_keys"]
 
 STRATEGIES = ("none", "bypass", "shortest_k", "darts", "tail_batching", "sorted")
-LAUNCH_ORDERS = ("heaviest", "dual_end_first")
 ROUTINGS = ("balanced", "group")
 PLACEMENTS = ("colocated", "disaggregated")
 
@@ -94,13 +93,6 @@ class DartsConfig:
     overlap: OverlapConfig = field(default_factory=OverlapConfig)
     tail_batching: TailBatchingConfig = field(default_factory=TailBatchingConfig)
     sorted: SortedConfig = field(default_factory=SortedConfig)
-    launch: str = field(
-        default="heaviest",
-        metadata={
-            "help": "heaviest: with adaptive budgets prompts with the most expected tokens start first; "
-            "dual_end_first: dual-end groups"
-        },
-    )
     trace: str | None = field(
         default=None,
         metadata={"help": "JSONL file with every step's metrics and lengths, for darts.report"},
@@ -168,8 +160,8 @@ class DartsConfig:
             group_size=group_size,
             placement=placement,
             strategy=_strategy(block.get("strategy")),
-            allocation=(allocation := parse_allocation(_section(block, "allocation"), group_size)),
-            selection=parse_selection(_section(block, "selection"), group_size, allocation.high),
+            allocation=parse_allocation(_section(block, "allocation"), group_size),
+            selection=parse_selection(_section(block, "selection"), group_size),
             reward=parse_reward(_section(block, "reward")),
             early_stop=check_choice("darts.early_stop", block.get("early_stop"), "eager", EARLY_STOP),
             streaming=parse_streaming(_section(block, "streaming")),
@@ -178,7 +170,6 @@ class DartsConfig:
             overlap=parse_overlap(_section(block, "overlap"), placement),
             tail_batching=parse_tail_batching(_section(block, "tail_batching")),
             sorted=parse_sorted(_section(block, "sorted")),
-            launch=check_choice("darts.launch", block.get("launch"), "heaviest", LAUNCH_ORDERS),
             trace=_trace(block.get("trace")),
             routing=check_choice("darts.routing", block.get("routing"), "balanced", ROUTINGS),
             seed=_seed(block.get("seed")),

@@ -88,12 +88,6 @@ class SelectionConfig:
         default="all",
         metadata={"help": "dual-end waits for all candidates; deadline: until every group of the batch has M valid"},
     )
-    keep_probability: float = field(
-        default=0.0,
-        metadata={
-            "help": "chance of a loser of a shortest-only group to be kept, and weighted by its inverse; 0: none"
-        },
-    )
     on_no_valid: str = field(
         default="fill",
         metadata={"help": "a prompt whose candidates were all truncated: fill its group with them, or fail the step"},
@@ -281,7 +275,7 @@ def parse_sorted(section: Mapping[str, Any]) -> SortedConfig:
     return SortedConfig(prompts=prompts)
 
 
-def parse_selection(section: Mapping[str, Any], group_size: int, high: int) -> SelectionConfig:
+def parse_selection(section: Mapping[str, Any], group_size: int) -> SelectionConfig:
     """The block `darts.selection:`, checked."""
     num_long = or_default(section.get("num_long"), 1)
     require(
@@ -291,17 +285,7 @@ def parse_selection(section: Mapping[str, Any], group_size: int, high: int) -> S
         f"L must be an integer in [0, rollout.n={group_size}), because K = rollout.n - L shortest are kept and K >= 1.",
         "set darts.selection.num_long=1 (the paper's choice for groups of 8).",
     )
-    keep_probability = or_default(section.get("keep_probability"), 0.0)
-    require(
-        "darts.selection.keep_probability",
-        keep_probability,
-        is_number(keep_probability) and keep_probability >= 0 and keep_probability * (high - group_size) < 1,
-        f"must be at least 0 and less than 1 in all over the {high - group_size} losers that a group can have "
-        "(M_up - M), since a group keeps one of them at most.",
-        "set darts.selection.keep_probability=0, or below 1 / (darts.allocation.high - rollout.n).",
-    )
     return SelectionConfig(
-        keep_probability=float(keep_probability),
         mode=check_choice("darts.selection.mode", section.get("mode"), "auto", SELECTION_MODES),
         num_long=num_long,
         long_wait=check_choice("darts.selection.long_wait", section.get("long_wait"), "all", LONG_WAIT),

@@ -4,8 +4,7 @@ Contract: pure. Lengths are always drawn with the same seed, so totals of candid
 do not change from step to step by chance.
 
 1. Lengths of a prompt are log-normal with its mean and std (our choice), at most the response limit.
-2. What the groups stop is stopped where their rules say, counted in tokens: all candidates start together. Which losers
-   are spared (`darts.selection.keep_probability`) is drawn like the lengths.
+2. What the groups stop is stopped where their rules say, counted in tokens: all candidates start together.
 3. Candidates go to the engines in turns, in the order in which they are launched: as `darts.routing=balanced` does it.
 """
 
@@ -69,23 +68,10 @@ def stopped_lengths(
     last = np.where(runs, lengths, 0.0).max(axis=-1)
     shortest_only = np.array([darts.num_long_for(int(budget)) == 0 for budget in budgets], dtype=bool)
     ends = np.where(shortest_only & early, np.minimum(enough, last), last)
-    spared = _spared(valid, runs & shortest_only[:, None], darts)
     if darts.selection.long_wait == "deadline":
         settled = np.where(shortest_only, ends, np.minimum(enough, last))
-        settled = np.maximum(settled, np.where(spared, lengths, 0.0).max(axis=-1))
         ends = np.where(shortest_only, ends, np.minimum(ends, settled.max(axis=-1, keepdims=True)))
-    return np.where(runs, np.where(spared, lengths, np.minimum(lengths, ends[..., None])), 0.0)
-
-
-def _spared(valid: NDArray[np.float64], candidates: NDArray[np.bool_], darts: DartsConfig) -> NDArray[np.bool_]:
-    """Which losers are kept by chance, as in `darts.group` with `eager`, shape of `valid`."""
-    p, size = darts.selection.keep_probability, darts.group_size
-    if p == 0:
-        return np.zeros(valid.shape, dtype=bool)
-    rank = np.argsort(np.argsort(valid, axis=-1, kind="stable"), axis=-1)
-    losers = candidates & (rank >= size)
-    number = np.floor(np.random.default_rng(1).random(valid.shape[:2]) / p)
-    return losers & (np.cumsum(losers, axis=-1) - 1 == number[..., None])
+    return np.where(runs, np.minimum(lengths, ends[..., None]), 0.0)
 
 
 class CostModel:

@@ -123,9 +123,6 @@ class Chunk(NamedTuple):
 # Columns of the batch between manager and worker. Agent loops never see them.
 BUDGET, PROMPT, CANDIDATE = "darts_budget", "darts_prompt", "darts_candidate"
 
-WEIGHT, POPULATION = "darts_weight", "darts_population"
-"""With `darts.selection.keep_probability`: of a kept row, and the candidates that its group's weights stand for."""
-
 Tokens = NDArray[np.int32]
 
 

@@ -54,7 +54,11 @@ class Plan:
     times: tuple[float, ...] = ()  # moving mean of seconds with M_low to M_up candidates over base_s; with a utility
     base_s: float | None = None  # expected seconds with M candidates per prompt, all run to their end
     predicted_s: float | None = None  # expected seconds of this rollout
-    launch_order: NDArray[np.int64]  # positions of the prompts, from the first to the last; see the function
+
+    @property
+    def launch_order(self) -> NDArray[np.int64]:
+        """Positions of the prompts, in the order in which their candidates are launched."""
+        return launch_order(self.budgets, self.mean, self.adaptive)
 
     @property
     def priorities(self) -> NDArray[np.int64]:
@@ -71,11 +75,8 @@ class Plan:
     def parts(self, num_parts: int) -> list[NDArray[np.int64]]:
         """Positions of the prompts of each worker, in the order of launch."""
         if self.adaptive:
-            parts = spread_parts(self.budgets * self.mean, num_parts)
-        else:
-            parts = contiguous_parts(self.budgets, num_parts)
-        rank = np.argsort(self.launch_order)
-        return [part[np.argsort(rank[part])] for part in parts]
+            return spread_parts(self.budgets * self.mean, num_parts)
+        return contiguous_parts(self.budgets, num_parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -124,7 +125,7 @@ class RolloutPlanner:
             lengths = draw_lengths(mean, std, max(allocation.high, size), self._response_length)
         base_s = predicted_s = None
         if lengths is not None:
-            base_s = self._to_the_end(lengths, np.full(len(keys), size), mean, adaptive, darts)
+            base_s = self._to_the_end(lengths, np.full(len(keys), size), mean, adaptive)
         utility, times = None, ()
         if allocation.mode == "off":
             budgets = np.full(len(keys), size)
@@ -138,9 +139,9 @@ class RolloutPlanner:
             budgets = allocate(weights, total, allocation.low, allocation.high)
         else:
             budgets = uniform_budgets(len(keys), allocation.fallback_mean, allocation.low, allocation.high)
-        order = launch_order(budgets, mean, adaptive, darts)
         if lengths is not None:
             decoded = stopped_lengths(lengths, budgets, darts, self._response_length)
+            order = launch_order(budgets, mean, adaptive)
             predicted_s = self.cost.seconds(decoded[:, order], self.num_engines, self.max_running)
         return Plan(
             keys=list(keys),
@@ -153,7 +154,6 @@ class RolloutPlanner:
             times=times,
             base_s=base_s,
             predicted_s=predicted_s,
-            launch_order=order,
         )
 
     def observe(
@@ -222,16 +222,11 @@ class RolloutPlanner:
         self.steps, self.correction, self.cost, self._times = steps, correction, cost, tuple(times)
 
     def _to_the_end(
-        self,
-        lengths: NDArray[np.float64],
-        budgets: NDArray[np.int64],
-        mean: NDArray[np.float64],
-        adaptive: bool,
-        darts: DartsConfig,
+        self, lengths: NDArray[np.float64], budgets: NDArray[np.int64], mean: NDArray[np.float64], adaptive: bool
     ) -> float:
         """Seconds if every candidate runs to its end."""
         runs = np.arange(lengths.shape[-1]) < budgets[:, None]
-        order = launch_order(budgets, mean, adaptive, darts)
+        order = launch_order(budgets, mean, adaptive)
         return self.cost.seconds(np.where(runs, lengths, 0.0)[:, order], self.num_engines, self.max_running)
 
     def _relative_times(
@@ -245,7 +240,7 @@ class RolloutPlanner:
         """Seconds with M_low, ..., M_up candidates in the mean over `base_s`: moving mean over batches."""
         low, high, count = darts.allocation.low, darts.allocation.high, len(weights)
         new = [
-            self._to_the_end(lengths, allocate(weights, each * count, low, high), mean, True, darts) / base_s
+            self._to_the_end(lengths, allocate(weights, each * count, low, high), mean, True) / base_s
             for each in range(low, high + 1)
         ]
         if len(self._times) != len(new):  # the first, or other bounds than before
@@ -294,20 +289,12 @@ class RolloutPlanner:
         return np.array([observed[key] for key in keys])
 
 
-def launch_order(
-    budgets: NDArray[np.int64], mean: NDArray[np.float64], adaptive: bool, darts: DartsConfig
-) -> NDArray[np.int64]:
-    """Positions of the prompts in the order in which their candidates are launched (`darts.launch`).
+def launch_order(budgets: NDArray[np.int64], mean: NDArray[np.float64], adaptive: bool) -> NDArray[np.int64]:
+    """Positions of the prompts in the order in which their candidates are launched.
 
-    From the heaviest to the lightest by expected tokens; in the batch's order where budgets are uniform. With
-    `dual_end_first` (our reading of how the paper overlaps groups) those that must run to their end start first, in
-    this order; the shortest-only, which are stopped early, take the slots that they leave, in this order too.
+    From the heaviest to the lightest by expected tokens; in the batch's order where budgets are uniform.
     """
-    order = np.argsort(-budgets * mean, kind="stable") if adaptive else np.arange(len(budgets))
-    if darts.launch == "dual_end_first":
-        last = np.array([darts.num_long_for(budget) == 0 for budget in budgets[order].tolist()], dtype=bool)
-        order = order[np.argsort(last, kind="stable")]
-    return order
+    return np.argsort(-budgets * mean, kind="stable") if adaptive else np.arange(len(budgets))
 
 
 def plan_metrics(plan: Plan, observed: NDArray[np.float64], seconds: float) -> dict[str, float]:

@@ -259,7 +259,7 @@ def all_kept(darts: DartsConfig) -> DartsConfig:
     return replace(
         darts,
         allocation=replace(darts.allocation, mode="off"),
-        selection=replace(darts.selection, mode="shortest_only", keep_probability=0.0),
+        selection=replace(darts.selection, mode="shortest_only"),
         early_stop="off",
     )
 
@@ -270,6 +270,6 @@ def shortest_only(darts: DartsConfig, candidates: float, early_stop: str) -> Dar
     return replace(
         darts,
         allocation=replace(darts.allocation, mode="uniform", mean_candidates=float(candidates), low=low, high=high),
-        selection=replace(darts.selection, mode="shortest_only", keep_probability=0.0),
+        selection=replace(darts.selection, mode="shortest_only"),
         early_stop=early_stop,
     )

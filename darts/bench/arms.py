@@ -135,8 +135,6 @@ BEYOND = (
     DARTS,
     DEADLINE,
     _arm("exact", "darts", "only those are stopped that have grown past the M-th shortest", early_stop="exact"),
-    _arm("keep 5 %", "darts", "a loser is spared now and then, and reweighted", selection__keep_probability=0.05),
-    _arm("dual-end first", "darts", "groups that wait for all candidates start first", launch="dual_end_first"),
 )  # fmt: skip
 
 # No log-probs after generation: hidden, or the servers' own ones. What competes has the same.

@@ -25,8 +25,6 @@ from verl_patches.device import is_cpu_only
 VERL_VERSION = "0.9.1"
 ALLOW_OTHER_VERL = "DARTS_ALLOW_OTHER_VERL"
 WITHOUT_GROUP_BASELINE = ("gae", "reinforce_plus_plus")
-WEIGHTED = ("grpo", "grpo_vectorized", "rloo", "rloo_vectorized")
-"""Estimators whose advantages `darts.selection.keep_probability` can weight."""
 GIB = 1 << 30
 FLASH_ATTENTION = "flash_attention_2"
 """What verl's actor attends with unless `model.override_config` says otherwise."""
@@ -118,21 +116,6 @@ def check_run(config: DictConfig) -> DartsConfig:
             "reward (a group baseline, as in GRPO); without one the kept responses are a length-biased sample without "
             "that effect.",
             stacklevel=2,
-        )
-    if darts.selection.keep_probability > 0 and estimator not in WEIGHTED:
-        raise ConfigError(
-            "darts.selection.keep_probability",
-            darts.selection.keep_probability,
-            f"weights one advantage per response, of a group's mean reward: algorithm.adv_estimator={estimator} has no "
-            f"such advantages; {', '.join(WEIGHTED)} do.",
-            "set darts.selection.keep_probability=0, or algorithm.adv_estimator=grpo.",
-        )
-    if darts.selection.keep_probability > 0 and OmegaConf.select(config, "algorithm.rollout_correction.rollout_rs"):
-        raise ConfigError(
-            "darts.selection.keep_probability",
-            darts.selection.keep_probability,
-            "the kept stand for those that are not: algorithm.rollout_correction.rollout_rs rejects some of them.",
-            "set darts.selection.keep_probability=0, or algorithm.rollout_correction.rollout_rs=null.",
         )
     if darts.early_stop == "exact" and darts.streaming.chunk_tokens >= rollout.response_length:
         warnings.warn(

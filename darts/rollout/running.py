@@ -148,7 +148,6 @@ class RunningGroup:
         routing_key: str | None = None,
         outbox: GrowthOutbox | None = None,
         on_complete: Callable[[str], None] = lambda uid: None,
-        draw: float = 0.0,
     ) -> None:
         self.uid = uid
         self._on_complete = on_complete  # told once
@@ -164,8 +163,6 @@ class RunningGroup:
             darts.num_long_for(budget),
             darts.early_stop,
             darts.selection.long_wait,
-            darts.selection.keep_probability,
-            draw,
         )
         self.candidates = [RunningCandidate(self, index) for index in range(budget)]
         self.settled = asyncio.Event()  # ready for the deadline, or complete

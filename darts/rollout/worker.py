@@ -22,7 +22,7 @@ from verl.protocol import DataProto
 
 from darts.config import DartsConfig
 from darts.latency import StepTimes
-from darts.messages import BUDGET, CANDIDATE, POPULATION, PROMPT, WEIGHT, Progress
+from darts.messages import BUDGET, CANDIDATE, PROMPT, Progress
 from darts.overlap.images import make_extras
 from darts.overlap.outbox import GrowthOutbox
 from darts.pool import CandidatePool
@@ -48,12 +48,6 @@ def candidate_seed(seed: int, step: int, prompt: int, candidate: int) -> int:
     All turns of a multi-turn candidate have it.
     """
     return int(np.random.SeedSequence([seed, max(step, 0), prompt, candidate]).generate_state(1)[0])
-
-
-def group_draw(seed: int | None, step: int, prompt: int) -> float:
-    """The draw in [0, 1) of one group; apart from its candidates' seeds. Without a seed the system's."""
-    entropy = None if seed is None else [seed, max(step, 0), prompt, 1 << 31]
-    return float(np.random.default_rng(np.random.SeedSequence(entropy)).random())
 
 
 class DartsAgentLoopWorker(AgentLoopWorker):
@@ -119,7 +113,6 @@ class DartsAgentLoopWorker(AgentLoopWorker):
                 self._routing_key(uid, int(prompt)),
                 self._outbox,
                 self._tell_complete,
-                group_draw(self._seed(), self._step, int(prompt)),
             )
             for uid, prompt, budget in zip(
                 prompts.non_tensor_batch["uid"], prompts.non_tensor_batch[PROMPT], budgets.tolist(), strict=True
@@ -325,14 +318,6 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         output = super()._postprocess([inputs[row] for row in kept], input_non_tensor_batch=columns, validate=validate)
         output.non_tensor_batch["uid"] = columns["uid"]
         output.non_tensor_batch[CANDIDATE] = columns[CANDIDATE]
-        if self._darts.selection.keep_probability > 0:
-            states = [self._groups[uid].state for uid in columns["uid"]]
-            weights = [
-                state.weights[state.kept.index(index)]
-                for state, index in zip(states, columns[CANDIDATE].tolist(), strict=True)
-            ]
-            output.non_tensor_batch[WEIGHT] = np.array(weights)
-            output.non_tensor_batch[POPULATION] = np.array([state.population for state in states])
         return output
 
     def _new_outbox(self) -> GrowthOutbox | None:

@@ -133,7 +133,6 @@ class _Replay:
         self.throughput = Throughput(setting.curve, cluster.engines, cluster.max_num_seqs)
         self.next_row = 0
         self.launches: dict[int, int] = {}  # of rows that are queued
-        self.rng = np.random.default_rng(0)  # who is spared by chance
         self.done = 0
 
     def steps(self, count: int) -> Iterator[Step]:
@@ -162,7 +161,6 @@ class _Replay:
             fleet,
             order=order,
             harvest=round_.harvest,
-            draws=self.rng.random(len(rows)).tolist() if rules.selection.keep_probability else None,
         )
         step = self._measured(outcome, rules, lengths, drawn.reward[launched])
         if plan is not None:

@@ -17,7 +17,7 @@ rollout ends; here is what happens in between.
 
 import heapq
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,15 +84,12 @@ class Outcome:
         )
 
 
-def make_group(rules: DartsConfig, budget: int, draw: float = 0.0) -> CandidateGroup:
+def make_group(rules: DartsConfig, budget: int) -> CandidateGroup:
     """The group of a prompt with so many candidates, as `darts.rollout.running` makes it; plain verl keeps all M."""
     if not rules.enable:
         return CandidateGroup(budget, budget, 0)
-    selection = rules.selection
     num_long = rules.num_long_for(budget)
-    return CandidateGroup(
-        budget, rules.group_size, num_long, rules.early_stop, selection.long_wait, selection.keep_probability, draw
-    )
+    return CandidateGroup(budget, rules.group_size, num_long, rules.early_stop, rules.selection.long_wait)
 
 
 def route(budgets: Sequence[int], order: Sequence[int], engines: int, routing: str) -> list[int]:
@@ -122,7 +119,6 @@ def run_rollout(
     *,
     order: Sequence[int] | None = None,
     harvest: int | None = None,
-    draws: Sequence[float] | None = None,
 ) -> Outcome:
     """Runs candidates until every group is decided and every candidate has ended.
 
@@ -134,12 +130,8 @@ def run_rollout(
         fleet: the engines.
         order: positions of the prompts in the order of launch; None: as they stand.
         harvest: the rollout ends once so many prompts are complete; None: with its last.
-        draws: of each prompt, uniform in [0, 1), for `selection.keep_probability`; None: nobody is spared by chance.
     """
-    if draws is None:
-        rules = replace(rules, selection=replace(rules.selection, keep_probability=0.0))
-        draws = [0.0] * len(budgets)
-    return _Rollout(lengths, truncated, budgets, rules, fleet, order, harvest, draws).run()
+    return _Rollout(lengths, truncated, budgets, rules, fleet, order, harvest).run()
 
 
 class _Rollout:
@@ -154,13 +146,12 @@ class _Rollout:
         fleet: Fleet,
         order: Sequence[int] | None,
         harvest: int | None,
-        draws: Sequence[float],
     ) -> None:
         self.rules, self.fleet, self.budgets, self.truncated = rules, fleet, budgets, truncated
         self.cut = truncated.tolist()
         self.lengths = lengths.tolist()
         self.harvest = harvest
-        self.groups = [make_group(rules, budget, draw) for budget, draw in zip(budgets.tolist(), draws, strict=True)]
+        self.groups = [make_group(rules, budget) for budget in budgets.tolist()]
         self.firsts = (np.cumsum(budgets) - budgets).tolist()
         self.prompts = np.repeat(np.arange(len(budgets)), budgets).tolist()
         self.engines = [Engine(fleet.step_seconds, fleet.slots) for _ in range(fleet.engines)]

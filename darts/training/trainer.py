@@ -44,11 +44,9 @@ from darts.evidence.checkpoint import StateError, load_state, save_state, step_f
 from darts.evidence.profile import LatencyProfile
 from darts.evidence.trace import Trace
 from darts.forecast import CostModel
-from darts.messages import POPULATION, WEIGHT
 from darts.overlap.join import OverlappedLogProbs, actor_limits
 from darts.overlap.session import OverlapSession
 from darts.planning import Rollout, RolloutPlanner
-from darts.reweighting import reweighted_advantages
 from darts.rollout.manager import DartsAgentLoopManager
 from darts.strategy import Strategy, make_strategy
 from darts.training.rounds import RoundLoader
@@ -363,24 +361,6 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
         batch = super()._fit_compute_ref_log_prob(batch)
         if self._log_probs is not None and self._rollout is not None:
             self.metrics.update(self._log_probs.metrics(self._rollout))
-        return batch
-
-    def _fit_compute_advantage(self, batch: DataProto) -> DataProto:
-        """As upstream; with `keep_probability` the kept are weighted (`darts.reweighting`)."""
-        batch = super()._fit_compute_advantage(batch)
-        columns, mask = batch.non_tensor_batch, batch.batch["response_mask"]
-        if WEIGHT in columns:
-            first = mask.argmax(dim=-1, keepdim=True)  # one advantage stands at all tokens of a response
-            reweighted = reweighted_advantages(
-                batch.batch["advantages"].gather(-1, first)[:, 0].numpy(),
-                columns[WEIGHT],
-                columns["uid"],
-                columns[POPULATION],
-                normalize="grpo" in str(self.config.algorithm.adv_estimator).lower()
-                and self.config.algorithm.get("norm_adv_by_std_in_grpo", True),
-            )
-            advantages = torch.from_numpy(reweighted).to(mask.device, torch.float32)[:, None] * mask
-            batch.batch["advantages"] = batch.batch["returns"] = advantages
         return batch
 
     def _fit_update_weights(self) -> None:

@@ -18,6 +18,7 @@ from verl.trainer.ppo.ray_trainer import RayPPOTrainer, Role
 from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.rollout.llm_server import LLMServerManager
 
+import recipe.darts.main_darts  # noqa: F401  (registers the resolver that configurations use)
 from darts import CONFIG_DIR
 from darts.checks.cluster import Pools, check_cluster, pools
 from darts.checks.placement import choose_backend

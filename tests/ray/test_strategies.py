@@ -13,18 +13,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from fakes import handle
 from omegaconf import OmegaConf
 from scripted_rounds import ROWS, M, length_of, load_script, make_cluster, make_trainer, rows_of, take_records
-from verl.experimental.separation.ray_trainer import SeparateRayPPOTrainer
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 
 from darts.config import DartsConfig
 from darts.evidence.checkpoint import StateError
-from darts.messages import POPULATION, WEIGHT
 from darts.metrics import METRICS
-from darts.reweighting import reweighted_advantages
 from darts.rollout.manager import _Job
 from darts.strategy import make_strategy
 from darts.training.trainer import RayDartsTrainer
@@ -182,46 +178,6 @@ def test_sorted_trains_from_short_to_long_and_begins_again_what_is_unfinished(st
         False,
         False,
     )
-
-
-def test_losers_are_spared_now_and_then_and_weighted_as_the_group_says(start):
-    """Six candidates, four kept, each of the two losers spared with 1/5; rewards are lengths."""
-    block = {"allocation": {"mode": "uniform", "mean_candidates": 6, "high": 6}}
-    run = start("darts", **block, selection={"mode": "shortest_only", "keep_probability": 0.2})
-    spared = 0
-    for _ in range(8):
-        step = run.step()
-        columns = step.batch.non_tensor_batch
-        assert set(columns[POPULATION].tolist()) == {6}
-        for row in step.launched:
-            mine = [place for place, (prompt, *_) in enumerate(step.rows) if prompt == row]
-            weights = columns[WEIGHT][mine]
-            assert len(mine) == M
-            assert sorted(weights.tolist())[:3] == [1, 1, 1]
-            last = mine[int(np.argmax(weights))]
-            is_spared = step.rows[last][1] in (3, 4)  # the two longest of the six
-            assert weights.max() == pytest.approx(5 if is_spared else 1 / (1 - 2 * 0.2))
-            spared += is_spared
-        trainer = run.trainer
-        trainer.reward_tensor, trainer.reward_extra_infos_dict = step.batch.batch["rm_scores"], {}
-        step.batch.batch["old_log_probs"] = step.batch.batch["rollout_log_probs"]
-        plain = without_darts(trainer)._fit_compute_advantage(step.batch.select_idxs(np.arange(len(step.batch))))
-        weighted = trainer._fit_compute_advantage(step.batch)
-        mask = weighted.batch["response_mask"]
-        first = [row.batch["advantages"][row.batch["response_mask"].bool()][0].item() for row in plain]
-        expected = reweighted_advantages(first, columns[WEIGHT], columns["uid"], columns[POPULATION], normalize=True)
-        assert np.abs(expected - first).max() > 0.1, "so that equality says something"
-        expected = torch.tensor(expected, dtype=torch.float32)[:, None] * mask
-        torch.testing.assert_close(weighted.batch["advantages"], expected)
-        torch.testing.assert_close(weighted.batch["returns"], expected)
-    assert 3 <= spared <= 25, "of 32 groups two in five in the mean"
-
-
-def without_darts(trainer) -> SeparateRayPPOTrainer:
-    """The same trainer without DARTS's methods."""
-    plain = SeparateRayPPOTrainer.__new__(SeparateRayPPOTrainer)
-    plain.__dict__ = trainer.__dict__
-    return plain
 
 
 @pytest.mark.parametrize("strategy", ["tail_batching", "sorted"])

@@ -34,8 +34,6 @@ class Case:
     patience: int | None  # ticks from ready to the deadline; None: it never falls
     seed: int  # order of simultaneous events, lengths at which aborted candidates stop
     abandoned_at: int | None = None  # tick
-    keep_probability: float = 0.0
-    draw: float = 0.0
 
     @property
     def size(self):
@@ -53,8 +51,6 @@ class World:
             case.num_long,
             case.early_stop,
             case.long_wait,
-            case.keep_probability,
-            case.draw,
         )
         self.running = set(range(case.size))
         self.reported = [0] * case.size
@@ -110,7 +106,7 @@ class World:
         return self
 
 
-def over(*modes, one_clock=False, any_losses=False, abandoned=False, sparing=False):
+def over(*modes, one_clock=False, any_losses=False, abandoned=False):
     """Runs a test for cases in these modes; the setting of the other kind of group is drawn, and must not matter.
 
     Args:
@@ -118,7 +114,6 @@ def over(*modes, one_clock=False, any_losses=False, abandoned=False, sparing=Fal
         one_clock: all start together and run at one speed.
         any_losses: so many that the group may be of no more use.
         abandoned: some time, possibly after its end.
-        sparing: with a keep probability, up to one that spares a loser of a large group for sure.
     """
     timing = {}
     if not one_clock:
@@ -144,8 +139,6 @@ def over(*modes, one_clock=False, any_losses=False, abandoned=False, sparing=Fal
             patience=draw(st.none() | st.integers(0, 12)),
             seed=draw(st.integers(0, 999)),
             abandoned_at=draw(st.integers(0, 30)) if abandoned else None,
-            keep_probability=draw(st.integers(1, 63)) / 64 / max(size - num_keep, 1) if sparing else 0.0,
-            draw=draw(st.integers(0, 63)) / 64 if sparing else 0.0,
         )
 
     return lambda test: settings(max_examples=300, deadline=None)(given(cases())(test))

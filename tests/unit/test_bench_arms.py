@@ -64,8 +64,6 @@ def test_components_are_switched_off_one_by_one():
     assert config("no longest").num_long_for(9) == 0
     assert config("deadline").selection.long_wait == "deadline"
     assert config("exact").early_stop == "exact"
-    assert config("keep 5 %").selection.keep_probability == 0.05
-    assert config("dual-end first").launch == "dual_end_first"
 
 
 def test_chosen_arms_are_in_the_commands_order_and_each_once():

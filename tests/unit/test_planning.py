@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pools import pool_of
 
 from darts.config import DartsConfig
@@ -11,7 +13,7 @@ from darts.forecast import CostModel
 from darts.history import censored_std
 from darts.latency import LatencyCurve, StepTimes
 from darts.metrics import METRICS
-from darts.planning import RolloutPlanner
+from darts.planning import Plan, RolloutPlanner
 
 LOW, HIGH = 4, 8
 KEYS = [f"prompt {number}" for number in range(6)]
@@ -323,3 +325,44 @@ def test_prompts_that_never_vary_get_uniform_budgets():
     plan = planner.plan(KEYS, darts)
     planner.observe(plan, darts, pool_of([[7] * budget for budget in plan.budgets]), 1.0, StepTimes())
     assert planner.plan(KEYS, darts).budgets.tolist() == [5] * 6
+
+
+plans = st.lists(st.tuples(st.integers(LOW, HIGH), st.integers(1, 99)), max_size=30)
+
+
+def plan_of(prompts, adaptive) -> Plan:
+    """A plan of these budgets and mean lengths."""
+    budgets, mean = np.array(prompts, dtype=np.int64).reshape(-1, 2).T
+    known, keys = np.ones(len(prompts), dtype=bool), [str(number) for number in range(len(prompts))]
+    return Plan(keys=keys, budgets=budgets, std=np.ones(len(prompts)), known=known, mean=mean * 1.0, adaptive=adaptive)
+
+
+@given(plans, st.booleans(), st.integers(1, 6))
+def test_parts_and_priorities_follow_the_order_of_launch(prompts, adaptive, num_parts):
+    plan = plan_of(prompts, adaptive)
+    order = plan.launch_order.tolist()
+    assert sorted(order) == list(range(len(prompts)))
+    parts = plan.parts(num_parts)
+    assert sorted(prompt for part in parts for prompt in part.tolist()) == sorted(order)
+    for part in parts:
+        assert [order.index(prompt) for prompt in part] == sorted(order.index(prompt) for prompt in part)
+    first = plan.priorities.tolist()
+    numbers = [first[prompt] + candidate for prompt in order for candidate in range(plan.budgets[prompt])]
+    assert numbers == list(range(plan.budgets.sum())), "each candidate has its own"
+
+
+@given(plans)
+def test_the_order_is_by_expected_tokens_and_where_budgets_are_uniform_by_the_batch(prompts):
+    work = [budget * length for budget, length in prompts]
+    heaviest = sorted(range(len(prompts)), key=lambda prompt: (-work[prompt], prompt))
+    assert plan_of(prompts, True).launch_order.tolist() == heaviest
+    plan = plan_of(prompts, False)
+    assert plan.launch_order.tolist() == list(range(len(prompts)))
+    assert plan.priorities.tolist() == (np.cumsum(plan.budgets) - plan.budgets).tolist()
+
+
+def test_an_order_by_hand():
+    plan = plan_of([(8, 90), (5, 10), (8, 99), (7, 20), (4, 30)], True)
+    assert plan.launch_order.tolist() == [2, 0, 3, 4, 1]
+    assert plan.priorities.tolist() == [8, 27, 0, 16, 23]
+    assert [part.tolist() for part in plan.parts(1)] == [[2, 0, 3, 4, 1]]

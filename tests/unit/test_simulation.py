@@ -108,14 +108,6 @@ def test_the_harvest_abandons_the_others():
     assert outcome.kept.tolist() == [True] * 4 + [False] * 2
 
 
-def test_a_loser_is_spared_by_chance():
-    some = rules(2, selection={"mode": "shortest_only", "keep_probability": 0.4})
-    outcome = run([2, 4, 9, 11], [4], some, fleet(step_seconds=(0.0, *[1.0] * 4)), draws=[0.5])
-    assert outcome.kept.tolist() == [True, False, False, True]  # the second loser, in the place of the longest
-    assert outcome.seconds == 11.0
-    assert run([2, 4, 9, 11], [4], some, fleet(step_seconds=(0.0, *[1.0] * 4))).seconds == 4.0
-
-
 def test_routing():
     assert route([3, 2, 3], [0, 1, 2], 2, "balanced") == [0, 1, 0, 1, 0, 1, 0, 1]
     assert route([3, 2, 3], [2, 0, 1], 2, "balanced") == [1, 0, 1, 0, 1, 0, 1, 0]

@@ -12,6 +12,8 @@ from omegaconf import DictConfig
 from verl.checkpoint_engine import CheckpointEngineRegistry
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
+import verl_patches.weights.gloo  # noqa: F401  (registers it)
+
 
 class PlacedActorWorker(ActorRolloutRefWorker):
     """verl's worker of the training GPUs; without a rollout where the servers stand alone.

@@ -59,7 +59,7 @@ def options_of(given: Sequence[str]) -> Options:
     Raises:
         ConfigError: arms that do not exist, or cannot be.
     """
-    from verl_patches.device import is_cpu_only
+    from verl_patches.device import is_cpu_only  # imports torch
 
     parser = argparse.ArgumentParser(
         prog="python -m darts.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

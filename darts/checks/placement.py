@@ -76,7 +76,7 @@ def _check_backend(config: DictConfig) -> None:
         )
     if module not in (None, OUR_BACKEND_MODULE):
         return  # it may register what it likes
-    from verl_patches.placement import why_unavailable
+    from verl_patches.placement import why_unavailable  # imports verl's workers
 
     reason = why_unavailable(backend)
     if reason is not None:

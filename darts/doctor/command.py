@@ -84,7 +84,7 @@ def plugin_facts() -> Iterator[Fact]:
         import verl  # noqa: F401
 
         loaded = "verl_patches.register" in sys.modules
-        from verl_patches import register
+        from verl_patches import register  # raises what verl logs at DEBUG only
 
         state = register.assert_active()
     except Exception as error:

@@ -104,7 +104,7 @@ def page(run: Run, figures: Sequence["Drawn"]) -> str:
 
 def write_report(run: Run, out: Path) -> Path:
     """Draws all figures into a folder, also as one page; returns the page. Figures of a report before are replaced."""
-    from darts.report import figures as report_figures
+    from darts.report import figures as report_figures  # needs matplotlib
     from darts.report import timeline as report_timeline
 
     figures = report_figures.draw(run, report_figures.FIGURES | report_timeline.FIGURES)

@@ -80,7 +80,7 @@ def _replay(options: argparse.Namespace, progress: _Progress) -> None:
     told |= {"formulas": [*FORMULAS, CAVEAT], "models": {name: str(model) for name, model in models.items()}}
     _write_json(options, about, rows, **told)
     if options.png:
-        from darts.simulation import figures
+        from darts.simulation import figures  # needs matplotlib
 
         size = f"{settings[0].num_prompts} prompts, M = {settings[0].group_size}"
         figures.draw(rows, f"{trace.name}, curve {Path(options.curve).name}, {steps} steps of {size}", options.png)

@@ -114,7 +114,7 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
             patch_llm_server_manager()
         print("[darts] starting workers, engines and reward loop", flush=True)
         if self.darts.enable:
-            from verl_patches import vllm_stream_server
+            from verl_patches import vllm_stream_server  # imports vLLM
 
             vllm_stream_server.register()
         RayPPOTrainer.init_workers(self)

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# Made by scripts/make_recipes.py: run_qwen2.5_14b_dapo.sh, and what differs. Change those, or a copy of this.
 # GRPO with DARTS | Qwen2.5-Math-7B | DAPO-Math-17k, AIME-2024 | FSDP2 and vLLM
 # The paper's settings (arXiv 2605.30859); docs/reproduction.md says which are its own and which are our choice.
 # Composed and checked on CPUs; not run on GPUs yet.
@@ -32,7 +33,7 @@ ROLLOUT_TP=${ROLLOUT_TP:-4}
 OFFLOAD=${OFFLOAD:-False}  # weights and optimizer to the CPU while they are not used
 LOGGER=${LOGGER:-[console,file]}  # [console,file,wandb]
 
-# DARTS; *_baseline.sh sets the first. docs/tuning.md says which to choose, docs/reproduction.md has the paper's ablation.
+# DARTS; *_baseline.sh sets the first. Which to choose: docs/tuning.md; the paper's ablation: docs/reproduction.md.
 DARTS_ENABLE=${DARTS_ENABLE:-True}
 PLACEMENT=${PLACEMENT:-colocated}       # disaggregated: servers on GPUs of their own, training on the others
 ROLLOUT_GPUS_PER_NODE=${ROLLOUT_GPUS_PER_NODE:-$((GPUS_PER_NODE / 2))}  # where disaggregated
@@ -53,124 +54,70 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 PYTHON=${PYTHON:-$([[ -x $ROOT/.venv/bin/python ]] && echo "$ROOT/.venv/bin/python" || echo python3)}
 MAX_LEN=$((MAX_PROMPT + MAX_RESPONSE))
 TRAIN_GPUS_PER_NODE=$GPUS_PER_NODE
-if [[ $PLACEMENT == disaggregated ]]; then
-    TRAIN_GPUS_PER_NODE=$((GPUS_PER_NODE - ROLLOUT_GPUS_PER_NODE))
-else
-    ROLLOUT_GPUS_PER_NODE=$GPUS_PER_NODE
-fi
+if [[ $PLACEMENT == disaggregated ]]; then TRAIN_GPUS_PER_NODE=$((GPUS_PER_NODE - ROLLOUT_GPUS_PER_NODE))
+else ROLLOUT_GPUS_PER_NODE=$GPUS_PER_NODE; fi
 
 ########################### parameter arrays ###########################
-ALGORITHM=(
-    algorithm.adv_estimator=grpo
-    algorithm.use_kl_in_reward=False
-)
-
+ALGORITHM=(algorithm.adv_estimator=grpo algorithm.use_kl_in_reward=False)
 DATA=(
-    data.train_files="$TRAIN_FILES"
-    data.val_files="$VAL_FILES"
-    data.train_batch_size="$TRAIN_PROMPTS"
-    data.max_prompt_length="$MAX_PROMPT"
-    data.max_response_length="$MAX_RESPONSE"
-    data.filter_overlong_prompts=True
-    data.filter_overlong_prompts_workers=8
-    data.truncation=error
+    data.train_files="$TRAIN_FILES" data.val_files="$VAL_FILES"
+    data.train_batch_size="$TRAIN_PROMPTS" data.max_prompt_length="$MAX_PROMPT" data.max_response_length="$MAX_RESPONSE"
+    data.filter_overlong_prompts=True data.filter_overlong_prompts_workers=8 data.truncation=error
 )
-
 REWARD=(
     reward.reward_manager.name=dapo
     +reward.reward_kwargs.overlong_buffer_cfg.enable=True  # the last half of the response costs up to 1
     +reward.reward_kwargs.overlong_buffer_cfg.len="$((MAX_RESPONSE / 2))"
-    +reward.reward_kwargs.overlong_buffer_cfg.penalty_factor=1.0
-    +reward.reward_kwargs.overlong_buffer_cfg.log=True
+    +reward.reward_kwargs.overlong_buffer_cfg.penalty_factor=1.0 +reward.reward_kwargs.overlong_buffer_cfg.log=True
     +reward.reward_kwargs.max_resp_len="$MAX_RESPONSE"
 )
-
 MODEL=(
-    actor_rollout_ref.model.path="'$MODEL_PATH'"
-    actor_rollout_ref.model.use_remove_padding=True
-    actor_rollout_ref.model.enable_gradient_checkpointing=True
-    ++actor_rollout_ref.model.override_config.attn_implementation="$ATTENTION"
     # The model was made for 4,096 positions; trainer and server are told that it takes what a response needs.
     +actor_rollout_ref.model.override_config.max_position_embeddings="$MAX_LEN"
+    actor_rollout_ref.model.path="'$MODEL_PATH'"
+    actor_rollout_ref.model.use_remove_padding=True actor_rollout_ref.model.enable_gradient_checkpointing=True
+    ++actor_rollout_ref.model.override_config.attn_implementation="$ATTENTION"
 )
-
 ACTOR=(
     actor_rollout_ref.actor.strategy=fsdp2
     actor_rollout_ref.actor.ppo_mini_batch_size="$MINI_BATCH_PROMPTS"
-    actor_rollout_ref.actor.use_dynamic_bsz=True
-    actor_rollout_ref.actor.ppo_max_token_len_per_gpu="$MAX_LEN"
-    actor_rollout_ref.actor.optim.lr=1e-6
-    actor_rollout_ref.actor.optim.lr_warmup_steps=10
-    actor_rollout_ref.actor.optim.weight_decay=0.1
-    actor_rollout_ref.actor.optim.clip_grad=1.0
-    actor_rollout_ref.actor.clip_ratio_low=0.2
-    actor_rollout_ref.actor.clip_ratio_high=0.28
+    actor_rollout_ref.actor.use_dynamic_bsz=True actor_rollout_ref.actor.ppo_max_token_len_per_gpu="$MAX_LEN"
+    actor_rollout_ref.actor.optim.lr=1e-6 actor_rollout_ref.actor.optim.lr_warmup_steps=10
+    actor_rollout_ref.actor.optim.weight_decay=0.1 actor_rollout_ref.actor.optim.clip_grad=1.0
+    actor_rollout_ref.actor.clip_ratio_low=0.2 actor_rollout_ref.actor.clip_ratio_high=0.28
     actor_rollout_ref.actor.loss_agg_mode=token-mean
-    actor_rollout_ref.actor.use_kl_loss=False
-    actor_rollout_ref.actor.entropy_coeff=0
+    actor_rollout_ref.actor.use_kl_loss=False actor_rollout_ref.actor.entropy_coeff=0
     actor_rollout_ref.actor.ulysses_sequence_parallel_size="$ULYSSES"
     actor_rollout_ref.actor.fsdp_config.param_offload="$OFFLOAD"
     actor_rollout_ref.actor.fsdp_config.optimizer_offload="$OFFLOAD"
 )
-
 ROLLOUT=(
-    actor_rollout_ref.rollout.n=8
-    actor_rollout_ref.rollout.temperature=1.0
-    actor_rollout_ref.rollout.tensor_model_parallel_size="$ROLLOUT_TP"
-    actor_rollout_ref.rollout.max_model_len="$MAX_LEN"
-    actor_rollout_ref.rollout.max_num_batched_tokens=16384
-    actor_rollout_ref.rollout.max_num_seqs=512
-    actor_rollout_ref.rollout.agent.num_workers="$((8 * NNODES))"
-    actor_rollout_ref.rollout.gpu_memory_utilization="$GPU_MEMORY_UTILIZATION"
-    actor_rollout_ref.rollout.nnodes="$NNODES"
-    actor_rollout_ref.rollout.n_gpus_per_node="$ROLLOUT_GPUS_PER_NODE"
-    actor_rollout_ref.rollout.val_kwargs.n=32
-    actor_rollout_ref.rollout.val_kwargs.do_sample=True
-    actor_rollout_ref.rollout.val_kwargs.temperature=1.0
-    actor_rollout_ref.rollout.val_kwargs.top_p=0.7
     +actor_rollout_ref.rollout.engine_kwargs.vllm.hf_overrides.max_position_embeddings="$MAX_LEN"
+    actor_rollout_ref.rollout.n=8 actor_rollout_ref.rollout.temperature=1.0
+    actor_rollout_ref.rollout.tensor_model_parallel_size="$ROLLOUT_TP"
+    actor_rollout_ref.rollout.max_model_len="$MAX_LEN" actor_rollout_ref.rollout.max_num_batched_tokens=16384
+    actor_rollout_ref.rollout.max_num_seqs=512 actor_rollout_ref.rollout.agent.num_workers="$((8 * NNODES))"
+    actor_rollout_ref.rollout.gpu_memory_utilization="$GPU_MEMORY_UTILIZATION"
+    actor_rollout_ref.rollout.nnodes="$NNODES" actor_rollout_ref.rollout.n_gpus_per_node="$ROLLOUT_GPUS_PER_NODE"
+    actor_rollout_ref.rollout.val_kwargs.n=32 actor_rollout_ref.rollout.val_kwargs.do_sample=True
+    actor_rollout_ref.rollout.val_kwargs.temperature=1.0 actor_rollout_ref.rollout.val_kwargs.top_p=0.7
 )
-
 TRAINER=(
-    trainer.nnodes="$NNODES"
-    trainer.n_gpus_per_node="$TRAIN_GPUS_PER_NODE"
-    trainer.total_training_steps="$TOTAL_STEPS"
-    trainer.total_epochs=1000  # the number of steps decides
-    trainer.save_freq=20
-    trainer.max_actor_ckpt_to_keep=2
-    trainer.test_freq=10
-    trainer.resume_mode=auto
-    trainer.project_name=darts
-    trainer.experiment_name="'$(basename "$OUTPUT_DIR")'"
-    trainer.default_local_dir="'$OUTPUT_DIR'"
-    trainer.logger="$LOGGER"
+    trainer.nnodes="$NNODES" trainer.n_gpus_per_node="$TRAIN_GPUS_PER_NODE"
+    trainer.total_training_steps="$TOTAL_STEPS" trainer.total_epochs=1000  # the number of steps decides
+    trainer.save_freq=20 trainer.max_actor_ckpt_to_keep=2 trainer.test_freq=10 trainer.resume_mode=auto
+    trainer.project_name=darts trainer.experiment_name="'$(basename "$OUTPUT_DIR")'" trainer.logger="$LOGGER"
+    trainer.default_local_dir="'$OUTPUT_DIR'" hydra.run.dir="'$OUTPUT_DIR/hydra'"
     # A file for each start: verl's logger begins anew when a run goes on.
     +ray_kwargs.ray_init.runtime_env.env_vars.VERL_FILE_LOGGER_PATH="'$OUTPUT_DIR/metrics-$(date +%Y%m%d-%H%M%S).jsonl'"
-    hydra.run.dir="'$OUTPUT_DIR/hydra'"
 )
-
 DARTS=(
-    darts.enable="$DARTS_ENABLE"
-    darts.placement="$PLACEMENT"
-    darts.strategy="$STRATEGY"
-    darts.allocation.mode="$ALLOCATION"
+    darts.enable="$DARTS_ENABLE" darts.placement="$PLACEMENT" darts.strategy="$STRATEGY"
+    darts.allocation.mode="$ALLOCATION" darts.allocation.high="$MAX_CANDIDATES"
     darts.allocation.mean_candidates="$MEAN_CANDIDATES"
-    darts.allocation.high="$MAX_CANDIDATES"
-    darts.selection.num_long="$NUM_LONG"
-    darts.selection.mode="$SELECTION"
-    darts.selection.long_wait="$LONG_WAIT"
-    darts.early_stop="$EARLY_STOP"
-    darts.overlap.mode="$OVERLAP"
+    darts.selection.num_long="$NUM_LONG" darts.selection.mode="$SELECTION" darts.selection.long_wait="$LONG_WAIT"
+    darts.early_stop="$EARLY_STOP" darts.overlap.mode="$OVERLAP"
 )
 
-########################### launch ###########################
-"$PYTHON" -m recipe.darts.main_darts \
-    "${ALGORITHM[@]}" \
-    "${DATA[@]}" \
-    "${REWARD[@]}" \
-    "${MODEL[@]}" \
-    "${ACTOR[@]}" \
-    "${ROLLOUT[@]}" \
-    "${TRAINER[@]}" \
-    "${DARTS[@]}" \
-    "$@"
+"$PYTHON" -m recipe.darts.main_darts "${ALGORITHM[@]}" "${DATA[@]}" "${REWARD[@]}" "${MODEL[@]}" "${ACTOR[@]}" \
+    "${ROLLOUT[@]}" "${TRAINER[@]}" "${DARTS[@]}" "$@"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The baseline of run_qwen3_30b_a3b_dapo.sh: the same in plain verl; darts.enable is all that differs.
+# Made by scripts/make_recipes.py: run_qwen3_30b_a3b_dapo.sh in plain verl; darts.enable is all that differs.
 set -euo pipefail
 OUTPUT_DIR=${OUTPUT_DIR:-outputs/qwen3_30b_a3b_dapo_baseline} DARTS_ENABLE=False \
     exec bash "$(dirname "${BASH_SOURCE[0]}")/run_qwen3_30b_a3b_dapo.sh" "$@"

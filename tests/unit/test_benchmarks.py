@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from attic import training, training_report
+
 from darts.allocation import allocate as darts_allocate
 from darts.bench import allocate, overhead
 from darts.bench import budgets as rollouts

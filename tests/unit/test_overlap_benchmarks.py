@@ -5,9 +5,9 @@ import json
 
 import numpy as np
 import pytest
-
 from attic import overlap_projection
 from attic.overlap_projection import Actor, Hardware, Shape
+
 from darts.bench import overlap, overlap_report
 from darts.bench.overlap_report import ARMS, BYPASS, EQUAL, OFF, SEQUENCE, TAIL, TOKEN
 from darts.evidence.statistics import Estimate

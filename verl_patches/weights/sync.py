@@ -25,6 +25,7 @@ import zmq
 from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightSender
 from verl.workers.rollout.vllm_rollout.vllm_rollout import ServerAdapter
 
+import verl_patches.weights.gloo  # noqa: F401  (registers it)
 from verl_patches.patching import replace
 from verl_patches.weights.limits import POLL_S, TIMEOUT_S
 from verl_patches.weights.run_id import of_this_run

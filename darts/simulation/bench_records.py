@@ -32,8 +32,8 @@ class MeasuredArm:
     bypass: bool = False
 
     @property
-    def arm(self) -> Arm:
-        """As it is replayed."""
+    def simulated(self) -> Arm:
+        """The arm that is replayed."""
         return Arm(name=self.name, block=self.block, bypass=self.bypass)
 
 

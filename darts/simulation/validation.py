@@ -40,7 +40,7 @@ def validate(
     trace: LengthTrace,
     setting: Setting,
     steps: int,
-    own: Mapping[str, Sequence[LengthTrace]],
+    traces: Mapping[str, Sequence[LengthTrace]],
     say: Callable[[str], None] = lambda line: None,
 ) -> list[ComparedSeconds]:
     """Replays each arm and compares.
@@ -50,7 +50,7 @@ def validate(
         trace: lengths, for arms that have none of their own.
         setting: what they have in common.
         steps: to be replayed of each.
-        own: lengths of an arm's own runs, by its name; each is replayed, and the mean is over all.
+        traces: lengths of an arm's own runs, by its name; each is replayed, and the mean is over all.
         say: hears how far it is.
 
     Raises:
@@ -58,21 +58,21 @@ def validate(
     """
     compared = []
     for measured in arms:
-        arm, done = measured.arm, []
-        for some in own.get(measured.name) or [trace]:
-            here = replace(setting, response_length=max(some.response_length, trace.response_length))
-            dataset = Dataset(some, width(arm, here))
-            for count, step in enumerate(replay(arm, here, dataset, steps), 1):
-                done.append(step)
+        arm, times = measured.simulated, []
+        for lengths in traces.get(measured.name) or [trace]:
+            run_setting = replace(setting, response_length=max(lengths.response_length, trace.response_length))
+            dataset = Dataset(lengths, width(arm, run_setting))
+            for count, step in enumerate(replay(arm, run_setting, dataset, steps), 1):
+                times.append(step.time)
                 say(f"{arm.name}: step {count}/{steps}")
         compared.append(
             ComparedSeconds(
                 name=measured.name,
                 steps=len(measured.step_s),
                 measured_s=float(np.mean(measured.step_s)),
-                simulated_s=float(np.mean([step.time.step for step in done])),
+                simulated_s=float(np.mean([time.step for time in times])),
                 measured_rollout_s=float(np.mean(measured.rollout_s)),
-                simulated_rollout_s=float(np.mean([step.time.rollout for step in done])),
+                simulated_rollout_s=float(np.mean([time.rollout for time in times])),
             )
         )
     return compared

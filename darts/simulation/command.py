@@ -22,7 +22,6 @@ from darts.evidence.documents import DocumentError, save
 from darts.evidence.trace import TraceError
 from darts.simulation import SimulationError, documents, shaping
 from darts.simulation.assumptions import assumptions
-from darts.simulation.bench_records import read_bench
 from darts.simulation.comparison import CAVEAT, FORMULAS, ReplaySummary, compare, markdown
 from darts.simulation.curves import load_curve
 from darts.simulation.draws import Dataset
@@ -32,7 +31,7 @@ from darts.simulation.run_trace import read_trace
 from darts.simulation.search import advise, grid
 from darts.simulation.shaping import ShapingModel
 from darts.simulation.trace import LengthTrace
-from darts.simulation.validation import ComparedSeconds, validate, verdict
+from darts.simulation.validation import ComparedSeconds, read_bench, validate, verdict
 from darts.simulation.validation import markdown as validation_table
 
 PROGRESS_S = 3.0
@@ -110,17 +109,18 @@ def _plan(options: argparse.Namespace, progress: Say) -> None:
 def _validate(options: argparse.Namespace, progress: Say) -> None:
     measured, trace = read_bench(options.bench), trace_of(options)
     (setting,), steps = settings_of(options, trace), steps_of(options, trace)
+    arms = [measured_arm.arm for measured_arm in measured]
     traces: dict[str, list[LengthTrace]] = {}
-    for arm in measured:
+    for arm in arms:
         paths = [folder / f"{arm.name}.jsonl" for folder in options.traces]
         traces[arm.name] = [read_trace(path) for path in paths if path.exists()]
-    about = _introduce(options, trace, setting, steps, [arm.simulated for arm in measured if not traces[arm.name]])
-    for arm in measured:
+    about = _introduce(options, trace, setting, steps, [arm for arm in arms if not traces[arm.name]])
+    for arm in arms:
         runs = traces[arm.name]
         for number, lengths in enumerate(runs, 1):
             run_name = arm.name if len(runs) == 1 else f"{arm.name}, run {number}"
-            about += _notes(f"{run_name}: {note}" for note in _odd(lengths, width(arm.simulated, setting)))
-    about += _notes(assumptions([arm.simulated for arm in measured], setting))
+            about += _notes(f"{run_name}: {note}" for note in _odd(lengths, width(arm, setting)))
+    about += _notes(assumptions(arms, setting))
     compared = validate(measured, trace, setting, steps, traces, progress)
     print(f"\n{validation_table(compared)}\n\n{verdict(compared)}")
     _write_json(options, about, compared, trace=trace.name, verdict=verdict(compared))

@@ -25,7 +25,7 @@ from darts.simulation.assumptions import assumptions
 from darts.simulation.comparison import CAVEAT, FORMULAS, ReplaySummary, compare, markdown
 from darts.simulation.curves import load_curve
 from darts.simulation.draws import Dataset
-from darts.simulation.options import arms_of, block_of, parse, settings_of, steps_of, trace_of
+from darts.simulation.options import arms_of, block_of, inputs_of, parse
 from darts.simulation.replay import Arm, Setting, width
 from darts.simulation.run_trace import read_trace
 from darts.simulation.search import advise, grid
@@ -67,8 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _replay(options: argparse.Namespace, progress: Say) -> None:
-    arms, trace = arms_of(options), trace_of(options)
-    settings, steps, models = settings_of(options, trace), steps_of(options, trace), _models(options, trace, arms)
+    arms, (trace, settings, steps) = arms_of(options), inputs_of(options)
+    models = _models(options, trace, arms)
     about = _introduce(options, trace, settings[0], steps, arms)
     about += _notes(assumptions(arms, max(settings, key=lambda setting: setting.cluster.train_gpus)))
     print(*dict.fromkeys(map(str, models.values())), sep="\n", end="\n" if models else "")
@@ -80,9 +80,9 @@ def _replay(options: argparse.Namespace, progress: Say) -> None:
         print("Rows marked MODEL: lengths were moved by the model above; nobody measured them.")
     for gpus in options.gpus:
         print(_fastest([row for row in rows if row.gpus == gpus]))
-    told = {"trace": trace.name, "curve": options.curve, "steps": steps, "seeds": options.seeds}
-    told |= {"formulas": [*FORMULAS, CAVEAT], "models": {name: str(model) for name, model in models.items()}}
-    _write_json(options, about, rows, **told)
+    more = {"trace": trace.name, "curve": options.curve, "steps": steps, "seeds": options.seeds}
+    more |= {"formulas": [*FORMULAS, CAVEAT], "models": {name: str(model) for name, model in models.items()}}
+    _write_json(options, about, rows, **more)
     if options.png:
         from darts.simulation import figures  # needs matplotlib
 
@@ -92,8 +92,8 @@ def _replay(options: argparse.Namespace, progress: Say) -> None:
 
 
 def _plan(options: argparse.Namespace, progress: Say) -> None:
-    trace = trace_of(options)
-    (setting,), steps, block = settings_of(options, trace), steps_of(options, trace), block_of(options.set)
+    trace, (setting,), steps = inputs_of(options)
+    block = block_of(options.set)
     arms = grid(setting.group_size, block)
     about = _introduce(options, trace, setting, steps, arms) + _notes(assumptions(arms, setting))
     advice = advise(trace, setting, steps, block, progress)
@@ -101,14 +101,12 @@ def _plan(options: argparse.Namespace, progress: Say) -> None:
     if len(advice.ranked) > SHOWN:
         print(f"{len(advice.ranked) - SHOWN} slower ones of {len(advice.ranked)} different ones are not shown.")
     print(*FORMULAS, "", *advice.lines(), sep="\n")
-    rows = [advice.plain, *advice.ranked, *advice.oracles]
-    chosen = advice.settings[advice.recommended.name]
+    rows, chosen = [advice.plain, *advice.ranked, *advice.oracles], advice.settings[advice.recommended.name]
     _write_json(options, about, rows, trace=trace.name, recommended=chosen, lines=advice.lines())
 
 
 def _validate(options: argparse.Namespace, progress: Say) -> None:
-    measured, trace = read_bench(options.bench), trace_of(options)
-    (setting,), steps = settings_of(options, trace), steps_of(options, trace)
+    measured, (trace, (setting,), steps) = read_bench(options.bench), inputs_of(options)
     arms = [measured_arm.arm for measured_arm in measured]
     traces: dict[str, list[LengthTrace]] = {}
     for arm in arms:

@@ -122,16 +122,12 @@ def _common() -> argparse.ArgumentParser:
     return common
 
 
-def trace_of(options: argparse.Namespace) -> LengthTrace:
-    """The trace, with the steps that were asked for."""
-    return read_trace(options.trace).between(options.first, options.last)
-
-
-def settings_of(options: argparse.Namespace, trace: LengthTrace) -> list[Setting]:
-    """What surrounds the strategies, for each number of GPUs."""
+def inputs_of(options: argparse.Namespace) -> tuple[LengthTrace, list[Setting], int]:
+    """The trace, what surrounds the strategies for each number of GPUs, and how many steps are to be replayed."""
+    trace = read_trace(options.trace).between(options.first, options.last)
     curve, _ = load_curve(options.curve)
     costs = _costs(options, curve)
-    return [
+    settings = [
         Setting(
             num_prompts=options.prompts or trace.prompts_per_step,
             group_size=options.group_size,
@@ -142,11 +138,7 @@ def settings_of(options: argparse.Namespace, trace: LengthTrace) -> list[Setting
         )
         for gpus in options.gpus
     ]
-
-
-def steps_of(options: argparse.Namespace, trace: LengthTrace) -> int:
-    """Steps to replay."""
-    return options.steps or max(len(trace.steps), LEAST_STEPS)
+    return trace, settings, options.steps or max(len(trace.steps), LEAST_STEPS)
 
 
 def arms_of(options: argparse.Namespace) -> list[Arm]:

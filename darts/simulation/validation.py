@@ -47,20 +47,24 @@ def read_bench(path: Path) -> list[MeasuredArm]:
         state = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise SimulationError(f"{path}: must be JSON, but {error}; give the JSON of a benchmark.") from None
-    records, place = _records(path, state), 0
     found: dict[str, MeasuredArm] = {}
+    for place, record in enumerate(_records(path, state)):
+        name, step_s, rollout_s = _times(f"{path}, records[{place}]", record)
+        measured = found.setdefault(name, MeasuredArm(arm=_arm(state, name), step_s=[], rollout_s=[]))
+        measured.step_s.append(step_s)
+        measured.rollout_s.append(rollout_s)
+    return list(found.values())
+
+
+def _times(where: str, record: Any) -> tuple[str, float, float]:
     try:
-        for place, record in enumerate(records):
-            name, step_s, rollout_s = str(record["arm"]), float(record["step_s"]), record.get("rollout_s", math.nan)
-            if not 0 < step_s < math.inf:
-                raise ValueError(f"step_s={step_s}")
-            measured = found.setdefault(name, MeasuredArm(arm=_arm(state, name), step_s=[], rollout_s=[]))
-            measured.step_s.append(step_s)
-            measured.rollout_s.append(float(rollout_s))
+        name, step_s, rollout_s = str(record["arm"]), float(record["step_s"]), record.get("rollout_s", math.nan)
+        if not 0 < step_s < math.inf:
+            raise ValueError(f"step_s={step_s}")
+        return name, step_s, float(rollout_s)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         rule = f"must have arm and a positive step_s, but {error!r}"
-        raise SimulationError(f"{path}, records[{place}]: {rule}; remove the record.") from None
-    return list(found.values())
+        raise SimulationError(f"{where}: {rule}; remove the record.") from None
 
 
 def _records(path: Path, state: Any) -> list[Any]:

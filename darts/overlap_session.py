@@ -22,7 +22,7 @@ import numpy as np
 import ray
 
 from darts.actor_calls import RankAbility, RankCall, RankReport, RankResults, SequenceKey, StepSettings
-from darts.config_sections import OverlapConfig
+from darts.config import OverlapConfig
 from darts.growth import Progress
 from darts.overlap import ActorCall, OverlapSchedule
 

@@ -21,7 +21,7 @@ else:
 ROOT = Path(__file__).resolve().parents[2]
 PURE_METHOD = (
     "selection", "group", "allocation", "history", "calibration", "latency", "forecast", "planning", "config",
-    "config_rules", "config_sections", "metrics", "actor_calls", "overlap", "strategy", "reweighting", "simulation",
+    "metrics", "actor_calls", "overlap", "strategy", "reweighting", "simulation",
 )  # fmt: skip
 """Modules of `darts`, and packages of it with all that is in them."""
 NOT_IN_THE_METHOD = {"ray", "vllm", "verl", "verl_patches", "torch", "transformers", "tensordict"}

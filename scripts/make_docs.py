@@ -53,6 +53,7 @@ ENVIRONMENT = """
 VARIABLES = (
     ("DARTS_ALLOW_OTHER_VERL=1", "a run", "tries a verl that the plugin was not tested with"),
     ("RAY_ADDRESS", "a run", "joins that cluster instead of starting a Ray of its own"),
+    ("DARTS_LOG_LEVEL", "a run", "the level from which on lines `[darts] ...` are said; default INFO"),
     ("DARTS_OUT", "`scripts/quickstart.sh`", "the folder of its results"),
     ("DARTS_RESUME=1", "`scripts/quickstart.sh`", "goes on from the last checkpoint there"),
     ("VERL_PATCHES_WEIGHT_TIMEOUT_S", "a run", "seconds without progress that end a weight update; default 600"),

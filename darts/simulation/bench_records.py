@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from darts.simulation import SimulationError
 from darts.simulation.replay import Arm
-from darts.simulation.search import merged
+from darts.simulation.search import merged, nested
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -96,8 +96,5 @@ def _block(shared: Mapping[str, Any], name: str, told: Mapping[str, Any]) -> dic
     if told.get("overlap") is not None:
         changes["overlap.mode"] = told["overlap"]
     for key, value in changes.items():
-        own: Any = value
-        for part in reversed(key.split(".")):
-            own = {part: own}
-        block = merged(block, own)
+        block = merged(block, nested(key, value))
     return block | {"enable": True, "strategy": told.get("strategy", name)}

@@ -3,6 +3,7 @@
     python -m darts.simulation replay TRACE --gpus 8 64 1024 --tensor-parallel 4 --curve h20-like --png replay.png
     python -m darts.simulation replay TRACE --strategy darts --strategy "darts:selection.num_long=2,early_stop=exact"
     python -m darts.simulation plan TRACE --curve curve.json --gpus 64
+    python -m darts.simulation table replay.json --name speed-ups
     python -m darts.simulation validate TRACE --bench bench.json --curve curve.json --fit plain/darts.jsonl --gpus 1
 
 Contract: TRACE is a CSV file (step, prompt, candidate, response_length; .gz) or the `darts.jsonl` of a run. Tables go
@@ -17,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from darts.config import ConfigError
+from darts.evidence.documents import DocumentError, save
+from darts.evidence.trace import TraceError
 from darts.simulation import SimulationError, documents, shaping
 from darts.simulation.assumptions import assumptions
 from darts.simulation.bench_records import MeasuredArm, read_bench
-from darts.simulation.comparison import CAVEAT, FORMULAS, Summary, compare, markdown
+from darts.simulation.comparison import CAVEAT, FORMULAS, ReplaySummary, compare, markdown
 from darts.simulation.curves import load_curve
 from darts.simulation.draws import Dataset
 from darts.simulation.options import arms_of, block_of, parse, settings_of, steps_of, trace_of
@@ -29,7 +32,7 @@ from darts.simulation.run_trace import read_trace
 from darts.simulation.search import advise, grid
 from darts.simulation.shaping import ShapingModel
 from darts.simulation.trace import LengthTrace
-from darts.simulation.validation import Compared, validate, verdict
+from darts.simulation.validation import ComparedSeconds, validate, verdict
 from darts.simulation.validation import markdown as validation_table
 
 PROGRESS_S = 3.0
@@ -54,8 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     try:
         options = parse(arguments)
-        {"replay": _replay, "plan": _plan, "validate": _validate}[options.command](options, _Progress())
-    except (SimulationError, ConfigError) as error:
+        commands = {"replay": _replay, "plan": _plan, "validate": _validate, "table": _table}
+        commands[options.command](options, _Progress())
+    except (SimulationError, TraceError, DocumentError, ConfigError) as error:
         print(f"no simulation: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
@@ -68,7 +72,7 @@ def _replay(options: argparse.Namespace, progress: _Progress) -> None:
     about = _introduce(options, trace, settings[0], steps, arms)
     about += _said(assumptions(arms, max(settings, key=lambda setting: setting.cluster.train_gpus)))
     print(*dict.fromkeys(map(str, models.values())), sep="\n", end="\n" if models else "")
-    rows: list[Summary] = []
+    rows: list[ReplaySummary] = []
     for setting in settings:
         rows += compare(trace, arms, setting, steps, seeds=options.seeds, reshape=models, say=progress)
     print(f"\n{markdown(rows)}\n", *FORMULAS, CAVEAT, sep="\n")
@@ -117,6 +121,10 @@ def _validate(options: argparse.Namespace, progress: _Progress) -> None:
     compared = validate(measured, trace, setting, steps, own, progress)
     print(f"\n{validation_table(compared)}\n\n{verdict(compared)}")
     _write_json(options, about, compared, trace=trace.name, verdict=verdict(compared))
+
+
+def _table(options: argparse.Namespace, progress: _Progress) -> None:
+    print(documents.tell(options.document, options.name, options.gpus))
 
 
 def _own_traces(options: argparse.Namespace, arm: MeasuredArm) -> list[LengthTrace]:
@@ -171,7 +179,7 @@ def _said(notes: Iterable[str]) -> list[str]:
     return lines
 
 
-def _fastest(rows: Sequence[Summary]) -> str:
+def _fastest(rows: Sequence[ReplaySummary]) -> str:
     """One line for one cluster."""
     *strategies, oracle, free = rows
     best = max(strategies, key=lambda row: row.speed_up.value)
@@ -195,8 +203,8 @@ def _check_output(options: argparse.Namespace) -> None:
 
 
 def _write_json(
-    options: argparse.Namespace, about: Sequence[str], rows: Sequence[Summary | Compared], **more: Any
+    options: argparse.Namespace, about: Sequence[str], rows: Sequence[ReplaySummary | ComparedSeconds], **more: Any
 ) -> None:
     if options.json is not None:
-        documents.save(options.json, documents.document(options.command, options.given, about, rows, **more))
+        save(options.json, documents.document(options.command, options.given, about, rows, **more))
         print(f"figures: {options.json}")

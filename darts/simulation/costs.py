@@ -26,10 +26,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from darts.evidence.trace import TracedStep
 from darts.latency import LatencyCurve, makespan
 from darts.simulation import SimulationError
 from darts.simulation.cluster import Cluster
-from darts.simulation.run_trace import RunStep
 
 MOST_STEPS = 300
 """Of a run, for a fit: the last ones."""
@@ -95,7 +95,7 @@ class StepCosts:
 
 
 def fit(
-    runs: Mapping[Path, Sequence[RunStep]],
+    runs: Mapping[Path, Sequence[TracedStep]],
     curve: LatencyCurve,
     cluster: Cluster,
     candidate_share: float = CANDIDATE_SHARE,
@@ -140,7 +140,7 @@ def fit(
     )
 
 
-def _timed(path: Path, steps: Sequence[RunStep]) -> list[RunStep]:
+def _timed(path: Path, steps: Sequence[TracedStep]) -> list[TracedStep]:
     """The steps of a plain run that count."""
     timed = [step for step in steps if step.keys and {"timing_s/gen", "timing_s/step"} <= step.metrics.keys()]
     if not timed:

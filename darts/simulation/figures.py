@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from darts.evidence.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, STYLE
-from darts.simulation.comparison import FREE_ORACLE, ORACLE, PLAIN, Summary
+from darts.simulation.comparison import FREE_ORACLE, ORACLE, PLAIN, ReplaySummary
 
 COLORS = (BLUE, ORANGE, GREEN, RED, PINK, SKY)
 PHASES = {"rollout": "#332288", "log_prob": "#88CCEE", "update": "#44AA99", "sync": "#117733", "other": "#DDDDDD"}
@@ -28,7 +28,7 @@ def short(name: str) -> str:
     return "\n".join([strategy.rpartition(".")[2], *lines])
 
 
-def draw(summaries: Sequence[Summary], title: str, to: Path | BinaryIO) -> None:
+def draw(summaries: Sequence[ReplaySummary], title: str, to: Path | BinaryIO) -> None:
     """Writes the PNG; a note in the title says where a model of shaping was used."""
     names = list(dict.fromkeys(row.name for row in summaries))
     if any(row.model for row in summaries):
@@ -43,7 +43,7 @@ def draw(summaries: Sequence[Summary], title: str, to: Path | BinaryIO) -> None:
         figure.savefig(to, format="png", metadata={"Software": None})
 
 
-def _speed_ups(axes: Axes, summaries: Sequence[Summary], names: Sequence[str]) -> None:
+def _speed_ups(axes: Axes, summaries: Sequence[ReplaySummary], names: Sequence[str]) -> None:
     gpus = sorted({row.gpus for row in summaries})
     others = [name for name in names if name not in (PLAIN, ORACLE, FREE_ORACLE)]
     for place, name in enumerate(others):
@@ -73,7 +73,7 @@ def _speed_ups(axes: Axes, summaries: Sequence[Summary], names: Sequence[str]) -
     axes.set_title("Speed-up, 95 % intervals over steps")
 
 
-def _seconds(axes: Axes, summaries: Sequence[Summary], names: Sequence[str]) -> None:
+def _seconds(axes: Axes, summaries: Sequence[ReplaySummary], names: Sequence[str]) -> None:
     gpus = sorted({row.gpus for row in summaries})
     shown = gpus[len(gpus) // 2]
     rows = {row.name: row for row in summaries if row.gpus == shown}

@@ -7,12 +7,11 @@ which a median shows the most frequent alone. Noise of the machine is in the mea
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from darts.evidence.tables import table
+from darts.evidence.tables import number, table
 from darts.simulation.bench_records import MeasuredArm
 from darts.simulation.draws import Dataset
 from darts.simulation.replay import Setting, replay, width
@@ -20,7 +19,7 @@ from darts.simulation.trace import LengthTrace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Compared:
+class ComparedSeconds:
     """One arm. Example: name="darts", measured_s=3.0, simulated_s=3.2, measured_rollout_s=1.9, ..."""
 
     name: str
@@ -35,16 +34,6 @@ class Compared:
         """Of the simulated seconds a step, relative to the measured."""
         return self.simulated_s / self.measured_s - 1
 
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON; NaN becomes null."""
-        state = asdict(self) | {"error": self.error}
-        return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in state.items()}
-
-    @classmethod
-    def from_dict(cls, state: Mapping[str, Any]) -> "Compared":
-        """What `to_dict` gave."""
-        return cls(**{f.name: math.nan if state[f.name] is None else state[f.name] for f in fields(cls)})
-
 
 def validate(
     arms: Sequence[MeasuredArm],
@@ -53,7 +42,7 @@ def validate(
     steps: int,
     own: Mapping[str, Sequence[LengthTrace]],
     say: Callable[[str], None] = lambda line: None,
-) -> list[Compared]:
+) -> list[ComparedSeconds]:
     """Replays each arm and compares.
 
     Args:
@@ -73,11 +62,11 @@ def validate(
         for some in own.get(measured.name) or [trace]:
             here = replace(setting, response_length=max(some.response_length, trace.response_length))
             dataset = Dataset(some, width(arm, here))
-            for number, step in enumerate(replay(arm, here, dataset, steps), 1):
+            for count, step in enumerate(replay(arm, here, dataset, steps), 1):
                 done.append(step)
-                say(f"{arm.name}: step {number}/{steps}")
+                say(f"{arm.name}: step {count}/{steps}")
         compared.append(
-            Compared(
+            ComparedSeconds(
                 name=measured.name,
                 steps=len(measured.step_s),
                 measured_s=float(np.mean(measured.step_s)),
@@ -89,18 +78,18 @@ def validate(
     return compared
 
 
-def markdown(compared: Sequence[Compared]) -> str:
+def markdown(compared: Sequence[ComparedSeconds]) -> str:
     """One row for each arm."""
     rows = []
     for row in compared:
-        rollout = "-" if math.isnan(row.measured_rollout_s) else f"{row.measured_rollout_s:.3f}"
         times = [f"{row.measured_s:.3f}", f"{row.simulated_s:.3f}", f"{row.error:+.1%}"]
-        rows.append([row.name, row.steps, *times, rollout, f"{row.simulated_rollout_s:.3f}"])
+        times += [number(row.measured_rollout_s, ".3f"), f"{row.simulated_rollout_s:.3f}"]
+        rows.append([row.name, row.steps, *times])
     columns = ["strategy", "steps", "measured s a step", "simulated", "error", "measured rollout s", "simulated"]
     return table(columns, rows)
 
 
-def verdict(compared: Sequence[Compared]) -> str:
+def verdict(compared: Sequence[ComparedSeconds]) -> str:
     """Median error and rank agreement, in one line."""
     errors = [abs(row.error) for row in compared]
     measured, simulated = ([getattr(row, name) for row in compared] for name in ("measured_s", "simulated_s"))

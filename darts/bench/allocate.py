@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from darts.allocation import allocate, expected, optimal_total, rounded_total
 from darts.bench import harness as common
 from darts.bench.harness import rotated
-from darts.evidence.console import say
+from darts.evidence.log import say
 from darts.evidence.tables import Check
 
 ALLOCATE, GREEDY = "allocate", "greedy loop"

@@ -31,7 +31,7 @@ from darts.bench import harness as common
 from darts.bench.harness import ENVIRONMENT, rotated
 from darts.bench.prompts import train_questions
 from darts.config import DartsConfig
-from darts.evidence.console import say
+from darts.evidence.log import say
 from darts.testbed import LIMITS
 
 UNIFORM, HALF, ADAPTIVE = "uniform", "uniform, half saturated", "adaptive"

@@ -34,7 +34,7 @@ from darts.bench.report import BASE, document, save, text
 from darts.bench.states import POSITION
 from darts.bench.statistics import Results
 from darts.config import ConfigError
-from darts.evidence.console import say
+from darts.evidence.log import say
 from darts.testbed import LIMITS
 
 LOG, MACHINE, DOCUMENT, TABLE, LOCK = "run.log", "machine.json", "bench.json", "table.md", "running"

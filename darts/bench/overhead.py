@@ -26,7 +26,7 @@ import numpy as np
 from darts.bench import harness as common
 from darts.config import DartsConfig
 from darts.evidence.checkpoint import save_state
-from darts.evidence.console import say
+from darts.evidence.log import say
 from darts.evidence.tables import Check
 from darts.evidence.trace import Trace
 from darts.forecast import CostModel

@@ -34,7 +34,7 @@ import numpy as np
 from darts.bench import harness as common
 from darts.bench.harness import ENVIRONMENT
 from darts.bench.overlap_report import ARMS, EQUAL, TAIL, checks, tables
-from darts.evidence.console import say
+from darts.evidence.log import say
 
 GROUP_SIZE = 8
 BETWEEN, WITHIN = 0.4, 0.6

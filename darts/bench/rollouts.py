@@ -30,7 +30,7 @@ from typing import Any
 from darts.bench import rollouts_report as report
 from darts.bench.harness import ENVIRONMENT, machine, rotated
 from darts.bench.prompts import train_questions
-from darts.evidence.console import say
+from darts.evidence.log import say
 from darts.evidence.tables import Check
 from darts.testbed import LIMITS
 

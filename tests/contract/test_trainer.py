@@ -183,7 +183,7 @@ def test_the_banner_says_what_is_on(trainer):
     trainer._log_probs = SimpleNamespace(session=SimpleNamespace(cache_tokens=12_000))
     assert trainer.banner().endswith("during generation (overlap token, prefixes of up to 12,000 tokens on a rank)")
     trainer.darts = DartsConfig.from_block({"enable": False}, 8)
-    assert trainer.banner() == "[darts] plugin active, darts.enable=false: plain verl"
+    assert trainer.banner() == "plugin active, darts.enable=false: plain verl"
 
 
 def test_a_progress_line_leaves_out_what_was_not_measured():

@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from verl.protocol import DataProto
 from verl.trainer.ppo.utils import create_rl_sampler
 
-from darts.bench.arms import Arm
+from darts.bench.arms import BenchArm
 from darts.bench.plan import RECORDS, STATES, TRACES, BenchPlan
 from darts.bench.records import Records, ValidationRecord, step_record
 from darts.bench.states import ArmStates
@@ -116,7 +116,7 @@ class ArmsTrainer(RayDartsTrainer):
         for arm in self._plan.arms:
             self._records.append(replace(found, arm=arm.name))
 
-    def _take_turn(self, arm: Arm, place: int, seed: int, step: int) -> None:
+    def _take_turn(self, arm: BenchArm, place: int, seed: int, step: int) -> None:
         """One step of one arm."""
         began = time.monotonic()
         self.checkpoint_manager.sleep_replicas()  # verl updates the weights of sleeping engines
@@ -147,7 +147,7 @@ class ArmsTrainer(RayDartsTrainer):
         if validated is not None:
             self._records.append(validated)
 
-    def _take_up(self, arm: Arm, seed: int, step: int, told: Any) -> None:
+    def _take_up(self, arm: BenchArm, seed: int, step: int, told: Any) -> None:
         """From now on the trainer is this arm's, after its last step."""
         self.darts = self._settings[arm.name]
         self._log_probs, self.async_rollout_manager.overlap = self._sessions[self.darts.overlap.mode]
@@ -230,8 +230,8 @@ class ArmsTaskRunner(DartsTaskRunner):
         return super().add_actor_rollout_worker(config)
 
 
-def train(folder: Path) -> None:
-    """Runs the bench of this folder; as `recipe.darts.main_darts.main`, with `ArmsTaskRunner`."""
+def train(folder: Path, task_runner: type[ArmsTaskRunner]) -> None:
+    """Runs the bench of this folder; the steps are those of `recipe.darts.main_darts.main`."""
     from verl.trainer.main_ppo import run_ppo
     from verl.utils.device import auto_set_device
 
@@ -245,11 +245,11 @@ def train(folder: Path) -> None:
     OmegaConf.resolve(config)
     choose_backend(config)
     check_run(config)
-    run_ppo(config, task_runner_class=ray.remote(ArmsTaskRunner))
+    run_ppo(config, task_runner_class=ray.remote(task_runner))
 
 
 if __name__ == "__main__":
     # Ray's workers know the classes by this module's name, not by __main__.
     from darts.bench import trainer
 
-    trainer.train(Path(sys.argv[1]).resolve())
+    trainer.train(Path(sys.argv[1]).resolve(), trainer.ArmsTaskRunner)

@@ -1,4 +1,4 @@
-"""The pure parts of the benchmarks: what they compare with, how runs are paired, what the tables say."""
+"""The pure parts of the benches: what they compare with, how runs are paired, what the tables say."""
 
 import json
 import subprocess
@@ -7,27 +7,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from attic import training, training_report
 
 from darts.allocation import allocate as darts_allocate
-from darts.bench import allocate, overhead
-from darts.bench import budgets as rollouts
-from darts.bench import harness as common
-from darts.config import DartsConfig
+from darts.bench import allocate, budgets, overhead
+from darts.bench.command import BENCHES
+from darts.config import ConfigError, DartsConfig
 from darts.planning import RolloutPlanner
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize(
-    "script", ["allocate", "overhead", "overlap", "overlap_projection", "prefix_chunks", "rollouts", "training"]
-)
-def test_help_shows_the_contract(script):
-    command = [sys.executable, "-m", f"benchmarks.{script}", "--help"]
+@pytest.mark.parametrize("name", ["", *BENCHES])
+def test_help_shows_the_contract(name):
+    command = [sys.executable, "-m", "darts.bench", *name.split(), "--help"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
     assert "Contract" in run.stdout
-    assert "--out FILE" in run.stdout
+    assert "--out" in run.stdout
 
 
 # --- allocate --------------------------------------------------------------------------------------------------------
@@ -46,7 +42,7 @@ def test_the_greedy_loop_allocates_as_darts_does(prompts, mean):
 def test_allocation_is_measured_with_every_repetition_in_the_file(tmp_path, capsys):
     out = tmp_path / "new" / "a.json"
     arguments = ["--prompts", "3", "40", "--repetitions=4", f"--out={out}"]
-    assert allocate.main(arguments) == 0
+    assert allocate.BENCH.main(arguments) == 0
     written = json.loads(out.read_text())
     assert written["settings"]["prompts"] == [3, 40]
     assert {"date", "commit", "cores", "processor", "python"} <= written["machine"].keys()
@@ -85,7 +81,7 @@ def test_the_synthetic_rollout_is_one_that_early_stop_could_leave():
 
 
 def test_overhead_at_scale_times_every_part(capsys):
-    assert overhead.main(["--prompts", "32", "--history=64", "--repetitions=1"]) == 0
+    assert overhead.BENCH.main(["--prompts", "32", "--history=64", "--repetitions=1"]) == 0
     (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 32 |")]
     assert row.startswith("| 32 | 384 |")
     assert all(float(cell) > 0 for cell in row.split("|")[4:-1])
@@ -104,14 +100,14 @@ def own(seconds, step=10.0):
 def test_overhead_of_runs_is_the_share_of_each_step(tmp_path, capsys):
     for name, seconds in (("good", [0.05, 0.06, 0.4]), ("bad", [0.2, 0.2, 0.05])):
         write_trace(tmp_path / name / "darts.jsonl", enumerate(map(own, seconds), 1))
-    assert overhead.main(["--prompts", "--runs", str(tmp_path / "good")]) == 0
+    assert overhead.BENCH.main(["--prompts", "--runs", str(tmp_path / "good")]) == 0
     assert f"| {tmp_path / 'good'} | 3 | 0.060 | 10.00 | 0.60% | 4.00% |" in capsys.readouterr().out
-    assert overhead.main(["--prompts", "--runs", str(tmp_path / "good"), str(tmp_path / "bad")]) == 1
+    assert overhead.BENCH.main(["--prompts", "--runs", str(tmp_path / "good"), str(tmp_path / "bad")]) == 1
 
 
 def test_a_run_without_the_metric_is_named(tmp_path):
     write_trace(tmp_path / "darts.jsonl", [(1, {"timing_s/step": 3.0})])
-    with pytest.raises(ValueError, match="no step of the trace has both"):
+    with pytest.raises(ConfigError, match="no step of the trace has both"):
         overhead.of_run(tmp_path)
 
 
@@ -120,16 +116,16 @@ def test_of_a_trace_what_a_resume_replaced_and_a_cut_line_do_not_count(tmp_path)
     write_trace(path, [(1, {"x": 1}), (2, {"x": 2}), (3, {"x": 3}), (2, {"x": 4})])
     with path.open("a") as file:
         file.write('{"version": 1, "st')
-    assert common.trace_metrics(tmp_path) == {1: {"x": 1}, 2: {"x": 4}}
+    assert overhead.trace_metrics(tmp_path) == {1: {"x": 1}, 2: {"x": 4}}
 
 
-# --- rollouts --------------------------------------------------------------------------------------------------------
+# --- budgets ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_arms_launch_equally_many_and_saturate_as_named():
     saturated = {}
-    for arm in rollouts.ALLOCATIONS:
-        darts = rollouts.settings(arm, 3, "deadline", 16)
+    for arm in budgets.ALLOCATIONS:
+        darts = budgets.settings(arm, 3, "deadline", 16)
         planner = RolloutPlanner(ema_weight=0.3, response_length=256)
         planner.steps = 1
         for key, longest in zip("abcd", (10, 20, 40, 400), strict=True):
@@ -139,20 +135,20 @@ def test_the_arms_launch_equally_many_and_saturate_as_named():
         assert darts.seed == 3
         assert darts.selection.long_wait == "deadline"
         saturated[arm] = sum(darts.num_long_for(budget) == 0 for budget in plan.budgets.tolist())
-    assert saturated == {rollouts.UNIFORM: 0, rollouts.HALF: 2, rollouts.ADAPTIVE: 2}
+    assert saturated == {budgets.UNIFORM: 0, budgets.HALF: 2, budgets.ADAPTIVE: 2}
 
 
 def test_every_epoch_has_the_pool_once_in_another_order():
     questions = [f"q{n}" for n in range(100)]
-    steps = list(rollouts.batches(questions, pool=8, prompts=4, steps=5, seed=1))
+    steps = list(budgets.batches(questions, pool=8, prompts=4, steps=5, seed=1))
     assert [epoch for epoch, _ in steps] == [0, 0, 1, 1, 2]
     first, second = steps[0][1] + steps[1][1], steps[2][1] + steps[3][1]
     assert sorted(first) == sorted(second)
     assert len(set(first)) == 8
     assert first != second
     assert set(steps[4][1]) <= set(first)
-    assert steps == list(rollouts.batches(questions, pool=8, prompts=4, steps=5, seed=1))
-    other = [some for _, some in rollouts.batches(questions, pool=8, prompts=4, steps=2, seed=2)]
+    assert steps == list(budgets.batches(questions, pool=8, prompts=4, steps=5, seed=1))
+    other = [some for _, some in budgets.batches(questions, pool=8, prompts=4, steps=2, seed=2)]
     assert sorted(other[0] + other[1]) != sorted(first)
 
 
@@ -171,127 +167,29 @@ def test_the_last_steps_seconds_are_those_of_the_same_arm_and_seed():
         rollout("a", 0, 1.0), rollout("b", 0, 2.0), rollout("b", 1, 4.0), rollout("a", 1, 3.0),
         rollout("a", 0, 5.0, seed=1), rollout("a", 1, 6.0, seed=1),
     ]  # fmt: skip
-    assert [record["last_s"] for record in rollouts.with_last(records)] == [None, None, 2.0, 1.0, None, 5.0]
+    assert [record["last_s"] for record in budgets.with_last(records)] == [None, None, 2.0, 1.0, None, 5.0]
 
 
 def test_the_error_of_a_forecast_is_relative_and_leaves_out_what_was_not_forecast():
     records = [rollout("a", step, 2.0, refined_s=forecast) for step, forecast in enumerate([None, 1.0, 2.2, 3.0])]
-    assert rollouts.error(records, "refined_s") == pytest.approx(0.5)
-    assert np.isnan(rollouts.error(records[:1], "refined_s"))
+    assert budgets.error(records, "refined_s") == pytest.approx(0.5)
+    assert np.isnan(budgets.error(records[:1], "refined_s"))
 
 
 def test_the_tables_are_of_known_prompts_and_pair_the_arms():
-    records = [rollout(rollouts.UNIFORM, step, 9.0 if step < 2 else 2.0) for step in range(4)]
-    records += [rollout(rollouts.ADAPTIVE, step, 1.0, tokens=90) for step in range(4)]
-    text = rollouts.tables(records)
+    records = [rollout(budgets.UNIFORM, step, 9.0 if step < 2 else 2.0) for step in range(4)]
+    records += [rollout(budgets.ADAPTIVE, step, 1.0, tokens=90) for step in range(4)]
+    text = budgets.tables(records)
     assert "| uniform | 4.0 | 1 | 200 | 1 | 120 | 7.5 | 9.0 | 6 of 40 | 50% | 8 to 12 | 0.25 |" in text
     assert "| adaptive | 2.0 | 0.50 [0.50, 0.50] | 180 | 0.90 [0.90, 0.90] |" in text
     assert "| uniform | 2 | 0.0% | 50.0% | 175.0% |" in text
     assert "| adaptive | 2 | 0.0% | 50.0% | 0.0% |" in text
     assert "| all | 4 |" in text
     with pytest.raises(ValueError, match="adaptive"):
-        rollouts.tables(records[:-1])
-    assert "no prompt was known" in rollouts.tables(records[:2])
+        budgets.tables(records[:-1])
+    assert "no prompt was known" in budgets.tables(records[:2])
 
 
 def test_a_pool_that_does_not_divide_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        rollouts.main(["--pool", "30"])
-    assert "--pool 30: must be a multiple of --prompts 8" in capsys.readouterr().err
-
-
-# --- training --------------------------------------------------------------------------------------------------------
-
-
-def train_step(epoch, seconds, length, correlation=None):
-    step = {
-        "training/epoch": float(epoch), "darts/history/known_share": float(epoch > 0),
-        "darts/rollout/seconds": seconds, "darts/tokens/generated": 10 * length, "darts/length/pool_mean": length,
-        "darts/length/pool_p99": 4 * length, "darts/length/kept_mean": length / 2, "darts/reward/pool_mean": 0.5,
-        "darts/group/saturated_share": 0.25,
-    }  # fmt: skip
-    return step if correlation is None else step | {"darts/history/std_correlation": correlation}
-
-
-def training_record(arm, seed=0, factor=1.0):
-    steps = {
-        1: train_step(0, 9.0, 40.0), 2: train_step(0, 9.0, 50.0), 3: train_step(1, 2.0 * factor, 60.0 * factor, 0.2),
-        4: train_step(1, 4.0 * factor, 80.0 * factor, 0.4),
-    }  # fmt: skip
-    figures = training_report.record_of(steps, [0.5, 0.6 * factor])
-    return {"testbed": "depth", "seed": seed, "arm": arm} | figures
-
-
-def test_a_run_is_summed_where_its_prompts_are_known():
-    record = training_record("uniform")
-    assert (record["steps"], record["known"], record["seconds"], record["tokens"]) == (4, 2, 6.0, 1400.0)
-    assert record["pool_mean"] == [45.0, 70.0]
-    assert record["validation"] == [0.5, 0.6]
-    assert record["std_correlation"] == pytest.approx(0.3)
-    row = "| depth | 0 | uniform | 6.0 | 3.00 | 1,400 | 45.0 -> 70.0 | 180 -> 280 | 22.5 -> 35.0 | 0.500 -> 0.500 | "
-    assert f"{row}0.500 -> 0.600 | 0.30 | 25% |" in training_report.runs_table([record])
-
-
-def test_runs_are_compared_by_seed_and_a_lone_arm_is_left_out():
-    records = [
-        training_record("uniform"), training_record("adaptive", factor=0.5), training_record("uniform", seed=1),
-        training_record("adaptive", seed=1, factor=0.9), training_record("uniform", seed=2),
-    ]  # fmt: skip
-    lines = training_report.ratios_table(records).splitlines()[2:]
-    assert lines == [
-        "| depth | 0 | 0.50 | 0.50 | 0.50 | 0.50 | 0.50 | 1.00 | -0.300 |",
-        "| depth | 1 | 0.90 | 0.90 | 0.90 | 0.90 | 0.90 | 1.00 | -0.060 |",
-        "| depth | all | 0.70 | 0.70 | 0.70 | 0.70 | 0.70 | 1.00 | -0.180 |",
-    ]
-
-
-def test_a_run_of_one_epoch_has_no_known_steps_and_still_a_row():
-    figures = training_report.record_of({1: train_step(0, 9.0, 40.0)}, [0.5, 0.6])
-    record = {"testbed": "depth", "seed": 0, "arm": "uniform"} | figures
-    assert "| 0.0 | nan | 0 |" in training_report.runs_table([record])
-    assert "| nan | nan | 1.00 |" in training_report.ratios_table([record, record | {"arm": "adaptive"}])
-
-
-def test_arms_alternate_in_time():
-    assert list(training.planned(["depth"], 2)) == [
-        ("depth", 0, "uniform"), ("depth", 0, "adaptive"), ("depth", 1, "adaptive"), ("depth", 1, "uniform"),
-    ]  # fmt: skip
-
-
-def test_a_whole_run_is_not_repeated_and_one_of_other_settings_is_refused(tmp_path, monkeypatch):
-    called = []
-
-    def call(command, log, **environment):
-        called.append(command)
-        write_trace(log.parent / "darts.jsonl", [(step, {}) for step in range(1, 1 + whole)])
-        log.write_text(f"{' '.join(command)}\n")
-
-    monkeypatch.setattr(training, "call", call)
-    arguments = [tmp_path / "run", tmp_path / "latency.json", ["testbed=depth"], 0, "adaptive", 3]
-    whole = 2
-    training.train(*arguments)
-    whole = 3
-    training.train(*arguments)
-    training.train(*arguments)
-    assert len(called) == 2, "a run that lacks a step starts anew, a whole one is not repeated"
-    assert "darts.allocation.mode=adaptive" in called[0]
-    with pytest.raises(RuntimeError, match="a run of other settings"):
-        training.train(*arguments[:3], 1, *arguments[4:])
-
-
-def test_a_command_that_fails_names_its_log(tmp_path):
-    log = tmp_path / "new" / "run.log"
-    with pytest.raises(RuntimeError, match=r"exit code 1; see .*run\.log"):
-        training.call(["benchmarks.no_such_module"], log)
-    assert log.read_text().startswith("benchmarks.no_such_module\n")
-
-
-def test_padding_is_that_of_verls_order_in_micro_batches():
-    """Workload grows with length; small rows go to both ends: 1 3 5 | 4 2 of the lengths' ranks."""
-    from attic.padding import balanced, padding_of
-
-    tokens = np.array([50, 10, 40, 20, 30])
-    order = balanced(tokens)
-    assert tokens[order].tolist() == [10, 30, 50, 40, 20]
-    assert padding_of(tokens, order, 2) == (30 * 2 + 50 * 2 + 20, 150)
-    assert padding_of(tokens, np.argsort(tokens), 2) == (20 * 2 + 40 * 2 + 50, 150)
+    assert budgets.BENCH.main(["--pool", "30"]) == 2
+    assert "--pool=30: must be a multiple of --prompts 8" in capsys.readouterr().err

@@ -33,7 +33,7 @@ from darts.bench.plan import CONFIG, RECORDS, STATES, BenchPlan
 from darts.bench.records import Record, Records
 from darts.bench.report import BASE, document, text
 from darts.bench.states import POSITION
-from darts.bench.statistics import Results
+from darts.bench.statistics import BenchResults
 from darts.config import ConfigError
 from darts.evidence.console import say
 from darts.testbed import LIMITS
@@ -124,7 +124,7 @@ def report(options: argparse.Namespace) -> str:
     if not found:
         raise ConfigError("--out", str(options.out), "has no records of a bench.", "run it without --report-only.")
     plan = BenchPlan.load(options.out)
-    results = Results(found, [arm.name for arm in plan.arms], plan.steps)
+    results = BenchResults(found, [arm.name for arm in plan.arms], plan.steps)
     opened = document(
         results,
         arms=[asdict(arm) for arm in plan.arms],

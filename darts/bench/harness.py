@@ -12,7 +12,6 @@ Contract: standard library, NumPy and `darts` alone, so that `--help` is fast.
 
 import argparse
 import json
-import logging
 import os
 import sys
 import time
@@ -31,7 +30,6 @@ from darts.evidence.console import say
 from darts.evidence.statistics import Array, Estimate
 from darts.evidence.tables import Check, table
 
-LOGGER = logging.getLogger("darts")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 OVERRIDE = {"--override": ([], "of the Hydra configuration; may be repeated", {"action": "append"})}
 """The option of benches that start an engine."""

@@ -26,7 +26,8 @@ def rollout(arm, batch, seconds=1.0, lengths=((10, 20, 30),), aborted=((False,) 
     return {
         "arm": arm, "seed": seed, "batch": batch, "seconds": seconds, "tail_s": 0.1, "after_s": 0.05, "launched": 3,
         "aborted": sum(map(sum, aborted)), "tokens": 60, "tokens_kept": 30, "tokens_after": 3, "kept_mean": 15.0,
-        "cpu_engine_s": seconds / 2, "cpu_server_s": 0.0, "cpu_worker_s": 0.0, "cpu_driver_s": seconds / 10, "lengths": lengths, "aborted_by_candidate": aborted,
+        "cpu_engine_s": seconds / 2, "cpu_server_s": 0.0,
+        "cpu_worker_s": 0.0, "cpu_driver_s": seconds / 10, "lengths": lengths, "aborted_by_candidate": aborted,
         "kept": kept,
     }  # fmt: skip
 
@@ -207,8 +208,14 @@ def test_arms_take_turns_and_the_first_of_each_size_only_warms_up():
 def bench_of(measure, passed=True):
     check = Check(name="enough", value=1.0, low=1.0 if passed else 2.0, high=3.0)
     options = {"--size": (3, "of it")}
-    return harness.Bench(name="some", about="Contract.", options=options, measure=measure, tables=lambda records: "table",
-                         checks=lambda records: [check])  # fmt: skip
+    return harness.Bench(
+        name="some",
+        about="Contract.",
+        options=options,
+        measure=measure,
+        tables=lambda records: "table",
+        checks=lambda records: [check],
+    )
 
 
 @pytest.mark.parametrize("passed", [True, False])

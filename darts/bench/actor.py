@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from darts.bench import harness
-from darts.bench.harness import Bench, Document, FlatRecord
+from darts.bench.harness import Bench, FlatRecord, Save
 from darts.evidence.console import say
 from darts.evidence.tables import Check
 
@@ -83,75 +83,53 @@ def build(shape: str, dtype: str, options: argparse.Namespace) -> Any:
     return worker
 
 
-class ActorStep:
-    """Calls to the worker for one step, and how long they took."""
-
-    def __init__(self, worker: Any, number: int, mode: str) -> None:
-        from darts.messages import StepSettings
-
-        self._worker, self._step, self._calls = worker, number, 0
-        settings = StepSettings(step=number, mode=mode, temperature=1.0)
-        if refusal := worker.overlap_open(settings).refusal:
-            raise harness.BenchError(f"the model cannot continue prefixes: {refusal}")
-        self.seconds, self.tokens, self.peak_bytes = 0.0, 0, 0
-
-    def call(self, rows: list[Any], growing: bool) -> None:
-        """One forward over rows."""
-        from darts.messages import RankCall
-
-        call = RankCall(step=self._step, number=self._calls, **{"growing" if growing else "whole": rows})
-        seconds, report = harness.seconds_of(lambda: self._worker.overlap_extend(call))
-        self.seconds += seconds
-        self._calls += 1
-        self.tokens += report.tokens
-        self.peak_bytes = report.peak_cache_bytes
-
-    def end(self, keys: list[Any]) -> np.ndarray:
-        """All log-probs."""
-        values = self._worker.overlap_collect(self._step, keys).values
-        self._worker.overlap_clear(self._step)
-        return np.concatenate([values[key]["old_log_probs"] for key in keys])
-
-
-def forward(worker: Any, arm: str, number: int, tokens: np.ndarray, options: argparse.Namespace) -> dict[str, Any]:
+def forward(worker: Any, arm: str, step: int, tokens: np.ndarray, options: argparse.Namespace) -> dict[str, Any]:
     """One arm over `tokens` [rows, prompt and response]; what it took, and its log-probs."""
-    from darts.messages import Row, SequenceKey
+    from darts.messages import RankCall, Row, SequenceKey, StepSettings
 
-    rows, length = tokens.shape
-    keys = [SequenceKey(f"{row}", 0) for row in range(rows)]
+    settings = StepSettings(step=step, mode="token" if arm == CHUNKS else "sequence", temperature=1.0)
+    if refusal := worker.overlap_open(settings).refusal:
+        raise harness.BenchError(f"the model cannot continue prefixes: {refusal}")
+    length = tokens.shape[1]
+    keys = [SequenceKey(f"{row}", 0) for row in range(len(tokens))]
     ends = [*range(options.prompt + options.chunk, length, options.chunk), length]
-    step = ActorStep(worker, number, "token" if arm == CHUNKS else "sequence")
-    for start, end in zip([0, *ends], ends, strict=False):
-        if arm == WHOLE and end < length:
-            continue
-        begin = start if arm == CHUNKS else 0
+    spans = {WHOLE: [(0, length)], CHUNKS: list(zip([0, *ends], ends, strict=False)), AGAIN: [(0, end) for end in ends]}
+    seconds, reports = [], []
+    for number, (start, end) in enumerate(spans[arm]):
         last = end == length or arm == AGAIN
-        step.call(
-            [
-                Row(key=key, prompt_tokens=options.prompt, start=begin, token_ids=row[begin:end], last=last)
-                for key, row in zip(keys, tokens, strict=True)
-            ],
-            growing=arm == CHUNKS,
-        )
-    log_probs = step.end(keys)
-    return {"seconds": step.seconds, "tokens": step.tokens, "peak_bytes": step.peak_bytes, "log_probs": log_probs}
+        rows = [
+            Row(key=key, prompt_tokens=options.prompt, start=start, token_ids=row[start:end], last=last)
+            for key, row in zip(keys, tokens, strict=True)
+        ]
+        call = RankCall(step=step, number=number, **{"growing" if arm == CHUNKS else "whole": rows})
+        call_s, report = harness.seconds_of(lambda call=call: worker.overlap_extend(call))
+        seconds.append(call_s)
+        reports.append(report)
+    values = worker.overlap_collect(step, keys).values
+    worker.overlap_clear(step)
+    return {
+        "seconds": sum(seconds),
+        "tokens": sum(report.tokens for report in reports),
+        "peak_bytes": reports[-1].peak_cache_bytes,
+        "log_probs": np.concatenate([values[key]["old_log_probs"] for key in keys]),
+    }
 
 
-def measure(options: argparse.Namespace, document: Document) -> list[dict[str, Any]]:
+def measure(options: argparse.Namespace, save: Save) -> list[dict[str, Any]]:
     """All repetitions of all arms."""
     from verl_patches.device import is_cpu_only
 
     dtype = options.dtype or ("fp32" if is_cpu_only() else "bf16")
     worker = build(options.shape, dtype, options)
     say(f"{options.shape} in {dtype} is ready")
-    numbers = itertools.count(1)
+    steps = itertools.count(1)
     size = (options.rows, options.prompt + options.response)
 
     def once(arm: str, repeat: int) -> dict[str, Any]:
         random = np.random.default_rng([options.seed, repeat + 1])
         tokens = random.integers(0, SHAPES[options.shape]["vocab_size"], size).astype(np.int32)
         model = {"shape": options.shape, "dtype": dtype}
-        return model | forward(worker, arm, next(numbers), tokens, options)
+        return model | forward(worker, arm, next(steps), tokens, options)
 
     def settle(found: dict[str, dict[str, Any]]) -> None:
         log_probs = {arm: record.pop("log_probs") for arm, record in found.items()}

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from darts.allocation import allocate, expected, optimal_total, rounded_total
 from darts.bench import harness
-from darts.bench.harness import Bench, Document, FlatRecord
+from darts.bench.harness import Bench, FlatRecord, Save
 from darts.evidence.tables import Check, table
 
 ALLOCATE, GREEDY = "allocate", "greedy loop"
@@ -73,7 +73,7 @@ def problem(options: argparse.Namespace, prompts: int, repetition: int) -> dict[
     }
 
 
-def measure(options: argparse.Namespace, document: Document) -> list[dict[str, Any]]:
+def measure(options: argparse.Namespace, save: Save) -> list[dict[str, Any]]:
     """A record for each size, repetition and arm; equal answers are asserted."""
 
     def once(arm: str, prompts: int, repetition: int) -> dict[str, Any]:

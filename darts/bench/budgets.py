@@ -27,7 +27,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from darts.bench import harness
-from darts.bench.harness import Bench, Document, FlatRecord
+from darts.bench.harness import Bench, FlatRecord, Save
 from darts.config import ConfigError, DartsConfig
 from darts.evidence.console import say
 from darts.evidence.tables import table
@@ -117,7 +117,7 @@ def _planner(darts: DartsConfig, curve: LatencyCurve, config: DictConfig) -> Rol
     return planner
 
 
-def measure(options: argparse.Namespace, document: Document) -> list[dict[str, Any]]:
+def measure(options: argparse.Namespace, save: Save) -> list[dict[str, Any]]:
     """Starts a server, measures its curve and runs all rollouts; what is there is saved after each seed."""
     if options.pool % options.prompts:
         rule = f"must be a multiple of --prompts {options.prompts}."
@@ -134,7 +134,7 @@ def measure(options: argparse.Namespace, document: Document) -> list[dict[str, A
     with local_ray(num_gpus=1), serving(*overrides, response_length=None, max_model_len=None) as (servers, bench):
         model = servers.config.actor_rollout_ref.model.path
         profile = asyncio.run(profile_servers(servers.server_handles, model, seeded=True, say=say))
-        document.save(profile=dataclasses.asdict(profile))
+        save(profile=dataclasses.asdict(profile))
 
         def planners_of(seed: int) -> dict[str, ShadowedPlanner]:
             chosen = {name: settings(name, seed, options.wait, options.chunk_tokens) for name in ALLOCATIONS}
@@ -151,7 +151,7 @@ def measure(options: argparse.Namespace, document: Document) -> list[dict[str, A
 
             places = ({"seed": seed, "step": step} for step in range(options.steps))
             records += harness.take_turns(places, list(ALLOCATIONS), once)
-            document.save(records=records)
+            save(records=records)
     return records
 
 

@@ -37,6 +37,8 @@ FlatRecord = Mapping[str, Any]
 Records = Any
 """A list of flat records, or several by name."""
 Place = Mapping[str, Any]
+Save = Callable[..., None]
+"""Adds parts to a bench's document, or replaces them."""
 ArmName = TypeVar("ArmName")
 
 
@@ -47,25 +49,6 @@ class BenchError(RuntimeError):
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-class Document:
-    """The JSON file of a bench, written anew whenever something is added.
-
-    Args:
-        path: of the file; None: it is written nowhere.
-        content: what the figures belong to; the machine is added, so it is to be made before anything is measured.
-    """
-
-    def __init__(self, path: Path | None, content: Mapping[str, Any]) -> None:
-        self._path = path
-        self._content = {**content, "machine": machine()}
-
-    def save(self, **parts: Any) -> None:
-        """Adds parts, or replaces them."""
-        self._content |= parts
-        if self._path is not None:
-            write_json(self._path, self._content)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bench:
     """One bench, as `python -m darts.bench NAME` runs it."""
@@ -73,7 +56,7 @@ class Bench:
     name: str
     about: str  # the contract that `--help` shows
     options: Mapping[str, tuple[Any, ...]]  # as `add_options`
-    measure: Callable[[argparse.Namespace, Document], Records]
+    measure: Callable[[argparse.Namespace, Save], Records]
     tables: Callable[[Records], str]
     checks: Callable[[Records], list[Check]] = lambda records: []
     quick: Mapping[str, Any] = field(default_factory=dict)  # defaults with `--quick`; without any there is none
@@ -96,10 +79,16 @@ class Bench:
 
     def _run(self, options: argparse.Namespace, arguments: Sequence[str]) -> int:
         command = ["python", "-m", "darts.bench", self.name, *arguments]
-        document = Document(options.out, {"command": command, "settings": vars(options)})
-        records = self.measure(options, document)
+        document = {"command": command, "settings": vars(options), "machine": machine()}  # before there is load
+
+        def save(**parts: Any) -> None:
+            document.update(parts)
+            if options.out is not None:
+                write_json(options.out, document)
+
+        records = self.measure(options, save)
         made = self.checks(records)
-        document.save(records=records, checks=[str(check) for check in made])
+        save(records=records, checks=[str(check) for check in made])
         show("\n\n".join(filter(None, [self.tables(records), "\n".join(map(str, made))])))
         return 0 if all(check.passed for check in made) else 1
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from darts.bench import harness
-from darts.bench.harness import Bench, Document, FlatRecord
+from darts.bench.harness import Bench, FlatRecord, Save
 from darts.config import ConfigError, DartsConfig
 from darts.evidence.checkpoint import save_state
 from darts.evidence.tables import Check, table
@@ -186,7 +186,7 @@ def runs_table(records: Sequence[FlatRecord]) -> str:
     return table(["run", "steps", "own s, median", "step s, median", "share, median", "share, worst"], rows)
 
 
-def measure(options: argparse.Namespace, document: Document) -> dict[str, list[dict[str, Any]]]:
+def measure(options: argparse.Namespace, save: Save) -> dict[str, list[dict[str, Any]]]:
     """The runs' records, and those at scale."""
     runs = [of_run(run) for run in options.runs]
     return {"scale": at_scale(options), "runs": runs}

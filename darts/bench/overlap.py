@@ -30,7 +30,7 @@ import numpy as np
 
 from darts.bench import overlap_report
 from darts.bench.arms import BenchArm
-from darts.bench.harness import OVERRIDE, Bench, BenchError, Document
+from darts.bench.harness import OVERRIDE, Bench, BenchError, Save
 from darts.bench.launch import LOG, run_trainer
 from darts.bench.overlap_report import ARMS, BYPASS, EQUAL, FIGURES, OFF, OVERLAPPED, TAIL
 from darts.bench.plan import RECORDS, BenchPlan
@@ -122,7 +122,7 @@ def write_inputs(folder: Path, batches: list[Batch], hidden: int, layers: int) -
     pyarrow.parquet.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
 
 
-def measure(options: argparse.Namespace, document: Document) -> list[dict[str, Any]]:
+def measure(options: argparse.Namespace, save: Save) -> list[dict[str, Any]]:
     """Writes the inputs and runs the training; a record for each batch and arm.
 
     Raises:

@@ -211,6 +211,15 @@ def table_of(records: Iterable[Record]) -> dict[str, list[Any]]:
     return {name: [_short(getattr(record, name)) for record in records] for name in names}
 
 
+def records_of(kind: type[Record], columns: Mapping[str, Sequence[Any]]) -> list[Record]:
+    """The records of one kind that `table_of` gave.
+
+    Raises:
+        ValueError: other columns.
+    """
+    return [kind(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+
+
 def _lengths(which: str, lengths: NDArray[np.int64]) -> dict[str, float]:
     return {
         f"{which}_mean": float(lengths.mean()),

@@ -5,12 +5,14 @@ everything that the tables come from: settings, resolved configuration, machine 
 records.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from darts.bench.records import table_of
+from darts.bench.records import StepRecord, ValidationRecord, records_of, table_of
 from darts.bench.statistics import ArmComparison, BenchResults, known_mean
 from darts.evidence.tables import table
 
@@ -18,6 +20,10 @@ FORMAT = "darts.bench"
 VERSION = 1
 BASE = "none"
 """The arm that the others are compared with: plain verl."""
+
+
+class DocumentError(ValueError):
+    """A file that is not the document of a bench."""
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -234,6 +240,24 @@ def document(
         "validations": table_of(one for arm in results.arms for one in results.validations(arm)),
         "config": dict(config),
     }
+
+
+def load(path: Path) -> tuple[dict[str, Any], BenchResults]:
+    """A document, and its results, of which all tables can be made again.
+
+    Raises:
+        DocumentError: the file cannot be read, or is something else.
+    """
+    try:
+        opened = json.loads(path.read_text())
+        if (opened["format"], opened["version"]) != (FORMAT, VERSION):
+            raise ValueError(f"{opened['format']}, version {opened['version']}")
+        kinds = (StepRecord, opened["steps"]), (ValidationRecord, opened["validations"])
+        records = [record for kind, columns in kinds for record in records_of(kind, columns)]
+        return opened, BenchResults(records, [arm["name"] for arm in opened["arms"]], opened["planned_steps"])
+    except (OSError, KeyError, TypeError, ValueError) as cause:
+        kind = f"a document of python -m darts.bench ({FORMAT}, version {VERSION})"
+        raise DocumentError(f"{path}: cannot be read as {kind}: {cause!r}") from cause
 
 
 def _plain(value: float | ArmComparison) -> Any:

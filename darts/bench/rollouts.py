@@ -23,7 +23,7 @@ from typing import Any
 
 from darts.bench import harness
 from darts.bench import rollouts_report as report
-from darts.bench.harness import Bench, Document
+from darts.bench.harness import Bench, Save
 from darts.config import DartsConfig
 from darts.evidence.console import say
 from darts.testbed import LIMITS
@@ -115,7 +115,7 @@ def routing(servers: Any, bench: Any, options: argparse.Namespace) -> list[dict[
     return harness.take_turns(harness.repetitions(options.rounds, limit=options.limits), list(arms), once)
 
 
-def measure(options: argparse.Namespace, document: Document) -> dict[str, list[dict[str, Any]]]:
+def measure(options: argparse.Namespace, save: Save) -> dict[str, list[dict[str, Any]]]:
     """Runs the chosen experiments; the document gets the records of each when it has ended."""
     harness.set_environment()
     from darts.bench.serving import serving
@@ -135,7 +135,7 @@ def measure(options: argparse.Namespace, document: Document) -> dict[str, list[d
                                   (report.EARLY_STOP, lambda: early_stop(bench, options))):  # fmt: skip
                     if name in options.only:
                         results[name] = run()
-                        document.save(records=results)
+                        save(records=results)
         if report.ROUTING in options.only:
             # Small blocks, and room for the long prompts; the chat template takes 19.
             prompt, response = options.digits + 20, max(options.limits)

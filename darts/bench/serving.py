@@ -27,7 +27,7 @@ from darts.config import DartsConfig
 from darts.engines.start import engine_config, engine_processes, process_of, start_servers
 from darts.planning import RolloutPlanner
 from darts.pool import CandidatePool
-from darts.rollout.client import current_listener
+from darts.rollout.client import RequestListener, current_listener
 from darts.rollout.manager import DartsAgentLoopManager
 from darts.rollout.worker import DartsAgentLoopWorker
 from darts.testbed import assets_dir
@@ -228,25 +228,17 @@ def batch_of(questions: Sequence[str], group_size: int, step: int, sampling: Map
 # --- one server, without a manager ------------------------------------------------------------------------------------
 
 
-class ChunkCounter:
+class ChunkCounter(RequestListener):
     """Listens to one request, as a candidate does, and counts."""
 
-    routing_key = None
-    over = False
+    routing_key, over = None, False
 
     def __init__(self, chunk_tokens: int) -> None:
-        self.chunk_tokens = chunk_tokens
-        self.chunks = 0
-
-    def opened(self, request: Any) -> None:
-        """Nothing to do."""
+        self.chunk_tokens, self.chunks = chunk_tokens, 0
 
     def grew(self, request: Any, chunk: Any, latency: float) -> None:
         """One more chunk."""
         self.chunks += 1
-
-    def dropped(self, request: Any) -> None:
-        """Nothing to do."""
 
     def closed(self, request: Any, output: Any, finish_reason: str) -> bool:
         """The request is all there is, so whether to go on does not matter."""
@@ -268,13 +260,9 @@ async def stream_once(client: Any, requests: int, tokens: int, chunk: int | None
         return len(output.token_ids)
 
     start = time.monotonic()
-    lengths = await asyncio.gather(*[asyncio.create_task(one(number)) for number in range(requests)])
+    lengths = await asyncio.gather(*map(one, range(requests)))  # in tasks, each with a listener of its own
     seconds = time.monotonic() - start
     if set(lengths) != {tokens}:
         raise RuntimeError(f"responses of {sorted(set(lengths))} tokens; {tokens} were asked for.")
-    return {
-        "seconds": seconds,
-        "tokens": sum(lengths),
-        "tokens_per_s": sum(lengths) / seconds,
-        "chunks": sum(listener.chunks for listener in listeners),
-    }
+    chunks, generated = sum(listener.chunks for listener in listeners), sum(lengths)
+    return {"seconds": seconds, "tokens": generated, "tokens_per_s": generated / seconds, "chunks": chunks}

@@ -137,7 +137,7 @@ class BenchResults:
         return self.total(arm, "tokens_kept") / seconds if seconds else math.nan
 
     def by_seed(self, arm: str, key: str) -> tuple[Array, Array]:
-        """The steps [n] that have a field (of steps, or else of validations), and its values [seeds, n], NaN if unknown."""
+        """The steps [n] that have a field (of steps, or else of validations), and its values [seeds, n], maybe NaN."""
         records = self.steps(arm) if hasattr(StepRecord, key) else self.validations(arm)
         found = {(one.seed, one.step): getattr(one, key) for one in records if one.seed in self.seeds}
         known = {pair: value for pair, value in found.items() if value is not None and math.isfinite(value)}

@@ -10,7 +10,7 @@ from bench_records import step, validation
 from hypothesis import given
 from hypothesis import strategies as st
 
-from darts.bench.records import JSON, TIMES, RecordError, Records, StepRecord, step_record, table_of
+from darts.bench.records import JSON, TIMES, RecordError, Records, StepRecord, records_of, step_record, table_of
 from darts.bench.slots import in_turns, slot_steps
 from darts.pool import finished_pool
 
@@ -172,8 +172,11 @@ def test_records_by_column():
     written = [step(), step("darts", 1, 2, 1 / 3, reward_kept=0.5)]
     columns = json.loads(json.dumps(table_of(written)))
     assert columns["step_s"] == [2.0, 0.333333]
-    again = [StepRecord(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
-    assert again == [written[0], dataclasses.replace(written[1], step_s=0.333333, rollout_s=0.166667)]
+    assert records_of(StepRecord, columns) == [
+        written[0],
+        dataclasses.replace(written[1], step_s=0.333333, rollout_s=0.166667),
+    ]
     assert table_of([]) == {}
+    assert records_of(StepRecord, {}) == []
     validated = JSON.validate_python({"kind": "validation", "arm": "a", "seed": 0, "step": 0, "accuracy": 1.0})
     assert validated.prompt_accuracy == ()

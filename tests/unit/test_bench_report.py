@@ -2,16 +2,18 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from bench_records import bench, step, validation
 
 from darts.bench import figures, report
 from darts.bench.arms import PRESETS
-from darts.bench.records import StepRecord, ValidationRecord
+from darts.bench.harness import write_json
 from darts.bench.statistics import BenchResults
 from darts.evidence.figures import draw_all
 
+ROOT = Path(__file__).resolve().parents[2]
 SECONDS = {"none": [[4.0, 2.0, 2.0], [4.0, 4.0, 2.0]], "darts": [[2.0, 1.0, 1.0], [2.0, 4.0, 2.0]]}
 ACCURACIES = {
     "none": [[0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.3, 0.6]],
@@ -101,17 +103,13 @@ def opened(results: BenchResults) -> dict:
     )  # fmt: skip
 
 
-def test_tables_can_be_made_again_from_the_document():
+def test_tables_can_be_made_again_from_the_document(tmp_path):
     results = made(steps=6)
-    document = json.loads(json.dumps(opened(results), allow_nan=False))
-    records = [
-        kind(**dict(zip(document[name], row, strict=True)))
-        for name, kind in (("steps", StepRecord), ("validations", ValidationRecord))
-        for row in zip(*document[name].values(), strict=True)
-    ]
-    again = BenchResults(records, [arm["name"] for arm in document["arms"]], document["planned_steps"])
+    write_json(tmp_path / "new" / "bench.json", opened(results))
+    document, again = report.load(tmp_path / "new" / "bench.json")
     assert document["machine"] == {"commit": "c0ffee"}
     assert report.text(again) == report.text(results)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["bench.json"]
 
 
 def test_the_document_has_the_figures():
@@ -128,6 +126,31 @@ def test_a_document_of_nothing():
     document = opened(BenchResults([], arms=["none"]))
     assert document["summary"]["none"]["speed_up"]["value"] is None
     json.dumps(document, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("nonsense", "JSONDecodeError"),
+        ("[]", "cannot be read as a document of python -m darts.bench"),
+        ('{"format": "other", "version": 1}', "other, version 1"),
+        ('{"format": "darts.bench", "version": 1}', "KeyError"),
+        ('{"format": "darts.bench", "version": 1, "steps": {"colour": [1]}, "validations": {}}', "colour"),
+    ],
+)
+def test_what_is_not_a_document_is_refused(tmp_path, text, said):
+    (tmp_path / "bench.json").write_text(text)
+    with pytest.raises(report.DocumentError, match=said):
+        report.load(tmp_path / "bench.json")
+    with pytest.raises(report.DocumentError, match="cannot be read"):
+        report.load(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("name", ["overthink", "depth"])
+def test_documents_of_earlier_versions_can_still_be_read(name):
+    document, results = report.load(ROOT / "docs" / "results" / f"{name}.json")
+    assert results.arms == [arm["name"] for arm in document["arms"]]
+    assert len(results.steps("none")) == 90
 
 
 def test_the_notes_tell_of_queues_and_of_the_served_weights():

@@ -220,8 +220,8 @@ def bench_of(measure, passed=True):
 
 @pytest.mark.parametrize("passed", [True, False])
 def test_a_bench_leaves_a_document_and_its_checks_decide(tmp_path, capsys, passed):
-    def measure(options, document):
-        document.save(records=[1])
+    def measure(options, save):
+        save(records=[1])
         return [options.size]
 
     assert bench_of(measure, passed).main(["--size", "4", "--out", str(tmp_path / "a.json")]) == (0 if passed else 1)
@@ -238,7 +238,7 @@ def test_a_bench_leaves_a_document_and_its_checks_decide(tmp_path, capsys, passe
     [(ConfigError("--size", 3, "must be 4.", "say 4."), 2), (harness.BenchError("the engine is gone"), 1)],
 )
 def test_a_bench_that_is_refused_or_fails_says_so_in_one_line(capsys, error, code):
-    def measure(options, document):
+    def measure(options, save):
         raise error
 
     assert bench_of(measure).main([]) == code

@@ -26,7 +26,7 @@ import numpy as np
 
 from darts.bench import harness
 from darts.bench.harness import Bench, FlatRecord, Save
-from darts.evidence.console import say
+from darts.evidence.log import say
 from darts.evidence.tables import Check
 
 WHOLE, CHUNKS, AGAIN = ARMS = ("whole", "chunks", "again")

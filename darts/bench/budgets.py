@@ -29,7 +29,7 @@ from omegaconf import DictConfig
 from darts.bench import harness
 from darts.bench.harness import Bench, FlatRecord, Save
 from darts.config import ConfigError, DartsConfig
-from darts.evidence.console import say
+from darts.evidence.log import say
 from darts.evidence.tables import table
 from darts.forecast import CostModel
 from darts.history import prompt_key

@@ -27,7 +27,7 @@ from typing import Any
 
 from darts import CONFIG_DIR
 from darts.bench.arms import PRESETS, chosen
-from darts.bench.harness import add_options, exit_code, machine, make_parser, show, write_json
+from darts.bench.harness import add_options, exit_code, machine, make_parser
 from darts.bench.launch import run_trainer
 from darts.bench.plan import CONFIG, RECORDS, STATES, BenchPlan
 from darts.bench.records import Record, Records
@@ -35,7 +35,8 @@ from darts.bench.report import BASE, document, text
 from darts.bench.states import POSITION
 from darts.bench.statistics import BenchResults
 from darts.config import ConfigError
-from darts.evidence.console import say
+from darts.evidence import documents
+from darts.evidence.log import logger, say
 from darts.testbed import LIMITS
 
 BENCHES = ("actor", "allocate", "budgets", "overhead", "overlap", "rollouts")
@@ -134,7 +135,7 @@ def report(options: argparse.Namespace) -> str:
         machine=_read(options.out / MACHINE),
         target=options.target,
     )
-    write_json(options.out / DOCUMENT, opened)
+    documents.save(options.out / DOCUMENT, opened)
     tables = text(results, BASE, options.target)
     (options.out / TABLE).write_text(tables + "\n")
     write(results, options.out)
@@ -233,7 +234,7 @@ def run(options: argparse.Namespace) -> int:
         with _locked(options.out / LOCK) as lock:
             _prepare(options, composed)
             run_trainer(options.plan, options.out, 60 * options.silence, lock=lock)
-    show(report(options))
+    logger.info(f"\n\n{report(options)}\n")
     say(f"done in {(time.monotonic() - began) / 60:.0f} min; tables, figures and {DOCUMENT} are in {options.out}")
     return 0
 

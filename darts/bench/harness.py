@@ -11,9 +11,7 @@ Contract: standard library, NumPy and `darts` alone, so that `--help` is fast.
 """
 
 import argparse
-import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,8 +23,8 @@ import numpy as np
 
 import darts.evidence.machine
 from darts.config import ConfigError
-from darts.evidence import statistics
-from darts.evidence.console import say
+from darts.evidence import documents, statistics
+from darts.evidence.log import logger, say
 from darts.evidence.statistics import Array, Estimate
 from darts.evidence.tables import Check, table
 
@@ -84,12 +82,12 @@ class Bench:
         def save(**parts: Any) -> None:
             document.update(parts)
             if options.out is not None:
-                write_json(options.out, document)
+                documents.save(options.out, document)
 
         records = self.measure(options, save)
         made = self.checks(records)
         save(records=records, checks=[str(check) for check in made])
-        show("\n\n".join(filter(None, [self.tables(records), "\n".join(map(str, made))])))
+        logger.info("\n\n".join(["", self.tables(records), *map(str, made), ""]))
         return 0 if all(check.passed for check in made) else 1
 
 
@@ -123,13 +121,8 @@ def exit_code(body: Callable[[], int]) -> int:
     try:
         return body()
     except (ConfigError, BenchError) as error:
-        print(f"[darts] {error}", file=sys.stderr)
+        logger.error(error)
         return 2 if isinstance(error, ConfigError) else 1
-
-
-def show(text: str) -> None:
-    """Prints tables, which go to the standard output as they are."""
-    print(f"\n{text}\n", flush=True)
 
 
 def machine() -> dict[str, Any]:
@@ -141,14 +134,6 @@ def set_environment() -> None:
     """Gives this process and its children one thread each, unless the environment says otherwise."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a document; the file is whole at any time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft_path = path.with_suffix(".new")
-    draft_path.write_text(json.dumps(content, default=str) + "\n")
-    draft_path.replace(path)
 
 
 # --- turns -----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from pathlib import Path
 from darts.bench.harness import ENVIRONMENT, BenchError
 from darts.bench.plan import RECORDS, BenchPlan
 from darts.bench.records import Records, StepRecord
-from darts.evidence.console import say
+from darts.evidence.log import say
 
 LOG = "run.log"
 ROOT = Path(__file__).resolve().parents[2]

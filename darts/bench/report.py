@@ -5,7 +5,6 @@ everything that the tables come from: settings, resolved configuration, machine 
 records.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -14,16 +13,14 @@ from typing import Any
 
 from darts.bench.records import StepRecord, ValidationRecord, records_of, table_of
 from darts.bench.statistics import ArmComparison, BenchResults, known_mean
+from darts.evidence import documents
+from darts.evidence.documents import DocumentError, finite
 from darts.evidence.tables import table
 
 FORMAT = "darts.bench"
 VERSION = 1
 BASE = "none"
 """The arm that the others are compared with: plain verl."""
-
-
-class DocumentError(ValueError):
-    """A file that is not the document of a bench."""
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -248,16 +245,13 @@ def load(path: Path) -> tuple[dict[str, Any], BenchResults]:
     Raises:
         DocumentError: the file cannot be read, or is something else.
     """
+    opened = documents.load(path, FORMAT, VERSION)
     try:
-        opened = json.loads(path.read_text())
-        if (opened["format"], opened["version"]) != (FORMAT, VERSION):
-            raise ValueError(f"{opened['format']}, version {opened['version']}")
         kinds = (StepRecord, opened["steps"]), (ValidationRecord, opened["validations"])
         records = [record for kind, columns in kinds for record in records_of(kind, columns)]
         return opened, BenchResults(records, [arm["name"] for arm in opened["arms"]], opened["planned_steps"])
-    except (OSError, KeyError, TypeError, ValueError) as cause:
-        kind = f"a document of python -m darts.bench ({FORMAT}, version {VERSION})"
-        raise DocumentError(f"{path}: cannot be read as {kind}: {cause!r}") from cause
+    except (KeyError, TypeError, ValueError) as cause:
+        raise DocumentError(f"{path}: {cause!r}") from cause
 
 
 def _plain(value: float | ArmComparison) -> Any:
@@ -265,4 +259,4 @@ def _plain(value: float | ArmComparison) -> Any:
     if isinstance(value, ArmComparison):
         by_seed = {seed: _plain(ratio) for seed, ratio in value.by_seed.items()}
         return {key: _plain(end) for key, end in asdict(value.overall).items()} | {"by_seed": by_seed}
-    return value if math.isfinite(value) else None
+    return finite(value)

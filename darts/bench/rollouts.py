@@ -25,7 +25,7 @@ from darts.bench import harness
 from darts.bench import rollouts_report as report
 from darts.bench.harness import Bench, Save
 from darts.config import DartsConfig
-from darts.evidence.console import say
+from darts.evidence.log import say
 from darts.testbed import LIMITS
 
 CHUNKS = (256, 16)

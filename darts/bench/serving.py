@@ -25,6 +25,7 @@ from verl.workers.rollout.router import GlobalRequestLoadBalancer
 
 from darts.config import DartsConfig
 from darts.engines.start import engine_config, engine_processes, process_of, start_servers
+from darts.evidence.documents import finite
 from darts.planning import RolloutPlanner
 from darts.pool import CandidatePool
 from darts.rollout.client import RequestListener, current_listener
@@ -107,7 +108,7 @@ class MeasuredRollout:
         """The figures of a bench's tables, ready for JSON; lists have an entry per prompt."""
         pool = self.pool
         groups = [np.flatnonzero(pool.prompt == prompt) for prompt in np.unique(pool.prompt)]
-        return {name: self.metrics.get(key) for name, key in FIGURES.items()} | {
+        return {name: finite(self.metrics.get(key)) for name, key in FIGURES.items()} | {
             "after_s": self.after_s,
             **{f"cpu_{name}_s": seconds for name, seconds in self.cpu_s.items()},
             "prompt_tokens": int(pool.prompt_tokens.sum()),

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from darts.evidence.trace import FILE, ReportError, find_file
+from darts.evidence.trace import FILE, TraceError, find_file
 from darts.report.run import Run, _mean, first_and_last, read_run
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print("no report: matplotlib must be installed, but is missing; install verl-darts[report]", file=sys.stderr)
         return 2
-    except (ReportError, OSError) as error:
+    except (TraceError, OSError) as error:
         print(f"no report: {error}", file=sys.stderr)
         return 2
     for name, value in summary(run):

@@ -6,21 +6,15 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from darts.evidence.trace import INSIDE_STEP, ReportError
+from darts.evidence.trace import FATES, INSIDE_STEP, TracedStep, TraceError, read_steps
 
 Array = NDArray[np.float64]
-
-VERSION = 1
-
-FATES = "kfdtax"
-"""Kept, kept although truncated (filled), finished and dropped, truncated and dropped, aborted, lost."""
 
 REWARDS = ("critic/rewards/mean", "critic/score/mean", "darts/reward/kept_mean")
 """The reward of a run is the first of these that it has."""
@@ -136,53 +130,33 @@ def read_run(path: Path) -> Run:
     """Reads a file of steps, with progress on stderr if it takes long.
 
     Raises:
-        ReportError: an empty file, a version other than `VERSION`, a line that is not a step (but a cut last one), or
-            a timeline that is none.
+        TraceError: what `read_steps` refuses, or a timeline that is none.
     """
-    run, replaced, done, said = Run(name=path.name), 0, 0, time.monotonic()
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            done += len(line)
-            if time.monotonic() - said > PROGRESS_S:
-                said = time.monotonic()
-                print(f"{path.name}: {done / 1e6:.0f} of {path.stat().st_size / 1e6:.0f} MB read", file=sys.stderr)
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                if line.endswith(b"\n"):
-                    raise ReportError(f"{path}, line {number}: must be JSON, but {error}; remove the line") from None
-                run.notes.append(f"Line {number}, the last, was cut off (a killed run?) and is left out.")
-                break
-            try:
-                step = _step(record, done - len(line))
-            except ReportError as error:
-                raise ReportError(f"{path}, line {number}: {error}") from None
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                raise ReportError(f"{path}, line {number}: must be a step, but {error!r}; remove the line") from None
-            while run.steps and run.steps[-1].number >= step.number:
-                run.steps.pop()
-                replaced += 1
-            run.steps.append(step)
-    if not run.steps:
-        raise ReportError(f"{path}: must hold a whole step, but holds none; did the run end before its first?")
-    if replaced:
-        run.notes.append(f"Repeated or undone by a resume: {replaced} steps; only what replaced them counts.")
+    said, size = time.monotonic(), path.stat().st_size
+
+    def hold(traced: TracedStep) -> Step:
+        nonlocal said
+        if time.monotonic() - said > PROGRESS_S:
+            said = time.monotonic()
+            print(f"{path.name}: {traced.offset / 1e6:.0f} of {size / 1e6:.0f} MB read", file=sys.stderr)
+        return _step(traced)
+
+    steps, notes = read_steps(path, hold)
+    run = Run(name=path.name, steps=steps, notes=[f"{note}." for note in notes])
     if missing := int(np.isnan(run.series("timing_s/step")).sum()):
         run.notes.append(f"Without timing_s/step: {missing} steps; on axes of time they take the median of the others.")
     run.timeline = _timeline(path, run.steps)
     return run
 
 
-def _step(record: dict[str, Any], offset: int) -> Step:
-    if record["version"] != VERSION:
-        raise ReportError(f"version={record['version']!r}: must be {VERSION}; use the verl-darts that wrote the file")
-    logged, block = record["metrics"], record.get("rollout")
-    rollout, values = reduce_rollout(block) if block and block["length"] else (None, {})
+def _step(traced: TracedStep) -> Step:
+    logged = traced.metrics
+    rollout, values = reduce_rollout(traced) if traced.keys else (None, {})
     keys = [key for key in LOGGED if key in logged] + [sys.intern(key) for key in logged if key.startswith(VALIDATION)]
-    values |= {key: float(logged[key]) for key in keys if isinstance(logged[key], int | float)}
+    values |= {key: logged[key] for key in keys}
     finite = {key: value for key, value in values.items() if math.isfinite(value)}
-    place = offset if record.get("timeline") else None
-    return Step(number=int(record["step"]), values=finite, rollout=rollout, offset=place)
+    place = traced.offset if traced.has_timeline else None
+    return Step(number=traced.number, values=finite, rollout=rollout, offset=place)
 
 
 def _timeline(path: Path, steps: Sequence[Step]) -> Timeline | None:
@@ -207,29 +181,19 @@ def _timeline(path: Path, steps: Sequence[Step]) -> Timeline | None:
         if not len(running) or not np.isfinite([timeline.seconds, *running.flat, *calls.flat]).all():
             raise ValueError("running is empty, or something is not a finite number")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ReportError(
+        raise TraceError(
             f"{path}, step {step.number}: timeline must have seconds, running and calls, but {error!r}; remove the line"
         ) from None
     return timeline
 
 
-def reduce_rollout(block: dict[str, Any]) -> tuple[Rollout, dict[str, float]]:
-    """What the page needs of the `rollout` of a line: what is held, and figures, NaN where they are not known.
-
-    Raises:
-        KeyError, TypeError, ValueError: the block is not of the form that the trainer writes.
-    """
-    prompts, letters = len(block["length"]), "".join(block["fate"])
-    if list(map(len, block["length"])) != list(map(len, block["fate"])) or len(block["budget"]) != prompts:
-        raise ValueError("length, fate and budget are not of the same prompts and candidates")
-    if not set(letters) <= set(FATES):
-        raise ValueError(f"fate={''.join(sorted(set(letters) - set(FATES)))!r} is not of {FATES!r}")
-    length, fate = np.fromiter(chain(*block["length"]), dtype=np.int64), np.array(list(letters))
+def reduce_rollout(traced: TracedStep) -> tuple[Rollout, dict[str, float]]:
+    """What the page needs of a step's rollout: what is held, and figures, NaN where they are not known."""
+    letters = "".join(traced.fates)
+    length, reward, fate = np.concatenate(traced.lengths), np.concatenate(traced.rewards), np.array(list(letters))
     kept, ended = np.isin(fate, list("kf")), ~np.isin(fate, list("ax"))
-    reward = np.array([list(chain(*block.get("reward") or [[None] * len(length)]))], dtype=float).reshape(len(length))
-    predicted, observed = (np.array(block.get(key) or [None] * prompts, dtype=float) for key in ("std", "observed_std"))
-    budget = np.array(block["budget"], dtype=int)
-    std = np.stack([predicted, observed, budget], axis=1)[np.isfinite(predicted)]
+    budget = np.array([len(row) for row in traced.lengths])
+    std = np.stack([traced.std, traced.observed_std, budget], axis=1)[np.isfinite(traced.std)]
     both = std[np.isfinite(std[:, 1]), :2]
     median, p90, p99, longest = np.percentile(length, [50, 90, 99, 100]).tolist()
     values = {

@@ -41,6 +41,7 @@ from darts.checks.run import check_memory, check_run, latency_profile, without_o
 from darts.config import ConfigError
 from darts.engines.measure import ProfileError, engine_device, profile_servers
 from darts.evidence.checkpoint import StateError, load_state, save_state, step_folder
+from darts.evidence.log import logger
 from darts.evidence.profile import LatencyProfile
 from darts.evidence.trace import Trace
 from darts.forecast import CostModel
@@ -112,7 +113,7 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
         and servers that stream."""
         if self.darts.placement == "disaggregated":
             patch_llm_server_manager()
-        print("[darts] starting workers, engines and reward loop", flush=True)
+        logger.info("starting workers, engines and reward loop")
         if self.darts.enable:
             from verl_patches import vllm_stream_server  # imports vLLM
 
@@ -128,20 +129,20 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
             self._prepare_overlap()
             # SeparateRayPPOTrainer asks the rollout manager to start the servers' profilers: the server manager does.
             self.async_rollout_manager.start_profile = lambda global_step: self.llm_server_manager.start_profile()
-        print(self.banner(), flush=True)
+        logger.info(self.banner())
 
     def banner(self) -> str:
         """One line that says whether DARTS is on, and with which settings."""
         placed = f"; {pools(self.config)}" if self.darts.placement == "disaggregated" else ""
         if not self.darts.enable:
-            return f"[darts] plugin active, darts.enable=false: plain verl{placed}"
+            return f"plugin active, darts.enable=false: plain verl{placed}"
         allocation, selection = self.darts.allocation, self.darts.selection
         mean = self.darts.group_size if allocation.mode == "off" else allocation.mean_candidates
         if self.darts.strategy != "darts":
-            return f"[darts] plugin active: strategy {self.darts.strategy}, M={self.darts.group_size}{placed}"
+            return f"plugin active: strategy {self.darts.strategy}, M={self.darts.group_size}{placed}"
         count = "as many candidates as pay" if mean is None else f"{mean:g} candidates"
         return (
-            f"[darts] plugin active: M={self.darts.group_size} of {count} ({allocation.mode}, "
+            f"plugin active: M={self.darts.group_size} of {count} ({allocation.mode}, "
             f"{allocation.low} to {allocation.high}), selection {selection.mode}: K={self.darts.num_short} shortest "
             f"and L={selection.num_long} longest (wait: {selection.long_wait}), early stop {self.darts.early_stop}"
             f"{'' if self.darts.some_shortest_only else ' (no group is shortest-only: it never acts)'}{placed}"
@@ -233,20 +234,20 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
                 self.planner.cost = CostModel(profile.curve(), source_of(profile))
         elif cost is None or not cost.source.startswith(engine_of(self.config)):
             if cost is not None:
-                print(f"[darts] the checkpoint's latency model is of another engine ({cost.source})", flush=True)
+                logger.info(f"the checkpoint's latency model is of another engine ({cost.source})")
             profile = self._measured_profile()
             self.planner.cost = None if profile is None else CostModel(profile.curve(), source_of(profile))
 
     def _measured_profile(self) -> LatencyProfile | None:
         """Measures the engines, which are awake; None, with a warning, where they cannot be measured."""
         path, limit_s = Path(self.config.trainer.default_local_dir) / "latency.json", self.darts.latency.profile_s
-        print(f"[darts] measuring the engines for at most {limit_s:g} s (darts.latency.profile=auto)", flush=True)
+        logger.info(f"measuring the engines for at most {limit_s:g} s (darts.latency.profile=auto)")
         measured = profile_servers(
             self.llm_server_manager.server_handles,
             self.config.actor_rollout_ref.model.path,
             limit_s=limit_s,
             seeded=self.darts.seed is not None,
-            say=lambda line: print(f"[darts] {line}", flush=True),
+            say=logger.info,
         )
         try:
             profile = asyncio.run(measured)
@@ -259,7 +260,7 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
             return None
         try:
             profile.save(path)
-            print(f"[darts] the latency profile is in {path}", flush=True)
+            logger.info(f"the latency profile is in {path}")
         except OSError as cause:
             warnings.warn(f"{path}: the latency profile cannot be kept: {cause}", stacklevel=2)
         return profile
@@ -288,7 +289,7 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
         except ValueError as cause:
             message = f"the state of step {self.global_steps} cannot be used: {cause}"
             raise StateError(message, loses_prompts=rounds is not None) from cause
-        print(f"[darts] resumed with the length history of {len(self.planner.history)} prompts", flush=True)
+        logger.info(f"resumed with the length history of {len(self.planner.history)} prompts")
 
     def _load_rounds(self, state: Any) -> None:
         if not isinstance(state, dict) or state.get("strategy") != self.darts.strategy:
@@ -393,7 +394,7 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
         )
 
     def _fit_postprocess_step(self) -> None:
-        print(f"[darts] {progress_line(self.metrics, self.global_steps, self.total_training_steps)}", flush=True)
+        logger.info(progress_line(self.metrics, self.global_steps, self.total_training_steps))
         calls = [] if self._log_probs is None else self._log_probs.calls
         self._trace.write(self.global_steps, self.metrics, self._rollout, calls)
         super()._fit_postprocess_step()
@@ -422,6 +423,7 @@ def engine_of(config: DictConfig) -> str:
 
 def progress_line(metrics: dict[str, Any], step: int, total: int) -> str:
     """One readable line about a step; a figure that the step did not measure is left out."""
+    is_pool_scored = "darts/reward/pool_mean" in metrics
     figures = (
         ("timing_s/step", "{:.1f} s"),
         ("timing_s/gen", "rollout {:.1f} s"),
@@ -429,7 +431,7 @@ def progress_line(metrics: dict[str, Any], step: int, total: int) -> str:
         ("darts/length/kept_mean", "of the kept {:.0f}"),
         ("darts/length/pool_max", "longest {:.0f}"),
         ("darts/reward/pool_mean", "reward {:.2f}"),
-        ("darts/reward/kept_mean", "of the kept {:.2f}"),
+        ("darts/reward/kept_mean", "of the kept {:.2f}" if is_pool_scored else "reward of the kept {:.2f}"),
         ("darts/allocation/total", "{:.0f} candidates"),
         ("darts/candidates/dropped", "dropped {:.0f}"),
         ("darts/candidates/aborted", "of them aborted {:.0f}"),

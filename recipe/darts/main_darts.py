@@ -11,7 +11,9 @@ from typing import NoReturn
 
 import hydra
 import ray
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from verl.trainer.main_ppo import run_ppo
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import validate_config
@@ -24,6 +26,7 @@ from darts.checks.placement import choose_backend
 from darts.checks.run import check_model, check_run, darts_config, refuse_unknown_overrides
 from darts.config import ConfigError
 from darts.evidence.checkpoint import finished_at
+from darts.evidence.log import logger
 from darts.testbed import register_resolver
 from darts.training.launch import DartsTaskRunner, join_cluster
 from verl_patches.pools import ClusterTooSmall
@@ -51,11 +54,10 @@ def main(config: DictConfig) -> None:
     except (AssertionError, ValueError) as error:  # verl's own rules
         refuse(error)
     if (step := finished_at(config.trainer)) is not None:
-        print(
-            f"[darts] nothing to train: {config.trainer.default_local_dir} has step {step}, and "
+        logger.info(
+            f"nothing to train: {config.trainer.default_local_dir} has step {step}, and "
             f"trainer.total_training_steps={config.trainer.total_training_steps}. Raise it to train on; "
-            "trainer.val_only=True validates, if the run was ended in its last validation.",
-            flush=True,
+            "trainer.val_only=True validates, if the run was ended in its last validation."
         )
         return
     name_run()
@@ -68,15 +70,25 @@ def main(config: DictConfig) -> None:
         raise
 
 
-def refuse(error: Exception) -> NoReturn:
+def refuse(error: Exception | str) -> NoReturn:
     """Ends the program with the one line that says what is wrong."""
-    print(f"[darts] {error}", file=sys.stderr)
+    logger.error(error)
     sys.exit(2)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Runs `main`, and refuses what Hydra cannot compose or resolve, where Hydra itself would exit with 1."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises its errors
     try:
         refuse_unknown_overrides(sys.argv[1:])
+        main()
+    except ray.exceptions.RayTaskError:  # is of its cause's class too
+        raise
     except ConfigError as error:
         refuse(error)
-    main()
+    except (HydraException, OmegaConfBaseException) as error:
+        refuse(" ".join(str(error).partition("Config search path")[0].split()))
+
+
+if __name__ == "__main__":
+    command()

@@ -154,7 +154,12 @@ def test_reward_of_the_pool_is_unknown_where_one_that_ended_was_not_scored(tmp_p
 
 
 def test_correlation_of_predicted_and_observed(tmp_path):
-    prompts = {"std": [1.0, 2.0, 3.0, None], "observed_std": [2.0, 1.0, 3.0, 9.0], "budget": [1] * 4}
+    prompts = {
+        "key": list("abcd"),
+        "std": [1.0, 2.0, 3.0, None],
+        "observed_std": [2.0, 1.0, 3.0, 9.0],
+        "budget": [1] * 4,
+    }
     block = prompts | {"length": [[5]] * 4, "fate": ["k"] * 4}
     computed = read(tmp_path, [step(1, block)])
     logged = read(tmp_path, [step(1, block), step(2, block, darts__history__std_correlation=0.9)])
@@ -433,7 +438,7 @@ def test_histogram_of_first_and_last(tmp_path):
 def test_many_candidates_are_held_as_evenly_spaced_ranks(tmp_path):
     rng = np.random.default_rng(0)
     length = rng.lognormal(6, 0.8, 5000).astype(int)
-    block = {"budget": [5000], "length": [length.tolist()], "fate": ["k" * 5000]}
+    block = {"key": ["a"], "budget": [5000], "length": [length.tolist()], "fate": ["k" * 5000]}
     rollout = read(tmp_path, [step(1, block)]).steps[0].rollout
     assert len(rollout.lengths) == report_run.MAX_LENGTHS
     assert rollout.lengths.mean() == pytest.approx(length.mean(), rel=0.01)

@@ -214,7 +214,7 @@ def parse_arm(line: str) -> BenchArm:
 
 
 def _value(text: str) -> Any:
-    """As JSON has it, else the text itself."""
+    """What the text is in JSON, else the text itself."""
     try:
         return json.loads(text)
     except ValueError:

@@ -27,6 +27,7 @@ from darts.evidence import documents, statistics
 from darts.evidence.log import logger, say
 from darts.evidence.statistics import Array, Estimate
 from darts.evidence.tables import Check, table
+from darts.evidence.trace import TraceError
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 OVERRIDE = {"--override": ([], "of the Hydra configuration; may be repeated", {"action": "append"})}
@@ -120,7 +121,7 @@ def exit_code(body: Callable[[], int]) -> int:
     """What the body returns; or 2 where it refuses, 1 where it fails, with one line."""
     try:
         return body()
-    except (ConfigError, BenchError) as error:
+    except (ConfigError, BenchError, TraceError) as error:
         logger.error(error)
         return 2 if isinstance(error, ConfigError) else 1
 

@@ -14,7 +14,6 @@ The exit code is 1 if in the median step of a run DARTS's own work takes more th
 """
 
 import argparse
-import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from darts.bench.harness import Bench, FlatRecord, Save
 from darts.config import ConfigError, DartsConfig
 from darts.evidence.checkpoint import save_state
 from darts.evidence.tables import Check, table
-from darts.evidence.trace import Trace, find_file
+from darts.evidence.trace import Trace, find_file, read_steps
 from darts.forecast import CostModel
 from darts.history import prompt_key
 from darts.latency import LatencyCurve, StepTimes
@@ -148,20 +147,6 @@ def scale_table(records: Sequence[FlatRecord]) -> str:
     return table(["prompts", "candidates", "aborted", *(f"{part}, ms" for part in (*PARTS, "own"))], rows)
 
 
-def trace_metrics(run: Path) -> dict[int, dict[str, float]]:
-    """The metrics of each step of a run, by step; what a resumed run has done again replaces what it had done.
-
-    Args:
-        run: its trace, or a folder that holds one.
-    """
-    steps: dict[int, dict[str, float]] = {}
-    for line in find_file(run).read_text().split("\n")[:-1]:  # a last line without its end was cut off
-        record = json.loads(line)
-        steps = {step: metrics for step, metrics in steps.items() if step < record["step"]}
-        steps[record["step"]] = record["metrics"]
-    return steps
-
-
 def of_run(run: Path) -> dict[str, Any]:
     """A run's record: DARTS's own seconds of each step, the whole step's, and the share of the former.
 
@@ -169,7 +154,8 @@ def of_run(run: Path) -> dict[str, Any]:
         ConfigError: a run that was made without DARTS.
     """
     names = ("darts/rollout/own_s", "timing_s/step")
-    steps = [[step[name] for name in names] for step in trace_metrics(run).values() if set(names) <= set(step)]
+    metrics, _ = read_steps(find_file(run), lambda step: step.metrics)
+    steps = [[step[name] for name in names] for step in metrics if set(names) <= set(step)]
     if not steps:
         raise ConfigError("--runs", str(run), f"no step of the trace has both {' and '.join(names)}.", "leave it out.")
     own, step = np.array(steps).T

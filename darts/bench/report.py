@@ -15,7 +15,7 @@ from darts.bench.records import StepRecord, ValidationRecord, records_of, table_
 from darts.bench.statistics import ArmComparison, BenchResults, known_mean
 from darts.evidence import documents
 from darts.evidence.documents import DocumentError, finite
-from darts.evidence.tables import table
+from darts.evidence.tables import number, table
 
 FORMAT = "darts.bench"
 VERSION = 1
@@ -139,11 +139,6 @@ def text(results: BenchResults, base: str = BASE, target: float | None = None) -
     """All tables with their notes."""
     parts = [time_table(results, base), work_table(results), learning_table(results, base, target)]
     return "\n\n".join([*parts, "\n".join(f"- {note}" for note in notes(results, base, target))])
-
-
-def number(value: float, form: str = ".2f") -> str:
-    """A figure of a table."""
-    return format(value, form) if math.isfinite(value) else "-"
 
 
 def _at_end(results: BenchResults, arm: str) -> str:

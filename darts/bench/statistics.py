@@ -97,12 +97,12 @@ class BenchResults:
         return self.num_steps - max(math.floor(self.num_steps * LAST), 1) + 1
 
     def steps(self, arm: str, last: bool = False) -> list[StepRecord]:
-        """Of an arm, by seed and step; of the last third alone."""
+        """The steps of an arm, by seed and step; or those of the last third alone."""
         own = self._steps.get(arm, {})
         return [own[pair] for pair in sorted(own) if not last or pair[1] >= self.last_from]
 
     def validations(self, arm: str) -> list[ValidationRecord]:
-        """Of an arm, by seed and step; those without an accuracy are left out."""
+        """The validations of an arm, by seed and step; those without an accuracy are left out."""
         own = self._validations.get(arm, {})
         found = [own[pair] for pair in sorted(own)]
         return [one for one in found if one.accuracy is not None and math.isfinite(one.accuracy)]
@@ -153,7 +153,7 @@ class BenchResults:
         return _or_nan(np.mean, np.array(by_seed))
 
     def seconds_at(self, arm: str, seed: int, step: int) -> float:
-        """Of training until this step has ended; NaN where a step before is missing."""
+        """Seconds of training until this step has ended; NaN where a step before is missing."""
         own = self._steps.get(arm, {})
         done = [own[seed, one].step_s for one in range(1, step + 1) if (seed, one) in own]
         return sum(done) if len(done) == step else math.nan
@@ -196,7 +196,7 @@ class BenchResults:
         return difference(pairs)
 
     def _at_end(self, validated: Sequence[tuple[int, int]], last: bool) -> dict[int, list[int]]:
-        """Of (seed, step): by seed, the steps of the last third; or the last step of all, where a seed has it."""
+        """The steps of the last third of (seed, step), by seed; or the last step of all, where a seed has it."""
         first = self.last_from if last else max((step for _, step in validated), default=0)
         found: dict[int, list[int]] = {}
         for seed, step in validated:

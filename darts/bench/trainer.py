@@ -47,13 +47,13 @@ class ArmsTrainer(RayDartsTrainer):
         super().__init__(config, *args, **kwargs)
 
     def _create_dataloader(self, *args: Any, **kwargs: Any) -> None:
-        """As upstream; the batches are those of the arms' own loaders."""
+        """Keeps upstream's loader; the batches are those of the arms' own ones."""
         super()._create_dataloader(*args, **kwargs)
         self._data = self.train_dataloader
         self.train_dataloader = list(self._plan.turns())
 
     def init_workers(self) -> None:
-        """As upstream; then the arms' states are there."""
+        """Adds the arms' states to upstream's workers."""
         self._bypass = bool(OmegaConf.select(self.config, BYPASS_MODE))
         super().init_workers()
         self._states = ArmStates(self._folder / STATES, [arm.name for arm in self._plan.arms], self.actor_rollout_wg)
@@ -174,7 +174,7 @@ class ArmsTrainer(RayDartsTrainer):
         }
 
     def _fit_prepare_step(self) -> None:
-        """As upstream; no step of an arm is the run's last, which would close the run."""
+        """Upstream's preparation; no step of an arm is the run's last, which would close the run."""
         super()._fit_prepare_step()
         self.is_last_step = False
 
@@ -205,7 +205,7 @@ class ArmsTrainer(RayDartsTrainer):
     def _val_metrics_update(
         self, data_sources: Any, sample_uids: list[str], reward_extra_infos_dict: dict[str, list], sample_turns: Any
     ) -> dict[str, Any]:
-        """As upstream; keeps the mean of `acc`, or of the reward without it, for each prompt in its order."""
+        """Upstream's metrics; keeps the mean of `acc`, or of the reward without it, for each prompt in its order."""
         found = reward_extra_infos_dict.get("acc") or reward_extra_infos_dict["reward"]
         by_prompt: dict[str, list[float]] = {}
         for uid, value in zip(sample_uids, found, strict=True):
@@ -222,7 +222,7 @@ class ArmsTaskRunner(DartsTaskRunner):
         return ArmsTrainer
 
     def add_actor_rollout_worker(self, config: DictConfig) -> tuple[type, type]:
-        """As upstream; the actor can overlap if an arm wants it."""
+        """Upstream's worker; the actor can overlap if an arm wants it."""
         config = deepcopy(config)
         for arm in BenchPlan.load(Path(config.trainer.default_local_dir)).arms:
             if arm.overlap not in (None, "off"):

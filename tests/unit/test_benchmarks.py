@@ -113,10 +113,15 @@ def test_a_run_without_the_metric_is_named(tmp_path):
 
 def test_of_a_trace_what_a_resume_replaced_and_a_cut_line_do_not_count(tmp_path):
     path = tmp_path / "darts.jsonl"
-    write_trace(path, [(1, {"x": 1}), (2, {"x": 2}), (3, {"x": 3}), (2, {"x": 4})])
+    write_trace(path, [(1, own(0.1)), (2, own(0.2)), (3, own(0.3)), (2, own(0.4))])
     with path.open("a") as file:
         file.write('{"version": 1, "st')
-    assert overhead.trace_metrics(tmp_path) == {1: {"x": 1}, 2: {"x": 4}}
+    assert overhead.of_run(tmp_path)["own_s"] == [0.1, 0.4]
+
+
+def test_a_run_without_a_trace_is_refused_in_one_line(tmp_path, capsys):
+    assert overhead.BENCH.main(["--prompts", "--runs", str(tmp_path)]) == 1
+    assert "must hold one darts.jsonl" in capsys.readouterr().err
 
 
 # --- budgets ---------------------------------------------------------------------------------------------------------

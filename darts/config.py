@@ -31,7 +31,7 @@ from darts.config_sections import (
     parse_streaming,
     parse_tail_batching,
 )
-from darts.group import EARLY_STOP
+from darts.group import EARLY_STOP, GroupRules
 
 __all__ = ["ConfigError", "DartsConfig", "refuse_unknown_keys"]
 
@@ -111,12 +111,19 @@ class DartsConfig:
         """K = M - L."""
         return self.group_size - self.selection.num_long
 
-    def num_long_for(self, budget: int) -> int:
-        """L for a prompt with `budget` candidates; 0 where it is shortest-only (saturated, or forced by the mode)."""
-        saturated = self.selection.mode == "auto" and budget >= self.allocation.high
-        if saturated or self.selection.mode == "shortest_only":
-            return 0
-        return self.selection.num_long
+    def group_rules(self, budget: int) -> GroupRules:
+        """The rules of a group of `budget` candidates; without DARTS all M are kept."""
+        if not self.enable:
+            return GroupRules(num_keep=self.group_size)
+        selection = self.selection
+        saturated = selection.mode == "auto" and budget >= self.allocation.high
+        shortest_only = saturated or selection.mode == "shortest_only"
+        return GroupRules(
+            num_keep=self.group_size,
+            num_long=0 if shortest_only else selection.num_long,
+            early_stop=self.early_stop,
+            long_wait=selection.long_wait,
+        )
 
     @property
     def some_shortest_only(self) -> bool:
@@ -127,7 +134,7 @@ class DartsConfig:
             most = math.ceil(self.allocation.fallback_mean)
         else:
             most = self.group_size
-        return self.num_long_for(most) == 0
+        return self.group_rules(most).num_long == 0
 
     @classmethod
     def from_block(cls, block: Mapping[str, Any] | None, group_size: int) -> "DartsConfig":

@@ -21,7 +21,7 @@ def assumptions(arms: Sequence[Arm], setting: Setting) -> list[str]:
         rules, most = round_.rules, width(arm, setting)
         if most > setting.group_size or len(round_.queued) + round_.new > setting.num_prompts:
             more.append(arm.name)
-        early = rules.early_stop != "off" and most > setting.group_size and rules.num_long_for(most) == 0
+        early = most > setting.group_size and rules.group_rules(most).stops_early
         deadline = rules.selection.long_wait == "deadline"
         if round_.harvest is not None or (rules.enable and (early or deadline)):
             stopped.append(arm.name)

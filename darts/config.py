@@ -1,58 +1,193 @@
-"""The typed form of the Hydra block `darts:`.
+"""The block `darts:`: every key with its type, default, bounds, help and the paper's name for it, once.
 
-Contract: pure; a mapping in, frozen dataclasses out. Every field states its rule; `DartsConfig.from_block` refuses
-unknown keys, wrong types and values outside their rule with one `ConfigError` that names the key, the value, the rule
-and the fix. What must hold between this block and the rest of verl's configuration is checked in `darts.checks`.
+Contract: pure; a mapping in, frozen dataclasses out. `DartsConfig.from_block` refuses unknown keys, wrong types and
+values outside their bounds with one `ConfigError` that names the key, the value, the rule and the fix. Its words come
+from the definition, as do configs/darts_base.yaml and docs/configuration.md (scripts/make_docs.py). What must hold
+between this block and the rest of verl's configuration is checked in `darts.checks`.
 """
 
+import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import is_dataclass, replace
+from typing import Any, Literal, get_args
 
-from darts.config_rules import ConfigError, check_choice, check_seconds, is_int, or_default, refuse_unknown, require
-from darts.config_sections import (
-    AllocationConfig,
-    LatencyConfig,
-    OverlapConfig,
-    RewardConfig,
-    SelectionConfig,
-    SortedConfig,
-    StateConfig,
-    StreamingConfig,
-    TailBatchingConfig,
-    parse_allocation,
-    parse_latency,
-    parse_overlap,
-    parse_reward,
-    parse_selection,
-    parse_sorted,
-    parse_state,
-    parse_streaming,
-    parse_tail_batching,
-)
-from darts.group import EARLY_STOP, GroupRules
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
+from pydantic.fields import FieldInfo
 
-__all__ = ["ConfigError", "DartsConfig", "refuse_unknown_keys"]
+from darts.group import EARLY_STOP, LONG_WAIT, GroupRules
 
 STRATEGIES = ("none", "bypass", "shortest_k", "darts", "tail_batching", "sorted")
-ROUTINGS = ("balanced", "group")
-PLACEMENTS = ("colocated", "disaggregated")
 
-SECTIONS = {
-    "allocation": AllocationConfig,
-    "selection": SelectionConfig,
-    "reward": RewardConfig,
-    "streaming": StreamingConfig,
-    "latency": LatencyConfig,
-    "state": StateConfig,
-    "overlap": OverlapConfig,
-    "tail_batching": TailBatchingConfig,
-    "sorted": SortedConfig,
-}
+RULES = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+"""No integer from a truth value or a text; the text below a key is its help."""
+TRACE = "${trainer.default_local_dir}/darts.jsonl"
+KINDS = {bool: "true or false", int: "an integer", float: "a finite number", str: "a text"}
+BOUNDS = {"ge": "of at least", "gt": "above", "le": "of at most"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigError(ValueError):
+    """A setting that cannot work. The message names the key, the value, the rule and the fix."""
+
+    def __init__(self, key: str, value: object, rule: str, fix: str) -> None:
+        super().__init__(f"{key}={value!r}: {rule} Fix: {fix}")
+        self.key = key
+        self._parts = key, value, rule, fix
+
+    def __reduce__(self) -> Any:
+        """Ray carries it from the trainer's process to the user's."""
+        return type(self), self._parts
+
+
+def setting(default: Any, *, paper: str = "", takes: str = "", yaml: str = "", **bounds: Any) -> Any:
+    """Defines a key; the bounds are those of pydantic's `Field`.
+
+    `paper` is the paper's name for it, `takes` what it takes where type and bounds do not say so, `yaml` its value in
+    darts_base.yaml where that refers to the rest of verl's configuration.
+    """
+    return Field(default, json_schema_extra={"paper": paper, "takes": takes, "yaml": yaml}, **bounds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=RULES)
+class AllocationConfig:
+    """How many candidates a prompt gets."""
+
+    mode: Literal["adaptive", "uniform", "off"] = setting("adaptive")
+    """How the candidates are divided. adaptive: more for prompts whose response lengths vary more (the paper); uniform:
+    the same number for every prompt; off: exactly rollout.n, no redundancy."""
+    mean_candidates: float | None = setting(None, paper="mean of M'_i")
+    """Mean number of candidates per prompt, in [low, high]. Uniform 10.5 gives half of the prompts 10 and half 11.
+    null: adaptive takes what maximises the utility, by the latency model; uniform takes the middle."""
+    low: int | None = setting(None, paper="M_low")
+    """Fewest candidates of a prompt, at least rollout.n. null: rollout.n."""
+    high: int | None = setting(None, paper="M_up")
+    """Most candidates of a prompt, at least low. A prompt that has as many is saturated. null: twice rollout.n."""
+    cost_weight: float = setting(1.0, paper="lambda", ge=0)
+    """Weight of time against shaping in the utility. Larger: fewer candidates; 0 launches as many as allowed."""
+    warmup_steps: int = setting(1, ge=0)
+    """First rollouts, with uniform budgets, while nothing is known about lengths."""
+    ema_weight: float = setting(0.3, gt=0, le=1)
+    """Weight of a new observation in the moving variance of a prompt's lengths; 1 keeps the last observation alone."""
+
+    @property
+    def fallback_mean(self) -> float:
+        """Mean of M'_i where none is set and the utility is not known: the middle of the bounds (our choice)."""
+        return (self.low + self.high) / 2 if self.mean_candidates is None else self.mean_candidates
+
+    def settled(self, group_size: int) -> "AllocationConfig":
+        """The same for groups of M, with the bounds as numbers.
+
+        Raises:
+            ConfigError: bounds that exclude each other, or a mean outside them.
+        """
+        low = group_size if self.low is None else self.low
+        if low < group_size:
+            rule = f"M_low must be an integer of at least rollout.n={group_size}, or a group could not be filled."
+            fix = f"set darts.allocation.low={group_size}, or null for rollout.n."
+            raise ConfigError("darts.allocation.low", low, rule, fix)
+        enough = max(2 * group_size, low)
+        high = enough if self.high is None else self.high
+        if high < low:
+            fix = f"set darts.allocation.high={enough}, or null for twice rollout.n."
+            raise ConfigError("darts.allocation.high", high, f"M_up must be an integer of at least M_low={low}.", fix)
+        mean, middle = self.mean_candidates, (low + high) / 2
+        if mean is None and self.mode == "uniform":
+            mean = middle
+        if mean is not None and not low <= mean <= high:
+            rule = f"the mean number of candidates must lie in [low={low}, high={high}]."
+            fix = f"set darts.allocation.mean_candidates={middle:g}, or widen darts.allocation.low and .high."
+            raise ConfigError("darts.allocation.mean_candidates", mean, rule, fix)
+        return replace(self, low=low, high=high, mean_candidates=mean)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=RULES)
+class SelectionConfig:
+    """Which rollout.n candidates of a prompt are trained on."""
+
+    mode: Literal["auto", "dual_end", "shortest_only"] = setting("auto", paper="tail pruning")
+    """Which lengths are kept. auto: the K shortest and the L longest, but the rollout.n shortest for saturated prompts;
+    dual_end, shortest_only: for all prompts."""
+    num_long: int = setting(1, paper="L = M - K")
+    """How many of the kept responses are the longest, in [0, rollout.n). K = rollout.n - L are the shortest."""
+    long_wait: Literal[LONG_WAIT] = setting("all")
+    """What a dual-end group waits for. all: every candidate, as in the paper; deadline: until every group of the batch
+    has rollout.n valid responses (or is complete); what runs then is aborted, and L are the longest that finished."""
+    on_no_valid: Literal["fill", "fail"] = setting("fill")
+    """What happens where all candidates of a prompt hit the length limit. fill: they fill its group; fail: an error."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=RULES)
+class StreamingConfig:
+    """How the lengths of running responses are followed."""
+
+    chunk_tokens: int = setting(256, paper="streaming", ge=1)
+    """Tokens after which a server reports how far a response is. Smaller: exact stops sooner, for more CPU work."""
+    abort_timeout_s: float = setting(60.0, gt=0)
+    """Seconds after which an aborted request that has not stopped fails the rollout. Most stop within milliseconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=RULES)
+class OverlapConfig:
+    """Which log-probs, of the actor and of the reference where one is used, are computed while generation runs."""
+
+    mode: Literal["auto", "off", "sequence", "token"] = setting("auto", paper="streaming")
+    """When log-probs are computed. sequence: as each response completes; token: of the prefixes of growing responses
+    too; off: after generation, as plain verl; auto: token where disaggregated, else off."""
+    kv_cache_gib: float = setting(8.0, ge=0)
+    """GiB on each actor rank for the keys and values of prefixes (token). What does not fit is computed in the end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=RULES)
+class LatencyConfig:
+    """How long a decoding step takes with so many running sequences, for the utility and for forecasts."""
+
+    profile: str = setting("auto", paper="PTL", takes="auto, off, or the path of a profile", min_length=1)
+    """Where the latency model comes from. auto: the engines are measured before the first step, if allocation.mode is
+    adaptive; a path: a file that `python -m darts.engines profile` wrote; off: no model, the mean of candidates is
+    mean_candidates or the middle of the bounds."""
+    profile_s: float = setting(60.0, gt=0)
+    """Seconds that the measurement may take; it stops at the batch size it has reached."""
+    refine: bool = setting(True)
+    """Whether the model follows what the running engines show."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=RULES)
+class StateConfig:
+    """What was learnt about lengths, which is saved in verl's checkpoints."""
+
+    strict: bool = setting(False)
+    """What a checkpoint without usable state is. false: a warning and a cold start; true: an error."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=RULES)
+class RewardConfig:
+    """Which candidates are scored."""
+
+    pool: bool = setting(False)
+    """Whether every candidate is scored as soon as it ends, so that the reward of the kept can be compared with the
+    pool's. Also the better choice for slow rewards: the kept alone are scored only when their group is complete."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=RULES)
+class TailBatchingConfig:
+    """The strategy tail_batching."""
+
+    prompts: float = setting(1.25, ge=1)
+    """A short round launches so many times the prompts that it keeps. Those that were stopped wait for a long round."""
+    candidates: float = setting(1.25, ge=1)
+    """A short round launches so many times rollout.n candidates. It keeps the first to finish; a long one keeps all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=RULES)
+class SortedConfig:
+    """The strategy sorted."""
+
+    prompts: int = setting(4, ge=1)
+    """So many batches of prompts are cached and run at once. No new ones come before the cached are consumed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=RULES)
 class DartsConfig:
     """The block `darts:`, complete and valid for one group size.
 
@@ -61,50 +196,61 @@ class DartsConfig:
         6
     """
 
-    group_size: int = field(metadata={"help": "actor_rollout_ref.rollout.n; not a key of this block", "paper": "M"})
-    enable: bool = field(default=True, metadata={"help": "false: plain verl"})
-    placement: str = field(
-        default="colocated",
-        metadata={
-            "help": "colocated: servers on the trainer's GPUs; disaggregated: on GPUs of their own",
-            "paper": "disaggregated",
-        },
+    group_size: int
+    """M, `actor_rollout_ref.rollout.n`; not a key of this block."""
+    enable: bool = setting(True)
+    """Whether DARTS is used. false: plain verl (the same batches, metrics and weights as verl's RayPPOTrainer)."""
+    strategy: str = setting(
+        "darts",
+        takes=f"one of {', '.join(STRATEGIES)}, or package.module.Class of a subclass of darts.strategy.Strategy",
+        pattern=rf"^({'|'.join(STRATEGIES)})$|[^.]\..*[^.]",
     )
-    strategy: str = field(
-        default="darts",
-        metadata={
-            "help": "darts, or what it is compared with: none (plain verl), bypass, shortest_k, tail_batching, sorted; "
-            "or package.module.Class"
-        },
-    )
-    allocation: AllocationConfig = field(default_factory=AllocationConfig)
-    selection: SelectionConfig = field(default_factory=SelectionConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
-    early_stop: str = field(
-        default="eager",
-        metadata={
-            "help": "shortest-only: abort the rest once M valid have finished (eager), the hopeless alone (exact); off",
-            "paper": "early stopping",
-        },
-    )
-    streaming: StreamingConfig = field(default_factory=StreamingConfig)
-    latency: LatencyConfig = field(default_factory=LatencyConfig)
-    state: StateConfig = field(default_factory=StateConfig)
-    overlap: OverlapConfig = field(default_factory=OverlapConfig)
-    tail_batching: TailBatchingConfig = field(default_factory=TailBatchingConfig)
-    sorted: SortedConfig = field(default_factory=SortedConfig)
-    trace: str | None = field(
-        default=None,
-        metadata={"help": "JSONL file with every step's metrics and lengths, for darts.report"},
-    )
-    routing: str = field(
-        default="balanced", metadata={"help": "balanced: each candidate to the idlest server; group: siblings together"}
-    )
-    seed: int | None = field(
-        default=None, metadata={"help": "an integer gives every candidate a seed of its own; null: the engine's stream"}
-    )
-    timeout_s: float = field(default=3600.0, metadata={"help": "seconds after which a rollout fails"})
-    progress_s: float = field(default=30.0, metadata={"help": "seconds between progress lines of a rollout; 0: none"})
+    """The method, or what it is compared with on the same trainer, manager and servers. none: plain verl; bypass: plain
+    verl with rollout_correction.bypass_mode; shortest_k: more candidates, the shortest kept, nothing stopped (GFPO);
+    tail_batching: RollPacker; sorted: SortedRL, on-policy; package.module.Class: your own."""
+    placement: Literal["colocated", "disaggregated"] = setting("colocated", paper="disaggregated")
+    """Which GPUs serve. colocated: the trainer's, and one of the two works at a time; disaggregated:
+    actor_rollout_ref.rollout.nnodes x n_gpus_per_node of their own, and trainer.nnodes x n_gpus_per_node train."""
+    allocation: AllocationConfig = AllocationConfig()
+    selection: SelectionConfig = SelectionConfig()
+    early_stop: Literal[EARLY_STOP] = setting("eager", paper="early stopping")
+    """What a shortest-only group aborts. eager: the rest, once rollout.n valid candidates have finished (the paper);
+    exact: those that have grown past the rollout.n-th shortest, so that the kept are those of a run without early stop;
+    off: none."""
+    streaming: StreamingConfig = StreamingConfig()
+    overlap: OverlapConfig = OverlapConfig()
+    latency: LatencyConfig = LatencyConfig()
+    state: StateConfig = StateConfig()
+    reward: RewardConfig = RewardConfig()
+    tail_batching: TailBatchingConfig = TailBatchingConfig()
+    sorted: SortedConfig = SortedConfig()
+    routing: Literal["balanced", "group"] = setting("balanced")
+    """Which server a candidate goes to. balanced: the one with the fewest requests; group: one for all candidates of a
+    prompt, which then computes the prompt once. group is expected to pay for long prompts and many servers
+    (docs/early_stop.md)."""
+    trace: str | None = setting(None, takes="the path of a file", yaml=TRACE, min_length=1)
+    """File of one JSON line per step, for `python -m darts.report`. A line has the step's metrics and the length of
+    every candidate: 20 to 30 kB with 2,048 candidates. null: none."""
+    seed: int | None = setting(None, ge=0)
+    """Gives every candidate a sampling seed of its own. Reproducible, but vLLM draws the noise of seeded requests one
+    by one. null: the engine's stream, which differs between candidates anyway."""
+    timeout_s: float = setting(3600.0, gt=0)
+    """Seconds after which a rollout that has not ended fails, with the uids that wait. Plain verl has no such limit;
+    raise it for long agentic rollouts."""
+    progress_s: float = setting(30.0, ge=0)
+    """Seconds between progress lines of a rollout; 0 for none."""
+
+    def __post_init__(self) -> None:
+        """Settles what depends on the group size or on the placement."""
+        size, num_long = self.group_size, self.selection.num_long
+        object.__setattr__(self, "allocation", self.allocation.settled(size))
+        if self.overlap.mode == "auto":
+            mode = "token" if self.placement == "disaggregated" else "off"
+            object.__setattr__(self, "overlap", replace(self.overlap, mode=mode))
+        if self.enable and not 0 <= num_long < size:
+            rule = f"L must be an integer in [0, rollout.n={size}), because K = rollout.n - L >= 1 shortest are kept."
+            fix = "set darts.selection.num_long=1 (the paper's choice for groups of 8)."
+            raise ConfigError("darts.selection.num_long", num_long, rule, fix)
 
     @property
     def num_short(self) -> int:
@@ -112,38 +258,35 @@ class DartsConfig:
         return self.group_size - self.selection.num_long
 
     def group_rules(self, budget: int) -> GroupRules:
-        """The rules of a group of `budget` candidates; without DARTS all M are kept."""
+        """The rules of a group of `budget` candidates: shortest-only where it is saturated, or the mode says so.
+
+        Without DARTS all M are kept.
+        """
         if not self.enable:
             return GroupRules(num_keep=self.group_size)
-        selection = self.selection
-        saturated = selection.mode == "auto" and budget >= self.allocation.high
-        shortest_only = saturated or selection.mode == "shortest_only"
+        saturated = self.selection.mode == "auto" and budget >= self.allocation.high
+        shortest_only = saturated or self.selection.mode == "shortest_only"
         return GroupRules(
             num_keep=self.group_size,
-            num_long=0 if shortest_only else selection.num_long,
+            num_long=0 if shortest_only else self.selection.num_long,
             early_stop=self.early_stop,
-            long_wait=selection.long_wait,
+            long_wait=self.selection.long_wait,
         )
 
     @property
     def some_shortest_only(self) -> bool:
         """Whether some group of a batch may be shortest-only, so that early stop can act."""
-        if self.allocation.mode == "adaptive":
-            most = self.allocation.high
-        elif self.allocation.mode == "uniform":
-            most = math.ceil(self.allocation.fallback_mean)
-        else:
-            most = self.group_size
-        return self.group_rules(most).num_long == 0
+        allocation = self.allocation
+        largest = {"adaptive": allocation.high, "uniform": math.ceil(allocation.fallback_mean), "off": self.group_size}
+        return self.group_rules(largest[allocation.mode]).num_long == 0
 
     @classmethod
     def from_block(cls, block: Mapping[str, Any] | None, group_size: int) -> "DartsConfig":
         """Builds and checks the configuration.
 
         Args:
-            block: the content of `darts:`; nested mappings, missing keys take their default. `low` and `high` default
-                to M and 2 M, `mean_candidates` of a uniform allocation to the middle of the two. With `enable: false`
-                only `placement` is read: plain verl takes any group size.
+            block: the content of `darts:`; nested mappings, missing and null keys take their default. With `enable:
+                false` only `placement` is read: plain verl takes any group size.
             group_size: M, `actor_rollout_ref.rollout.n`.
 
         Raises:
@@ -151,94 +294,82 @@ class DartsConfig:
         """
         block = {} if block is None else block
         refuse_unknown_keys(block)
-        enable = block.get("enable", True)
-        require("darts.enable", enable, isinstance(enable, bool), "must be true or false.", "set darts.enable=true.")
-        placement = check_choice("darts.placement", block.get("placement"), "colocated", PLACEMENTS)
-        if not enable:
-            return cls(group_size=group_size, enable=False, placement=placement)
-        require(
-            "actor_rollout_ref.rollout.n",
-            group_size,
-            is_int(group_size) and group_size >= 2,
-            "DARTS compares the candidates of a prompt, so a group needs at least 2 responses.",
-            "set actor_rollout_ref.rollout.n=8.",
-        )
-        return cls(
-            group_size=group_size,
-            placement=placement,
-            strategy=_strategy(block.get("strategy")),
-            allocation=parse_allocation(_section(block, "allocation"), group_size),
-            selection=parse_selection(_section(block, "selection"), group_size),
-            reward=parse_reward(_section(block, "reward")),
-            early_stop=check_choice("darts.early_stop", block.get("early_stop"), "eager", EARLY_STOP),
-            streaming=parse_streaming(_section(block, "streaming")),
-            latency=parse_latency(_section(block, "latency")),
-            state=parse_state(_section(block, "state")),
-            overlap=parse_overlap(_section(block, "overlap"), placement),
-            tail_batching=parse_tail_batching(_section(block, "tail_batching")),
-            sorted=parse_sorted(_section(block, "sorted")),
-            trace=_trace(block.get("trace")),
-            routing=check_choice("darts.routing", block.get("routing"), "balanced", ROUTINGS),
-            seed=_seed(block.get("seed")),
-            timeout_s=check_seconds("darts.timeout_s", block.get("timeout_s"), 3600.0, positive=True),
-            progress_s=check_seconds("darts.progress_s", block.get("progress_s"), 30.0, positive=False),
-        )
+        if block.get("enable") is False:
+            block = {name: block.get(name) for name in ("enable", "placement")}
+        elif type(group_size) is not int or group_size < 2:
+            rule = "DARTS compares the candidates of a prompt, so a group needs at least 2 responses."
+            raise ConfigError("actor_rollout_ref.rollout.n", group_size, rule, "set actor_rollout_ref.rollout.n=8.")
+        return _build(cls, "darts", block, group_size=group_size)
 
 
-def refuse_unknown_keys(block: Mapping[str, Any]) -> None:
+def keys_of(kind: Any) -> dict[str, FieldInfo]:
+    """The definitions of a block's keys; `kind` is its class."""
+    return {name: info for name, info in kind.__pydantic_fields__.items() if name != "group_size"}
+
+
+SECTIONS = {name: info.annotation for name, info in keys_of(DartsConfig).items() if is_dataclass(info.annotation)}
+
+
+def taken_by(info: FieldInfo) -> str:
+    """What a key takes, for people: `an integer of at least 1`."""
+    kinds = get_args(info.annotation) or (info.annotation,)
+    if isinstance(kinds[0], str):
+        return f"one of {', '.join(kinds)}"
+    limits = [(words, getattr(bound, name, None)) for bound in info.metadata for name, words in BOUNDS.items()]
+    bounds = " and".join(f" {words} {limit}" for words, limit in limits if limit is not None)
+    text = info.json_schema_extra["takes"] or KINDS[kinds[0]] + bounds
+    return f"{text}, or null" if type(None) in kinds else text
+
+
+def help_of(info: FieldInfo) -> str:
+    """What a key means, behind the paper's name for it; the first sentence says it in short."""
+    paper = info.json_schema_extra["paper"]
+    return " ".join([*([f"[{paper}]"] if paper else []), *info.description.split()])
+
+
+def shown(value: object) -> str:
+    """A value as YAML has it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def refuse_unknown_keys(block: Mapping[str, Any], path: str = "darts", kind: Any = DartsConfig) -> None:
     """Checks the names of a block `darts:`, complete or not, and of its sections.
 
     Raises:
         ConfigError: an unknown key; with the nearest known one.
     """
-    refuse_unknown("darts", block, [f.name for f in fields(DartsConfig) if f.name != "group_size"])
-    for name, section_type in SECTIONS.items():
-        if isinstance(block.get(name), Mapping):
-            refuse_unknown(f"darts.{name}", block[name], [f.name for f in fields(section_type)])
+    known = keys_of(kind)
+    for key, value in block.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            fix = f"did you mean {path}.{near[0]}?" if near else "remove it."
+            raise ConfigError(f"{path}.{key}", value, f"unknown key; known are {', '.join(known)}.", fix)
+        if key in SECTIONS and isinstance(value, Mapping):
+            refuse_unknown_keys(value, f"{path}.{key}", SECTIONS[key])
 
 
-def _strategy(name: object) -> str:
-    name = or_default(name, "darts")
-    require(
-        "darts.strategy",
-        name,
-        name in STRATEGIES or (isinstance(name, str) and "." in name.strip(".")),
-        f"must be one of {', '.join(STRATEGIES)}, or package.module.Class of a subclass of darts.strategy.Strategy.",
-        "set darts.strategy=darts.",
-    )
-    return name
-
-
-def _trace(path: object) -> str | None:
-    require(
-        "darts.trace",
-        path,
-        path is None or (isinstance(path, str) and path != ""),
-        "must be the path of a file, or null.",
-        "set darts.trace=null for no trace.",
-    )
-    return path
-
-
-def _seed(seed: object) -> int | None:
-    require(
-        "darts.seed",
-        seed,
-        seed is None or (is_int(seed) and seed >= 0),
-        "must be null or an integer that is not negative.",
-        "set darts.seed=0, or null for the engine's own random stream.",
-    )
-    return seed
-
-
-def _section(block: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    section = or_default(block.get(name), {})
-    names = [f.name for f in fields(SECTIONS[name])]
-    require(
-        f"darts.{name}",
-        section,
-        isinstance(section, Mapping),
-        f"must be a block with the keys {', '.join(names)}.",
-        f"write darts.{name}.{names[0]}=...",
-    )
-    return section
+def _build(kind: Any, path: str, block: Any, **known: Any) -> Any:
+    """The settings of class `kind` from the block at `path`, and from what is known besides."""
+    keys = keys_of(kind)
+    if not isinstance(block, Mapping):
+        rule = f"must be a block with the keys {', '.join(keys)}."
+        raise ConfigError(path, block, rule, f"write {path}.{next(iter(keys))}=...")
+    values = {name: block[name] for name in keys if block.get(name) is not None}
+    for name, value in values.items():
+        if is_dataclass(keys[name].annotation):
+            values[name] = _build(keys[name].annotation, f"{path}.{name}", value)
+        elif value is False and "off" in taken_by(keys[name]):
+            values[name] = "off"  # YAML reads a bare `off` as false
+    try:
+        return kind(**known, **values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, ConfigError):  # raised by `__post_init__`
+            raise cause from None
+        name, value = first["loc"][0], first["input"]
+        info = keys[name]
+        rule = f"must be {taken_by(info)}: {help_of(info).split('. ')[0].rstrip('.')}."
+        raise ConfigError(f"{path}.{name}", value, rule, f"set {path}.{name}={shown(info.default)}.") from None

@@ -115,7 +115,6 @@ class Chunk(NamedTuple):
     request_id: str
     offset: int  # tokens of the request before this chunk
     token_ids: list[int]
-    log_probs: list[float] | None  # None unless the rollout computes them
     made_at: float  # `time.time()` at the server
     running: int  # streamed requests that the server has open then, this one and those of other clients too
 

@@ -1,36 +1,40 @@
-"""Writes docs/configuration.md: the keys of `darts:` from their types, what darts_base.yaml sets of verl's, and the
-environment. From the repository's root:
+"""Writes what is made of the definitions in darts/config.py: the block `darts:` of configs/darts_base.yaml with its
+comments, and docs/configuration.md, which also has what darts_base.yaml sets of verl's and the environment. From the
+repository's root:
 
-    .venv/bin/python scripts/make_docs.py           writes it
-    .venv/bin/python scripts/make_docs.py --check   exit code 1 if it is not what would be written
+    .venv/bin/python scripts/make_docs.py           writes them
+    .venv/bin/python scripts/make_docs.py --check   exit code 1 if they are not what would be written
 """
 
 import argparse
+import re
 import sys
-import types
-import typing
-from dataclasses import Field, fields
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic.fields import FieldInfo
 
-from darts import CONFIG_DIR
-from darts.config import SECTIONS, DartsConfig
+from darts.config import SECTIONS, DartsConfig, help_of, keys_of, shown, taken_by
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "configuration.md"
+BASE = ROOT / "configs" / "darts_base.yaml"
+WIDTH = 120
 HEAD = """# Configuration
 
-Made by `scripts/make_docs.py` from the typed configuration; a test compares. `configs/darts_base.yaml` has the same
-keys with longer comments; [tuning.md](tuning.md) says which to choose. A bad value or an unknown key is one line with
-the key, the value, the rule and the fix, before Ray starts.
+Made by `scripts/make_docs.py` from the definitions in `darts/config.py`, as the comments in `configs/darts_base.yaml`
+are; a test compares. [tuning.md](tuning.md) says which to choose. A bad value or an unknown key is one line with the
+key, the value, the rule and the fix, before Ray starts.
 
 ## The block `darts:`
 
-M is `actor_rollout_ref.rollout.n`, the responses per prompt that are trained on.
+rollout.n, the paper's M, is `actor_rollout_ref.rollout.n`: the responses per prompt that are trained on. What the paper
+calls a key stands in brackets.
 
-| key | paper | default | type | meaning |
-|---|---|---|---|---|
+| key | default | type | meaning |
+|---|---|---|---|
 """
 VERLS = """
 ## Keys of verl's that `darts_base.yaml` sets
@@ -74,55 +78,62 @@ REASONS = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
-    text = page()
-    if parser.parse_args().check:
-        same = PAGE.exists() and PAGE.read_text() == text
-        print(f"{PAGE.name}: {'up to date' if same else 'differs: run scripts/make_docs.py'}")
-        return int(not same)
-    PAGE.write_text(text)
-    print(f"written: {PAGE}")
-    return 0
+    check, differs = parser.parse_args().check, False
+    for path, make in ((BASE, base), (PAGE, page)):
+        text = make()
+        same = path.exists() and path.read_text() == text
+        differs |= not same
+        if not check:
+            path.write_text(text)
+        verdict = "up to date" if same else "differs: run scripts/make_docs.py" if check else "written"
+        print(f"{path.name}: {verdict}")
+    return int(check and differs)
+
+
+def base() -> str:
+    """The whole darts_base.yaml: as it is, but for the block `darts:`."""
+    block = "\n".join(["darts:", *yaml_lines(DartsConfig, "  ")[1:]]) + "\n\n"
+    return re.sub(r"^darts:\n(?: .*\n|\n)*", lambda _: block, BASE.read_text(), flags=re.M)
+
+
+def yaml_lines(kind: Any, indent: str) -> list[str]:
+    """The keys of a block, each below its help."""
+    lines = []
+    for name, info in keys_of(kind).items():
+        section = SECTIONS.get(name) if kind is DartsConfig else None
+        if section:
+            words, value, inner = " ".join(section.__doc__.split()), "", yaml_lines(section, indent + "  ")
+        else:
+            words, value, inner = help_of(info), f" {default_of(info)}", []
+        lines += [""] if kind is DartsConfig else []
+        lines += textwrap.wrap(words, WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+        lines += [f"{indent}{name}:{value}", *inner]
+    return lines
 
 
 def page() -> str:
-    """The whole page."""
-    base = yaml.safe_load((CONFIG_DIR / "darts_base.yaml").read_text())
-    block = base.pop("darts")
-    del base["defaults"]
+    """The whole configuration.md."""
+    verls_keys = yaml.safe_load(BASE.read_text())
+    del verls_keys["defaults"], verls_keys["darts"]
     rows = []
-    for field in fields(DartsConfig):
-        if field.name in SECTIONS:
-            types_of = typing.get_type_hints(SECTIONS[field.name])
-            rows += [
-                row(f"darts.{field.name}.{part.name}", part, block[field.name][part.name], types_of[part.name])
-                for part in fields(SECTIONS[field.name])
-            ]
-        elif field.name != "group_size":
-            kind = typing.get_type_hints(DartsConfig)[field.name]
-            rows.append(row(f"darts.{field.name}", field, block[field.name], kind))
-    verls = [f"| `{key}` | `{shown(value)}` | {REASONS[key]} |" for key, value in leaves(base)]
+    for name, info in keys_of(DartsConfig).items():
+        if name in SECTIONS:
+            rows += [row(f"darts.{name}.{part}", definition) for part, definition in keys_of(SECTIONS[name]).items()]
+        else:
+            rows.append(row(f"darts.{name}", info))
+    verls = [f"| `{key}` | `{shown(value)}` | {REASONS[key]} |" for key, value in leaves(verls_keys)]
     variables = "".join(f"| `{name}` | {reader} | {meaning} |\n" for name, reader, meaning in VARIABLES)
     return HEAD + "\n".join(rows) + "\n" + VERLS + "\n".join(verls) + "\n" + ENVIRONMENT + variables
 
 
-def row(key: str, field: Field[Any], default: object, kind: Any) -> str:
-    """One line of the table; `default` is the setting's, as the YAML file has it."""
-    return (
-        f"| `{key}` | {field.metadata.get('paper', '')} | `{shown(default)}` | {type_name(kind)} | "
-        f"{field.metadata['help']} |"
-    )
+def row(key: str, info: FieldInfo) -> str:
+    """One line of the table."""
+    return f"| `{key}` | `{default_of(info)}` | {taken_by(info)} | {help_of(info)} |"
 
 
-def type_name(kind: Any) -> str:
-    """For people, e.g. `number or null`."""
-    names = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null"}
-    parts = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    return " or ".join(names[part] for part in parts)
-
-
-def shown(value: object) -> str:
-    """As YAML has it."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+def default_of(info: FieldInfo) -> str:
+    """The default as darts_base.yaml has it."""
+    return info.json_schema_extra["yaml"] or shown(info.default)
 
 
 def leaves(tree: dict[str, Any], path: str = "") -> list[tuple[str, Any]]:

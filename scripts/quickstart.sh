@@ -6,7 +6,8 @@
 #   scripts/quickstart.sh trainer.total_training_steps=30        any Hydra override
 #
 # DARTS_OUT=folder             where metrics, log, report and checkpoint go; default outputs/quickstart. The results of the run
-#                              before are moved to previous/ in it.
+#                              before are moved to previous/ in it; if this run ends before it has any, they stay, and its
+#                              log is failed.log.
 # DARTS_RESUME=1               goes on from the last checkpoint in that folder, if there is one, and makes such as can be resumed:
 #                              one at the end, more with trainer.save_freq=steps
 # DARTS_QUICKSTART_TIMEOUT=s   limit for the training; default 1200
@@ -24,32 +25,56 @@ for name in "${results[@]}"; do
   fi
 done
 mkdir -p "$out"
-touch "$out/.quickstart"
 cd "$out"
-# The last run's results are kept, one generation; aside, until the settings are accepted.
-keep() { if [[ -e .before ]]; then rm -rf previous && mv .before previous; fi; }
-keep
+# Whether the run that began when .quickstart was touched has logged metrics or saved a checkpoint.
+has_results() { [[ -s metrics.jsonl || checkpoints/latest_checkpointed_iteration.txt -nt .quickstart ]]; }
+move_back() { if [[ -e $1 ]]; then find "$1" -mindepth 1 -maxdepth 1 -exec mv -t . {} + && rmdir "$1"; fi; }
+# The last run's results wait in .before, or as copies in .resumed if this run goes on with them; in .moving and .copying
+# until they are there. If this run has results, the last ones are kept, one generation; otherwise they come back.
+settle() {
+  rm -rf .copying
+  move_back .moving
+  if has_results; then
+    if compgen -G ".before/*" >/dev/null; then rm -rf previous && mv .before previous; fi
+    rm -rf .before .resumed
+  elif [[ -e .before || -e .resumed ]]; then
+    if [[ -e run.log ]]; then mv run.log failed.log; fi
+    rm -rf metrics.jsonl metrics.earlier.jsonl hydra
+    if [[ -e .before ]]; then rm -rf checkpoints report; fi
+    move_back .before
+    move_back .resumed
+  fi
+}
+settle # what a killed run left
+platform=$("$PYTHON" -c 'from verl_patches.device import is_cpu_only; print("cpu" if is_cpu_only() else "gpu")')
+touch .quickstart
 resume=()
 if [[ ${DARTS_RESUME:-} == 1 ]]; then
-  results=()
   last=$(cat checkpoints/latest_checkpointed_iteration.txt 2>/dev/null || echo -1)
   if [[ -d checkpoints/global_step_$last ]] && ! compgen -G "checkpoints/global_step_$last/actor/model_world_size_*" >/dev/null; then
     die "$out/checkpoints/global_step_$last has no optimizer: only a run that began with DARTS_RESUME=1 can be resumed; unset it"
   fi
   resume=(trainer.resume_mode=auto "actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra,hf_model]")
+  mkdir .copying
+  for name in metrics.jsonl metrics.earlier.jsonl run.log hydra; do
+    if [[ -e $name ]]; then cp -r "$name" .copying/; fi
+  done
+  mv .copying .resumed
   if [[ -e metrics.jsonl ]]; then # verl's logger begins anew; the steps after the checkpoint come again
     awk -F '[:,]' -v last="$last" '$2 <= last' metrics.jsonl >>metrics.earlier.jsonl
     rm metrics.jsonl
   fi
+else
+  mkdir .moving
+  for name in "${results[@]}"; do
+    if [[ -e $name ]]; then mv "$name" .moving/; fi
+  done
+  mv .moving .before
 fi
-for name in "${results[@]}"; do
-  if [[ -e $name ]]; then mkdir -p .before && mv "$name" .before/; fi
-done
 export VERL_FILE_LOGGER_PATH="$out/metrics.jsonl" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # A Ray that happens to run on this machine is joined only if it is named.
 export RAY_ADDRESS="${RAY_ADDRESS:-local}"
-platform=$("$PYTHON" -c 'from verl_patches.device import is_cpu_only; print("cpu" if is_cpu_only() else "gpu")')
 
 say "training; the full log is $out/run.log"
 set +e
@@ -63,27 +88,35 @@ timeout --foreground --signal=INT --kill-after=60 "${DARTS_QUICKSTART_TIMEOUT:-1
 status=${PIPESTATUS[0]}
 trap - INT
 set -e
-if [[ -n $interrupted ]] || ((status == 130)); then
-  keep
+if [[ -n $interrupted ]]; then status=130; fi
+if ((status == 0)) && [[ -e metrics.earlier.jsonl ]]; then
+  if [[ -e metrics.jsonl ]]; then cat metrics.jsonl >>metrics.earlier.jsonl; fi # not there if nothing was left to train
+  mv metrics.earlier.jsonl metrics.jsonl
+fi
+if ! has_results; then
+  said=$(tail -n 25 run.log)
+  settle
+  case $status in
+    130) say "interrupted before there were results; the log is $out/failed.log" ;;
+    2)
+      grep -q '^\[darts\]' <<<"$said" || tail -n 3 <<<"$said" >&2
+      say "the settings were refused, see the line above; nothing was started"
+      ;;
+    *)
+      printf '%s\n' "$said" >&2
+      say "exit code $status before there were results; the full log is $out/failed.log" >&2
+      ;;
+  esac
+  exit $((status ? status : 1))
+fi
+settle
+if ((status == 130)); then
   say "interrupted; log and results so far are in $out"
   exit 130
 fi
-if ((status == 2)); then
-  said=$(tail -n 20 run.log)
-  rm -rf "${results[@]}"
-  grep -q '^\[darts\]' <<<"$said" || tail -n 3 <<<"$said" >&2
-  if [[ -e .before ]]; then mv .before/* . && rmdir .before; fi
-  say "the settings were refused, see the line above; nothing was started"
-  exit 2
-fi
-keep
 if ((status != 0)); then
   tail -n 25 run.log >&2
   die "the training ended with exit code $status; the full log is $out/run.log"
-fi
-if [[ -e metrics.earlier.jsonl ]]; then
-  if [[ -e metrics.jsonl ]]; then cat metrics.jsonl >>metrics.earlier.jsonl; fi # not there if nothing was left to train
-  mv metrics.earlier.jsonl metrics.jsonl
 fi
 status=0
 "$PYTHON" -m darts.report.summary "$out" || status=$?

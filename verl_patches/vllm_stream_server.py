@@ -89,10 +89,7 @@ class _Stream:
 
     def _send(self) -> None:
         new = self.token_ids[self.sent :]
-        log_probs = None
-        if self.logprobs:
-            log_probs = [at[token].logprob for token, at in zip(new, self.logprobs[self.sent :], strict=True)]
-        self.outbox.chunks.append(Chunk(self.request_id, self.sent, new, log_probs, time.time(), len(self.streams)))
+        self.outbox.chunks.append(Chunk(self.request_id, self.sent, new, time.time(), len(self.streams)))
         self.outbox.filled.set()
         self.sent = len(self.token_ids)
 

@@ -6,7 +6,7 @@ from the lowest to the highest seed. An arm has one colour, line and marker in a
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +32,9 @@ MOST_BANDS = 8
 """Arms; with more there are no bands."""
 
 
-def draw(results: Results, base: str = BASE, names: Sequence[str] | None = None) -> list[Drawn]:
-    """Figures; None: all that there are."""
-    return draw_all({name: FIGURES[name] for name in FIGURES if names is None or name in names}, results, base)
+def draw(results: Results, base: str = BASE) -> list[Drawn]:
+    """All figures that there are."""
+    return draw_all(FIGURES, results, base)
 
 
 def write(results: Results, folder: Path, base: str = BASE) -> list[Drawn]:

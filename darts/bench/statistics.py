@@ -17,7 +17,6 @@ Contract: pure NumPy; records in, numbers out; NaN where there is nothing.
    where two are compared) was: a seed that has only begun would pull differences towards 0.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -91,12 +90,6 @@ class Results:
         pairs = [pair for of_arm in self._steps.values() for pair in of_arm]
         self.seeds = sorted({seed for seed, _ in pairs})
         self.num_steps = max((step for _, step in pairs), default=0) if steps is None else steps
-
-    def only(self, arms: Sequence[str]) -> "Results":
-        """The same, told of these arms alone; the others can still be compared with."""
-        some = copy.copy(self)
-        some.arms = list(arms)
-        return some
 
     @property
     def last_from(self) -> int:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from darts.config_sections import OverlapConfig
+from darts.config import OverlapConfig
 from darts.messages import (
     ActorCall,
     Progress,

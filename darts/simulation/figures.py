@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -28,7 +27,7 @@ def short(name: str) -> str:
     return "\n".join([strategy.rpartition(".")[2], *lines])
 
 
-def draw(summaries: Sequence[Summary], title: str, to: Path | BinaryIO) -> None:
+def draw(summaries: Sequence[Summary], title: str, to: Path) -> None:
     """Writes the PNG; a note in the title says where a model of shaping was used."""
     names = list(dict.fromkeys(row.name for row in summaries))
     if any(row.model for row in summaries):

@@ -422,6 +422,7 @@ def engine_of(config: DictConfig) -> str:
 
 def progress_line(metrics: dict[str, Any], step: int, total: int) -> str:
     """One readable line about a step; a figure that the step did not measure is left out."""
+    is_pool_scored = "darts/reward/pool_mean" in metrics
     figures = (
         ("timing_s/step", "{:.1f} s"),
         ("timing_s/gen", "rollout {:.1f} s"),
@@ -429,7 +430,7 @@ def progress_line(metrics: dict[str, Any], step: int, total: int) -> str:
         ("darts/length/kept_mean", "of the kept {:.0f}"),
         ("darts/length/pool_max", "longest {:.0f}"),
         ("darts/reward/pool_mean", "reward {:.2f}"),
-        ("darts/reward/kept_mean", "of the kept {:.2f}"),
+        ("darts/reward/kept_mean", "of the kept {:.2f}" if is_pool_scored else "reward of the kept {:.2f}"),
         ("darts/allocation/total", "{:.0f} candidates"),
         ("darts/candidates/dropped", "dropped {:.0f}"),
         ("darts/candidates/aborted", "of them aborted {:.0f}"),

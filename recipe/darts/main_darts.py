@@ -11,7 +11,9 @@ from typing import NoReturn
 
 import hydra
 import ray
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from verl.trainer.main_ppo import run_ppo
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import validate_config
@@ -68,15 +70,25 @@ def main(config: DictConfig) -> None:
         raise
 
 
-def refuse(error: Exception) -> NoReturn:
+def refuse(error: Exception | str) -> NoReturn:
     """Ends the program with the one line that says what is wrong."""
     print(f"[darts] {error}", file=sys.stderr)
     sys.exit(2)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Runs `main`, and refuses what Hydra cannot compose or resolve, where Hydra itself would exit with 1."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises its errors
     try:
         refuse_unknown_overrides(sys.argv[1:])
+        main()
+    except ray.exceptions.RayTaskError:  # is of its cause's class too
+        raise
     except ConfigError as error:
         refuse(error)
-    main()
+    except (HydraException, OmegaConfBaseException) as error:
+        refuse(" ".join(str(error).partition("Config search path")[0].split()))
+
+
+if __name__ == "__main__":
+    command()

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import validate_config
 
-import recipe.darts.main_darts  # noqa: F401  (registers the resolver that quickstart.yaml uses)
+import recipe.darts.main_darts  # registers the resolver that quickstart.yaml uses, too
 from darts import CONFIG_DIR
 from darts.checks import run as checks
 from darts.checks.paths import settle_paths
@@ -344,6 +344,27 @@ def test_a_missing_block_is_refused():
     config = OmegaConf.create({key: value for key, value in trainable().items() if key != "darts"})
     with pytest.raises(ConfigError, match="the block `darts:` is missing"):
         check_run(config)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (
+            "testbed=dephts",
+            "In 'quickstart': Could not find 'testbed/dephts' Available options in 'testbed': depth overthink",
+        ),
+        ("dart.enable=false", "Could not override 'dart.enable'. To append to your config use +dart.enable=false"),
+        ("data.train_batch_size=${nowhere}", "Interpolation key 'nowhere' not found"),
+    ],
+)
+def test_what_hydra_cannot_compose_or_resolve_is_refused_in_one_line(override, said, monkeypatch, tmp_path, capsys):
+    arguments = ["main_darts", "--config-name", "quickstart", f"hydra.run.dir={tmp_path}", override]
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(SystemExit) as end:
+        recipe.darts.main_darts.command()
+    assert end.value.code == 2
+    assert [line for line in capsys.readouterr().err.splitlines() if "[darts]" in line] == [f"[darts] {said}"]
 
 
 def test_another_verl_is_refused_and_can_be_allowed(monkeypatch):

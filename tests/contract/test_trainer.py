@@ -190,6 +190,14 @@ def test_a_progress_line_leaves_out_what_was_not_measured():
     assert progress_line({"timing_s/step": 3.21}, 2, 10) == "step 2/10: 3.2 s"
 
 
+def test_a_progress_line_says_what_its_figures_are_of_with_and_without_rewards_of_the_pool():
+    lengths = {"darts/length/pool_mean": 39, "darts/length/kept_mean": 33, "darts/length/pool_max": 64}
+    kept, pool = {"darts/reward/kept_mean": 0.05}, {"darts/reward/pool_mean": 0.4}
+    line = "step 1/2: mean length 39, of the kept 33, longest 64, "
+    assert progress_line(lengths | kept, 1, 2) == line + "reward of the kept 0.05"
+    assert progress_line(lengths | kept | pool, 1, 2) == line + "reward 0.40, of the kept 0.05"
+
+
 def test_the_manager_is_the_one_that_the_configuration_names():
     from darts.checks.run import MANAGER
 

@@ -79,7 +79,6 @@ def test_the_answer_is_that_of_plain_generate_and_the_chunks_are_its_beginning(s
         assert len(chunk.token_ids) >= chunk_tokens
         sent += len(chunk.token_ids)
         assert chunk.token_ids == output.token_ids[chunk.offset : sent]
-        assert chunk.log_probs == output.log_probs[chunk.offset : sent]
     assert bool(chunks) == (chunk_tokens < LENGTH), "the rest comes with the answer"
     assert sent >= LENGTH / 2 or chunk_tokens >= LENGTH
 
@@ -97,9 +96,8 @@ def test_a_model_that_ends_by_itself_ends_with_stop(server, chunk_tokens):
 
 
 def test_without_log_probs_there_are_none(server, plain):
-    output, chunks = collect(server, client="client", chunk_tokens=16, **request(max_tokens=60, logprobs=False))
+    output, _ = collect(server, client="client", chunk_tokens=16, **request(max_tokens=60, logprobs=False))
     assert output.log_probs is None
-    assert {chunk.log_probs for chunk in chunks} == {None}
     assert output.token_ids == plain.token_ids[:60]
 
 

@@ -14,7 +14,7 @@ from scripted_actor import ScriptedActor, scripted_log_probs
 from verl.protocol import DataProto
 from verl.workers.rollout.llm_server import LLMServerClient
 
-from darts.config_sections import OverlapConfig
+from darts.config import OverlapConfig
 from darts.metrics import METRICS
 from darts.overlap.join import OverlappedLogProbs, sequence_keys
 from darts.overlap.session import ActorLimits, OverlapSession

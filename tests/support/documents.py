@@ -29,7 +29,7 @@ PAGES += sorted((ROOT / "docs").glob("*.md"))
 PYTHONS = (".venv/bin/python",)
 ENTRY_POINT = "recipe.darts.main_darts"
 FILES = {"darts.json", "darts.jsonl"}
-OURS = r"(?:darts|verl_patches|recipe|configs|docs|scripts|tests|benchmarks)"
+OURS = r"(?:darts|verl_patches|recipe|configs|docs|scripts|tests)"
 
 
 def text_of(name: str) -> str:

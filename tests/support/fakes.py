@@ -119,9 +119,7 @@ class ScriptedServer:
                     done += step
                     if client is not None and done < len(tokens):
                         made = tokens[done - step : done]
-                        self._chunks[client].append(
-                            Chunk(request_id, done - step, made, [-0.5] * len(made), time.time(), self.running)
-                        )
+                        self._chunks[client].append(Chunk(request_id, done - step, made, time.time(), self.running))
         except asyncio.CancelledError:
             self.cancelled += 1
             raise

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from attic import training, training_report
 
 from darts.allocation import allocate as darts_allocate
 from darts.bench import allocate, overhead
@@ -19,11 +18,9 @@ from darts.planning import RolloutPlanner
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize(
-    "script", ["allocate", "overhead", "overlap", "overlap_projection", "prefix_chunks", "rollouts", "training"]
-)
+@pytest.mark.parametrize("script", ["allocate", "overhead", "overlap", "actor", "budgets"])
 def test_help_shows_the_contract(script):
-    command = [sys.executable, "-m", f"benchmarks.{script}", "--help"]
+    command = [sys.executable, "-m", f"darts.bench.{script}", "--help"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
     assert "Contract" in run.stdout
@@ -138,7 +135,7 @@ def test_the_arms_launch_equally_many_and_saturate_as_named():
         assert plan.budgets.sum() == 42
         assert darts.seed == 3
         assert darts.selection.long_wait == "deadline"
-        saturated[arm] = sum(darts.num_long_for(budget) == 0 for budget in plan.budgets.tolist())
+        saturated[arm] = sum(darts.group_rules(budget).num_long == 0 for budget in plan.budgets.tolist())
     assert saturated == {rollouts.UNIFORM: 0, rollouts.HALF: 2, rollouts.ADAPTIVE: 2}
 
 
@@ -198,100 +195,3 @@ def test_a_pool_that_does_not_divide_is_refused(capsys):
     with pytest.raises(SystemExit):
         rollouts.main(["--pool", "30"])
     assert "--pool 30: must be a multiple of --prompts 8" in capsys.readouterr().err
-
-
-# --- training --------------------------------------------------------------------------------------------------------
-
-
-def train_step(epoch, seconds, length, correlation=None):
-    step = {
-        "training/epoch": float(epoch), "darts/history/known_share": float(epoch > 0),
-        "darts/rollout/seconds": seconds, "darts/tokens/generated": 10 * length, "darts/length/pool_mean": length,
-        "darts/length/pool_p99": 4 * length, "darts/length/kept_mean": length / 2, "darts/reward/pool_mean": 0.5,
-        "darts/group/saturated_share": 0.25,
-    }  # fmt: skip
-    return step if correlation is None else step | {"darts/history/std_correlation": correlation}
-
-
-def training_record(arm, seed=0, factor=1.0):
-    steps = {
-        1: train_step(0, 9.0, 40.0), 2: train_step(0, 9.0, 50.0), 3: train_step(1, 2.0 * factor, 60.0 * factor, 0.2),
-        4: train_step(1, 4.0 * factor, 80.0 * factor, 0.4),
-    }  # fmt: skip
-    figures = training_report.record_of(steps, [0.5, 0.6 * factor])
-    return {"testbed": "depth", "seed": seed, "arm": arm} | figures
-
-
-def test_a_run_is_summed_where_its_prompts_are_known():
-    record = training_record("uniform")
-    assert (record["steps"], record["known"], record["seconds"], record["tokens"]) == (4, 2, 6.0, 1400.0)
-    assert record["pool_mean"] == [45.0, 70.0]
-    assert record["validation"] == [0.5, 0.6]
-    assert record["std_correlation"] == pytest.approx(0.3)
-    row = "| depth | 0 | uniform | 6.0 | 3.00 | 1,400 | 45.0 -> 70.0 | 180 -> 280 | 22.5 -> 35.0 | 0.500 -> 0.500 | "
-    assert f"{row}0.500 -> 0.600 | 0.30 | 25% |" in training_report.runs_table([record])
-
-
-def test_runs_are_compared_by_seed_and_a_lone_arm_is_left_out():
-    records = [
-        training_record("uniform"), training_record("adaptive", factor=0.5), training_record("uniform", seed=1),
-        training_record("adaptive", seed=1, factor=0.9), training_record("uniform", seed=2),
-    ]  # fmt: skip
-    lines = training_report.ratios_table(records).splitlines()[2:]
-    assert lines == [
-        "| depth | 0 | 0.50 | 0.50 | 0.50 | 0.50 | 0.50 | 1.00 | -0.300 |",
-        "| depth | 1 | 0.90 | 0.90 | 0.90 | 0.90 | 0.90 | 1.00 | -0.060 |",
-        "| depth | all | 0.70 | 0.70 | 0.70 | 0.70 | 0.70 | 1.00 | -0.180 |",
-    ]
-
-
-def test_a_run_of_one_epoch_has_no_known_steps_and_still_a_row():
-    figures = training_report.record_of({1: train_step(0, 9.0, 40.0)}, [0.5, 0.6])
-    record = {"testbed": "depth", "seed": 0, "arm": "uniform"} | figures
-    assert "| 0.0 | nan | 0 |" in training_report.runs_table([record])
-    assert "| nan | nan | 1.00 |" in training_report.ratios_table([record, record | {"arm": "adaptive"}])
-
-
-def test_arms_alternate_in_time():
-    assert list(training.planned(["depth"], 2)) == [
-        ("depth", 0, "uniform"), ("depth", 0, "adaptive"), ("depth", 1, "adaptive"), ("depth", 1, "uniform"),
-    ]  # fmt: skip
-
-
-def test_a_whole_run_is_not_repeated_and_one_of_other_settings_is_refused(tmp_path, monkeypatch):
-    called = []
-
-    def call(command, log, **environment):
-        called.append(command)
-        write_trace(log.parent / "darts.jsonl", [(step, {}) for step in range(1, 1 + whole)])
-        log.write_text(f"{' '.join(command)}\n")
-
-    monkeypatch.setattr(training, "call", call)
-    arguments = [tmp_path / "run", tmp_path / "latency.json", ["testbed=depth"], 0, "adaptive", 3]
-    whole = 2
-    training.train(*arguments)
-    whole = 3
-    training.train(*arguments)
-    training.train(*arguments)
-    assert len(called) == 2, "a run that lacks a step starts anew, a whole one is not repeated"
-    assert "darts.allocation.mode=adaptive" in called[0]
-    with pytest.raises(RuntimeError, match="a run of other settings"):
-        training.train(*arguments[:3], 1, *arguments[4:])
-
-
-def test_a_command_that_fails_names_its_log(tmp_path):
-    log = tmp_path / "new" / "run.log"
-    with pytest.raises(RuntimeError, match=r"exit code 1; see .*run\.log"):
-        training.call(["benchmarks.no_such_module"], log)
-    assert log.read_text().startswith("benchmarks.no_such_module\n")
-
-
-def test_padding_is_that_of_verls_order_in_micro_batches():
-    """Workload grows with length; small rows go to both ends: 1 3 5 | 4 2 of the lengths' ranks."""
-    from attic.padding import balanced, padding_of
-
-    tokens = np.array([50, 10, 40, 20, 30])
-    order = balanced(tokens)
-    assert tokens[order].tolist() == [10, 30, 50, 40, 20]
-    assert padding_of(tokens, order, 2) == (30 * 2 + 50 * 2 + 20, 150)
-    assert padding_of(tokens, np.argsort(tokens), 2) == (20 * 2 + 40 * 2 + 50, 150)

@@ -1,8 +1,11 @@
 """The block `darts:`: defaults follow the group size; a bad value gives one error with key, value, rule and fix."""
 
+import pickle
+from dataclasses import FrozenInstanceError, replace
+
 import pytest
 
-from darts.config import ConfigError, DartsConfig
+from darts.config import AllocationConfig, ConfigError, DartsConfig, OverlapConfig
 
 
 def test_defaults_follow_the_group_size():
@@ -14,7 +17,28 @@ def test_defaults_follow_the_group_size():
     assert uniform.mean_candidates == uniform.fallback_mean == 6
     assert (config.num_short, config.selection.num_long) == (3, 1)
     assert config.enable
-    assert DartsConfig.from_block(None, group_size=4) == config
+    assert DartsConfig.from_block(None, group_size=4) == config == DartsConfig(group_size=4)
+
+
+def test_what_depends_on_size_and_placement_has_one_default_and_is_settled_once():
+    """A part that was made alone has the setting's default, which a complete configuration never has."""
+    assert (AllocationConfig().low, AllocationConfig().high, OverlapConfig().mode) == (None, None, "auto")
+    config = DartsConfig(
+        group_size=4, placement="disaggregated", allocation=AllocationConfig(), overlap=OverlapConfig()
+    )
+    assert (config.allocation.low, config.allocation.high, config.overlap.mode) == (4, 8, "token")
+    assert DartsConfig(group_size=4, overlap=OverlapConfig(mode="auto")).overlap.mode == "off"
+    assert replace(config, allocation=replace(config.allocation, high=None)) == config
+    assert DartsConfig(group_size=4, overlap=OverlapConfig(mode="sequence")).overlap.mode == "sequence"
+
+
+def test_a_configuration_does_not_change_and_can_be_sent():
+    config = DartsConfig.from_block({"allocation": {"mean_candidates": 12}}, group_size=8)
+    assert pickle.loads(pickle.dumps(config)) == config
+    with pytest.raises(FrozenInstanceError):
+        config.seed = 1
+    with pytest.raises(FrozenInstanceError):
+        config.allocation.low = 9
 
 
 def test_null_means_default():
@@ -24,11 +48,11 @@ def test_null_means_default():
 
 def test_saturated_prompts_are_shortest_only():
     config = DartsConfig.from_block({"allocation": {"high": 11}}, group_size=8)
-    assert [config.num_long_for(budget) for budget in (8, 10, 11)] == [1, 1, 0]
+    assert [config.group_rules(budget).num_long for budget in (8, 10, 11)] == [1, 1, 0]
     forced = DartsConfig.from_block({"selection": {"mode": "shortest_only"}}, group_size=8)
-    assert forced.num_long_for(8) == 0
+    assert forced.group_rules(8).num_long == 0
     dual = DartsConfig.from_block({"selection": {"mode": "dual_end", "num_long": 2}}, group_size=8)
-    assert dual.num_long_for(16) == 2
+    assert dual.group_rules(16).num_long == 2
 
 
 def test_early_stop_can_act_where_some_group_may_be_shortest_only():
@@ -64,16 +88,24 @@ BAD = [
         8,
         "darts.allocation.high=9: M_up must be an integer of at least M_low=10",
     ),
-    ({"allocation": {"mean_candidates": 17}}, 8, "darts.allocation.mean_candidates=17: the mean number"),
+    ({"allocation": {"mean_candidates": 17}}, 8, "darts.allocation.mean_candidates=17.0: the mean number"),
     ({"allocation": {"mean_candidates": 7.5}}, 8, "must lie in [low=8, high=16]"),
     ({"allocation": {"mean_candidates": float("nan")}}, 8, "darts.allocation.mean_candidates=nan"),
     ({"allocation": {"mean_candidates": "12"}}, 8, "darts.allocation.mean_candidates='12'"),
     ({"allocation": {"mode": "adaptiv"}}, 8, "darts.allocation.mode='adaptiv': must be one of adaptive, uniform, off"),
-    ({"allocation": {"cost_weight": -1}}, 8, "darts.allocation.cost_weight=-1: lambda must be"),
+    (
+        {"allocation": {"cost_weight": -1}},
+        8,
+        "darts.allocation.cost_weight=-1: must be a finite number of at least 0: [lambda] ",
+    ),
     ({"allocation": {"cost_weight": float("nan")}}, 8, "darts.allocation.cost_weight=nan"),
     ({"allocation": {"warmup_steps": -1}}, 8, "darts.allocation.warmup_steps=-1"),
     ({"allocation": {"warmup_steps": 1.5}}, 8, "darts.allocation.warmup_steps=1.5"),
-    ({"allocation": {"ema_weight": 0}}, 8, "darts.allocation.ema_weight=0: the weight of a new observation"),
+    (
+        {"allocation": {"ema_weight": 0}},
+        8,
+        "darts.allocation.ema_weight=0: must be a finite number above 0 and of at most 1: Weight of a new observation",
+    ),
     ({"allocation": {"ema_weight": 1.1}}, 8, "darts.allocation.ema_weight=1.1"),
     ({"latency": {"profile": 3}}, 8, "darts.latency.profile=3: must be auto, off, or the path"),
     ({"latency": {"profile": ""}}, 8, "darts.latency.profile=''"),
@@ -88,7 +120,20 @@ BAD = [
     ({"timeout_s": 0}, 8, "darts.timeout_s=0"),
     ({"timeout_s": float("inf")}, 8, "darts.timeout_s=inf"),
     ({"progress_s": -1}, 8, "darts.progress_s=-1"),
+    ({"strategy": "dart"}, 8, "darts.strategy='dart': must be one of none, bypass, shortest_k, darts, "),
+    ({"strategy": ".darts."}, 8, "or package.module.Class"),
+    ({"overlap": {"mode": "tokens"}}, 8, "darts.overlap.mode='tokens': must be one of auto, off, sequence, token"),
+    ({"overlap": {"kv_cache_gib": -1}}, 8, "darts.overlap.kv_cache_gib=-1: must be a finite number of at least 0"),
+    ({"tail_batching": {"prompts": 0.9}}, 8, "darts.tail_batching.prompts=0.9: must be a finite number of at least 1"),
+    ({"sorted": {"prompts": 0}}, 8, "darts.sorted.prompts=0: must be an integer of at least 1"),
+    ({"streaming": {"chunk_tokens": True}}, 8, "darts.streaming.chunk_tokens=True: must be an integer of at least 1"),
+    ({"streaming": {"chunk_tokens": 2.0}}, 8, "darts.streaming.chunk_tokens=2.0"),
+    ({"timeout_s": True}, 8, "darts.timeout_s=True"),
+    ({"timeout_s": False}, 8, "darts.timeout_s=False: must be a finite number above 0"),
+    ({"enable": False, "placement": "here"}, 1, "darts.placement='here': must be one of colocated, disaggregated"),
+    ({"enable": False, "selection": {"numlong": 1}}, 1, "did you mean darts.selection.num_long?"),
     ({}, 1, "actor_rollout_ref.rollout.n=1: DARTS compares the candidates of a prompt"),
+    ({}, True, "actor_rollout_ref.rollout.n=True"),
 ]
 
 
@@ -99,3 +144,10 @@ def test_bad_values_name_key_value_rule_and_fix(block, group_size, message):
     assert message in str(error.value)
     assert " Fix: " in str(error.value)
     assert "\n" not in str(error.value)
+    assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
+
+
+def test_off_reads_the_placement_alone():
+    block = {"enable": False, "placement": "disaggregated", "selection": {"num_long": 99}, "timeout_s": "long"}
+    config = DartsConfig.from_block(block, group_size=1)
+    assert (config.enable, config.placement, config.timeout_s) == (False, "disaggregated", 3600)

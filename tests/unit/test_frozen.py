@@ -1,7 +1,7 @@
 """The testbeds and their hyperparameters are frozen, so that later work cannot tune them in DARTS's favour.
 
 To change one is a decision of its own: say why in docs/log.md, measure both testbeds again with
-`python -m darts.testbed.measure` and `python -m darts.testbed.tune`, and renew every result that used it.
+`python -m darts.testbed.measure`, search the learning rate again, and renew every result that used it.
 """
 
 import hashlib

@@ -1,21 +1,13 @@
-"""The pure parts of the overlap's benchmarks: workloads, tables and checks, and the projection on a virtual clock."""
+"""The pure parts of the overlap's benchmark: workloads, tables and checks."""
 
 import argparse
-import json
 
 import numpy as np
 import pytest
-from attic import overlap_projection
-from attic.overlap_projection import Actor, Hardware, Shape
 
 from darts.bench import overlap, overlap_report
-from darts.bench.overlap_report import ARMS, BYPASS, EQUAL, OFF, SEQUENCE, TAIL, TOKEN
+from darts.bench.overlap_report import ARMS, BYPASS, EQUAL, OFF, TAIL, TOKEN
 from darts.evidence.statistics import Estimate
-from darts.latency import LatencyCurve, rollout_time
-from darts.messages import RankCall, Row, SequenceKey
-
-SMALL = Shape(name="small", parameters=1e6, layers=2, hidden=64, kv_heads=2, head_dim=32, tensor_parallel=1)
-
 
 # --- the run's workloads ---------------------------------------------------------------------------------------------
 
@@ -124,99 +116,3 @@ def test_a_good_run_passes_and_each_bound_can_fail():
 def test_an_arm_without_a_batch_is_refused():
     with pytest.raises(ValueError, match="arm 'token'"):
         overlap_report.tables(steps()[:-2] + steps()[-1:])
-
-
-# --- the projection --------------------------------------------------------------------------------------------------
-
-
-def options(**changes):
-    settings = {
-        "prompts": 8, "candidates": 12, "median": 300.0, "limit": 1024, "prompt_tokens": 50, "chunk_tokens": 64,
-        "ranks": 2, "servers": 2, "max_tokens": 2048, "kv_cache_gib": 1.0, "seeds": 1,
-    }  # fmt: skip
-    return argparse.Namespace(**settings | changes)
-
-
-def test_generation_ends_when_the_cost_model_says():
-    lengths = np.array([[10, 30, 20], [7, 64, 65]])
-    curve = LatencyCurve([1, 2, 4], [0.5, 1.0, 1.5])
-    events, ended = overlap_projection.generation(lengths, 2, curve, chunk=32, late_s=0.0)
-    assert ended == max(rollout_time([10, 20, 64], curve), rollout_time([30, 7, 65], curve))
-    assert [event.at for event in events] == sorted(event.at for event in events)
-    told = [(event.start, event.end, event.last) for event in events if (event.prompt, event.candidate) == (1, 2)]
-    assert told == [(0, 32, False), (32, 64, False), (64, 65, True)]
-    assert [e[3:] for e in events if (e.prompt, e.candidate) == (1, 1)] == [(0, 32, False), (32, 64, True)]
-
-
-def call(number=0, **rows):
-    return RankCall(step=1, number=number, **rows)
-
-
-def row(name, start, tokens, last):
-    key = SequenceKey(name, 0)
-    return Row(key=key, prompt_tokens=1, start=start, token_ids=np.zeros(tokens, dtype=np.int32), last=last)
-
-
-def test_a_call_lasts_as_long_as_its_slowest_rank_and_all_gather_as_often():
-    gpu = Hardware(call_s=0.0, gather=2e6)  # a second for the small model
-    actor = Actor(SMALL, gpu, ranks=2)
-    alone = actor.seconds([call(whole=[row("a", 0, 90, True)]), call()])
-    assert alone == pytest.approx(1.0, abs=0.01)
-    both = actor.seconds([call(whole=[row("b", 0, 90, True)], growing=[row("c", 0, 90, False)]), call()])
-    assert both == pytest.approx(2.0, abs=0.01)
-    assert actor.tokens == 270
-    assert actor.calls == 2
-
-
-def test_the_peak_is_of_the_prefixes_kept_and_in_use():
-    actor = Actor(SMALL, Hardware(), ranks=1)
-    actor.seconds([call(growing=[row("a", 0, 60, False), row("b", 0, 20, False)])])
-    assert actor.peak_tokens == 80 + 2 * 60
-    actor.seconds([call(growing=[row("a", 60, 10, True)], drop=[SequenceKey("b", 0)])])
-    assert actor.peak_tokens == 80 + 2 * 60, "70 and 70 are less"
-    actor.seconds([call(growing=[row("c", 0, 150, False)])])
-    assert actor.peak_tokens == 150 + 150, "nothing is left of a and b"
-
-
-def project(**changes):
-    gpu = Hardware(flops=changes.pop("flops", 1e12))
-    records = overlap_projection.project(SMALL, gpu, options(**changes), seed=0)
-    return {record["arm"]: record for record in records}
-
-
-def test_a_fast_actor_hides_nearly_everything_and_computes_each_kept_token():
-    arms = project()
-    off, sequence, token = (arms[arm] for arm in (OFF, SEQUENCE, TOKEN))
-    assert off["exposed_s"] == off["off_s"] > 0
-    assert arms[BYPASS]["step_s"] < token["step_s"] < off["step_s"] + 0.2
-    assert sequence["before_end_share"] == 0
-    assert token["before_end_share"] > 0.5
-    assert token["in_rollout_share"] > sequence["in_rollout_share"] > 0.8
-    assert token["peak_gib"] > sequence["peak_gib"] == 0
-    assert {"cpu_grow_s", "cpu_next_call_s", "cpu_pickle_s"} <= token.keys()
-
-
-def test_a_slow_actor_computes_the_rest_after_generation_and_wastes_less():
-    fast, slow = project()[TOKEN], project(flops=2e9)[TOKEN]
-    assert slow["exposed_s"] > 10 * fast["exposed_s"]
-    assert slow["in_rollout_share"] < fast["in_rollout_share"]
-    assert slow["wasted"] < fast["wasted"]
-
-
-def test_the_cache_stays_within_its_budget():
-    tight = 20 * 1100 * SMALL.kv_bytes / overlap_projection.GIB
-    arms = project(kv_cache_gib=tight)
-    assert 0 < arms[TOKEN]["peak_gib"] <= tight
-    assert arms[TOKEN]["in_rollout_share"] > 0.5
-
-
-def test_the_command_prints_its_assumptions_and_says_that_it_is_no_measurement(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(overlap_projection, "SHAPES", (SMALL,))
-    out = tmp_path / "projection.json"
-    arguments = ["--prompts=4", "--median=200", "--limit=512", "--ranks=2", "--servers=2", "--seeds=2", f"--out={out}"]
-    assert overlap_projection.main(arguments) == 0
-    printed = capsys.readouterr().out
-    assert "A projection, not measured" in printed
-    assert all(f"| {name} | {text} |" in printed for name, text in overlap_projection.ASSUMPTIONS)
-    assert "pass  scheduler, CPU seconds of the worst step" in printed
-    assert len(json.loads(out.read_text())["records"]) == 2 * 4

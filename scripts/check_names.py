@@ -1,0 +1,137 @@
+"""Measures the words of the code: local names of one word, docstrings without a subject, class names used twice.
+
+    .venv/bin/python scripts/check_names.py          three figures; exit code 1 if one is above its limit
+    .venv/bin/python scripts/check_names.py --list   every offender with its place, too
+    .venv/bin/python scripts/check_names.py --top 40 the most frequent names of one word, too
+
+A local name is one that a function binds: a parameter, or the target of an assignment, a loop, `with`, `except`, a
+comprehension, `:=` or `match`. It counts once a function, without leading underscores; `self`, `cls` and `_` never do.
+"""
+
+import argparse
+import ast
+import re
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("darts", "verl_patches", "recipe", "scripts")
+LIMITS = {"names share": 70.0, "docstrings": 0.0, "class names": 0.0}
+"""The per cent of local names that have one word; docstrings that begin with a preposition; class names used twice."""
+TERMS = {term + end for term in ("budget", "candidate", "group", "prompt", "response", "rollout") for end in ("", "s")}
+"""The field's words for what DARTS handles. They are names as they are, and do not count as names of one word."""
+NESTED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+PREPOSITION = re.compile(r"\s*(Of|As|With)\b")
+
+
+class Found(NamedTuple):
+    """One finding, e.g. `Found("darts/group.py", 42, "kept")`."""
+
+    path: str
+    line: int
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}: {self.text}"
+
+
+class Words(NamedTuple):
+    """What was found: all local names, and the docstrings and classes that should be called otherwise."""
+
+    local_names: list[Found]
+    docstrings: list[Found]
+    classes: list[Found]
+
+    def one_word(self) -> list[Found]:
+        return [name for name in self.local_names if "_" not in name.text and name.text not in TERMS]
+
+    def figures(self) -> dict[str, float]:
+        """The figures that have limits, by the names of the limits."""
+        return {
+            "names share": 100 * len(self.one_word()) / max(len(self.local_names), 1),
+            "docstrings": float(len(self.docstrings)),
+            "class names": float(len({found.text for found in self.classes})),
+        }
+
+
+def bound_names(function: ast.AST) -> dict[str, int]:
+    """The names that a function binds in its own scope, with a line of each; those of functions in it are theirs."""
+    lines: dict[str, int] = {}
+    declared = {"self", "cls"}
+    queue = list(ast.iter_child_nodes(function))
+    while queue:
+        node = queue.pop()
+        name = None
+        if isinstance(node, ast.Global | ast.Nonlocal):
+            declared.update(node.names)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            name = node.id
+        elif isinstance(node, ast.arg):
+            name = node.arg
+        elif isinstance(node, ast.ExceptHandler | ast.MatchAs | ast.MatchStar):
+            name = node.name
+        elif isinstance(node, ast.MatchMapping):
+            name = node.rest
+        if name is not None:
+            lines[name] = getattr(node, "lineno", 0)
+        if not isinstance(node, NESTED):
+            queue += ast.iter_child_nodes(node)
+    names = {name: name.strip("_") for name in lines if name not in declared}
+    return {bare: lines[name] for name, bare in names.items() if bare}
+
+
+def words(sources: Iterable[tuple[str, str]]) -> Words:
+    """Reads pairs of a path and its code."""
+    local_names, docstrings = [], []
+    classes: dict[str, list[Found]] = defaultdict(list)
+    for path, source in sources:
+        for node in ast.walk(ast.parse(source, filename=path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                local_names += [Found(path, line, name) for name, line in bound_names(node).items()]
+            elif isinstance(node, ast.ClassDef):
+                classes[node.name].append(Found(path, node.lineno, node.name))
+            elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                # Also the strings under a constant or a field.
+                text = str(node.value.value)
+                if PREPOSITION.match(text):
+                    docstrings.append(Found(path, node.lineno, text.strip().splitlines()[0]))
+    twice = [found for name in sorted(classes) if len(classes[name]) > 1 for found in classes[name]]
+    return Words(sorted(local_names), sorted(docstrings), twice)
+
+
+def sources_in(root: Path) -> Iterator[tuple[str, str]]:
+    for folder in FOLDERS:
+        for path in sorted((root / folder).rglob("*.py")):
+            yield path.relative_to(root).as_posix(), path.read_text()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", nargs="?", type=Path, default=ROOT, help="the repository to read")
+    parser.add_argument("--list", action="store_true", help="print every offender with its place")
+    parser.add_argument("--top", type=int, default=0, metavar="N", help="print the N most frequent names of one word")
+    options = parser.parse_args(arguments)
+
+    tree_words = words(sources_in(options.root))
+    one_word = tree_words.one_word()
+    if options.list:
+        print(*one_word, *tree_words.docstrings, *tree_words.classes, sep="\n")
+    for name, count in Counter(found.text for found in one_word).most_common(options.top):
+        print(f"{count:5} {name}")
+
+    num_names = len(tree_words.local_names)
+    with_terms = sum("_" not in found.text for found in tree_words.local_names)
+    letters = sum(len(found.text) for found in tree_words.local_names) / max(num_names, 1)
+    print(f"{num_names} local names of {letters:.1f} letters in the mean")
+    print(f"{len(one_word)} have one word, {with_terms} if the field's terms counted too")
+    figures = tree_words.figures()
+    for key, figure in figures.items():
+        print(f"{key}: {figure:.1f} (limit {LIMITS[key]:g})")
+    return int(any(figure > LIMITS[key] for key, figure in figures.items()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

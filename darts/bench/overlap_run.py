@@ -39,6 +39,7 @@ from darts.engines.start import engine_processes, process_of
 from darts.messages import CANDIDATE
 from darts.rollout.manager import DartsAgentLoopManager
 from darts.rollout.worker import DartsAgentLoopWorker
+from darts.strategy import make_strategy
 from darts.training.launch import DartsTaskRunner
 from darts.training.trainer import RayDartsTrainer
 
@@ -88,7 +89,7 @@ class ArmsTrainer(RayDartsTrainer):
         mode = arm if arm in OVERLAPPED else OFF
         self.darts = dataclasses.replace(self.darts, overlap=dataclasses.replace(self.darts.overlap, mode=mode))
         self._log_probs, self.async_rollout_manager.overlap = self._arms[arm]
-        self.async_rollout_manager.darts = self.darts
+        self.use_strategy(make_strategy(self.darts, self.config.data.train_batch_size))
         self.config.algorithm.rollout_correction.bypass_mode = arm == BYPASS
 
     def fit_step(self, batch_dict: Any = None) -> None:

@@ -132,7 +132,7 @@ class Bench:
             sampling: Sampling parameters that all candidates get on top of the configuration's.
         """
         manager = self._manager
-        manager.darts = darts
+        manager.begin_round(darts)
         ray.get([server.clear_kv_cache.remote() for server in self._servers], timeout=60)
         batch = batch_of(questions, darts.group_size, step, sampling or {})
         before = self._cpu_seconds()

@@ -26,7 +26,6 @@ from darts.overlap.outbox import GrowthOutbox
 from darts.pool import CandidatePool, State
 from darts.rollout.client import DartsServerClient, OpenRequest
 
-
 MEASURED = (
     "reward", "weights_min", "weights_max", "prompt_tokens", "cached_tokens", "chunks", "chunk_seconds", "ended_at",
     "stop_seconds", "tokens_after",

@@ -52,7 +52,11 @@ def test_the_ablation_adds_what_the_paper_adds():
     assert streaming.allocation.mode == "off"
     assert (dual_end.allocation.mode, dual_end.allocation.mean_candidates) == ("uniform", 10.5)
     assert dual_end.group_rules(12).num_long == 1
-    assert (adaptive.allocation.mode, adaptive.group_rules(12).num_long, adaptive.group_rules(11).num_long) == ("adaptive", 0, 1)
+    assert (adaptive.allocation.mode, adaptive.group_rules(12).num_long, adaptive.group_rules(11).num_long) == (
+        "adaptive",
+        0,
+        1,
+    )
     assert adaptive.early_stop == "eager"
 
 

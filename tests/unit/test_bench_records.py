@@ -104,7 +104,7 @@ def test_a_time_that_verl_no_longer_gives_is_an_error(missing):
     """And not a phase that took no time."""
     metrics = {key: 1.0 for key in TIMES.values() if key != missing}
     with pytest.raises(KeyError, match=missing):
-        step_record(arm="none", seed=0, step=1, place=0, metrics=metrics, pool=made_pool([10], [1]))
+        step_record(arm="none", seed=0, step=1, place=0, metrics=metrics, pool=made_pool([10], [1], size=1))
 
 
 # --- the file --------------------------------------------------------------------------------------------------------

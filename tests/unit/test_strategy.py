@@ -91,7 +91,11 @@ def test_sorted_consumes_its_cache_before_new_prompts_come():
     strategy = Sorted(DARTS, PROMPTS)
     first = strategy.next_round()
     assert (first.new, first.queued, first.harvest) == (64, (), PROMPTS)
-    assert (first.rules.allocation.mode, first.rules.group_rules(M).num_long, first.rules.early_stop) == ("off", 0, "off")
+    assert (first.rules.allocation.mode, first.rules.group_rules(M).num_long, first.rules.early_stop) == (
+        "off",
+        0,
+        "off",
+    )
     strategy.ended(range(64), range(0, 64, 4))
     second = strategy.next_round()
     assert (second.new, second.harvest) == (0, PROMPTS)

@@ -32,7 +32,7 @@ from darts.history import prompt_key
 from darts.latency import LatencyCurve, StepTimes
 from darts.metrics import rollout_metrics
 from darts.planning import Plan, Rollout, RolloutPlanner
-from darts.pool import CandidatePool
+from darts.pool import CandidatePool, State
 
 GROUP_SIZE, MEAN = 8, 12.0
 ENGINES, MAX_RUNNING, LIMIT = 8, 256, 8192
@@ -69,26 +69,23 @@ def pool_of(plan: Plan, rng: np.random.Generator) -> CandidatePool:
         finishing = max(GROUP_SIZE, int(np.ceil(FINISHING * budget)))
         parts.append((np.minimum(drawn, drawn[rank == finishing - 1]), rank, np.full(budget, finishing)))
     length, rank, finishing = map(np.concatenate, zip(*parts, strict=True))
-    aborted, count = rank >= finishing, len(length)
-    zero = np.zeros(count, dtype=np.int64)
-    return CandidatePool(
-        prompt=np.repeat(np.arange(len(plan.keys)), plan.budgets),
-        candidate=np.concatenate([np.arange(budget) for budget in plan.budgets]),
+    aborted = rank >= finishing
+    return CandidatePool.of(
+        plan.budgets,
         length=length,
-        truncated=(length == LIMIT) & ~aborted,
-        aborted=aborted,
-        lost=np.zeros(count, dtype=bool),
+        state=np.select([aborted, length == LIMIT], [State.STOPPED.value, State.TRUNCATED.value], State.FINISHED.value),
         kept=rank < GROUP_SIZE,
         arrival=np.where(aborted, -1, rank),
         saturated=np.repeat(plan.budgets == plan.budgets.max(), plan.budgets),
-        reward=np.where(aborted, np.nan, rng.integers(0, 2, count)),
-        prompt_tokens=zero + 200,
+        reward=np.where(aborted, np.nan, rng.integers(0, 2, len(length))),
+        prompt_tokens=200,
         chunks=length // 256,
         chunk_seconds=0.01 * (length // 256),
         ended_at=1.7e9 + 0.02 * length,
         stop_seconds=np.where(aborted, 0.05, np.nan),
-        tokens_after=aborted.astype(np.int64),
-        **dict.fromkeys(("num_long", "weights_min", "weights_max", "cached_tokens"), zero),
+        tokens_after=aborted,
+        weights_min=0,
+        weights_max=0,
     )
 
 

@@ -155,7 +155,8 @@ class RolloutBench:
             planner: plans it, instead of the one that planned the rollout before.
         """
         manager = self._manager
-        manager.darts, manager.planner = darts, planner or manager.planner
+        manager.planner = planner or manager.planner
+        manager.begin_round(darts)
         ray.get([server.clear_kv_cache.remote() for server in self._servers], timeout=60)
         batch = batch_of(questions, darts.group_size, step, sampling or {})
         before = self._cpu_seconds()

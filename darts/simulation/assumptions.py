@@ -27,7 +27,7 @@ def assumptions(arms: Sequence[Arm], setting: Setting) -> list[str]:
         round_ = strategy.next_round()
         rules, most = round_.rules, width(arm, setting)
         surplus = most > setting.group_size
-        early = rules.early_stop != "off" and surplus and rules.num_long_for(most) == 0
+        early = surplus and rules.group_rules(most).stops_early
         stops = round_.harvest is not None or (rules.enable and (early or rules.selection.long_wait == "deadline"))
         if costs.candidate_s == 0 and (surplus or len(round_.queued) + round_.new > setting.num_prompts):
             favoured[more].append(arm.name)

@@ -51,17 +51,21 @@ def test_the_ablation_adds_what_the_paper_adds():
     assert not streaming.some_shortest_only
     assert streaming.allocation.mode == "off"
     assert (dual_end.allocation.mode, dual_end.allocation.mean_candidates) == ("uniform", 10.5)
-    assert dual_end.num_long_for(12) == 1
-    assert (adaptive.allocation.mode, adaptive.num_long_for(12), adaptive.num_long_for(11)) == ("adaptive", 0, 1)
+    assert dual_end.group_rules(12).num_long == 1
+    assert (adaptive.allocation.mode, adaptive.group_rules(12).num_long, adaptive.group_rules(11).num_long) == (
+        "adaptive",
+        0,
+        1,
+    )
     assert adaptive.early_stop == "eager"
 
 
 def test_components_are_switched_off_one_by_one():
     darts = config("darts")
     assert config("uniform").allocation.mode == "uniform"
-    assert (darts.num_long_for(12), config("dual-end only").num_long_for(12)) == (0, 1)
+    assert (darts.group_rules(12).num_long, config("dual-end only").group_rules(12).num_long) == (0, 1)
     assert config("no early stop").early_stop == "off"
-    assert config("no longest").num_long_for(9) == 0
+    assert config("no longest").group_rules(9).num_long == 0
     assert config("deadline").selection.long_wait == "deadline"
     assert config("exact").early_stop == "exact"
 

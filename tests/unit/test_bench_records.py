@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from darts.bench.records import JSON, TIMES, RecordError, Records, StepRecord, records_of, step_record, table_of
 from darts.bench.slots import in_turns, slot_steps
-from darts.pool import finished_pool
+from darts.pool import CandidatePool
 
 # --- slots -----------------------------------------------------------------------------------------------------------
 
@@ -69,13 +69,9 @@ METRICS = {
 
 
 def made_pool(length, kept, reward=None, aborted=None, size=2):
-    count = len(length)
-    pool = finished_pool(
-        np.array(length), truncated=np.zeros(count, dtype=bool), group_size=size, ended_at=0.0,
-        reward=np.full(count, np.nan) if reward is None else np.array(reward, dtype=float),
-    )  # fmt: skip
-    aborted = np.zeros(count, dtype=bool) if aborted is None else np.array(aborted, dtype=bool)
-    return dataclasses.replace(pool, kept=np.array(kept, dtype=bool), aborted=aborted)
+    state = "d" if aborted is None else np.where(aborted, "a", "d")
+    known = {} if reward is None else {"reward": reward}
+    return CandidatePool.of([size] * (len(length) // size), length=length, state=state, kept=kept, **known)
 
 
 def test_record_of_a_step():
@@ -108,7 +104,7 @@ def test_a_time_that_verl_no_longer_gives_is_an_error(missing):
     """And not a phase that took no time."""
     metrics = {key: 1.0 for key in TIMES.values() if key != missing}
     with pytest.raises(KeyError, match=missing):
-        step_record(arm="none", seed=0, step=1, place=0, metrics=metrics, pool=made_pool([10], [1]))
+        step_record(arm="none", seed=0, step=1, place=0, metrics=metrics, pool=made_pool([10], [1], size=1))
 
 
 # --- the file --------------------------------------------------------------------------------------------------------

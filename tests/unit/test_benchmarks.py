@@ -139,7 +139,7 @@ def test_the_arms_launch_equally_many_and_saturate_as_named():
         assert plan.budgets.sum() == 42
         assert darts.seed == 3
         assert darts.selection.long_wait == "deadline"
-        saturated[arm] = sum(darts.num_long_for(budget) == 0 for budget in plan.budgets.tolist())
+        saturated[arm] = sum(darts.group_rules(budget).num_long == 0 for budget in plan.budgets.tolist())
     assert saturated == {budgets.UNIFORM: 0, budgets.HALF: 2, budgets.ADAPTIVE: 2}
 
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 HERE = Path(__file__).parent
 TIERS = ("unit", "contract", "actor", "ray", "engine", "e2e")
+
+# An example may take as long as it likes: what 200 ms are enough for says nothing on a slow machine.
+settings.register_profile("darts", deadline=None)
+settings.load_profile("darts")
+
+# Ray starts its workers with niceness 15. Beside other work they would have next to no processor, and tests would wait.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

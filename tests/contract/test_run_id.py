@@ -12,7 +12,7 @@ from verl.workers.rollout.vllm_rollout import vllm_async_server, vllm_rollout
 from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightSender
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
-import verl_patches.weights.sync  # noqa: F401  (applies the patches)
+import verl_patches.weight_sync  # noqa: F401  (applies the patches)
 from verl_patches import vllm_plugin
 from verl_patches.patching import original
 from verl_patches.weights import run_id

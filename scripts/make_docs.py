@@ -174,7 +174,8 @@ def measured(file: str, name: str, chosen: str | None) -> str:
     if name not in BENCH_TABLES:
         return documents.tell(path, name, [int(gpus) for gpus in choices])
     _, results = report.load(path)
-    return BENCH_TABLES[name](results.only(choices) if choices else results)
+    results.arms = choices or results.arms
+    return BENCH_TABLES[name](results)
 
 
 if __name__ == "__main__":

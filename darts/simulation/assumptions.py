@@ -27,7 +27,7 @@ def assumptions(arms: Sequence[ReplayArm], setting: Setting) -> list[str]:
         round_ = strategy.next_round()
         rules, most_candidates = round_.rules, width(arm, setting)
         has_surplus = most_candidates > setting.group_size
-        early = rules.early_stop != "off" and has_surplus and rules.num_long_for(most_candidates) == 0
+        early = has_surplus and rules.group_rules(most_candidates).stops_early
         has_aborts = round_.harvest is not None or (rules.enable and (early or rules.selection.long_wait == "deadline"))
         if costs.candidate_s == 0 and (has_surplus or len(round_.queued) + round_.new > setting.num_prompts):
             favoured[more_candidates].append(arm.name)

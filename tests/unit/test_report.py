@@ -11,12 +11,11 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from darts.evidence.figures import Missing
+from darts.evidence.figures import Missing, draw_all
 from darts.evidence.trace import find_file
 from darts.metrics import METRICS
 from darts.report import figures as report_figures
 from darts.report import run as report_run
-from darts.report.figures import draw
 from darts.report.page import main, summary
 from darts.report.run import first_and_last, read_run
 
@@ -372,7 +371,7 @@ def test_missing_figures_are_named_with_the_reason(tmp_path, capsys):
 
 @pytest.mark.parametrize("options", [{"steps": 1}, {"steps": 120}, {"steps": 12, "history": False, "pool": False}])
 def test_all_sizes_can_be_drawn(tmp_path, options):
-    drawn = {some.name: some for some in draw(read(tmp_path, fake_steps(**options)))}
+    drawn = {some.name: some for some in draw_all(report_figures.FIGURES, read(tmp_path, fake_steps(**options)))}
     assert [name for name, figure in drawn.items() if figure.png is None] == (["cost"] if "history" in options else [])
     assert "running means" not in drawn["time"].caption
     assert ("running means" in drawn["lengths"].caption) == (options["steps"] == 120)

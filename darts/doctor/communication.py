@@ -121,7 +121,7 @@ def communication_facts(logical: int, limit_s: float, rank_class: type[Rank] = R
             yield from _reduce_facts(nodes, backend, limit_s, rank_class)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         fix = "is it the address of a head node (ray start --head) with the same Ray, RAY_AUTH_MODE and token?"
-        yield Fact(name="Ray", status=FAILED, value=" ".join(str(error).split()), fix=fix)
+        yield Fact("Ray", FAILED, " ".join(str(error).split()), fix)
 
 
 @contextmanager
@@ -143,7 +143,7 @@ def _cluster(num_gpus: int | None, limit_s: float) -> Iterator[None]:
         ray.shutdown()
 
 
-def _name(node: Mapping[str, Any]) -> str:
+def _address(node: Mapping[str, Any]) -> str:
     return node["NodeManagerAddress"]
 
 
@@ -161,28 +161,28 @@ def _look() -> tuple[dict[str, str], list[Fact]]:
 
 def _node_facts(nodes: list[Mapping[str, Any]], limit_s: float) -> Iterator[Fact]:
     """Which nodes, with the same versions everywhere, and what is not ok there."""
-    listed = ", ".join(f"{_name(node)} {_gpus(node)}" for node in nodes)
-    yield Fact(name="nodes", status=OK, value=f"{len(nodes)}, with GPUs: {listed}")
+    listed = ", ".join(f"{_address(node)} {_gpus(node)}" for node in nodes)
+    yield Fact("nodes", OK, f"{len(nodes)}, with GPUs: {listed}")
     task = ray.remote(num_cpus=0, max_retries=0)(_look)
     asked = [task.options(scheduling_strategy=_on(node)).remote() for node in nodes]
     done, _ = ray.wait(asked, num_returns=len(asked), timeout=limit_s)
     for node, reference in zip(nodes, asked, strict=True):
-        name = f"node {_name(node)}"
+        name = f"node {_address(node)}"
         if reference not in done:
             ray.cancel(reference, force=True)
             fix = "look at Ray's logs there; the first process of a slow disk takes long: --limit-s 300"
-            yield Fact(name=name, status=FAILED, value=f"did not answer within {limit_s:g} s", fix=fix)
+            yield Fact(name, FAILED, f"did not answer within {limit_s:g} s", fix)
             continue
         answer, error = _answer(reference)
         if error:
             fix = f"the same folder and environment on every node: {SETUP}"
-            yield Fact(name=name, status=FAILED, value=error, fix=fix)
+            yield Fact(name, FAILED, error, fix)
             continue
         found, facts = answer
-        yield judge_same(_name(node), versions(), found)
+        yield judge_same(_address(node), versions(), found)
         if len(nodes) > 1:
             for fact in worst(facts):
-                yield Fact(name=name, status=fact.status, value=f"{fact.name} {fact.value}", fix=fact.fix)
+                yield Fact(name, fact.status, f"{fact.name} {fact.value}", fact.fix)
 
 
 # --- all-reduce ------------------------------------------------------------------------------------------------------
@@ -194,15 +194,12 @@ def _reduce_facts(
     nodes = [node for node in nodes if _gpus(node)]
     total, free = sum(map(_gpus, nodes)), int(ray.available_resources().get("GPU", 0))
     if free < total or total == 0:
-        fix = (
-            "end what runs on the cluster, then repeat"
-            if total
-            else "start Ray where GPUs are (ray start --num-gpus=8)"
-        )
-        yield Fact(name="all-reduce", status=FAILED, value=f"{free} of {total} GPUs are free in Ray", fix=fix)
+        busy, none = "end what runs on the cluster, then repeat", "start Ray where GPUs are (ray start --num-gpus=8)"
+        fix = busy if total else none
+        yield Fact("all-reduce", FAILED, f"{free} of {total} GPUs are free in Ray", fix)
         return
     if total == 1:
-        yield Fact(name="all-reduce", status=OK, value="one GPU: nothing to communicate with")
+        yield Fact("all-reduce", OK, "one GPU: nothing to communicate with")
         return
     members, places = [], []  # the ranks of each node; the node of each rank
     for node in nodes:
@@ -215,7 +212,7 @@ def _reduce_facts(
         actor.options(scheduling_strategy=_on(node), runtime_env=environment).remote(number)
         for number, node in enumerate(places)
     ]
-    names = [f"rank {number} ({_name(node)})" for number, node in enumerate(places)]
+    names = [f"rank {number} ({_address(node)})" for number, node in enumerate(places)]
     try:
         address = _ask(ranks, names, "the start of the processes", limit_s, "address")[0]
         _ask(ranks, names, "joining the group", limit_s, "join", address, members, backend, limit_s)
@@ -225,7 +222,7 @@ def _reduce_facts(
             sizes = [len(ranks) for ranks in members for _ in ranks] if which == "node" else [total] * total
             yield judge_reduce(place, names, found, sizes, backend)
     except NoAnswer as error:
-        yield Fact(name="all-reduce", status=FAILED, value=str(error), fix=NETWORK)
+        yield Fact("all-reduce", FAILED, str(error), NETWORK)
     finally:
         for rank in ranks:
             ray.kill(rank)
@@ -255,7 +252,7 @@ def _answer(reference: Any) -> tuple[Any, str]:
 
 
 def _blame(ranks: list[Any], names: list[str], silent: list[int]) -> str:
-    """Of the ranks that have not answered, those that keep the others waiting."""
+    """The ranks that keep the others waiting, among those that have not answered."""
     asked = {number: ranks[number].where.remote() for number in silent}
     done, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=GRACE_S)
     entered = {number: (_answer(reference)[0] or 0) if reference in done else 0 for number, reference in asked.items()}

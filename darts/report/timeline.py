@@ -34,14 +34,13 @@ def phases_after(step: RunStep, rollout_s: float) -> list[tuple[str, float, floa
     verl does not name, which may have been anywhere between.
     """
     known = {name: step.values[f"timing_s/{name}"] for name in INSIDE_STEP if f"timing_s/{name}" in step.values}
-    gen = known.pop("gen", rollout_s)
-    other = step.values["timing_s/step"] - gen - sum(known.values())
-    parts = {REST: gen - rollout_s, **known, OTHER: other}
-    begin, phases = rollout_s, []
-    for name, seconds in parts.items():
+    gen_s = known.pop("gen", rollout_s)
+    other_s = step.values["timing_s/step"] - gen_s - sum(known.values())
+    begin_s, phases = rollout_s, []
+    for name, seconds in {REST: gen_s - rollout_s, **known, OTHER: other_s}.items():
         if seconds > 0 or name in known:
-            phases.append((name, begin, seconds))
-            begin += seconds
+            phases.append((name, begin_s, seconds))
+            begin_s += seconds
     return phases
 
 
@@ -65,11 +64,12 @@ def _timeline(run: Run) -> tuple[Figure, str]:
     if timeline is None:
         raise Missing("no step has a timeline and timing_s/step (a trace of an older version, or darts.enable=false?).")
     step, has_calls = timeline.step, len(timeline.calls) > 0
-    phases = phases_after(step, timeline.seconds)
+    phases, step_s = phases_after(step, timeline.seconds), step.values["timing_s/step"]
+    end_s = max(step_s, *(begin_s + seconds for _, begin_s, seconds in phases), timeline.seconds)
+    # 1. A panel for the candidates, one for the calls if there are some, one for the phases.
     heights = [2.0, *([1.15] if has_calls else []), 0.27 * len(phases) + 0.1]
     figure = Figure(figsize=(11, sum(heights) + 2.0 + 0.3 * has_calls))
     grid = list(figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0])
-    end = max(step.values["timing_s/step"], *(begin + seconds for _, begin, seconds in phases), timeline.seconds)
     for axes in grid:
         axes.axvspan(0, timeline.seconds, color=SHADE, zorder=0)
         axes.axvline(timeline.seconds, color=GREY, linewidth=1, linestyle="--")
@@ -79,19 +79,28 @@ def _timeline(run: Run) -> tuple[Figure, str]:
     _draw_phases(grid[-1], phases)
     for axes in grid[:-1]:
         axes.set_xlabel("")
-    grid[-1].set_xlim(0, 1.1 * end)  # there is room for the last label
+    grid[-1].set_xlim(0, 1.1 * end_s)  # there is room for the last label
     grid[-1].xaxis.set_major_formatter("{x:,g}")
-    hidden, exposed = hidden_and_exposed(timeline)
-    title = f"Step {step.number}: {_seconds(step.values['timing_s/step'])}, rollout {_seconds(timeline.seconds)}"
+    # 2. What the title says of the log-probs.
+    hidden_s, exposed_s = hidden_and_exposed(timeline)
+    title = f"Step {step.number}: {_seconds(step_s)}, rollout {_seconds(timeline.seconds)}"
     if has_calls:
-        title += f"; log-probs: {_seconds(hidden)} hidden under the rollout, {_seconds(exposed)} exposed"
-        if timeline.seconds > 0.4 * end:  # there is room
-            rows = [row for row, (name, _, _) in enumerate(phases) if name in LOG_PROBS]
-            _say_hidden(grid[-1], timeline.seconds, rows[0] if rows else 0, hidden)
+        title += f"; log-probs: {_seconds(hidden_s)} hidden under the rollout, {_seconds(exposed_s)} exposed"
+        if timeline.seconds > 0.4 * end_s:  # there is room
+            row = next((row for row, (name, _, _) in enumerate(phases) if name in LOG_PROBS), 0)
+            _label(grid[-1], f"{_seconds(hidden_s)} hidden", (timeline.seconds, row), HIDDEN, "bold", left=True)
     elif any(f"timing_s/{name}" in step.values for name in LOG_PROBS):
-        title += f"; log-probs: {_seconds(exposed)}, all exposed"
+        title += f"; log-probs: {_seconds(exposed_s)}, all exposed"
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     return figure, _caption(timeline)
+
+
+def _label(axes: Axes, text: str, at: tuple[float, float], color: str, weight: str, left: bool = False) -> None:
+    """Writes beside a point, on its right or on its left."""
+    axes.annotate(
+        text, at, (-6 if left else 5, 0), textcoords="offset points", ha="right" if left else "left", va="center",
+        fontsize=10, color=color, fontweight=weight,
+    )  # fmt: skip
 
 
 def _caption(timeline: Timeline) -> str:
@@ -133,9 +142,9 @@ def _draw_calls(axes: Axes, timeline: Timeline) -> None:
     begin, end, tokens = timeline.calls.T
     end = np.maximum(end, begin + SHORTEST_CALL_S)
     speed, cut = tokens / (end - begin), timeline.seconds
-    for color, left, right in ((HIDDEN, begin, np.minimum(end, cut)), (EXPOSED, np.maximum(begin, cut), end)):
-        some = right > left
-        axes.bar(left[some], speed[some], (right - left)[some], align="edge", color=color, linewidth=0)
+    for color, first, last in ((HIDDEN, begin, np.minimum(end, cut)), (EXPOSED, np.maximum(begin, cut), end)):
+        shown = last > first
+        axes.bar(first[shown], speed[shown], (last - first)[shown], align="edge", color=color, linewidth=0)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
     axes.yaxis.set_major_formatter("{x:,.0f}")
     hidden, _ = hidden_and_exposed(timeline)
@@ -145,29 +154,17 @@ def _draw_calls(axes: Axes, timeline: Timeline) -> None:
 
 
 def _draw_phases(axes: Axes, phases: list[tuple[str, float, float]]) -> None:
-    names = [name for name, _, _ in phases]
-    colors = [EXPOSED if name in LOG_PROBS else PHASES["gen" if name == REST else name] for name in names]
-    rows, begins, seconds = np.arange(len(phases)), *(np.array([phase[i] for phase in phases]) for i in (1, 2))
-    axes.barh(rows, seconds, left=begins, color=colors, height=0.75, edgecolor=colors, linewidth=1)
-    for row, name, at, length in zip(rows, names, begins, seconds, strict=True):
-        bold = "bold" if name in LOG_PROBS else "normal"
-        axes.annotate(
-            _seconds(length), (at + length, row), (5, 0), textcoords="offset points", va="center", fontsize=10,
-            color=EXPOSED if name in LOG_PROBS else BLACK, fontweight=bold,
-        )  # fmt: skip
-    axes.set_yticks(rows, names)
+    for row, (name, begin_s, seconds) in enumerate(phases):
+        waits = name in LOG_PROBS
+        color = EXPOSED if waits else PHASES["gen" if name == REST else name]
+        axes.barh(row, seconds, left=begin_s, color=color, height=0.75, edgecolor=color, linewidth=1)
+        look = (EXPOSED, "bold") if waits else (BLACK, "normal")
+        _label(axes, _seconds(seconds), (begin_s + seconds, row), *look)
+    axes.set_yticks(range(len(phases)), [name for name, _, _ in phases])
     axes.set_ylim(len(phases) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.grid(False, axis="y")
     dress(axes, "After the rollout", "", "seconds since the rollout began")
-
-
-def _say_hidden(axes: Axes, end: float, row: int, hidden: float) -> None:
-    """Beside what is exposed, on the other side of the rollout's end."""
-    axes.annotate(
-        f"{_seconds(hidden)} hidden", (end, row), (-6, 0), textcoords="offset points", ha="right", va="center",
-        fontsize=10, color=HIDDEN, fontweight="bold",
-    )  # fmt: skip
 
 
 # --- over the run ----------------------------------------------------------------------------------------------------
@@ -211,13 +208,13 @@ def overlap_sentence(run: Run) -> str:
     if peak > 0:
         text += f" The cache of prefixes took at most {peak:.3g} GiB on a rank."
     text += " Hidden seconds are more than what they spare: they include dropped candidates, prompts and small batches."
-    for name, what in (
-        ("late_rows", "kept rows were computed by verl after generation"),
-        ("tokens_twice", "tokens were forwarded twice"),
-    ):
-        total = np.nansum(run.series(f"darts/overlap/{name}"))
-        if total:
-            text += f" Not healthy: {total:,.0f} {what}."
+    unhealthy = {
+        "late_rows": "kept rows were computed by verl after generation",
+        "tokens_twice": "tokens were forwarded twice",
+    }
+    for name, event in unhealthy.items():
+        if total := np.nansum(run.series(f"darts/overlap/{name}")):
+            text += f" Not healthy: {total:,.0f} {event}."
     return text.strip()
 
 

@@ -16,11 +16,11 @@ class DocumentError(ValueError):
     """A file that is not the document that was asked for."""
 
 
-def save(path: Path, document: Mapping[str, Any], indent: int | None = None) -> None:
+def save(path: Path, document: Mapping[str, Any]) -> None:
     """Writes a document in one go; its folder is made if it is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    draft.write_text(json.dumps(document, default=str, allow_nan=False, indent=indent) + "\n")
+    draft.write_text(json.dumps(document, default=str, allow_nan=False) + "\n")
     draft.replace(path)
 
 

@@ -6,13 +6,13 @@ slow or too fast, and what running engines show corrects it.
 """
 
 import json
+import os
 import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 from darts.config import ConfigError
-from darts.evidence import documents
 from darts.latency import LatencyCurve
 
 KEY = "darts.latency.profile"
@@ -43,7 +43,11 @@ class LatencyProfile:
 
     def save(self, path: str | Path) -> None:
         """Writes the file in one go: it is the old one or the new one, never a part."""
-        documents.save(Path(path), asdict(self), indent=2)
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        part.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        os.replace(part, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "LatencyProfile":

@@ -173,10 +173,8 @@ def summarise(steps: Steps, validation: list[float], moved: float) -> str:
 def _budgets(steps: Steps) -> str:
     """How many candidates prompts got, and how well the spread of their lengths was known before."""
     low, high = (_column(steps, f"darts/allocation/budget_{end}") for end in ("min", "max"))
-    text, correlation = (
-        f"{low.min():.0f} to {high.max():.0f} candidates",
-        _column(steps, "darts/history/std_correlation"),
-    )
+    correlation = _column(steps, "darts/history/std_correlation")
+    text = f"{low.min():.0f} to {high.max():.0f} candidates"
     if np.isfinite(correlation).any():
         text += f"; predicted std correlates by {np.nanmean(correlation):.2f} with observed"
     return text

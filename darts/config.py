@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 
-from darts.group import EARLY_STOP, LONG_WAIT
+from darts.group import EARLY_STOP, LONG_WAIT, GroupRules
 
 STRATEGIES = ("none", "bypass", "shortest_k", "darts", "tail_batching", "sorted")
 
@@ -257,19 +257,28 @@ class DartsConfig:
         """K = M - L."""
         return self.group_size - self.selection.num_long
 
-    def num_long_for(self, budget: int) -> int:
-        """L for a prompt with `budget` candidates; 0 where it is shortest-only (saturated, or forced by the mode)."""
+    def group_rules(self, budget: int) -> GroupRules:
+        """The rules of a group of `budget` candidates: shortest-only where it is saturated, or the mode says so.
+
+        Without DARTS all M are kept.
+        """
+        if not self.enable:
+            return GroupRules(num_keep=self.group_size)
         saturated = self.selection.mode == "auto" and budget >= self.allocation.high
-        if saturated or self.selection.mode == "shortest_only":
-            return 0
-        return self.selection.num_long
+        shortest_only = saturated or self.selection.mode == "shortest_only"
+        return GroupRules(
+            num_keep=self.group_size,
+            num_long=0 if shortest_only else self.selection.num_long,
+            early_stop=self.early_stop,
+            long_wait=self.selection.long_wait,
+        )
 
     @property
     def some_shortest_only(self) -> bool:
         """Whether some group of a batch may be shortest-only, so that early stop can act."""
         allocation = self.allocation
         largest = {"adaptive": allocation.high, "uniform": math.ceil(allocation.fallback_mean), "off": self.group_size}
-        return self.num_long_for(largest[allocation.mode]) == 0
+        return self.group_rules(largest[allocation.mode]).num_long == 0
 
     @classmethod
     def from_block(cls, block: Mapping[str, Any] | None, group_size: int) -> "DartsConfig":

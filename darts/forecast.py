@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darts.config import DartsConfig
-from darts.latency import LatencyCurve, StepTimes
+from darts.latency import LatencyCurve, StepTimes, decode_seconds
 
 REFINE_WEIGHT = 0.3
 """Weight of a new rollout in the refined curve (our choice)."""
@@ -61,17 +61,28 @@ def stopped_lengths(
     Returns:
         The same shape; what does not run has 0.
     """
-    size, early = darts.group_size, darts.early_stop != "off"
+    size, distinct = darts.group_size, {budget: darts.group_rules(budget) for budget in set(budgets.tolist())}
+    rules = [distinct[budget] for budget in budgets.tolist()]
+    stops, awaits = np.array([(each.stops_early, each.awaits_deadline) for each in rules]).T
     runs = np.arange(lengths.shape[-1]) < budgets[:, None]
     valid = np.where(runs & (lengths < limit), lengths, np.inf)
     enough = np.partition(valid, size - 1, axis=-1)[..., size - 1]  # when M valid ones have ended; inf: never
     last = np.where(runs, lengths, 0.0).max(axis=-1)
-    shortest_only = np.array([darts.num_long_for(int(budget)) == 0 for budget in budgets], dtype=bool)
-    ends = np.where(shortest_only & early, np.minimum(enough, last), last)
-    if darts.selection.long_wait == "deadline":
-        settled = np.where(shortest_only, ends, np.minimum(enough, last))
-        ends = np.where(shortest_only, ends, np.minimum(ends, settled.max(axis=-1, keepdims=True)))
+    settled = np.where(stops | awaits, np.minimum(enough, last), last)
+    ends = np.where(awaits, np.minimum(last, settled.max(axis=-1, keepdims=True)), settled)
     return np.where(runs, np.minimum(lengths, ends[..., None]), 0.0)
+
+
+def _deal(launched: NDArray[np.float64], num_engines: int) -> NDArray[np.float64]:
+    """Deals sequences out to engines one by one: shape [draws, launched] -> [draws, num_engines, most of an engine].
+
+    An engine with one fewer has one of 0 tokens in the end.
+    """
+    draws, count = launched.shape
+    deepest = -(-count // num_engines)
+    tokens = np.zeros((draws, deepest * num_engines))
+    tokens[:, :count] = launched
+    return tokens.reshape(draws, deepest, num_engines).swapaxes(1, 2)
 
 
 class CostModel:
@@ -106,42 +117,11 @@ class CostModel:
         draws = lengths.reshape(len(lengths), -1)
         runs = draws > 0
         if (runs == runs[0]).all():  # as many of each prompt in all draws: at once, for speed
-            return float(self._slowest(draws[:, runs[0]], num_engines, max_running).mean()) + self.overhead_s
-        slowest = [self._slowest(draw[draw > 0][None], num_engines, max_running)[0] for draw in draws]
+            launched = [draws[:, runs[0]]]
+        else:
+            launched = [draw[draw > 0][None] for draw in draws]
+        slowest = [decode_seconds(_deal(some, num_engines), self.curve, max_running).max(axis=1) for some in launched]
         return float(np.mean(slowest)) + self.overhead_s
-
-    def _slowest(self, launched: NDArray[np.float64], num_engines: int, max_running: int | None) -> NDArray[np.float64]:
-        """As `darts.latency.makespan` for each draw; shape [draws, launched] -> [draws]."""
-        count = launched.shape[1]
-        deepest = -(-count // num_engines)
-        if max_running is not None and deepest > max_running:
-            engines = range(num_engines)
-            return np.array(
-                [max(self._queued(draw[engine::num_engines], max_running) for engine in engines) for draw in launched]
-            )
-        tokens = np.zeros((len(launched), deepest * num_engines))  # an engine with one fewer has one of 0 tokens
-        tokens[:, :count] = launched
-        return self._together(tokens.reshape(len(launched), deepest, num_engines).swapaxes(1, 2)).max(axis=1)
-
-    def _together(self, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Seconds of sequences that start together: shape [..., sequences] -> [...]."""
-        step_seconds = self.curve(np.arange(tokens.shape[-1], -1, -1))
-        # sum_j (l_j - l_(j-1)) p_j = sum_j l_j (p_j - p_(j+1))
-        return np.sort(tokens, axis=-1) @ -np.diff(step_seconds)
-
-    def _queued(self, tokens: NDArray[np.float64], slots: int) -> float:
-        """Seconds of an engine whose sequences wait for a free slot in their order.
-
-        As many are taken from the queue at once as start before the first of them ends.
-        """
-        free, waited, queue = np.sort(tokens[:slots]), 0.0, tokens[slots:]
-        while len(queue):
-            ends = free[: len(queue)] + queue[: len(free)]
-            late = free[1 : len(ends)] > np.minimum.accumulate(ends)[:-1]
-            count = int(np.argmax(late)) + 1 if late.any() else len(ends)
-            waited = float(free[count - 1])
-            free, queue = np.sort(np.concatenate([free[count:], ends[:count]])), queue[count:]
-        return waited * self.curve(slots) + float(self._together(free - waited))
 
     def refine(
         self,

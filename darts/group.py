@@ -1,11 +1,11 @@
 """The candidates of one prompt as a state machine: lengths as they grow in, the decision out.
 
 Contract: pure, no clock, no I/O and no randomness. The agent-loop worker that runs the candidates owns one
-`CandidateGroup` per prompt.
+`CandidateGroup` per prompt, by the `GroupRules` that the settings make for its budget (`DartsConfig.group_rules`).
 
-Every candidate runs until it ends, once: by `finish` (by itself, or at the length limit), by `stop` (aborted, with what
-it had) or by `lose` (without a usable response, though nobody asked). Every event answers which candidates to abort
-now; each is named once.
+Every candidate has a `State`. It runs until it ends, once: by `finish` (by itself, or at the length limit), by `stop`
+(aborted, with what it had) or by `lose` (without a usable response, though nobody asked). Every event answers which
+candidates to abort now; each is named once.
 
 1. The group is complete when no candidate runs that could still be kept; then, and only then, `kept` is defined, and it
    never changes. Aborted candidates may still be on their way out.
@@ -25,13 +25,60 @@ now; each is named once.
 """
 
 import math
-from bisect import bisect_left, insort
-from collections.abc import Collection
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+from darts.pool import State
 from darts.selection import select
 
 EARLY_STOP = ("eager", "exact", "off")
 LONG_WAIT = ("all", "deadline")
+LIKELY = 0.9
+"""Chance of a candidate that is kept unless the others surprise (our choice)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupRules:
+    """What a group keeps, stops and waits for.
+
+    Raises:
+        ValueError: `num_keep` below 1, `num_long` outside [0, num_keep), an unknown mode.
+
+    Example:
+        >>> GroupRules(num_keep=8, num_long=1, long_wait="deadline").awaits_deadline
+        True
+    """
+
+    num_keep: int  # M, candidates that are trained on
+    num_long: int = 0  # L, how many of the kept are the longest; 0 is shortest-only
+    early_stop: str = "off"  # what a shortest-only group aborts; see the module's contract
+    long_wait: str = "all"  # what a dual-end group waits for; see the module's contract
+
+    def __post_init__(self) -> None:
+        if self.num_keep < 1:
+            raise ValueError(f"num_keep={self.num_keep}: must be at least 1.")
+        if not 0 <= self.num_long < self.num_keep:
+            raise ValueError(f"num_long={self.num_long}: must lie in [0, num_keep={self.num_keep}).")
+        if self.early_stop not in EARLY_STOP:
+            raise ValueError(f"early_stop={self.early_stop!r}: must be one of {', '.join(EARLY_STOP)}.")
+        if self.long_wait not in LONG_WAIT:
+            raise ValueError(f"long_wait={self.long_wait!r}: must be one of {', '.join(LONG_WAIT)}.")
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether candidates are aborted once M valid ones have finished."""
+        return self.num_long == 0 and self.early_stop != "off"
+
+    @property
+    def follows_growth(self) -> bool:
+        """Whether a report of progress may decide something."""
+        return self.num_long == 0 and self.early_stop == "exact"
+
+    @property
+    def awaits_deadline(self) -> bool:
+        """Whether the group may be `ready` before it is complete."""
+        return self.num_long > 0 and self.long_wait == "deadline"
 
 
 class CandidateGroup:
@@ -39,16 +86,13 @@ class CandidateGroup:
 
     Args:
         num_candidates: M'_i, candidates that were launched.
-        num_keep: M, candidates that are trained on.
-        num_long: L, how many of the kept are the longest; 0 is shortest-only.
-        early_stop: what a shortest-only group aborts; see the module's contract.
-        long_wait: what a dual-end group waits for; see the module's contract.
+        rules: what is kept, stopped and waited for.
 
     Raises:
-        ValueError: `num_keep` below 1, fewer candidates than that, `num_long` outside [0, num_keep), an unknown mode.
+        ValueError: fewer candidates than `rules.num_keep`.
 
     Example:
-        >>> group = CandidateGroup(3, num_keep=2, num_long=0, early_stop="eager")
+        >>> group = CandidateGroup(3, GroupRules(num_keep=2, early_stop="eager"))
         >>> group.finish(1, 40, truncated=False)
         []
         >>> group.finish(0, 60, truncated=False)
@@ -57,39 +101,16 @@ class CandidateGroup:
         [1, 0]
     """
 
-    def __init__(
-        self,
-        num_candidates: int,
-        num_keep: int,
-        num_long: int,
-        early_stop: str = "off",
-        long_wait: str = "all",
-    ) -> None:
-        if num_keep < 1:
-            raise ValueError(f"num_keep={num_keep}: must be at least 1.")
-        if num_candidates < num_keep:
-            raise ValueError(f"num_candidates={num_candidates}: must be at least num_keep={num_keep}.")
-        if not 0 <= num_long < num_keep:
-            raise ValueError(f"num_long={num_long}: must lie in [0, num_keep={num_keep}).")
-        if early_stop not in EARLY_STOP:
-            raise ValueError(f"early_stop={early_stop!r}: must be one of {', '.join(EARLY_STOP)}.")
-        if long_wait not in LONG_WAIT:
-            raise ValueError(f"long_wait={long_wait!r}: must be one of {', '.join(LONG_WAIT)}.")
-        self.num_keep = num_keep
-        self.num_long = num_long
-        self.early_stop = early_stop
-        self.long_wait = long_wait
-        self._stops = num_long == 0 and early_stop != "off"
-        self._exact = num_long == 0 and early_stop == "exact"
+    def __init__(self, num_candidates: int, rules: GroupRules) -> None:
+        if num_candidates < rules.num_keep:
+            raise ValueError(f"num_candidates={num_candidates}: must be at least num_keep={rules.num_keep}.")
+        self.rules = rules
+        self._states = [State.RUNNING] * num_candidates
         self._lengths = [0] * num_candidates
-        self._running = set(range(num_candidates))
-        self._wanted = set(range(num_candidates))  # run, and were not asked to abort
-        self._aborted: set[int] = set()  # asked to abort
-        self._stopped: set[int] = set()
-        self._lost: set[int] = set()
-        self._truncated: set[int] = set()
         self._arrival: list[int] = []
-        self._valid: list[tuple[int, int]] = []  # (length, index) of those that ended by themselves, sorted
+        # (length, index), sorted, of those that ended by themselves before they were asked to abort. Nobody is asked
+        # before there are M of them, so a truncated one that comes later never fills the group.
+        self._valid: list[tuple[int, int]] = []
         self._kept: list[int] | None = None
         self._abandoned = False
 
@@ -100,10 +121,11 @@ class CandidateGroup:
             ValueError: an unknown candidate, or a negative length.
         """
         self._check(index, length, at_least=0)
-        if index not in self._running or length <= self._lengths[index]:
+        if self._states[index].ended or length <= self._lengths[index]:
             return []
         self._lengths[index] = length
-        return self._decide([index]) if self._exact and index in self._wanted else []
+        runs = self._states[index] is State.RUNNING
+        return self._decide([index]) if runs and self.rules.follows_growth else []
 
     def finish(self, index: int, length: int, truncated: bool) -> list[int]:
         """Candidate `index` ended after `length` tokens (end token included); `truncated` at the length limit.
@@ -111,14 +133,12 @@ class CandidateGroup:
         Raises:
             ValueError: an unknown candidate, one that has ended already, or a length below 1.
         """
-        self._check(index, length, at_least=1)
-        self._end(index, length)
-        self._arrival.append(index)
-        if truncated:
-            self._truncated.add(index)
-        elif index not in self._aborted:
+        self._check(index, length, at_least=1, running=True)
+        if self._states[index] is State.RUNNING and not truncated:
             insort(self._valid, (length, index))
-        return self._decide(self._wanted)
+        self._arrival.append(index)
+        self._end(index, length, State.TRUNCATED if truncated else State.FINISHED)
+        return self._decide(self._all(State.RUNNING))
 
     def stop(self, index: int, length: int) -> list[int]:
         """Candidate `index`, which was asked to abort, ended with `length` tokens.
@@ -126,11 +146,10 @@ class CandidateGroup:
         Raises:
             ValueError: an unknown candidate, one that has ended already or that nobody aborted, or a negative length.
         """
-        self._check(index, length, at_least=0)
-        if index not in self._aborted:
+        self._check(index, length, at_least=0, running=True)
+        if self._states[index] is not State.ABORTING:
             raise ValueError(f"candidate {index}: stopped, but it was not asked to; report it by lose().")
-        self._end(index, length)
-        self._stopped.add(index)
+        self._end(index, length, State.STOPPED)
         return []
 
     def lose(self, index: int, length: int) -> list[int]:
@@ -140,13 +159,13 @@ class CandidateGroup:
             ValueError: an unknown candidate, one that has ended already, a negative length; or too few are left, and
                 the group is of no more use.
         """
-        self._check(index, length, at_least=0)
-        self._end(index, length)
-        self._lost.add(index)
-        left = len(self._usable()) + len(self._wanted)
-        if self._kept is None and not self._abandoned and left < self.num_keep:
-            raise ValueError(f"{len(self._lost)} candidates were lost, {left} are left: {self.num_keep} are needed.")
-        return self._decide(self._wanted)
+        self._check(index, length, at_least=0, running=True)
+        lost = len(self._all(State.LOST)) + 1
+        left = len(self._valid) + len(set(self._all(State.TRUNCATED, State.RUNNING)) - {index})
+        if not self._decided and left < self.rules.num_keep:
+            raise ValueError(f"{lost} candidates were lost, {left} are left: {self.rules.num_keep} are needed.")
+        self._end(index, length, State.LOST)
+        return self._decide(self._all(State.RUNNING))
 
     def deadline(self) -> list[int]:
         """A ready group waits no longer: what still runs is to be aborted.
@@ -154,33 +173,30 @@ class CandidateGroup:
         Raises:
             ValueError: the group is neither ready, nor complete, nor abandoned.
         """
-        if self._kept is not None or self._abandoned:
+        if self._decided:
             return []
         if not self.ready:
             raise ValueError(
-                f"{len(self._valid)} valid candidates have finished (num_long={self.num_long}, "
-                f"long_wait={self.long_wait}): the deadline falls for a dual-end group with num_keep={self.num_keep}."
+                f"{len(self._valid)} valid candidates have finished (num_long={self.rules.num_long}, "
+                f"long_wait={self.rules.long_wait}): the deadline falls for a dual-end group with "
+                f"num_keep={self.rules.num_keep}."
             )
-        return self._abort(sorted(self._wanted))
+        return self._abort(self._all(State.RUNNING))
 
     def abandon(self) -> list[int]:
         """The rollout is over without this group: what still runs is to be aborted, nothing is ever kept.
 
         Nothing happens where the group is complete: what it keeps is kept.
         """
-        if self._kept is not None or self._abandoned:
+        if self._decided:
             return []
         self._abandoned = True
-        losers = sorted(self._wanted)
-        self._aborted.update(losers)
-        self._wanted.clear()
-        return losers
+        return self._abort(self._all(State.RUNNING))
 
     @property
     def ready(self) -> bool:
         """Whether a deadline may fall: a dual-end group that does not wait for all, with M valid candidates."""
-        waits = self.num_long > 0 and self.long_wait == "deadline"
-        return waits and not self._abandoned and len(self._valid) >= self.num_keep
+        return self.rules.awaits_deadline and not self._abandoned and len(self._valid) >= self.rules.num_keep
 
     @property
     def complete(self) -> bool:
@@ -195,7 +211,12 @@ class CandidateGroup:
     @property
     def ended(self) -> bool:
         """Whether no candidate runs any more, aborted ones included."""
-        return not self._running
+        return all(state.ended for state in self._states)
+
+    @property
+    def states(self) -> list[State]:
+        """What each candidate does, or how it ended."""
+        return list(self._states)
 
     @property
     def lengths(self) -> list[int]:
@@ -205,17 +226,17 @@ class CandidateGroup:
     @property
     def truncated(self) -> list[bool]:
         """Which candidates filled the response budget without ending."""
-        return self._flags(self._truncated)
+        return [state is State.TRUNCATED for state in self._states]
 
     @property
     def stopped(self) -> list[bool]:
         """Which candidates were aborted and did stop: their length is that of a part."""
-        return self._flags(self._stopped)
+        return [state is State.STOPPED for state in self._states]
 
     @property
     def lost(self) -> list[bool]:
         """Which candidates ended without a usable response."""
-        return self._flags(self._lost)
+        return [state is State.LOST for state in self._states]
 
     @property
     def arrival(self) -> list[int]:
@@ -229,7 +250,10 @@ class CandidateGroup:
         Raises:
             RuntimeError: the group is not complete.
         """
-        return list(self._decided())
+        if self._kept is None:
+            phase = "abandoned" if self._abandoned else "not decided yet"
+            raise RuntimeError(f"{len(self._arrival)} of {len(self._lengths)} candidates have finished; {phase}.")
+        return list(self._kept)
 
     def keeps(self, index: int) -> bool:
         """Whether candidate `index` is kept.
@@ -237,7 +261,7 @@ class CandidateGroup:
         Raises:
             RuntimeError: the group is not complete.
         """
-        return index in self._decided()
+        return index in self.kept
 
     def chance(self, index: int) -> float:
         """How likely candidate `index` is kept, in [0, 1] (our choice).
@@ -245,77 +269,67 @@ class CandidateGroup:
         1 is certain, unless the rollout ends without the group; so is 0, except that a truncated candidate may fill a
         group with too few valid ones.
         """
-        if self._kept is not None:
-            return float(index in self._kept)
-        if self._abandoned or index in self._aborted | self._lost | self._truncated:
-            return 0.0
-        num_short = self.num_keep - self.num_long
-        if index in self._running:
-            places = max(num_short - len(self._valid), 0) + self.num_long
-            return min(0.9, max(places, 0.5) / len(self._wanted))
-        end = (self._lengths[index], index)
-        shorter = bisect_left(self._valid, end)
-        if shorter >= num_short and len(self._valid) - 1 - shorter >= self.num_long:
-            return 0.0
-        may_be_shorter = sum((self._lengths[other], other) < end for other in self._wanted)
-        if shorter + may_be_shorter < num_short:
-            return 1.0
-        return 0.9 if shorter < num_short else max(self.num_long, 0.5) / (self.num_long + 1 + len(self._wanted))
+        num_long, num_short = self.rules.num_long, self.rules.num_keep - self.rules.num_long
+        end = self._lengths[index], index
+        shorter, longer = bisect_left(self._valid, end), len(self._valid) - bisect_right(self._valid, end)
+        running = self._all(State.RUNNING)
+        may_be_shorter = sum((self._lengths[other], other) < end for other in running)
+        open_places = max(num_short - len(self._valid), 0) + num_long
+        table = (  # what holds of it, and how likely it is kept then; the first row that holds counts
+            (self.complete, float(index in (self._kept or ()))),
+            (self.abandoned, 0.0),
+            (self._states[index] is State.RUNNING, min(LIKELY, max(open_places, 0.5) / max(len(running), 1))),
+            (shorter + longer == len(self._valid), 0.0),  # is not valid: aborted, lost or truncated
+            (shorter >= num_short and longer >= num_long, 0.0),
+            (shorter + may_be_shorter < num_short, 1.0),
+            (shorter < num_short, LIKELY),
+            (True, max(num_long, 0.5) / (num_long + 1 + len(running))),  # may be among the longest
+        )
+        return next(chance for holds, chance in table if holds)
 
     @property
     def num_valid(self) -> int:
         """Finished candidates that ended by themselves, before they were asked to abort."""
         return len(self._valid)
 
-    def _check(self, index: int, length: int, at_least: int) -> None:
+    @property
+    def _decided(self) -> bool:
+        return self._kept is not None or self._abandoned
+
+    def _all(self, *states: State) -> list[int]:
+        """The candidates in these states."""
+        return [index for index, state in enumerate(self._states) if state in states]
+
+    def _check(self, index: int, length: int, at_least: int, running: bool = False) -> None:
         if not 0 <= index < len(self._lengths):
             raise ValueError(f"candidate {index}: this group has candidates 0 to {len(self._lengths) - 1}.")
         if not at_least <= length < math.inf:
             raise ValueError(f"candidate {index}: length={length}; must be finite and at least {at_least}.")
-
-    def _end(self, index: int, length: int) -> None:
-        if index not in self._running:
+        if running and self._states[index].ended:
             raise ValueError(f"candidate {index}: ended twice; each candidate ends once.")
-        self._running.remove(index)
-        self._wanted.discard(index)
-        self._lengths[index] = length
 
-    def _usable(self) -> list[int]:
-        """Candidates that finished and were not asked to abort."""
-        return sorted(set(self._arrival) - self._aborted)
+    def _end(self, index: int, length: int, state: State) -> None:
+        self._states[index], self._lengths[index] = state, length
 
-    def _decided(self) -> list[int]:
-        if self._kept is None:
-            state = "abandoned" if self._abandoned else "not decided yet"
-            raise RuntimeError(f"{len(self._arrival)} of {len(self._lengths)} candidates have finished; {state}.")
-        return self._kept
-
-    def _decide(self, changed: Collection[int]) -> list[int]:
+    def _decide(self, changed: Sequence[int]) -> list[int]:
         """Which of the `changed`, who all run, to abort; completes the group if nothing that it needs runs any more."""
-        if self._kept is not None or self._abandoned:
+        if self._decided:
             return []
         losers: list[int] = []
-        if self._stops and changed and len(self._valid) >= self.num_keep:
-            losers = sorted(changed)
-            if self._exact:
-                # One that has grown to this length ends there or later, and ties go to the lower index.
-                last = self._valid[self.num_keep - 1]
-                losers = [index for index in losers if (self._lengths[index], index) > last]
+        if self.rules.stops_early and len(self._valid) >= self.rules.num_keep:
+            # One that has grown to this length ends there or later, and ties go to the lower index.
+            last = self._valid[self.rules.num_keep - 1]
+            exact = self.rules.follows_growth
+            losers = [index for index in changed if not exact or (self._lengths[index], index) > last]
         return self._abort(losers)
 
     def _abort(self, losers: list[int]) -> list[int]:
-        if losers:
-            self._aborted.update(losers)
-            self._wanted.difference_update(losers)
-        if not self._wanted:
-            self._complete()
+        for index in losers:
+            self._states[index] = State.ABORTING
+        if not self._abandoned and State.RUNNING not in self._states:
+            usable = sorted([index for _, index in self._valid] + self._all(State.TRUNCATED))
+            cut = [self._states[index] is State.TRUNCATED for index in usable]
+            lengths = [self._lengths[index] for index in usable]
+            chosen = select(lengths, self.rules.num_keep, self.rules.num_long, cut)
+            self._kept = [usable[position] for position in chosen]
         return losers
-
-    def _complete(self) -> None:
-        pool = self._usable()
-        cut = [index in self._truncated for index in pool]
-        chosen = select([self._lengths[index] for index in pool], self.num_keep, self.num_long, cut)
-        self._kept = [pool[position] for position in chosen]
-
-    def _flags(self, members: set[int]) -> list[bool]:
-        return [index in members for index in range(len(self._lengths))]

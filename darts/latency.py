@@ -12,7 +12,6 @@ file.
 3. `LatencyCurve.refined` moves a curve towards what running engines showed, which `StepTimes` collects.
 """
 
-import heapq
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, overload
@@ -237,17 +236,41 @@ def rollout_time(lengths: ArrayLike, curve: LatencyCurve, max_running: int | Non
     _refuse("lengths", tokens, tokens < 0, "a length must not be negative.")
     if max_running is not None and max_running < 1:
         raise ValueError(f"max_running={max_running}: must be at least 1.")
-    waited = 0.0  # steps until nothing waits any more
-    if max_running is not None and len(tokens) > max_running:
-        running = tokens[:max_running].tolist()  # the step at which each slot becomes free
-        heapq.heapify(running)
-        for length in tokens[max_running:].tolist():
-            waited = running[0]
-            heapq.heapreplace(running, waited + length)
-        tokens = np.array(running) - waited
-    seconds = waited * curve(max_running) if waited else 0.0
-    steps = np.diff(np.sort(tokens), prepend=0.0)
-    return float(seconds + steps @ curve(np.arange(len(tokens), 0, -1)))
+    return float(decode_seconds(tokens, curve, max_running))
+
+
+def decode_seconds(
+    tokens: NDArray[np.float64], curve: LatencyCurve, max_running: int | None = None
+) -> NDArray[np.float64]:
+    """`rollout_time` of many engines at once, unchecked: shape [..., sequences] -> [...].
+
+    A sequence of 0 tokens takes no time, so engines with fewer sequences have such ones at their end.
+    """
+    count = tokens.shape[-1]
+    waited: float | NDArray[np.float64] = 0.0
+    if max_running is not None and count > max_running:
+        engines = [_queued(engine, max_running) for engine in tokens.reshape(-1, count)]
+        waited = np.array([steps for steps, _ in engines]).reshape(tokens.shape[:-1])
+        tokens = np.array([left for _, left in engines]).reshape(*tokens.shape[:-1], max_running)
+        count = max_running
+    step_seconds = curve(np.arange(count, -1, -1))
+    # sum_j (l_j - l_(j-1)) p_j = sum_j l_j (p_j - p_(j+1))
+    return waited * step_seconds[0] + np.sort(tokens, axis=-1) @ -np.diff(step_seconds)
+
+
+def _queued(tokens: NDArray[np.float64], slots: int) -> tuple[float, NDArray[np.float64]]:
+    """Steps until nothing waits for a slot any more, and the tokens that the running sequences have left then.
+
+    As many are taken from the queue at once as start before the first of them ends.
+    """
+    free, waited, queue = np.sort(tokens[:slots]), 0.0, tokens[slots:]  # free: the step at which each slot becomes free
+    while len(queue):
+        ends = free[: len(queue)] + queue[: len(free)]
+        late = free[1 : len(ends)] > np.minimum.accumulate(ends)[:-1]
+        count = int(np.argmax(late)) + 1 if late.any() else len(ends)
+        waited = float(free[count - 1])
+        free, queue = np.sort(np.concatenate([free[count:], ends[:count]])), queue[count:]
+    return waited, free - waited
 
 
 def makespan(engines: Iterable[ArrayLike], curve: LatencyCurve, max_running: int | None = None) -> float:

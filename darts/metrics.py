@@ -150,16 +150,17 @@ def rollout_metrics(pool: CandidatePool, num_keep: int, seconds: float) -> dict[
         raise ValueError("empty pool: a rollout has at least one candidate.")
     if not seconds > 0:
         raise ValueError(f"seconds={seconds}: must be above 0.")
-    kept, length = pool.kept, pool.length
+    kept, length, truncated, aborted, lost = pool.kept, pool.length, pool.truncated, pool.aborted, pool.lost
     some = np.maximum(length, 1)  # one that was aborted before it began has none
+    invalid = truncated | lost
     groups = [np.flatnonzero(pool.prompt == prompt) for prompt in np.unique(pool.prompt)]
     trained = [rows for rows in groups if kept[rows].any()]
     metrics = {
         "darts/candidates/launched": len(pool),
-        "darts/candidates/finished": (~pool.truncated & ~pool.aborted & ~pool.lost).sum(),
-        "darts/candidates/truncated": pool.truncated.sum(),
-        "darts/candidates/aborted": pool.aborted.sum(),
-        "darts/candidates/lost": pool.lost.sum(),
+        "darts/candidates/finished": (~truncated & ~aborted & ~lost).sum(),
+        "darts/candidates/truncated": truncated.sum(),
+        "darts/candidates/aborted": aborted.sum(),
+        "darts/candidates/lost": lost.sum(),
         "darts/candidates/kept": kept.sum(),
         "darts/candidates/dropped": (~kept).sum(),
         "darts/candidates/per_prompt": len(pool) / len(groups),
@@ -176,10 +177,12 @@ def rollout_metrics(pool: CandidatePool, num_keep: int, seconds: float) -> dict[
         "darts/group/max_over_median": np.median([some[rows].max() / np.median(some[rows]) for rows in groups]),
         "darts/group/saturated_share": np.mean([pool.saturated[rows[0]] for rows in groups]),
         "darts/group/shortest_only_share": np.mean([pool.num_long[rows[0]] == 0 for rows in groups]),
-        "darts/group/filled": (kept & pool.truncated).sum(),
-        "darts/group/no_valid": sum((pool.truncated | pool.lost)[rows].all() for rows in groups),
+        "darts/group/filled": (kept & truncated).sum(),
+        "darts/group/no_valid": sum(invalid[rows].all() for rows in groups),
         "darts/group/returned": len(groups) - len(trained),
-        "darts/selection/arrival_disagreement": np.mean([_arrival_disagrees(pool, rows, num_keep) for rows in trained]),
+        "darts/selection/arrival_disagreement": np.mean(
+            [_arrival_disagrees(pool, truncated, rows, num_keep) for rows in trained]
+        ),
         "darts/rollout/seconds": seconds,
         "darts/rollout/tail_s": pool.ended_at.max() - pool.ended_at[kept].max(),
         "darts/rollout/prefix_cached_share": pool.cached_tokens.sum() / max(pool.prompt_tokens.sum(), 1),
@@ -199,15 +202,17 @@ def rollout_metrics(pool: CandidatePool, num_keep: int, seconds: float) -> dict[
         metrics["darts/group/mixed_reward_share"] = np.mean(
             [np.ptp(pool.reward[rows[kept[rows]]]) > 0 for rows in trained]
         )
-    ended = pool.reward[np.isnan(pool.stop_seconds) & ~pool.aborted & ~pool.lost]
+    ended = pool.reward[np.isnan(pool.stop_seconds) & ~aborted & ~lost]
     if not np.isnan(ended).any():
         metrics["darts/reward/pool_mean"] = ended.mean()
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _arrival_disagrees(pool: CandidatePool, rows: NDArray[np.int64], num_keep: int) -> bool:
+def _arrival_disagrees(
+    pool: CandidatePool, truncated: NDArray[np.bool_], rows: NDArray[np.int64], num_keep: int
+) -> bool:
     """Whether selecting by rank of arrival, among those that finished, keeps another set than the one that was kept."""
     # One that ended before its abort arrived was not chosen from.
     rows = rows[(pool.arrival[rows] >= 0) & np.isnan(pool.stop_seconds[rows])]
-    by_arrival = select(pool.arrival[rows].tolist(), num_keep, int(pool.num_long[rows[0]]), pool.truncated[rows])
+    by_arrival = select(pool.arrival[rows].tolist(), num_keep, int(pool.num_long[rows[0]]), truncated[rows])
     return set(rows[by_arrival].tolist()) != set(rows[pool.kept[rows]].tolist())

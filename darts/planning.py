@@ -271,7 +271,8 @@ class RolloutPlanner:
         Nothing is learnt from a prompt whose candidates were all aborted, as a rollout's harvest may do: how long they
         were says when others were complete.
         """
-        censored = pool.aborted | pool.truncated | pool.lost
+        aborted = pool.aborted
+        censored = aborted | pool.truncated | pool.lost
         full = [pool.length[group] for group in groups if not censored[group].any()]
         self.correction.learn(full, darts.group_size, darts.allocation.high)
         rows: dict[str, list[NDArray[np.int64]]] = {}
@@ -280,10 +281,10 @@ class RolloutPlanner:
         observed = {}
         for key, parts in rows.items():
             together = np.concatenate(parts)
-            if pool.aborted[together].all():
+            if aborted[together].all():
                 observed[key] = self.history.std(key)
                 continue
-            stopped = pool.aborted[together].any() and pool.kept[together].any()  # by its own rules
+            stopped = aborted[together].any() and pool.kept[together].any()  # by its own rules
             correction = self.correction.factor if stopped else 1.0
             observed[key] = self.history.update(key, pool.length[together], censored[together], correction)
         return np.array([observed[key] for key in keys])

@@ -1,9 +1,50 @@
-"""All candidates of a rollout as columns."""
+"""The candidates of a rollout: what becomes of one (`State`), and all of them as columns (`CandidatePool`)."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from enum import StrEnum
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+
+
+class State(StrEnum):
+    """What a candidate does, or how it ended; the letter is a trace's for one that was not kept.
+
+    RUNNING -> FINISHED | TRUNCATED | LOST, or RUNNING -> ABORTING -> STOPPED | FINISHED | TRUNCATED | LOST.
+    """
+
+    RUNNING = "r"
+    ABORTING = "s"  # was asked to stop, and still runs
+    FINISHED = "d"  # ended by itself
+    TRUNCATED = "t"  # ended at the length limit
+    STOPPED = "a"  # ended by the abort: its length is that of a part
+    LOST = "x"  # was ended by a server unasked, or has no usable response
+
+    @property
+    def ended(self) -> bool:
+        """Whether it runs no more."""
+        return self is not State.RUNNING and self is not State.ABORTING
+
+
+UNKNOWN = {
+    "state": State.FINISHED.value,
+    "kept": False,
+    "arrival": 0,
+    "num_long": 0,
+    "saturated": False,
+    "reward": np.nan,
+    "weights_min": -1,
+    "weights_max": -1,
+    "prompt_tokens": 0,
+    "cached_tokens": 0,
+    "chunks": 0,
+    "chunk_seconds": 0.0,
+    "ended_at": np.nan,
+    "stop_seconds": np.nan,
+    "tokens_after": 0,
+}
+"""What `CandidatePool.of` takes for a column of which nothing is known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,9 +57,7 @@ class CandidatePool:
     prompt: NDArray[np.int64]  # position of the prompt in the batch
     candidate: NDArray[np.int64]  # number of the candidate within its prompt
     length: NDArray[np.int64]  # generated tokens, end token included
-    truncated: NDArray[np.bool_]
-    aborted: NDArray[np.bool_]  # length is that of a part
-    lost: NDArray[np.bool_]  # a server ended it unasked
+    state: NDArray[np.str_]  # letter of its `State`
     kept: NDArray[np.bool_]
     arrival: NDArray[np.int64]  # 0 for the first to finish within its prompt, -1 where it did not finish
     num_long: NDArray[np.int64]  # L of the candidate's prompt; 0 where it is shortest-only
@@ -34,64 +73,57 @@ class CandidatePool:
     stop_seconds: NDArray[np.float64]  # from the decision to abort to the server's answer; NaN where none was made
     tokens_after: NDArray[np.int64]  # decoded after that decision, estimated
 
+    @classmethod
+    def of(cls, budgets: Sequence[int] | NDArray[np.int64], **columns: ArrayLike) -> "CandidatePool":
+        """The candidates of prompts with such budgets, prompt after prompt.
+
+        Args:
+            budgets: candidates of each prompt.
+            columns: `length`, and what else is known; by candidate, or one value for all.
+        """
+        positions = np.repeat(np.arange(len(budgets)), budgets)
+        numbers = np.arange(len(positions)) - np.repeat(np.cumsum(budgets) - budgets, budgets)
+        known = {"prompt": positions, "candidate": numbers} | UNKNOWN | columns
+        kinds = {name: type(value) for name, value in UNKNOWN.items()}
+        return cls(
+            **{
+                name: np.broadcast_to(np.asarray(value, dtype=kinds.get(name, int)), len(positions))
+                for name, value in known.items()
+            }
+        )
+
+    @property
+    def truncated(self) -> NDArray[np.bool_]:
+        """Which filled the response budget without ending."""
+        return self.state == State.TRUNCATED.value
+
+    @property
+    def aborted(self) -> NDArray[np.bool_]:
+        """Which were stopped: their length is that of a part."""
+        return self.state == State.STOPPED.value
+
+    @property
+    def lost(self) -> NDArray[np.bool_]:
+        """Which have no usable response, though nobody stopped them."""
+        return self.state == State.LOST.value
+
     def __len__(self) -> int:
         return len(self.prompt)
+
+    def rows(self, chosen: NDArray[np.int64] | slice) -> "CandidatePool":
+        """Some of the candidates, or all in another order."""
+        return CandidatePool(**{column.name: getattr(self, column.name)[chosen] for column in fields(self)})
 
     @staticmethod
     def concat(pools: list["CandidatePool"]) -> "CandidatePool":
         """Joins pools whose `prompt` already count over the whole batch."""
         return CandidatePool(
             **{
-                name: np.concatenate([getattr(pool, name) for pool in pools])
-                for name in CandidatePool.__dataclass_fields__
+                column.name: np.concatenate([getattr(pool, column.name) for pool in pools])
+                for column in fields(CandidatePool)
             }
         )
 
     def sorted(self) -> "CandidatePool":
         """The same candidates by prompt, those of a prompt by their number."""
-        order = np.lexsort((self.candidate, self.prompt))
-        return CandidatePool(**{name: getattr(self, name)[order] for name in CandidatePool.__dataclass_fields__})
-
-
-def finished_pool(
-    length: NDArray[np.int64],
-    *,
-    truncated: NDArray[np.bool_],
-    reward: NDArray[np.float64],
-    group_size: int,
-    ended_at: float,
-) -> CandidatePool:
-    """The pool of a rollout without redundancy: all candidates have ended and are kept.
-
-    Args:
-        length: of each response, those of a prompt in a row, shape [num_prompts * group_size].
-        truncated: the same.
-        reward: the same; NaN where there is none.
-        group_size: M.
-        ended_at: of all, since nobody saw when each ended.
-    """
-    count = len(length)
-    candidate = np.arange(count) % group_size
-    none, unknown, no_time = np.zeros(count, dtype=np.int64), np.full(count, -1), np.full(count, np.nan)
-    return CandidatePool(
-        prompt=np.arange(count) // group_size,
-        candidate=candidate,
-        length=length.astype(np.int64),
-        truncated=truncated,
-        aborted=np.zeros(count, dtype=bool),
-        lost=np.zeros(count, dtype=bool),
-        kept=np.ones(count, dtype=bool),
-        arrival=candidate,
-        num_long=none,
-        saturated=np.zeros(count, dtype=bool),
-        reward=reward.astype(np.float64),
-        weights_min=unknown,
-        weights_max=unknown,
-        prompt_tokens=none,
-        cached_tokens=none,
-        chunks=none,
-        chunk_seconds=np.zeros(count),
-        ended_at=np.full(count, ended_at),
-        stop_seconds=no_time,
-        tokens_after=none,
-    )
+        return self.rows(np.lexsort((self.candidate, self.prompt)))

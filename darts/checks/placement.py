@@ -15,7 +15,7 @@ from darts.config import ConfigError
 from verl_patches.pools import server_size
 
 COLOCATED_BACKEND = "naive"
-OUR_BACKEND_MODULE = "verl_patches.weights.sync"
+OUR_BACKEND_MODULE = "verl_patches.weight_sync"
 BACKEND = f"{ROLLOUT}.checkpoint_engine.backend"
 GPU_BACKENDS = ("nccl", "nixl", "kimi_ckpt_engine", "mooncake", "delta_sharded")
 SEPARATE = "with darts.placement=disaggregated"

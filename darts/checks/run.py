@@ -34,7 +34,7 @@ MOVED = {
     "darts.rollout.DartsAgentLoopManager": MANAGER,
     "darts.worker.DartsAgentLoopWorker": "darts.rollout.worker.DartsAgentLoopWorker",
     "darts.trainer.RayDartsTrainer": "darts.training.trainer.RayDartsTrainer",
-    "verl_patches.weight_sync": "verl_patches.weights.sync",
+    "verl_patches.gloo_checkpoint_engine": "verl_patches.weights.gloo",
 }
 """What a configuration may name, by the path that it once had."""
 

@@ -130,9 +130,7 @@ def timeline_columns(rollout: Rollout, calls: Sequence[ActorCall]) -> dict[str, 
 
 def fate(pool: CandidatePool) -> np.ndarray:
     """One letter per candidate; see `rollout_columns`."""
-    return np.select(
-        [pool.kept & pool.truncated, pool.kept, pool.lost, pool.aborted, pool.truncated], ["f", "k", "x", "a", "t"], "d"
-    )
+    return np.where(pool.kept, np.where(pool.truncated, "f", "k"), pool.state)
 
 
 def _number(value: Any) -> float | None:

@@ -33,6 +33,7 @@ from verl.utils.skip import SkipManager
 from verl.workers.rollout.llm_server import LLMServerClient
 
 from darts.checks.run import darts_config
+from darts.config import DartsConfig
 from darts.evidence.log import logger
 from darts.history import prompt_key
 from darts.latency import StepTimes
@@ -40,7 +41,7 @@ from darts.messages import BUDGET, PROMPT
 from darts.metrics import rollout_metrics
 from darts.overlap.session import OverlapSession
 from darts.planning import Plan, Rollout, RolloutPlanner
-from darts.pool import CandidatePool, finished_pool
+from darts.pool import CandidatePool, State
 from darts.rollout.client import DartsServerClient
 from darts.rollout.worker import DartsAgentLoopWorker
 
@@ -62,15 +63,13 @@ class DartsAgentLoopManager(AgentLoopManager):
     def __init__(self, config: DictConfig, llm_client: LLMServerClient, *args: Any, **kwargs: Any) -> None:
         if not hasattr(self, "agent_loop_workers_class"):  # a subclass may have one of its own
             self.agent_loop_workers_class = ray.remote(DartsAgentLoopWorker)
-        self.darts = darts_config(config)
-        self._candidates = self.darts.enable  # whether the workers know candidates
-        self.harvest: int | None = None  # of the next rollout
-        self.on_harvest: Callable[[list[int]], None] = lambda prompts: None  # positions of the prompts it returns
+        self.begin_round(darts_config(config))
+        self._candidates = self.rules.enable  # whether the workers know candidates
         self.overlap: OverlapSession | None = None  # set by whoever owns the actor
-        super().__init__(config, DartsServerClient.of(llm_client) if self.darts.enable else llm_client, *args, **kwargs)
+        super().__init__(config, DartsServerClient.of(llm_client) if self._candidates else llm_client, *args, **kwargs)
         rollout = config.actor_rollout_ref.rollout
         self.planner = RolloutPlanner(
-            ema_weight=self.darts.allocation.ema_weight,
+            ema_weight=self.rules.allocation.ema_weight,
             response_length=rollout.response_length,
             max_running=rollout.max_num_seqs,
         )
@@ -78,15 +77,32 @@ class DartsAgentLoopManager(AgentLoopManager):
         self._number = 0  # of the last rollout
         self._warned_of_keys = False
 
+    def begin_round(
+        self,
+        rules: DartsConfig,
+        *,
+        harvest: int | None = None,
+        on_harvest: Callable[[list[int]], None] = lambda prompts: None,
+    ) -> None:
+        """Says how training rollouts go from now on.
+
+        Args:
+            rules: of their groups; with `enable` false they are verl's own.
+            harvest: a rollout ends once so many prompts are complete, and returns them alone; None: with its last.
+            on_harvest: hears which, by their positions in the batch, before the rows are returned.
+        """
+        self.rules = rules
+        self._harvest, self._on_harvest = harvest, on_harvest
+
     @auto_await
     async def generate_sequences(self, prompts: DataProto) -> DataProto:
         """verl's entry point: validation and plain runs as verl does it, training batches with redundant candidates."""
         if not self._candidates or prompts.meta_info.get("validate", False):
             return await super().generate_sequences(prompts)
-        if not self.darts.enable:
+        if not self.rules.enable:
             return await self._generate_plain(prompts)
         output = await self._generate_groups(prompts)
-        if self.harvest is not None:
+        if self._harvest is not None:
             return output
         # Here and not below, since a replayed rollout (verl's `skip.rollout`) has the uids of the run that was dumped.
         output.non_tensor_batch["uid"] = prompts.non_tensor_batch["uid"]
@@ -94,53 +110,50 @@ class DartsAgentLoopManager(AgentLoopManager):
 
     @SkipManager.annotate(role="rollout")
     async def _generate_plain(self, prompts: DataProto) -> DataProto:
-        """verl's own rollout, and what is to be told of it."""
-        start, began = time.monotonic(), time.time()
+        """verl's own rollout, from which the planner learns too."""
+        watch = _Stopwatch()
         uids, plan = self._plan(prompts)
         output = await super().generate_sequences(prompts)
-        ended, end = time.monotonic(), time.time()
-        pool = self._plain_pool(output, end)
-        self._tell(plan, pool, StepTimes(), ended - start, uids, began, end)
+        watch.stop()
+        self._learn(plan, self._plain_pool(output, watch.ended), StepTimes(), uids, watch)
         return output
 
     def _plain_pool(self, output: DataProto, ended_at: float) -> CandidatePool:
         """The candidates of a plain rollout: all have ended and are kept. One that fills the budget counts as cut."""
         length = output.batch["response_mask"].sum(dim=-1).numpy()
         scores = output.batch.get("rm_scores")
-        return finished_pool(
-            length,
-            truncated=length >= output.batch["responses"].shape[-1],
-            reward=np.full(len(length), np.nan) if scores is None else scores.sum(dim=-1).numpy(),
-            group_size=self.darts.group_size,
+        fills = length >= output.batch["responses"].shape[-1]
+        return CandidatePool.of(
+            [self.rules.group_size] * (len(length) // self.rules.group_size),
+            length=length,
+            state=np.where(fills, State.TRUNCATED.value, State.FINISHED.value),
+            kept=True,
+            reward=np.nan if scores is None else scores.sum(dim=-1).numpy(),
             ended_at=ended_at,
         )
 
     def _plan(self, prompts: DataProto) -> tuple[np.ndarray, Plan]:
         """The uid of each prompt, and their budgets."""
         uids = self._group_uids(prompts)
-        questions = prompts.non_tensor_batch["raw_prompt"][:: self.darts.group_size]
-        return uids, self.planner.plan([self._key(prompt) for prompt in questions], self.darts)
+        questions = prompts.non_tensor_batch["raw_prompt"][:: self.rules.group_size]
+        return uids, self.planner.plan([self._key(prompt) for prompt in questions], self.rules)
 
-    def _tell(
-        self,
-        plan: Plan,
-        pool: CandidatePool,
-        step_times: StepTimes,
-        seconds: float,
-        uids: np.ndarray,
-        began: float,
-        ended: float,
+    def _learn(
+        self, plan: Plan, pool: CandidatePool, step_times: StepTimes, uids: np.ndarray, watch: "_Stopwatch"
     ) -> None:
-        """Learns from a rollout, and keeps for `pop_rollout` what is to be told of it."""
-        observed, learnt = self.planner.observe(plan, self.darts, pool, seconds, step_times)
+        """Learns from a rollout, and keeps for `pop_rollout` what is known of it."""
+        observed, learnt = self.planner.observe(plan, self.rules, pool, watch.seconds, step_times)
+        metrics = rollout_metrics(pool, self.rules.group_size, watch.seconds) | learnt
+        if self._harvest is not None:
+            metrics = {name: value for name, value in metrics.items() if name not in FORECASTS}
         self._last = Rollout(
             plan=plan,
             pool=pool,
             observed_std=observed,
-            metrics=rollout_metrics(pool, self.darts.group_size, seconds) | learnt,
+            metrics=metrics,
             uids=uids.tolist(),
-            began=began,
-            ended=ended,
+            began=watch.began,
+            ended=watch.ended,
         )
 
     def pop_rollout(self) -> Rollout | None:
@@ -151,75 +164,84 @@ class DartsAgentLoopManager(AgentLoopManager):
     @SkipManager.annotate(role="rollout")
     async def _generate_groups(self, prompts: DataProto) -> DataProto:
         """The kept rows in the batch's order, without `uid`; ends as `AgentLoopManager.generate_sequences` (0.9.1)."""
-        start, began = time.monotonic(), time.time()
+        # 1. Every prompt gets its budget.
+        watch = _Stopwatch()
         uids, plan = self._plan(prompts)
-        groups = prompts.select_idxs(np.arange(0, len(prompts), self.darts.group_size))
-        planned = time.monotonic()
-        budgets, parts = plan.budgets, plan.parts(len(self.agent_loop_workers))
-        groups.non_tensor_batch[BUDGET] = budgets
+        groups = prompts.select_idxs(np.arange(0, len(prompts), self.rules.group_size))
+        groups.non_tensor_batch[BUDGET] = plan.budgets
         groups.non_tensor_batch[PROMPT] = np.arange(len(uids))
         groups.non_tensor_batch["priority"] = plan.priorities
-        self._number += 1
-        jobs = [
-            _Job(
-                worker,
-                worker.generate_groups.remote(groups[part], self.darts, self._number),
-                uids[part].tolist(),
-                int(budgets[part].sum()),
-            )
-            for worker, part in zip(self.agent_loop_workers, parts, strict=False)
-        ]
+        planned = time.monotonic()
+        # 2. The workers run the prompts, and the actor may compute log-probs meanwhile.
+        jobs = self._launch(groups, plan)
         overlapping = None
         if self.overlap is not None:
-            workers = [job.worker for job in jobs]
-            overlapping = asyncio.ensure_future(
-                self.overlap.run(workers, self._number, prompts.meta_info.get("global_steps", -1))
-            )
+            step = prompts.meta_info.get("global_steps", -1)
+            overlapping = asyncio.ensure_future(self.overlap.run([job.worker for job in jobs], self._number, step))
+        # 3. They end, or enough prompts are complete.
         complete: list[str] = []
         results = await self._gather(jobs, complete, overlapping)
-        ended, end = time.monotonic(), time.time()
-        outputs = [output for output, _, _ in results if len(output)]
-        size = self.darts.group_size
-        rows, metrics = {}, {}
-        for output in outputs:
-            of_rows = output.meta_info.pop("metrics")
-            for row in range(0, len(output), size):
-                uid = output.non_tensor_batch["uid"][row]
-                rows[uid], metrics[uid] = output[row : row + size], of_rows[row : row + size]
-        wanted = uids if self.harvest is None else uids[np.isin(uids, complete[: self.harvest])]
-        if len(wanted) != (len(uids) if self.harvest is None else self.harvest):
-            raise RuntimeError(f"{len(wanted)} prompts are complete of {self.harvest}; this is a bug in darts.rollout.")
-        output = DataProto.concat([rows[uid] for uid in wanted if uid in rows])
-        if not np.array_equal(output.non_tensor_batch["uid"], np.repeat(wanted, size)):
-            raise RuntimeError(
-                f"the rollout returned {len(output)} rows that are not {size} for each of the {len(wanted)} prompts in "
-                "their order; this is a bug in darts.rollout."
-            )
-        timing = self._performance_metrics([metrics[uid] for uid in wanted], output)
-        output.meta_info = {"timing": timing, **outputs[0].meta_info}
+        watch.stop()
+        # 4. Of each prompt that is trained on, the kept rows follow one another, as in the batch.
+        wanted = uids if self._harvest is None else uids[np.isin(uids, complete[: self._harvest])]
+        output = self._joined([output for output, _, _ in results if len(output)], wanted)
         pool = CandidatePool.concat([pool for _, pool, _ in results]).sorted()
         _require_one_version(pool)
+        if self._harvest is None:
+            del output.non_tensor_batch["uid"]
+        else:
+            chosen = np.flatnonzero(np.isin(uids, wanted))
+            pool = replace(pool, kept=pool.kept & np.isin(pool.prompt, chosen))
+            self._on_harvest(chosen.tolist())
+        # 5. The planner learns from all candidates.
         step_times = StepTimes()
         for *_, seen in results:
             step_times.merge(seen)
-        if self.harvest is not None:
-            chosen = np.flatnonzero(np.isin(uids, wanted))
-            pool = replace(pool, kept=pool.kept & np.isin(pool.prompt, chosen))
-            self.on_harvest(chosen.tolist())
-        else:
-            del output.non_tensor_batch["uid"]
-        self._tell(plan, pool, step_times, ended - start, uids, began, end)
-        if self.harvest is not None:
-            for name in FORECASTS:  # of all prompts run to their end
-                self._last.metrics.pop(name, None)
-        self._last.metrics["darts/rollout/own_s"] = planned - start + time.monotonic() - ended
+        self._learn(plan, pool, step_times, uids, watch)
+        self._last.metrics["darts/rollout/own_s"] = planned - watch.start + time.monotonic() - watch.end
         if pool.lost.any():
             logger.warning(f"rollout: {pool.lost.sum()} candidates were ended by their servers unasked")
         return output
 
+    def _launch(self, groups: DataProto, plan: Plan) -> list["_Job"]:
+        """Gives each worker its part of the prompts."""
+        self._number += 1
+        return [
+            _Job(
+                worker,
+                worker.generate_groups.remote(groups[part], self.rules, self._number),
+                groups.non_tensor_batch["uid"][part].tolist(),
+                int(plan.budgets[part].sum()),
+            )
+            for worker, part in zip(self.agent_loop_workers, plan.parts(len(self.agent_loop_workers)), strict=False)
+        ]
+
+    def _joined(self, outputs: list[DataProto], wanted: np.ndarray) -> DataProto:
+        """The rows of these prompts in their order, with `uid`, from the workers' outputs."""
+        size = self.rules.group_size
+        rows, metrics = {}, {}
+        for output in outputs:
+            row_metrics = output.meta_info.pop("metrics")
+            for first in range(0, len(output), size):
+                uid = output.non_tensor_batch["uid"][first]
+                rows[uid], metrics[uid] = output[first : first + size], row_metrics[first : first + size]
+        if self._harvest not in (None, len(wanted)):
+            raise RuntimeError(
+                f"{len(wanted)} prompts are complete of {self._harvest}; this is a bug in darts.rollout."
+            )
+        joined = DataProto.concat([rows[uid] for uid in wanted if uid in rows])
+        if not np.array_equal(joined.non_tensor_batch["uid"], np.repeat(wanted, size)):
+            raise RuntimeError(
+                f"the rollout returned {len(joined)} rows that are not {size} for each of the {len(wanted)} prompts in "
+                "their order; this is a bug in darts.rollout."
+            )
+        timing = self._performance_metrics([metrics[uid] for uid in wanted], joined)
+        joined.meta_info = {"timing": timing, **outputs[0].meta_info}
+        return joined
+
     def _group_uids(self, prompts: DataProto) -> np.ndarray:
         """The uid of each prompt; asserts that verl repeated every prompt `rollout.n` times, interleaved."""
-        size, uids = self.darts.group_size, prompts.non_tensor_batch["uid"]
+        size, uids = self.rules.group_size, prompts.non_tensor_batch["uid"]
         if len(uids) == 0:
             raise RuntimeError("empty batch: a rollout needs at least one prompt; look at the data and its filters.")
         firsts = uids[::size]
@@ -245,11 +267,11 @@ class DartsAgentLoopManager(AgentLoopManager):
     ) -> list[tuple[DataProto, CandidatePool, StepTimes]]:
         """Waits for the workers, with progress lines and a time limit; the first failure, of them or of what overlaps,
         ends the wait, and them. With `harvest`, `complete` gets the uids of the groups that are."""
-        deadline = time.monotonic() + self.darts.timeout_s
+        deadline = time.monotonic() + self.rules.timeout_s
         futures = {asyncio.wrap_future(job.ref.future()): job for job in jobs}
         pending = set(futures)
         # These end right after the workers: they have to hear their last reports.
-        listening = {asyncio.ensure_future(self._harvest(jobs, complete))}
+        listening = {asyncio.ensure_future(self._end_at_harvest(jobs, complete))}
         if overlapping is not None:
             listening.add(overlapping)
         beside = {asyncio.ensure_future(self._deadline(jobs)), *listening}
@@ -257,7 +279,7 @@ class DartsAgentLoopManager(AgentLoopManager):
         try:
             while pending or unseen & listening:
                 left = deadline - time.monotonic()
-                wait = max(min(left, self.darts.progress_s or left), 0.0)
+                wait = max(min(left, self.rules.progress_s or left), 0.0)
                 done, _ = await asyncio.wait(pending | unseen, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
                 for future in done & pending:
                     futures[future].raise_failure(future)
@@ -279,16 +301,16 @@ class DartsAgentLoopManager(AgentLoopManager):
 
     async def _deadline(self, jobs: list["_Job"]) -> None:
         """Once every group of the batch is ready or complete, no group waits any longer."""
-        if self.darts.selection.long_wait == "deadline":
+        if self.rules.selection.long_wait == "deadline":
             try:
                 await asyncio.gather(*[_answer(job.worker.settled.remote(self._number)) for job in jobs])
                 await asyncio.gather(*[_answer(job.worker.deadline.remote(self._number)) for job in jobs])
             except ray.exceptions.RayActorError:
                 pass  # the job of that worker fails with the same cause
 
-    async def _harvest(self, jobs: list["_Job"], complete: list[str]) -> None:
+    async def _end_at_harvest(self, jobs: list["_Job"], complete: list[str]) -> None:
         """Once enough groups are complete, the others are given up. A message per worker and group, not per token."""
-        if self.harvest is None:
+        if self._harvest is None:
             return
         enough = asyncio.Event()
 
@@ -297,7 +319,7 @@ class DartsAgentLoopManager(AgentLoopManager):
             while new := await _answer(job.worker.completed.remote(self._number, known)):
                 known += len(new)
                 complete.extend(new)
-                if len(complete) >= self.harvest:
+                if len(complete) >= self._harvest:
                     enough.set()
 
         async def abandon() -> None:
@@ -321,10 +343,26 @@ class DartsAgentLoopManager(AgentLoopManager):
         logger.info(f"rollout: {finished}/{launched} candidates finished, {len(waiting)} prompts wait")
         if expired:
             raise TimeoutError(
-                f"darts.timeout_s={self.darts.timeout_s:g}: the rollout did not end in this time. {len(waiting)} "
+                f"darts.timeout_s={self.rules.timeout_s:g}: the rollout did not end in this time. {len(waiting)} "
                 f"prompts are not complete, uids {_some(waiting)}. Raise darts.timeout_s if responses may take this "
                 "long, else look at the rollout servers' logs."
             )
+
+
+class _Stopwatch:
+    """When a rollout began and ended, by the steady clock (`start`, `end`) and since the epoch (`began`, `ended`)."""
+
+    def __init__(self) -> None:
+        self.start, self.began = time.monotonic(), time.time()
+
+    def stop(self) -> None:
+        """The rollout has ended."""
+        self.end, self.ended = time.monotonic(), time.time()
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return self.end - self.start
 
 
 async def _answer(ref: ray.ObjectRef) -> Any:

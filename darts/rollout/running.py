@@ -4,7 +4,7 @@ Contract. One `RunningGroup` per prompt, in the agent-loop worker that runs its 
 worker's event loop. A `RunningCandidate` listens to the requests of its agent loop (one per turn).
 
 1. A candidate ends once: `finish` when its agent loop has returned, `stop` when it was aborted, `lose` when a server
-   ended a request that nobody aborted.
+   ended a request that nobody aborted. Its state is the group's.
 2. An abort stops the open request; a candidate between two requests (tool, judge) is cancelled, which releases what it
    holds. Either way its agent loop is left by a `CancelledError`, and its task returns without a result.
 3. Length is counted in generated tokens over all turns; tool answers do not count.
@@ -23,8 +23,14 @@ from darts.group import CandidateGroup
 from darts.messages import Chunk, Extras, SequenceKey
 from darts.overlap.images import SharedInputs
 from darts.overlap.outbox import GrowthOutbox
-from darts.pool import CandidatePool
+from darts.pool import CandidatePool, State
 from darts.rollout.client import DartsServerClient, OpenRequest
+
+MEASURED = (
+    "reward", "weights_min", "weights_max", "prompt_tokens", "cached_tokens", "chunks", "chunk_seconds", "ended_at",
+    "stop_seconds", "tokens_after",
+)  # fmt: skip
+"""What `RunningCandidate` knows for the columns of a `CandidatePool`."""
 
 
 class RunningCandidate:
@@ -38,8 +44,6 @@ class RunningCandidate:
         self.task: asyncio.Task | None = None
         self.single_turn = False  # its agent loop makes one request
         self.requests: dict[str, OpenRequest] = {}
-        self.over = False  # aborted or lost: the agent loop is left
-        self.ended = False
         self.generated = 0  # tokens of the turns that have ended
         self.finish_reason: str | None = None  # of the last turn
         self.reward = np.nan
@@ -54,6 +58,26 @@ class RunningCandidate:
         self._aborted_at: float | None = None  # `time.monotonic()`
         self._tokens_then: dict[str, int] = {}  # of each open request, as far as chunks had told
 
+    @property
+    def state(self) -> State:
+        """What it does, or how it ended."""
+        return self.group.machine.states[self.index]
+
+    @property
+    def over(self) -> bool:
+        """Whether the agent loop is to be left: it was aborted or lost."""
+        return self._aborted_at is not None or self.state is State.LOST
+
+    @property
+    def weights_min(self) -> int:
+        """The oldest version of the weights that generated; -1 where unknown."""
+        return min(self.weights, default=-1)
+
+    @property
+    def weights_max(self) -> int:
+        """The newest one."""
+        return max(self.weights, default=-1)
+
     def opened(self, request: OpenRequest) -> None:
         """A turn begins."""
         self.requests[request.request_id] = request
@@ -64,7 +88,7 @@ class RunningCandidate:
         self.chunks += 1
         self.chunk_seconds += latency
         self.group.progress(self.index, self.generated + sum(open_.tokens for open_ in self.requests.values()))
-        if self.single_turn and not (self.over or self.ended):
+        if self.single_turn and self.state is State.RUNNING:
             self.group.tell_growth(self.index, request.prompt_ids, chunk)
 
     def closed(self, request: OpenRequest, output: TokenOutput, finish_reason: str) -> bool:
@@ -94,7 +118,6 @@ class RunningCandidate:
 
     def abort(self) -> list[OpenRequest]:
         """The candidate is not needed any more. Returns the requests to stop; without any, its task is cancelled."""
-        self.over = True
         self._aborted_at = time.monotonic()
         self._tokens_then = {request.request_id: request.tokens for request in self.requests.values()}
         if not self.requests and self.task is not None:
@@ -103,36 +126,31 @@ class RunningCandidate:
 
     def lose(self, length: int) -> None:
         """The candidate has no usable response."""
-        self._end()
+        self.ended_at = time.time()
         self.group.lose(self.index, length)
-        self.over = True
         self.group.stop_requests(list(self.requests.values()))
 
     def finish(self, length: int, truncated: bool) -> None:
         """The agent loop has returned."""
-        self._end()
+        self.ended_at = time.time()
         self.group.finish(self.index, length, truncated)
 
     def left(self) -> None:
         """The agent loop of an aborted candidate was left. If it had ended before the abort arrived, it finished."""
-        if self.ended:
+        if self.state.ended:
             return
         if self._aborted_at is not None and np.isnan(self.stop_seconds):  # no request was open
             self.stop_seconds = time.monotonic() - self._aborted_at
         if self.single_turn and self.generated and self.finish_reason in ("stop", "length"):
             self.finish(self.generated, self.finish_reason == "length")
         else:
-            self._end()
+            self.ended_at = time.time()
             self.group.stop(self.index, self.generated)
 
     def _leave_other_branches(self) -> None:
         """An agent loop with parallel branches is left in all of them, once no request of it is open."""
         if self.over and not self.requests and self.task not in (None, asyncio.current_task()):
             self.task.cancel()
-
-    def _end(self) -> None:
-        self.ended = True
-        self.ended_at = time.time()
 
 
 class RunningGroup:
@@ -157,13 +175,7 @@ class RunningGroup:
         self.prompt = prompt
         self.darts = darts
         self.saturated = budget >= darts.allocation.high
-        self.state = CandidateGroup(
-            budget,
-            darts.group_size,
-            darts.num_long_for(budget),
-            darts.early_stop,
-            darts.selection.long_wait,
-        )
+        self.machine = CandidateGroup(budget, darts.group_rules(budget))
         self.candidates = [RunningCandidate(self, index) for index in range(budget)]
         self.settled = asyncio.Event()  # ready for the deadline, or complete
         self._client = client
@@ -171,24 +183,24 @@ class RunningGroup:
 
     def progress(self, index: int, length: int) -> None:
         """As `CandidateGroup.progress`; who loses is aborted. So are the losers of the next four."""
-        self._act(self.state.progress(index, length))
+        self._act(self.machine.progress(index, length))
 
     def finish(self, index: int, length: int, truncated: bool) -> None:
         """As `CandidateGroup.finish`."""
-        self._act(self.state.finish(index, length, truncated))
+        self._act(self.machine.finish(index, length, truncated))
 
     def stop(self, index: int, length: int) -> None:
         """As `CandidateGroup.stop`."""
-        self._act(self.state.stop(index, length))
+        self._act(self.machine.stop(index, length))
 
     def lose(self, index: int, length: int) -> None:
         """As `CandidateGroup.lose`."""
-        self._act(self.state.lose(index, length))
+        self._act(self.machine.lose(index, length))
         self._tell_dropped([index])
 
     def deadline(self) -> None:
         """As `CandidateGroup.deadline`."""
-        self._act(self.state.deadline())
+        self._act(self.machine.deadline())
 
     def abandon(self) -> list[OpenRequest]:
         """As `CandidateGroup.abandon`: the rollout ends without this group, unless it is complete.
@@ -196,9 +208,9 @@ class RunningGroup:
         Returns:
             Its requests, for the caller to stop.
         """
-        if self.state.complete:
+        if self.machine.complete:
             return []
-        losers = self.state.abandon()
+        losers = self.machine.abandon()
         self._tell_dropped(range(len(self.candidates)))
         self._decided.set()
         self.settled.set()
@@ -207,41 +219,22 @@ class RunningGroup:
     async def keeps(self, index: int) -> bool:
         """Waits for the decision. Returns whether the candidate is kept."""
         await self._decided.wait()
-        return self.state.complete and self.state.keeps(index)
+        return self.machine.complete and self.machine.keeps(index)
 
     def pool(self) -> CandidatePool:
         """The group's candidates, for metrics."""
-        budget = len(self.candidates)
-        arrival = np.full(budget, -1, dtype=np.int64)
-        arrival[self.state.arrival] = np.arange(len(self.state.arrival))
-        kept = np.zeros(budget, dtype=bool)
-        if self.state.complete:
-            kept[self.state.kept] = True
-
-        def column(name: str, dtype: type) -> np.ndarray:
-            return np.array([getattr(candidate, name) for candidate in self.candidates], dtype=dtype)
-
-        return CandidatePool(
-            prompt=np.full(budget, self.prompt),
-            candidate=np.arange(budget),
-            length=np.array(self.state.lengths, dtype=np.int64),
-            truncated=np.array(self.state.truncated, dtype=bool),
-            aborted=np.array(self.state.stopped, dtype=bool),
-            lost=np.array(self.state.lost, dtype=bool),
-            kept=kept,
-            arrival=arrival,
-            num_long=np.full(budget, self.state.num_long),
-            saturated=np.full(budget, self.saturated),
-            reward=column("reward", np.float64),
-            weights_min=np.array([min(c.weights, default=-1) for c in self.candidates]),
-            weights_max=np.array([max(c.weights, default=-1) for c in self.candidates]),
-            prompt_tokens=column("prompt_tokens", np.int64),
-            cached_tokens=column("cached_tokens", np.int64),
-            chunks=column("chunks", np.int64),
-            chunk_seconds=column("chunk_seconds", np.float64),
-            ended_at=column("ended_at", np.float64),
-            stop_seconds=column("stop_seconds", np.float64),
-            tokens_after=column("tokens_after", np.int64),
+        group, everyone = self.machine, range(len(self.candidates))
+        places = {index: place for place, index in enumerate(group.arrival)}
+        return CandidatePool.of(
+            [len(everyone)],
+            prompt=self.prompt,
+            length=group.lengths,
+            state=[state.value for state in group.states],
+            kept=[group.complete and group.keeps(index) for index in everyone],
+            arrival=[places.get(index, -1) for index in everyone],
+            num_long=group.rules.num_long,
+            saturated=self.saturated,
+            **{name: [getattr(candidate, name) for candidate in self.candidates] for name in MEASURED},
         )
 
     def stop_requests(self, requests: list[OpenRequest]) -> None:
@@ -252,7 +245,7 @@ class RunningGroup:
     def tell_growth(self, index: int, prompt_ids: list[int], chunk: Chunk) -> None:
         """The overlapped actor may go on with a response that grows."""
         if self._outbox is not None:
-            chance = self.state.chance(index)
+            chance = self.machine.chance(index)
             self._outbox.grow(SequenceKey(self.uid, index), prompt_ids, chunk.offset, chunk.token_ids, chance)
 
     def tell_end(
@@ -260,7 +253,7 @@ class RunningGroup:
     ) -> None:
         """The overlapped actor has the whole response; `extras` as in `GrowthOutbox.finish`."""
         if self._outbox is not None:
-            key, chance = SequenceKey(self.uid, index), self.state.chance(index)
+            key, chance = SequenceKey(self.uid, index), self.machine.chance(index)
             self._outbox.finish(key, prompt_ids, response_ids, chance, extras)
 
     def _tell_dropped(self, indices: Iterable[int]) -> None:
@@ -271,11 +264,11 @@ class RunningGroup:
     def _act(self, losers: list[int]) -> None:
         self.stop_requests([request for index in losers for request in self.candidates[index].abort()])
         self._tell_dropped(losers)
-        if self.state.complete and not self._decided.is_set():
+        if self.machine.complete and not self._decided.is_set():
             self._decided.set()
             self._on_complete(self.uid)
-            self._tell_dropped(set(range(len(self.candidates))).difference(self.state.kept))
+            self._tell_dropped(set(range(len(self.candidates))).difference(self.machine.kept))
             if self._outbox is not None:
-                self._outbox.keep(SequenceKey(self.uid, index) for index in self.state.kept)
-        if self.state.complete or self.state.ready:
+                self._outbox.keep(SequenceKey(self.uid, index) for index in self.machine.kept)
+        if self.machine.complete or self.machine.ready:
             self.settled.set()

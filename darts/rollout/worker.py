@@ -212,8 +212,8 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         if not self._groups:
             return None
         groups = self._groups.values()
-        finished = sum(len(group.state.arrival) for group in groups)
-        return finished, [group.uid for group in groups if not group.state.ended]
+        finished = sum(len(group.machine.arrival) for group in groups)
+        return finished, [group.uid for group in groups if not group.machine.ended]
 
     async def _stop_all(self) -> None:
         """Stops what runs after a failure; after a rollout that succeeded there is nothing."""
@@ -291,7 +291,7 @@ class DartsAgentLoopWorker(AgentLoopWorker):
             await self._compute_score([output], kwargs=kwargs)
             candidate.reward = output.reward_score
         kept = await group.keeps(candidate.index)
-        if self._darts.selection.on_no_valid == "fail" and group.state.num_valid == 0:
+        if self._darts.selection.on_no_valid == "fail" and group.machine.num_valid == 0:
             raise RuntimeError(
                 f"none of the {len(group.candidates)} candidates ended within the response budget "
                 f"({self.rollout_config.response_length} tokens). Raise data.max_response_length, drop the prompt, or "

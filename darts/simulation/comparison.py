@@ -91,13 +91,10 @@ def compare(
     reshape: Mapping[str, Reshape] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[ReplaySummary]:
-    """Replays arms on one cluster.
+    """Replays `none` and the arms on one cluster.
 
     Args:
-        trace: lengths.
-        arms: with or without `none`, which is replayed in any case.
-        setting: what they have in common.
-        steps: of each.
+        steps: of each arm and seed.
         seeds: replays with other draws.
         reshape: models of shaping by arm.
         say: hears how far it is.

@@ -72,13 +72,9 @@ class StepCosts:
     def time(
         self, *, decode_s: float, launched: int, tokens: int, cluster: Cluster, bypass: bool, overlap: bool
     ) -> StepTime:
-        """Seconds of one step.
+        """One step that launched so many candidates, decoded for `decode_s`, and trains on responses of so many tokens.
 
         Args:
-            decode_s: of its rollout.
-            launched: candidates.
-            tokens: of the responses that are trained on.
-            cluster: where.
             bypass: the servers' log-probs are taken.
             overlap: log-probs are computed while generation runs.
         """
@@ -104,9 +100,7 @@ def fit(
 
     Args:
         runs: their steps, by the path of the JSONL.
-        curve: PTL of their engines.
-        cluster: that they ran on.
-        candidate_share: as `CANDIDATE_SHARE`.
+        candidate_share: of what a rollout takes besides decoding, what grows with the number of candidates.
 
     Raises:
         SimulationError: a run without a step with a rollout and times, or with one that is not of a plain run.

@@ -40,15 +40,7 @@ def document(
     rows: Sequence[ReplaySummary | ComparedSeconds],
     **more: Any,
 ) -> dict[str, Any]:
-    """What a command leaves behind, for JSON.
-
-    Args:
-        kind: the command, of `ROWS`.
-        arguments: that it was given.
-        about: what has to be known to read the rows.
-        rows: the figures.
-        more: what this command alone has.
-    """
+    """What a command leaves behind; `kind` is its name, `about` what has to be known to read the rows."""
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -90,12 +82,7 @@ def load(path: Path) -> tuple[dict[str, Any], list[Any]]:
 
 
 def tell(path: Path, name: str = "rows", gpus: Sequence[int] = ()) -> str:
-    """A table of a document, in Markdown.
-
-    Args:
-        path: of the document.
-        name: one of its command's `TABLES`.
-        gpus: the clusters of a replay that are shown; all of them if none is named.
+    """One of the `TABLES` of a document, in Markdown; of a replay these clusters alone, if any are named.
 
     Raises:
         DocumentError: as `load`; or there is no such table, or none of these clusters.

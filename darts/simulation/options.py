@@ -4,6 +4,7 @@ Contract: everything that is wrong is a `SimulationError`, `TraceError` or `Conf
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import sys
@@ -53,7 +54,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help=f"may be repeated; {', '.join(STRATEGIES)} (default: all), or package.module.Class",
     )
     replay.add_argument("--seeds", type=_positive, default=1, metavar="N", help="replays with other draws (default: 1)")
-    replay.add_argument("--png", type=Path, metavar="FILE", help="a picture; needs matplotlib")
+    replay.add_argument("--png", type=_picture, metavar="FILE", help="a picture; needs matplotlib")
     replay.add_argument(
         "--shaping",
         nargs=2,
@@ -115,22 +116,18 @@ def _common() -> argparse.ArgumentParser:
         metavar="SHARE",
         help="of what their rollouts take besides decoding, what grows with the candidates (default: %(default)s)",
     )
-    add("--json", type=Path, metavar="FILE", help="the figures")
+    add("--json", type=_new_file, metavar="FILE", help="the figures")
     names = ", ".join(StepCosts.__dataclass_fields__)
     add("--cost", action="append", default=[], metavar="NAME=VALUE", help=f"one of {names}; may be repeated")
     return common
 
 
-def trace_of(options: argparse.Namespace) -> LengthTrace:
-    """The trace, with the steps that were asked for."""
-    return read_trace(options.trace).between(options.first, options.last)
-
-
-def settings_of(options: argparse.Namespace, trace: LengthTrace) -> list[Setting]:
-    """What surrounds the strategies, for each number of GPUs."""
+def inputs_of(options: argparse.Namespace) -> tuple[LengthTrace, list[Setting], int]:
+    """The trace, what surrounds the strategies for each number of GPUs, and how many steps are to be replayed."""
+    trace = read_trace(options.trace).between(options.first, options.last)
     curve, _ = load_curve(options.curve)
     costs = _costs(options, curve)
-    return [
+    settings = [
         Setting(
             num_prompts=options.prompts or trace.prompts_per_step,
             group_size=options.group_size,
@@ -141,11 +138,7 @@ def settings_of(options: argparse.Namespace, trace: LengthTrace) -> list[Setting
         )
         for gpus in options.gpus
     ]
-
-
-def steps_of(options: argparse.Namespace, trace: LengthTrace) -> int:
-    """Steps to replay."""
-    return options.steps or max(len(trace.steps), LEAST_STEPS)
+    return trace, settings, options.steps or max(len(trace.steps), LEAST_STEPS)
 
 
 def arms_of(options: argparse.Namespace) -> list[Arm]:
@@ -200,6 +193,19 @@ def _costs(options: argparse.Namespace, curve: LatencyCurve) -> StepCosts:
             known = ", ".join(StepCosts.__dataclass_fields__)
             raise SimulationError(f"--cost {text}: must be NAME=VALUE, not negative; names are {known}.") from None
     return costs
+
+
+def _new_file(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path}: a file cannot be written there; name one in a folder that exists.")
+    return path
+
+
+def _picture(text: str) -> Path:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError("needs matplotlib; install verl-darts[report].")
+    return _new_file(text)
 
 
 def _positive(text: str) -> int:

@@ -87,10 +87,7 @@ def replay(
     """The steps of a strategy, one after the other.
 
     Args:
-        arm: the strategy and its settings.
-        setting: what surrounds it.
         dataset: candidates; at least as wide as the most that the arm launches (`width`).
-        steps: how many.
         reshape: moves the lengths of later steps; None: lengths as they were recorded.
 
     Raises:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from darts.config import DartsConfig
 from darts.group import CandidateGroup
-from darts.pool import CandidatePool
+from darts.pool import CandidatePool, State
 from darts.simulation.engine import NEVER, Engine
 
 ABORT = -1
@@ -49,47 +49,28 @@ class Outcome:
     budgets: NDArray[np.int64]  # candidates of each prompt
     complete: list[int]  # positions of the prompts that are trained on, in their order
     length: NDArray[np.int64]  # generated tokens
-    aborted: NDArray[np.bool_]  # length is that of a part
-    truncated: NDArray[np.bool_]
+    state: NDArray[np.str_]  # letters of `State`
     kept: NDArray[np.bool_]
     ended_at: NDArray[np.float64]
     slot_seconds: float  # in which a slot ran a sequence, sum over the slots
 
+    @property
+    def aborted(self) -> NDArray[np.bool_]:
+        """Which were stopped: their length is that of a part."""
+        return self.state == State.STOPPED.value
+
     def pool(self, rules: DartsConfig) -> CandidatePool:
         """For `RolloutPlanner.observe`; nothing is known of rewards, chunks and caches."""
-        count, prompts = len(self.length), len(self.budgets)
-        num_long = np.array([rules.num_long_for(int(budget)) for budget in self.budgets], dtype=np.int64)
-        zeros, nothing = np.zeros(count, dtype=np.int64), np.full(count, np.nan)
-        return CandidatePool(
-            prompt=np.repeat(np.arange(prompts), self.budgets),
-            candidate=np.arange(count) - np.repeat(np.cumsum(self.budgets) - self.budgets, self.budgets),
+        num_long = [rules.group_rules(budget).num_long for budget in self.budgets.tolist()]
+        return CandidatePool.of(
+            self.budgets,
             length=self.length,
-            truncated=self.truncated,
-            aborted=self.aborted,
-            lost=np.zeros(count, dtype=bool),
+            state=self.state,
             kept=self.kept,
-            arrival=zeros,
             num_long=np.repeat(num_long, self.budgets),
             saturated=np.repeat(self.budgets >= rules.allocation.high, self.budgets),
-            reward=nothing,
-            weights_min=zeros,
-            weights_max=zeros,
-            prompt_tokens=zeros,
-            cached_tokens=zeros,
-            chunks=zeros,
-            chunk_seconds=np.zeros(count),
             ended_at=self.ended_at,
-            stop_seconds=nothing,
-            tokens_after=zeros,
         )
-
-
-def make_group(rules: DartsConfig, budget: int) -> CandidateGroup:
-    """The group of a prompt with so many candidates, as `darts.rollout.running` makes it; plain verl keeps all M."""
-    if not rules.enable:
-        return CandidateGroup(budget, budget, 0)
-    num_long = rules.num_long_for(budget)
-    return CandidateGroup(budget, rules.group_size, num_long, rules.early_stop, rules.selection.long_wait)
 
 
 def route(budgets: Sequence[int], order: Sequence[int], engines: int, routing: str) -> list[int]:
@@ -147,25 +128,22 @@ class _Rollout:
         order: Sequence[int] | None,
         harvest: int | None,
     ) -> None:
-        self.rules, self.fleet, self.budgets, self.truncated = rules, fleet, budgets, truncated
+        self.rules, self.fleet, self.budgets = rules, fleet, budgets
         self.cut = truncated.tolist()
         self.lengths = lengths.tolist()
         self.harvest = harvest
-        self.groups = [make_group(rules, budget) for budget in budgets.tolist()]
+        self.groups = [CandidateGroup(budget, rules.group_rules(budget)) for budget in budgets.tolist()]
         self.firsts = (np.cumsum(budgets) - budgets).tolist()
         self.prompts = np.repeat(np.arange(len(budgets)), budgets).tolist()
         self.engines = [Engine(fleet.step_seconds, fleet.slots) for _ in range(fleet.engines)]
         self.order = range(len(budgets)) if order is None else list(order)
         self.engine_of = route(budgets, self.order, fleet.engines, rules.routing)
         self.ended_at = [NEVER] * len(self.lengths)
-        self.aborted = [False] * len(self.lengths)
         self.complete: list[int] = []
         self.decided = [False] * len(self.groups)  # complete or abandoned
         self.waiting = set(range(len(self.groups)))  # neither ready for the deadline nor complete
         self.deadline = rules.enable and rules.selection.long_wait == "deadline"
-        self.followed = [  # groups that hear of growth
-            rules.enable and rules.early_stop == "exact" and group.num_long == 0 for group in self.groups
-        ]
+        self.followed = [group.rules.follows_growth for group in self.groups]  # those that hear of growth
         self.chunk = rules.streaming.chunk_tokens
         self.versions = [0] * fleet.engines
         self.events: list[tuple[float, int, int]] = []  # (time, engine, its version) or (time, ABORT, candidate)
@@ -239,8 +217,7 @@ class _Rollout:
         number, prompt = self.engine_of[candidate], self.prompts[candidate]
         tokens = self.engines[number].leave(candidate, now)
         self.touched.add(number)
-        self.ended_at[candidate], self.aborted[candidate] = now, True
-        self.lengths[candidate] = tokens
+        self.ended_at[candidate], self.lengths[candidate] = now, tokens
         self.groups[prompt].stop(candidate - self.firsts[prompt], tokens)
 
     def _abort(self, prompt: int, losers: list[int], now: float) -> None:
@@ -286,7 +263,7 @@ class _Rollout:
         for prompt in self.complete:
             first = self.firsts[prompt]
             kept[[first + index for index in self.groups[prompt].kept]] = True
-        ended, aborted = np.array(self.ended_at), np.array(self.aborted, dtype=bool)
+        ended = np.array(self.ended_at)
         began = [
             self.engines[engine].began.get(candidate, (0.0, self.ended_at[candidate]))[1]
             for candidate, engine in enumerate(self.engine_of)
@@ -296,8 +273,7 @@ class _Rollout:
             budgets=self.budgets,
             complete=sorted(self.complete),
             length=np.array(self.lengths, dtype=np.int64),
-            aborted=aborted,
-            truncated=self.truncated & ~aborted,
+            state=np.array([state.value for group in self.groups for state in group.states], dtype=str),
             kept=kept,
             ended_at=ended,
             slot_seconds=float((ended - began).sum()),

@@ -19,10 +19,8 @@ Contract.
 7. With `darts.latency.profile=auto` the running engines are measured before the first step, unless a state had a model.
 """
 
-import asyncio
 import warnings
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,21 +33,18 @@ from verl.utils.debug import marked_timer
 from verl.utils.skip import SkipManager
 
 import verl_patches.register
-from darts.checks.cluster import pools
-from darts.checks.model import model_id
-from darts.checks.run import check_memory, check_run, latency_profile, without_overlap
+from darts.checks.run import check_memory, check_run
 from darts.config import ConfigError
-from darts.engines.measure import ProfileError, engine_device, profile_servers
 from darts.evidence.checkpoint import StateError, load_state, save_state, step_folder
 from darts.evidence.log import logger
-from darts.evidence.profile import LatencyProfile
 from darts.evidence.trace import Trace
-from darts.forecast import CostModel
 from darts.overlap.join import OverlappedLogProbs, actor_limits
 from darts.overlap.session import OverlapSession
 from darts.planning import Rollout, RolloutPlanner
 from darts.rollout.manager import DartsAgentLoopManager
 from darts.strategy import Strategy, make_strategy
+from darts.training.cost_model import first_cost_model
+from darts.training.lines import banner, progress_line
 from darts.training.rounds import RoundLoader
 from verl_patches.patches import patch_llm_server_manager
 
@@ -67,6 +62,131 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
         self.darts = check_run(config)
         self._overridden: dict[str, Any] = {}
         super().__init__(config, *args, **kwargs)
+
+    @property
+    def planner(self) -> RolloutPlanner:
+        """What plans the rollouts and learns from them."""
+        return self.async_rollout_manager.planner
+
+    def fit(self) -> None:
+        """Trains: plain verl's loop with `darts.enable=false`, else the loop of `SeparateRayPPOTrainer`."""
+        if not self.darts.enable:
+            return RayPPOTrainer.fit(self)
+        if self._dump_executor._shutdown:
+            self._init_dump_executor()
+        SkipManager.init(self.config)
+        try:
+            super().fit()
+        finally:
+            self._shutdown_dump_executor()
+
+    def fit_step(self, batch_dict: Any = None) -> None:
+        """A step on a round of the strategy."""
+        if self._rounds is not None:
+            self.epoch = self._rounds.epoch
+        super().fit_step(batch_dict)
+
+    # --- a step, phase by phase ---------------------------------------------------------------------------------------
+
+    def _fit_prepare_step(self) -> None:
+        SkipManager.set_step(self.global_steps)
+        super()._fit_prepare_step()
+        if not self._cost_model_is_set:
+            self._set_cost_model()
+            self._cost_model_is_set = True
+
+    def _fit_generate(self, batch: DataProto = None) -> DataProto:
+        """A round of the strategy: its rollout, and what is learnt from it."""
+        manager, round_ = self.async_rollout_manager, self.strategy.next_round()
+        trained = list(range(len(batch)))
+
+        def keep(prompts: list[int]) -> None:
+            # verl's method repeats and joins the batch once its rows are there.
+            harvested = batch.select_idxs(np.array(prompts))
+            batch.batch, batch.non_tensor_batch = harvested.batch, harvested.non_tensor_batch
+            trained[:] = prompts
+
+        # 1. The manager runs the prompts' groups, and keeps M of each.
+        manager.begin_round(round_.rules, harvest=round_.harvest, on_harvest=keep)
+        output = super()._fit_generate(batch)
+        # 2. The strategy queues what was launched and is not trained on.
+        if self._rounds is not None:
+            self.strategy.ended(self._rounds.launched, trained)
+            self.metrics["darts/strategy/queue"] = len(self.strategy.queue)
+        # 3. What the manager has learnt is reported.
+        self._rollout = manager.pop_rollout()
+        if self._rollout is not None:
+            self.metrics.update(self._rollout.metrics)
+            self._warn_of_saturation()
+        # 4. Rows go to the actor in the strategy's order; otherwise as verl balances them.
+        if self.strategy.short_to_long:
+            lengths = output.batch["response_mask"].sum(dim=-1)
+            order = short_to_long(lengths.numpy(), self._get_dp_size(self.actor_rollout_wg, "actor"))
+            output.reorder(torch.from_numpy(order))
+            output.meta_info["global_token_num"] = [output.meta_info["global_token_num"][row] for row in order]
+        return output
+
+    def _compute_old_log_prob(self, batch: DataProto) -> tuple[DataProto, float]:
+        compute = super()._compute_old_log_prob
+        return compute(batch) if self._log_probs is None else self._log_probs.old(batch, compute)
+
+    def _compute_ref_log_prob(self, batch: DataProto) -> DataProto:
+        compute = super()._compute_ref_log_prob
+        return compute(batch) if self._log_probs is None else self._log_probs.reference(batch, compute)
+
+    def _fit_compute_ref_log_prob(self, batch: DataProto) -> DataProto:
+        batch = super()._fit_compute_ref_log_prob(batch)
+        if self._log_probs is not None and self._rollout is not None:
+            self.metrics.update(self._log_probs.metrics(self._rollout))
+        return batch
+
+    def _fit_update_weights(self) -> None:
+        """Saves while the engines sleep (or idle, on GPUs of their own), then gives them the new weights; as in
+        `RayPPOTrainer.fit`."""
+        if self.config.trainer.critic_warmup <= self.global_steps:
+            super()._fit_save_checkpoint()
+            super()._fit_update_weights()
+        else:
+            with marked_timer("update_weights", self.timing_raw, color="red"):
+                self.checkpoint_manager.update_weights(self.global_steps)
+
+    def _fit_save_checkpoint(self) -> None:
+        """Done in `_fit_update_weights`."""
+
+    def _stop_profiling(self, do_profile: bool, run_command: bool = False) -> None:
+        steps = self.config.global_profiler.steps
+        last = bool(steps) and (self.global_steps == max(steps) or self.is_last_step)
+        super()._stop_profiling(do_profile, run_command=run_command or last)
+
+    def _fit_collect_metrics(self, batch: DataProto) -> None:
+        super()._fit_collect_metrics(batch)
+        columns = batch.non_tensor_batch
+        self.metrics.update(
+            compute_spec_decode_metrics(
+                columns.get("spec_num_draft_tokens"),
+                columns.get("spec_num_accepted_tokens"),
+                columns.get("spec_num_verify_steps"),
+            )
+        )
+
+    def _fit_postprocess_step(self) -> None:
+        logger.info(progress_line(self.metrics, self.global_steps, self.total_training_steps))
+        calls = [] if self._log_probs is None else self._log_probs.calls
+        self._trace.write(self.global_steps, self.metrics, self._rollout, calls)
+        super()._fit_postprocess_step()
+
+    def _warn_of_saturation(self) -> None:
+        all_saturated = self.metrics.get("darts/group/saturated_share") == 1
+        if all_saturated and self.strategy.rules.selection.mode == "auto" and not self._warned_of_saturation:
+            self._warned_of_saturation = True
+            warnings.warn(
+                f"all prompts of step {self.global_steps} have M_up candidates, so all groups are shortest-only and no "
+                "long response is kept: raise darts.allocation.cost_weight, set darts.allocation.mean_candidates, or "
+                "darts.selection.mode=dual_end, unless this is what you want.",
+                stacklevel=2,
+            )
+
+    # --- before the first step ----------------------------------------------------------------------------------------
 
     def _create_dataloader(self, *args: Any, **kwargs: Any) -> None:
         """As upstream; a strategy that chooses its prompts gets a loader of its own."""
@@ -129,63 +249,8 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
             self._prepare_overlap()
             # SeparateRayPPOTrainer asks the rollout manager to start the servers' profilers: the server manager does.
             self.async_rollout_manager.start_profile = lambda global_step: self.llm_server_manager.start_profile()
-        logger.info(self.banner())
-
-    def banner(self) -> str:
-        """One line that says whether DARTS is on, and with which settings."""
-        placed = f"; {pools(self.config)}" if self.darts.placement == "disaggregated" else ""
-        if not self.darts.enable:
-            return f"plugin active, darts.enable=false: plain verl{placed}"
-        allocation, selection = self.darts.allocation, self.darts.selection
-        mean = self.darts.group_size if allocation.mode == "off" else allocation.mean_candidates
-        if self.darts.strategy != "darts":
-            return f"plugin active: strategy {self.darts.strategy}, M={self.darts.group_size}{placed}"
-        count = "as many candidates as pay" if mean is None else f"{mean:g} candidates"
-        return (
-            f"plugin active: M={self.darts.group_size} of {count} ({allocation.mode}, "
-            f"{allocation.low} to {allocation.high}), selection {selection.mode}: K={self.darts.num_short} shortest "
-            f"and L={selection.num_long} longest (wait: {selection.long_wait}), early stop {self.darts.early_stop}"
-            f"{'' if self.darts.some_shortest_only else ' (no group is shortest-only: it never acts)'}{placed}"
-            f"; log-probs {self._overlapped()}"
-        )
-
-    def _overlapped(self) -> str:
-        """When log-probs are computed, for the banner."""
-        mode, reason = self.darts.overlap.mode, without_overlap(self.config)
-        if mode == "off":
-            why = f" ({reason[0]})" if reason is not None else ""
-            return f"after generation{why}"
-        tokens = 0 if self._log_probs is None else self._log_probs.session.cache_tokens
-        held = f", prefixes of up to {tokens:,} tokens on a rank" if tokens else ""
-        return f"during generation (overlap {mode}{held})"
-
-    def fit(self) -> None:
-        """Trains: plain verl's loop with `darts.enable=false`, else the loop of `SeparateRayPPOTrainer`."""
-        if not self.darts.enable:
-            return RayPPOTrainer.fit(self)
-        if self._dump_executor._shutdown:
-            self._init_dump_executor()
-        SkipManager.init(self.config)
-        try:
-            super().fit()
-        finally:
-            self._shutdown_dump_executor()
-
-    def _warn_of_saturation(self) -> None:
-        all_saturated = self.metrics.get("darts/group/saturated_share") == 1
-        if all_saturated and self.strategy.rules.selection.mode == "auto" and not self._warned_of_saturation:
-            self._warned_of_saturation = True
-            warnings.warn(
-                f"all prompts of step {self.global_steps} have M_up candidates, so all groups are shortest-only and no "
-                "long response is kept: raise darts.allocation.cost_weight, set darts.allocation.mean_candidates, or "
-                "darts.selection.mode=dual_end, unless this is what you want.",
-                stacklevel=2,
-            )
-
-    @property
-    def planner(self) -> RolloutPlanner:
-        """What plans the rollouts and learns from them."""
-        return self.async_rollout_manager.planner
+        cache_tokens = 0 if self._log_probs is None else self._log_probs.session.cache_tokens
+        logger.info(banner(self.config, self.darts, cache_tokens))
 
     def _prepare_planner(self) -> None:
         rollout = self.config.actor_rollout_ref.rollout
@@ -219,51 +284,24 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
 
     def _set_cost_model(self) -> None:
         """Before the first rollout: what the settings ask for, unless the state has a refinement of it."""
-        latency, cost = self.darts.latency, self.planner.cost
-        profile = latency_profile(self.config, self.darts)
-        if profile is not None:
-            answer = engine_device(self.llm_server_manager.server_handles[0])
-            device = asyncio.run(asyncio.wait_for(answer, latency.profile_s))
-            profile.require(latency.profile, profile.model_id, profile.tensor_parallel, device)
-        if latency.profile == "off" or (
-            latency.profile == "auto" and self.strategy.rules.allocation.mode != "adaptive"
-        ):
-            self.planner.cost = None
-        elif profile is not None:
-            if cost is None or cost.source != source_of(profile):
-                self.planner.cost = CostModel(profile.curve(), source_of(profile))
-        elif cost is None or not cost.source.startswith(engine_of(self.config)):
-            if cost is not None:
-                logger.info(f"the checkpoint's latency model is of another engine ({cost.source})")
-            profile = self._measured_profile()
-            self.planner.cost = None if profile is None else CostModel(profile.curve(), source_of(profile))
+        adaptive = self.strategy.rules.allocation.mode == "adaptive"
+        servers = self.llm_server_manager.server_handles
+        self.planner.cost = first_cost_model(self.config, self.darts, servers, self.planner.cost, adaptive)
 
-    def _measured_profile(self) -> LatencyProfile | None:
-        """Measures the engines, which are awake; None, with a warning, where they cannot be measured."""
-        path, limit_s = Path(self.config.trainer.default_local_dir) / "latency.json", self.darts.latency.profile_s
-        logger.info(f"measuring the engines for at most {limit_s:g} s (darts.latency.profile=auto)")
-        measured = profile_servers(
-            self.llm_server_manager.server_handles,
-            self.config.actor_rollout_ref.model.path,
-            limit_s=limit_s,
-            seeded=self.darts.seed is not None,
-            say=logger.info,
-        )
-        try:
-            profile = asyncio.run(measured)
-        except (ProfileError, ValueError) as error:  # ValueError: the settings leave nothing to measure
-            warnings.warn(
-                f"darts.latency.profile=auto: {error} There is no cost model: the mean number of candidates is "
-                f"{self.darts.allocation.fallback_mean:g}.",
-                stacklevel=2,
-            )
-            return None
-        try:
-            profile.save(path)
-            logger.info(f"the latency profile is in {path}")
-        except OSError as cause:
-            warnings.warn(f"{path}: the latency profile cannot be kept: {cause}", stacklevel=2)
-        return profile
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self) -> None:
+        if self.darts.enable:
+            folder = step_folder(self.config.trainer, self.global_steps)
+            state = self.planner.state_dict()
+            if self._rounds is not None:
+                state["rounds"] = {
+                    "strategy": self.darts.strategy,
+                    "state": self.strategy.state_dict(),
+                    "position": self._rounds.position,
+                }
+            save_state(folder, self.global_steps, state)
+        super()._save_checkpoint()
 
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()
@@ -298,107 +336,6 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
         self.strategy.load_state_dict(state.get("state"))
         self._rounds.go_to(state.get("position"))
 
-    def _save_checkpoint(self) -> None:
-        if self.darts.enable:
-            folder = step_folder(self.config.trainer, self.global_steps)
-            state = self.planner.state_dict()
-            if self._rounds is not None:
-                state["rounds"] = {
-                    "strategy": self.darts.strategy,
-                    "state": self.strategy.state_dict(),
-                    "position": self._rounds.position,
-                }
-            save_state(folder, self.global_steps, state)
-        super()._save_checkpoint()
-
-    def fit_step(self, batch_dict: Any = None) -> None:
-        """A step on a round of the strategy."""
-        if self._rounds is not None:
-            self.epoch = self._rounds.epoch
-        super().fit_step(batch_dict)
-
-    def _fit_prepare_step(self) -> None:
-        SkipManager.set_step(self.global_steps)
-        super()._fit_prepare_step()
-        if not self._cost_model_is_set:
-            self._set_cost_model()
-            self._cost_model_is_set = True
-
-    def _fit_generate(self, batch: DataProto = None) -> DataProto:
-        manager, round_ = self.async_rollout_manager, self.strategy.next_round()
-        trained = list(range(len(batch)))
-
-        def keep(prompts: list[int]) -> None:
-            # verl's method repeats and joins the batch once its rows are there.
-            some = batch.select_idxs(np.array(prompts))
-            batch.batch, batch.non_tensor_batch = some.batch, some.non_tensor_batch
-            trained[:] = prompts
-
-        manager.darts, manager.harvest, manager.on_harvest = round_.rules, round_.harvest, keep
-        output = super()._fit_generate(batch)
-        if self._rounds is not None:
-            self.strategy.ended(self._rounds.launched, trained)
-            self.metrics["darts/strategy/queue"] = len(self.strategy.queue)
-        self._rollout = manager.pop_rollout()
-        if self._rollout is not None:
-            self.metrics.update(self._rollout.metrics)
-            self._warn_of_saturation()
-        if self.strategy.short_to_long:  # where verl balances
-            lengths = output.batch["response_mask"].sum(dim=-1)
-            order = short_to_long(lengths.numpy(), self._get_dp_size(self.actor_rollout_wg, "actor"))
-            output.reorder(torch.from_numpy(order))
-            output.meta_info["global_token_num"] = [output.meta_info["global_token_num"][row] for row in order]
-        return output
-
-    def _compute_old_log_prob(self, batch: DataProto) -> tuple[DataProto, float]:
-        compute = super()._compute_old_log_prob
-        return compute(batch) if self._log_probs is None else self._log_probs.old(batch, compute)
-
-    def _compute_ref_log_prob(self, batch: DataProto) -> DataProto:
-        compute = super()._compute_ref_log_prob
-        return compute(batch) if self._log_probs is None else self._log_probs.reference(batch, compute)
-
-    def _fit_compute_ref_log_prob(self, batch: DataProto) -> DataProto:
-        batch = super()._fit_compute_ref_log_prob(batch)
-        if self._log_probs is not None and self._rollout is not None:
-            self.metrics.update(self._log_probs.metrics(self._rollout))
-        return batch
-
-    def _fit_update_weights(self) -> None:
-        """Saves while the engines sleep (or idle, on GPUs of their own), then gives them the new weights; as in
-        `RayPPOTrainer.fit`."""
-        if self.config.trainer.critic_warmup <= self.global_steps:
-            super()._fit_save_checkpoint()
-            super()._fit_update_weights()
-        else:
-            with marked_timer("update_weights", self.timing_raw, color="red"):
-                self.checkpoint_manager.update_weights(self.global_steps)
-
-    def _fit_save_checkpoint(self) -> None:
-        """Done in `_fit_update_weights`."""
-
-    def _stop_profiling(self, do_profile: bool, run_command: bool = False) -> None:
-        steps = self.config.global_profiler.steps
-        last = bool(steps) and (self.global_steps == max(steps) or self.is_last_step)
-        super()._stop_profiling(do_profile, run_command=run_command or last)
-
-    def _fit_collect_metrics(self, batch: DataProto) -> None:
-        super()._fit_collect_metrics(batch)
-        columns = batch.non_tensor_batch
-        self.metrics.update(
-            compute_spec_decode_metrics(
-                columns.get("spec_num_draft_tokens"),
-                columns.get("spec_num_accepted_tokens"),
-                columns.get("spec_num_verify_steps"),
-            )
-        )
-
-    def _fit_postprocess_step(self) -> None:
-        logger.info(progress_line(self.metrics, self.global_steps, self.total_training_steps))
-        calls = [] if self._log_probs is None else self._log_probs.calls
-        self._trace.write(self.global_steps, self.metrics, self._rollout, calls)
-        super()._fit_postprocess_step()
-
 
 def short_to_long(lengths: np.ndarray, num_ranks: int) -> np.ndarray:
     """The order of rows in which every rank's part, and so each mini-batch over the ranks, goes from short to long.
@@ -408,32 +345,3 @@ def short_to_long(lengths: np.ndarray, num_ranks: int) -> np.ndarray:
         num_ranks: that get equal parts of consecutive rows; divides the number of rows.
     """
     return np.argsort(lengths, kind="stable").reshape(-1, num_ranks).T.ravel()
-
-
-def source_of(profile: LatencyProfile) -> str:
-    """Tells one profile from another, in the state."""
-    return f"{profile.model_id}, tensor parallel {profile.tensor_parallel}, {profile.device}, {profile.date}"
-
-
-def engine_of(config: DictConfig) -> str:
-    """How the source of a profile of this run's engines begins."""
-    ours = config.actor_rollout_ref
-    return f"{model_id(ours.model.path)}, tensor parallel {ours.rollout.tensor_model_parallel_size}, "
-
-
-def progress_line(metrics: dict[str, Any], step: int, total: int) -> str:
-    """One readable line about a step; a figure that the step did not measure is left out."""
-    is_pool_scored = "darts/reward/pool_mean" in metrics
-    figures = (
-        ("timing_s/step", "{:.1f} s"),
-        ("timing_s/gen", "rollout {:.1f} s"),
-        ("darts/length/pool_mean", "mean length {:.0f}"),
-        ("darts/length/kept_mean", "of the kept {:.0f}"),
-        ("darts/length/pool_max", "longest {:.0f}"),
-        ("darts/reward/pool_mean", "reward {:.2f}"),
-        ("darts/reward/kept_mean", "of the kept {:.2f}" if is_pool_scored else "reward of the kept {:.2f}"),
-        ("darts/allocation/total", "{:.0f} candidates"),
-        ("darts/candidates/dropped", "dropped {:.0f}"),
-        ("darts/candidates/aborted", "of them aborted {:.0f}"),
-    )
-    return f"step {step}/{total}: " + ", ".join(text.format(metrics[key]) for key, text in figures if key in metrics)

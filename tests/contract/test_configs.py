@@ -125,10 +125,10 @@ BAD = [
     ),
     (
         [
-            "actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module=verl_patches.weight_sync",
+            "actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module=verl_patches.gloo_checkpoint_engine",
             "darts.enable=false",
         ],
-        "module='verl_patches.weight_sync': it is called verl_patches.weights.sync now.",
+        "module='verl_patches.gloo_checkpoint_engine': it is called verl_patches.weights.gloo now.",
     ),
 ]
 

@@ -71,11 +71,13 @@ def test_during_critic_warm_up_engines_are_woken_and_nothing_is_saved(trainer):
 def test_the_rollouts_metrics_join_the_steps(trainer, monkeypatch):
     monkeypatch.setattr(SeparateRayPPOTrainer, "_fit_generate", lambda self, batch: batch)
     rollout = SimpleNamespace(metrics={"darts/candidates/kept": 64.0})
-    trainer.async_rollout_manager = SimpleNamespace(pop_rollout=lambda: rollout)
+    rounds, rollouts = [], [rollout, None]
+    trainer.async_rollout_manager = SimpleNamespace(
+        pop_rollout=lambda: rollouts.pop(0), begin_round=lambda rules, **how: rounds.append((rules, how["harvest"]))
+    )
     assert trainer._fit_generate("batch") == "batch"
     assert trainer.metrics == {"darts/candidates/kept": 64.0}
-    assert trainer.async_rollout_manager.darts == trainer.strategy.rules
-    trainer.async_rollout_manager = SimpleNamespace(pop_rollout=lambda: None)
+    assert rounds == [(trainer.strategy.rules, None)]
     trainer._fit_generate("replayed")
     assert trainer._rollout is None
 
@@ -387,7 +389,7 @@ def test_the_planner_knows_the_engines(trainer):
 def test_a_run_without_long_responses_is_told_once(trainer, monkeypatch):
     monkeypatch.setattr(SeparateRayPPOTrainer, "_fit_generate", lambda self, batch: batch)
     rollout = SimpleNamespace(metrics={"darts/group/saturated_share": 1.0})
-    trainer.async_rollout_manager = SimpleNamespace(pop_rollout=lambda: rollout)
+    trainer.async_rollout_manager = SimpleNamespace(pop_rollout=lambda: rollout, begin_round=lambda rules, **how: None)
     with pytest.warns(UserWarning, match=r"all prompts of step 3 have M_up candidates"):
         trainer._fit_generate("batch")
     with warnings.catch_warnings():

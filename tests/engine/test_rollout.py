@@ -57,8 +57,8 @@ def configure(manager, monkeypatch):
     """Changes settings for the rest of the test."""
 
     def change(selection="shortest_only", long_wait="all", **changes):
-        sections = {"selection": dataclasses.replace(manager.darts.selection, mode=selection, long_wait=long_wait)}
-        monkeypatch.setattr(manager, "darts", dataclasses.replace(manager.darts, **sections, **changes))
+        sections = {"selection": dataclasses.replace(manager.rules.selection, mode=selection, long_wait=long_wait)}
+        monkeypatch.setattr(manager, "rules", dataclasses.replace(manager.rules, **sections, **changes))
 
     return change
 

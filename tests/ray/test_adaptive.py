@@ -103,11 +103,11 @@ def test_heavy_prompts_get_more_and_every_row_is_joined_in_order(fresh):
 def test_heavy_prompts_are_spread_over_workers_and_engines(fresh, monkeypatch):
     run(fresh, step=1)
     manager, _ = fresh
-    plan = manager.planner.plan([prompt_key([{"role": "user", "content": text}]) for text in QUESTIONS], manager.darts)
+    plan = manager.planner.plan([prompt_key([{"role": "user", "content": text}]) for text in QUESTIONS], manager.rules)
     worker_of = {int(prompt): worker for worker, part in enumerate(plan.parts(3)) for prompt in part}
     assert worker_of[1] != worker_of[4]
     for routing in ("balanced", "group"):
-        monkeypatch.setattr(manager, "darts", dataclasses.replace(manager.darts, routing=routing))
+        monkeypatch.setattr(manager, "rules", dataclasses.replace(manager.rules, routing=routing))
         _, rollout, served = run(fresh, step=3)
         order = rollout.plan.launch_order
         ends = np.cumsum(rollout.plan.budgets[order])
@@ -140,7 +140,7 @@ def test_a_planner_that_resumes_gives_the_budgets_of_the_uninterrupted_run(fresh
 def test_early_stop_feeds_the_history_with_censored_lengths(fresh, monkeypatch):
     """What is aborted counts at the length it had, and the estimate is above that of what was seen."""
     manager, _ = fresh
-    monkeypatch.setattr(manager, "darts", dataclasses.replace(manager.darts, early_stop="eager"))
+    monkeypatch.setattr(manager, "rules", dataclasses.replace(manager.rules, early_stop="eager"))
     run(fresh, step=1)
     _, rollout, _ = run(fresh, step=2)
     saturated = np.flatnonzero(rollout.plan.budgets == HIGH)

@@ -15,6 +15,8 @@ from darts.messages import CANDIDATE
 from darts.rollout.worker import CandidateError
 from darts.selection import select
 
+pytestmark = pytest.mark.usefixtures("virtual_time")
+
 SHORTEST = "darts.selection.mode=shortest_only"
 
 
@@ -344,7 +346,7 @@ def test_a_candidate_that_is_aborted_while_it_asks_for_a_server_leaves_the_balan
             asked.append(kwargs)
             if len(asked) == 5:
                 group = test.worker._groups["uid-0"]
-                while not group.state.complete:
+                while not group.machine.complete:
                     await asyncio.sleep(0.01)
                 await asyncio.sleep(0.1)
             return await acquire(**kwargs)

@@ -158,7 +158,7 @@ def test_a_dumped_rollout_is_replayed_into_a_batch_with_other_uids(cluster, make
 
 def test_progress_counts_up_and_a_finished_worker_counts_as_finished(cluster, monkeypatch, capsys):
     manager, servers = cluster
-    monkeypatch.setattr(manager, "darts", dataclasses.replace(manager.darts, progress_s=1))
+    monkeypatch.setattr(manager, "rules", dataclasses.replace(manager.rules, progress_s=1))
     slow = {candidate_seed(0, 60, 0, candidate): [Turn(3, delay=4)] for candidate in range(8)}
     ray.get([server.load.remote(slow) for server in servers])
     manager.generate_sequences(prompts([f"{number}+4=" for number in range(6)], GROUP_SIZE, step=60))
@@ -175,7 +175,7 @@ def test_progress_counts_up_and_a_finished_worker_counts_as_finished(cluster, mo
 
 def test_a_rollout_that_outlasts_its_limit_fails_with_the_uids_and_stops(cluster, monkeypatch):
     manager, servers = cluster
-    monkeypatch.setattr(manager, "darts", dataclasses.replace(manager.darts, timeout_s=3, progress_s=1))
+    monkeypatch.setattr(manager, "rules", dataclasses.replace(manager.rules, timeout_s=3, progress_s=1))
     ray.get([server.load.remote({}, Turn(3, delay=120)) for server in servers])
     start = time.monotonic()
     with pytest.raises(TimeoutError, match=r"darts.timeout_s=3.*2 prompts are not complete, uids uid-0, uid-1"):

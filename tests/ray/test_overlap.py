@@ -58,8 +58,8 @@ def overlap(cluster):
         session = OverlapSession(actor, OverlapConfig(mode=cluster.mode, kv_cache_gib=kv_cache_gib), limits)
         session.prepare(lines.append)
         # As the trainer does.
-        darts = cluster.manager.darts
-        cluster.manager.darts = replace(darts, overlap=replace(darts.overlap, mode=session.mode))
+        rules = cluster.manager.rules
+        cluster.manager.begin_round(replace(rules, overlap=replace(rules.overlap, mode=session.mode)))
         cluster.manager.overlap = session
         made.append(actor)
         return types.SimpleNamespace(actor=actor, session=session, said=lines, log_probs=_log_probs(session, limits))

@@ -258,7 +258,7 @@ def test_answers_that_are_late_are_waited_for(cluster):
         return complete
 
     manager = cluster[0]
-    manager.harvest, manager.darts = 4, manager.darts
+    manager.begin_round(manager.rules, harvest=4)
     assert asyncio.run(gather()) == [f"uid-{n}" for n in range(5)]
 
 

@@ -13,7 +13,7 @@ from weight_transfer import described, weights_of
 
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(240)]
 
-MODULE = "verl_patches.weights.gloo"  # verl_patches.weights.sync imports vLLM besides
+MODULE = "verl_patches.weights.gloo"  # verl_patches.weight_sync imports vLLM besides
 CALLS = ("abort_all_requests", "release_kv_cache", "resume_kv_cache", "resume_generation")
 
 
@@ -88,7 +88,7 @@ def test_a_side_that_ends_ends_the_update_with_the_cause_and_leaves_nobody_waiti
 def test_an_exception_of_vllm_ends_the_update_though_nobody_takes_what_is_sent(update):
     """The chain of a standalone server: its engine, verl's adapter beside it, the manager in the trainer."""
     vllm = ray.remote(two_pools.FailingVllm).options(name="vllm_server_0_0").remote()
-    pools = update(trainers=1, sending="blocks", taking="vLLM fails", module="verl_patches.weights.sync")
+    pools = update(trainers=1, sending="blocks", taking="vLLM fails", module="verl_patches.weight_sync")
     fails_soon(pools, cause="no attribute 'weight_loader'")
     ray.kill(vllm)
 

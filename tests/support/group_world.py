@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from darts.group import EARLY_STOP, LONG_WAIT, CandidateGroup
+from darts.group import EARLY_STOP, LONG_WAIT, CandidateGroup, GroupRules
 
 EVERY_MODE = EARLY_STOP + LONG_WAIT
 
@@ -39,19 +39,19 @@ class Case:
     def size(self):
         return len(self.candidates)
 
+    @property
+    def rules(self):
+        return GroupRules(
+            num_keep=self.num_keep, num_long=self.num_long, early_stop=self.early_stop, long_wait=self.long_wait
+        )
+
 
 class World:
     """Lives through a case and keeps its own books, from the events alone."""
 
     def __init__(self, case):
         self.case = case
-        self.group = CandidateGroup(
-            case.size,
-            case.num_keep,
-            case.num_long,
-            case.early_stop,
-            case.long_wait,
-        )
+        self.group = CandidateGroup(case.size, case.rules)
         self.running = set(range(case.size))
         self.reported = [0] * case.size
         self.asked = []  # to abort
@@ -141,7 +141,7 @@ def over(*modes, one_clock=False, any_losses=False, abandoned=False):
             abandoned_at=draw(st.integers(0, 30)) if abandoned else None,
         )
 
-    return lambda test: settings(max_examples=300, deadline=None)(given(cases())(test))
+    return lambda test: settings(max_examples=300)(given(cases())(test))
 
 
 def brute_force(case, pool):

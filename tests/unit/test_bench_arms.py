@@ -2,7 +2,7 @@
 
 import pytest
 
-from darts.bench.arms import PRESETS, Arm, chosen, parse_arm
+from darts.bench.arms import PRESETS, BenchArm, chosen, parse_arm
 from darts.config import STRATEGIES, ConfigError, DartsConfig
 from darts.strategy import make_strategy
 
@@ -28,7 +28,7 @@ def test_every_arm_works_with_any_configuration(name, darts):
 
 def test_an_arm_changes_what_it_says_and_nothing_else():
     before = repr(QUICKSTART)
-    arm = Arm(name="a", strategy="darts", changes={"selection.num_long": 2, "seed": 5}, overlap="token")
+    arm = BenchArm(name="a", strategy="darts", changes={"selection.num_long": 2, "seed": 5}, overlap="token")
     assert arm.block(QUICKSTART) == QUICKSTART | {
         "selection": {"mode": "auto", "num_long": 2}, "seed": 5, "overlap": {"mode": "token"}
     }  # fmt: skip
@@ -51,17 +51,21 @@ def test_the_ablation_adds_what_the_paper_adds():
     assert not streaming.some_shortest_only
     assert streaming.allocation.mode == "off"
     assert (dual_end.allocation.mode, dual_end.allocation.mean_candidates) == ("uniform", 10.5)
-    assert dual_end.num_long_for(12) == 1
-    assert (adaptive.allocation.mode, adaptive.num_long_for(12), adaptive.num_long_for(11)) == ("adaptive", 0, 1)
+    assert dual_end.group_rules(12).num_long == 1
+    assert (adaptive.allocation.mode, adaptive.group_rules(12).num_long, adaptive.group_rules(11).num_long) == (
+        "adaptive",
+        0,
+        1,
+    )
     assert adaptive.early_stop == "eager"
 
 
 def test_components_are_switched_off_one_by_one():
     darts = config("darts")
     assert config("uniform").allocation.mode == "uniform"
-    assert (darts.num_long_for(12), config("dual-end only").num_long_for(12)) == (0, 1)
+    assert (darts.group_rules(12).num_long, config("dual-end only").group_rules(12).num_long) == (0, 1)
     assert config("no early stop").early_stop == "off"
-    assert config("no longest").num_long_for(9) == 0
+    assert config("no longest").group_rules(9).num_long == 0
     assert config("deadline").selection.long_wait == "deadline"
     assert config("exact").early_stop == "exact"
 
@@ -78,7 +82,7 @@ def test_an_arm_from_the_command_line():
         "my arm = darts, darts.selection.num_long=2, darts.early_stop=off,darts.overlap.mode=token,"
         "darts.allocation.mean_candidates=null,darts.reward.pool=true,darts.allocation.cost_weight=1e-1"
     )
-    assert arm == Arm(
+    assert arm == BenchArm(
         name="my arm", strategy="darts", overlap="token",
         changes={"selection.num_long": 2, "early_stop": "off", "allocation.mean_candidates": None, "reward.pool": True,
                  "allocation.cost_weight": 0.1},

@@ -48,11 +48,11 @@ def test_null_means_default():
 
 def test_saturated_prompts_are_shortest_only():
     config = DartsConfig.from_block({"allocation": {"high": 11}}, group_size=8)
-    assert [config.num_long_for(budget) for budget in (8, 10, 11)] == [1, 1, 0]
+    assert [config.group_rules(budget).num_long for budget in (8, 10, 11)] == [1, 1, 0]
     forced = DartsConfig.from_block({"selection": {"mode": "shortest_only"}}, group_size=8)
-    assert forced.num_long_for(8) == 0
+    assert forced.group_rules(8).num_long == 0
     dual = DartsConfig.from_block({"selection": {"mode": "dual_end", "num_long": 2}}, group_size=8)
-    assert dual.num_long_for(16) == 2
+    assert dual.group_rules(16).num_long == 2
 
 
 def test_early_stop_can_act_where_some_group_may_be_shortest_only():

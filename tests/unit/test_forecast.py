@@ -37,12 +37,7 @@ def test_small_batches_are_drawn_often_enough():
 
 def decoded_by_groups(lengths: list[list[int]], darts: DartsConfig, limit: int) -> list[list[int]]:
     """The real state machines, token by token; all candidates start together."""
-    groups = [
-        CandidateGroup(
-            len(row), darts.group_size, darts.num_long_for(len(row)), darts.early_stop, darts.selection.long_wait
-        )
-        for row in lengths
-    ]
+    groups = [CandidateGroup(len(row), darts.group_rules(len(row))) for row in lengths]
     running = [set(range(len(row))) for row in lengths]
     decoded = [[0] * len(row) for row in lengths]
     for token in range(1, limit + 1):
@@ -65,7 +60,7 @@ def decoded_by_groups(lengths: list[list[int]], darts: DartsConfig, limit: int) 
     return decoded
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.lists(st.integers(1, 12), min_size=3, max_size=6), min_size=1, max_size=4),
     st.sampled_from(["eager", "exact", "off"]),

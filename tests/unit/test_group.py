@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 from group_world import EVERY_MODE, World, brute_force, over
 
-from darts.group import CandidateGroup
+from darts.group import CandidateGroup, GroupRules
+from darts.pool import State
 
 
 @over(*EVERY_MODE)
@@ -55,6 +56,9 @@ def test_how_each_ended_is_on_record_whatever_is_reported_later(case):
         ended = {name: [index in which for index in range(case.size)] for name, which in world.ended.items()}
         assert (world.group.lengths, world.group.arrival) == (world.reported, world.ended["finish"])
         assert (world.group.stopped, world.group.lost) == (ended["stop"], ended["lose"])
+        asked = [index in world.asked and index in world.running for index in range(case.size)]
+        assert [state is State.ABORTING for state in world.group.states] == asked
+        assert {index for index, state in enumerate(world.group.states) if not state.ended} == world.running
         assert world.group.truncated == [
             it.truncated and done for it, done in zip(case.candidates, ended["finish"], strict=True)
         ]
@@ -144,7 +148,7 @@ def test_a_deadline_aborts_what_runs_and_keeps_the_best_that_finished_by_then(ca
 
 
 def test_a_scenario_by_hand():
-    group = CandidateGroup(6, num_keep=2, num_long=0, early_stop="exact")
+    group = CandidateGroup(6, GroupRules(num_keep=2, early_stop="exact"))
     with pytest.raises(RuntimeError, match="0 of 6 candidates have finished; not decided yet"):
         group.keeps(0)
     assert group.progress(4, 9) == []
@@ -189,7 +193,7 @@ def test_a_scenario_by_hand():
     ],
 )
 def test_impossible_reports_are_refused_and_change_nothing(event, arguments, message):
-    group = CandidateGroup(4, num_keep=1, num_long=0, early_stop="exact", long_wait="deadline")
+    group = CandidateGroup(4, GroupRules(num_keep=1, early_stop="exact", long_wait="deadline"))
     group.finish(0, 5, False)
     assert group.progress(1, 6) + group.progress(2, 6) == [1, 2]
     group.stop(1, 6)
@@ -200,19 +204,19 @@ def test_impossible_reports_are_refused_and_change_nothing(event, arguments, mes
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("size", "rules", "message"),
     [
-        ((4, 0, 0), "num_keep=0: must be at least 1"),
-        ((1, 2, 0), "num_candidates=1: must be at least num_keep=2"),
-        ((4, 2, 2), r"num_long=2: must lie in \[0, num_keep=2\)"),
-        ((4, 2, -1), "num_long=-1: must lie in"),
-        ((4, 2, 0, "fast"), "early_stop='fast': must be one of eager, exact, off"),
-        ((4, 2, 1, "off", "long"), "long_wait='long': must be one of all, deadline"),
+        (4, {"num_keep": 0}, "num_keep=0: must be at least 1"),
+        (1, {}, "num_candidates=1: must be at least num_keep=2"),
+        (4, {"num_long": 2}, r"num_long=2: must lie in \[0, num_keep=2\)"),
+        (4, {"num_long": -1}, "num_long=-1: must lie in"),
+        (4, {"early_stop": "fast"}, "early_stop='fast': must be one of eager, exact, off"),
+        (4, {"num_long": 1, "long_wait": "long"}, "long_wait='long': must be one of all, deadline"),
     ],
 )
-def test_impossible_groups_are_refused(arguments, message):
+def test_impossible_groups_are_refused(size, rules, message):
     with pytest.raises(ValueError, match=message):
-        CandidateGroup(*arguments)
+        CandidateGroup(size, GroupRules(**({"num_keep": 2} | rules)))
 
 
 @over(*EVERY_MODE)
@@ -233,12 +237,12 @@ def test_a_chance_of_one_is_kept_and_of_zero_only_fills(case):
 
 
 def test_who_finished_early_is_likelier_kept_than_who_runs():
-    group = CandidateGroup(6, num_keep=3, num_long=0, early_stop="eager")
+    group = CandidateGroup(6, GroupRules(num_keep=3, early_stop="eager"))
     group.finish(0, 5, truncated=False)
     assert group.chance(0) > group.chance(1) > 0
     group.finish(1, 9, truncated=False)
     assert group.chance(1) > group.chance(2)
-    dual = CandidateGroup(4, num_keep=3, num_long=1)
+    dual = CandidateGroup(4, GroupRules(num_keep=3, num_long=1))
     for index, length in enumerate((5, 6, 7)):
         dual.finish(index, length, truncated=False)
     dual.progress(3, 8)

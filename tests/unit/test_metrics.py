@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from darts.metrics import METRICS, rollout_metrics
-from darts.pool import CandidatePool, finished_pool
+from darts.pool import CandidatePool
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -15,12 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def pool(**changes):
     """Two prompts, M = 2: prompt 0 dual-end with 3 candidates, prompt 1 shortest-only with 3, one truncated."""
     columns = {
-        "prompt": [0, 0, 0, 1, 1, 1],
-        "candidate": [0, 1, 2, 0, 1, 2],
         "length": [10, 40, 20, 30, 30, 64],
-        "truncated": [False, False, False, False, False, True],
-        "aborted": [False] * 6,
-        "lost": [False] * 6,
+        "state": list("dddddt"),
         "kept": [True, True, False, True, True, False],
         "arrival": [0, 2, 1, 1, 0, 2],
         "num_long": [1, 1, 1, 0, 0, 0],
@@ -36,7 +32,7 @@ def pool(**changes):
         "stop_seconds": [np.nan] * 6,
         "tokens_after": [0] * 6,
     }
-    return CandidatePool(**{name: np.array(value) for name, value in (columns | changes).items()})
+    return CandidatePool.of([3, 3], **(columns | changes))
 
 
 def test_every_figure_by_hand():
@@ -84,9 +80,7 @@ def test_aborted_candidates_count_with_what_they_had():
     """Prompt 1's third candidate was aborted before it began, its second never finished for another reason."""
     early = pool(
         length=[10, 40, 20, 30, 30, 0],
-        truncated=[False] * 6,
-        aborted=[False, False, False, False, False, True],
-        lost=[False, False, True, False, False, False],
+        state=list("ddxdda"),
         arrival=[0, 1, -1, 1, 0, -1],
         stop_seconds=[np.nan] * 5 + [0.25],
         tokens_after=[0] * 5 + [3],
@@ -130,7 +124,7 @@ def test_arrival_that_would_have_kept_others_is_counted():
 
 
 def test_groups_without_a_valid_candidate_are_counted():
-    metrics = rollout_metrics(pool(truncated=[False, False, False, True, True, True]), 2, 1.0)
+    metrics = rollout_metrics(pool(state=list("dddttt")), 2, 1.0)
     assert (metrics["darts/group/no_valid"], metrics["darts/group/filled"]) == (1, 2)
 
 
@@ -145,12 +139,8 @@ def test_a_group_that_is_not_trained_on_is_counted_and_changes_no_share():
 
 
 def test_the_pool_of_a_plain_rollout():
-    plain = finished_pool(
-        np.array([3, 9, 4, 4]),
-        truncated=np.array([False, True, False, False]),
-        reward=np.array([1.0, 0.0, 1.0, 1.0]),
-        group_size=2,
-        ended_at=7.0,
+    plain = CandidatePool.of(
+        [2, 2], length=[3, 9, 4, 4], state=list("dtdd"), kept=True, reward=[1.0, 0.0, 1.0, 1.0], ended_at=7.0
     )
     assert plain.prompt.tolist() == [0, 0, 1, 1]
     assert plain.candidate.tolist() == [0, 1, 0, 1]
@@ -170,9 +160,8 @@ def test_pools_of_workers_join():
 
 @pytest.mark.parametrize(("candidates", "seconds", "message"), [(0, 1.0, "empty pool"), (6, 0.0, "seconds=0.0")])
 def test_no_rollout_is_refused(candidates, seconds, message):
-    empty = CandidatePool(**{name: getattr(pool(), name)[:candidates] for name in CandidatePool.__dataclass_fields__})
     with pytest.raises(ValueError, match=message):
-        rollout_metrics(empty, 2, seconds)
+        rollout_metrics(pool().rows(slice(candidates)), 2, seconds)
 
 
 def test_the_documented_table_is_the_code():

@@ -482,9 +482,6 @@ def test_cost_model(tmp_path):
         report_figures._cost(read(tmp_path, [step(1, darts__rollout__seconds=2.0)]))
 
 
-# --- scale -----------------------------------------------------------------------------------------------------------
-
-
 def test_long_files_are_read_in_little_memory(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(report_run, "PROGRESS_S", 0.0)
     rng = np.random.default_rng(0)

@@ -11,7 +11,7 @@ from darts.config import DartsConfig
 from darts.group import CandidateGroup
 from darts.latency import LatencyCurve, makespan
 from darts.simulation.engine import Engine
-from darts.simulation.rollout import Fleet, make_group, route, run_rollout
+from darts.simulation.rollout import Fleet, route, run_rollout
 
 BY_HAND = (0.0, 1.0, 2.0, 4.0)  # seconds of a step with 0, 1, 2, 3 running
 
@@ -133,7 +133,6 @@ def test_an_engine_that_is_empty_for_a_while_goes_on():
 # --- against the cost model ------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.integers(1, 60), min_size=1, max_size=40),
     st.integers(1, 4),
@@ -163,7 +162,7 @@ class Naive:
         self.aborted = [False] * len(lengths)
         self.group_of = [prompt for prompt, budget in enumerate(budgets) for _ in range(budget)]
         self.first = [sum(budgets[:prompt]) for prompt in range(len(budgets))]
-        self.groups = [make_group(some_rules, budget) for budget in budgets]
+        self.groups = [CandidateGroup(budget, some_rules.group_rules(budget)) for budget in budgets]
         submitted = [self.first[prompt] + index for prompt in order for index in range(budgets[prompt])]
         engine_of = route(budgets, order, some_fleet.engines, some_rules.routing)
         self.queues = [[c for c in submitted if engine_of[c] == engine] for engine in range(some_fleet.engines)]
@@ -175,7 +174,8 @@ class Naive:
     def milestones(self, c):
         """Tokens at which something may happen to a candidate that runs."""
         chunk = self.rules.streaming.chunk_tokens
-        exact = self.rules.enable and self.rules.early_stop == "exact" and self.groups[self.group_of[c]].num_long == 0
+        group_rules = self.rules.group_rules(sum(prompt == self.group_of[c] for prompt in self.group_of))
+        exact = group_rules.num_long == 0 and group_rules.early_stop == "exact"
         report = (math.floor(self.done[c] / chunk) + 1) * chunk
         return min(report, self.total[c]) if exact else self.total[c]
 
@@ -258,7 +258,7 @@ def rollouts(draw):
     return lengths, truncated, budgets, some, fleet(draw(st.integers(1, 3)), draw(st.integers(1, 8))), order, harvest
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(rollouts())
 def test_it_is_what_a_simulator_without_events_gives(case):
     lengths, truncated, budgets, some, some_fleet, order, harvest = case
@@ -276,7 +276,7 @@ def test_it_is_what_a_simulator_without_events_gives(case):
         assert kept.sum() == (2 if prompt in outcome.complete else 0)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(rollouts(), st.floats(0.1, 30.0))
 def test_late_aborts_change_times_but_no_rule(case, abort_s):
     lengths, truncated, budgets, some, some_fleet, order, harvest = case
@@ -289,7 +289,7 @@ def test_late_aborts_change_times_but_no_rule(case, abort_s):
     assert (outcome.length <= lengths).all()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(rollouts())
 def test_exact_keeps_what_a_run_without_stops_keeps(case):
     lengths, truncated, budgets, _, some_fleet, order, _ = case

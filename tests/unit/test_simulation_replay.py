@@ -95,7 +95,7 @@ def test_every_step_trains_on_m_of_each_prompt_within_its_budget(name, outcomes)
             kept = np.flatnonzero(outcome.kept[group])
             assert len(kept) == (4 if prompt in outcome.complete else 0)
             if rules.enable and rules.early_stop != "eager" and prompt in outcome.complete:
-                num_long = rules.num_long_for(len(group))
+                num_long = rules.group_rules(len(group)).num_long
                 assert sorted(select(lengths[group], 4, num_long, truncated[group])) == kept.tolist()
         assert step.kept == outcome.length[outcome.kept].sum() <= step.generated <= lengths.sum()
         assert 0 < step.slot_s <= step.slot_capacity_s * (1 + 1e-9)

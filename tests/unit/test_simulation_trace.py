@@ -183,21 +183,21 @@ def test_where_nothing_is_known_an_aborted_candidate_counts_with_what_it_had(tmp
         (line(1, [[1]], ["k"], version=2), "line 1: version=2: must be 1"),
         (
             line(1, [[1, 2]], ["k"]),
-            "line 1: must be a step, but key, length, fate and reward are not of the same prompts",
+            "but key, length, fate and reward are not of the same prompts",
         ),
         (line(1, [[1]], ["q"]), "line 1: must be a step, but fate='q' is not of 'kfdtax'"),
         (
             line(1, [[5]], ["k"]) + line(2, [[-3]], ["k"]),
-            "line 2: must be a step, but length=-3 with fate='k', must be a whole number",
+            "line 2: must be a step, but length=-3 with fate",
         ),
         (line(1, [[1.5]], ["k"]), "line 1: must be a step, but length=1.5"),
         (
             line(1, [[0]], ["k"]),
-            r"line 1: must be a step, but length=0 with fate='k', must be a whole number of tokens in \[1, ",
+            r"but length=0 with fate=.k., must be a whole number of tokens in \[1, ",
         ),
         (
             line(1, [[-1]], ["a"]),
-            r"line 1: must be a step, but length=-1 with fate='a', must be a whole number of tokens in \[0, ",
+            r"but length=-1 with fate=.a., must be a whole number of tokens in \[0, ",
         ),
         (line(1, [], [], rollout=None), "line 1: no step has a rollout with a whole response"),
         ("", "must hold a whole step"),

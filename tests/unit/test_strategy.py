@@ -43,7 +43,7 @@ def test_darts_is_as_the_settings_say():
 def test_shortest_k_keeps_the_shortest_and_stops_nothing():
     rules = make_strategy(replace(DARTS, strategy="shortest_k"), PROMPTS).rules
     assert (rules.allocation.mode, rules.allocation.mean_candidates) == ("uniform", 12)
-    assert rules.num_long_for(12) == 0
+    assert rules.group_rules(12).num_long == 0
     assert rules.early_stop == "off"
 
 
@@ -52,7 +52,7 @@ def test_a_short_round_of_tail_batching_launches_a_quarter_more_of_both_and_a_lo
     short = strategy.next_round()
     assert (short.new, short.queued, short.harvest) == (20, (), PROMPTS)
     assert (short.rules.allocation.mode, short.rules.allocation.mean_candidates) == ("uniform", 10)
-    assert (short.rules.num_long_for(10), short.rules.early_stop) == (0, "eager")
+    assert (short.rules.group_rules(10).num_long, short.rules.early_stop) == (0, "eager")
     for turn in range(4):  # of each round of 20 prompts the last 4 are not complete
         launched = range(20 * turn, 20 * turn + 20)
         strategy.ended(launched, range(PROMPTS))
@@ -91,7 +91,11 @@ def test_sorted_consumes_its_cache_before_new_prompts_come():
     strategy = Sorted(DARTS, PROMPTS)
     first = strategy.next_round()
     assert (first.new, first.queued, first.harvest) == (64, (), PROMPTS)
-    assert (first.rules.allocation.mode, first.rules.num_long_for(M), first.rules.early_stop) == ("off", 0, "off")
+    assert (first.rules.allocation.mode, first.rules.group_rules(M).num_long, first.rules.early_stop) == (
+        "off",
+        0,
+        "off",
+    )
     strategy.ended(range(64), range(0, 64, 4))
     second = strategy.next_round()
     assert (second.new, second.harvest) == (0, PROMPTS)

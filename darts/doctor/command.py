@@ -85,22 +85,22 @@ def plugin_facts() -> Iterator[Fact]:
     try:
         import verl  # noqa: F401
 
-        loaded = "verl_patches.register" in sys.modules
+        was_loaded = "verl_patches.register" in sys.modules
         from verl_patches import register  # raises what verl logs at DEBUG only
 
-        state = register.assert_active()
+        plugin_state = register.assert_active()
     except Exception as error:
         yield Fact("plugin in verl", FAILED, f"{type(error).__name__}: {error}", SETUP)
     else:
         fix = "unset VERL_USE_EXTERNAL_PLUGINS, or name the plugin in it"
-        value = ", ".join(("active", *state.applied)) if loaded else "verl did not load it"
-        yield Fact("plugin in verl", OK if loaded else FAILED, value, fix="" if loaded else fix)
+        value = ", ".join(("active", *plugin_state.applied)) if was_loaded else "verl did not load it"
+        yield Fact("plugin in verl", OK if was_loaded else FAILED, value, fix="" if was_loaded else fix)
     points = [point for point in entry_points(group="vllm.general_plugins") if "verl_patches" in point.value]
-    allowed = os.environ.get("VLLM_PLUGINS")
+    allowed_plugins = os.environ.get("VLLM_PLUGINS")
     if not points:
         yield Fact("plugin in vLLM", FAILED, "no entry point 'vllm.general_plugins'", SETUP)
-    elif allowed is not None and points[0].name not in allowed.split(","):
-        value = f"VLLM_PLUGINS={allowed} leaves it out"
+    elif allowed_plugins is not None and points[0].name not in allowed_plugins.split(","):
+        value = f"VLLM_PLUGINS={allowed_plugins} leaves it out"
         yield Fact("plugin in vLLM", FAILED, value, f"add {points[0].name} to it, or unset it")
     else:
         yield _importable("plugin in vLLM", points[0].module, f"{points[0].name} ({points[0].value})", SETUP)
@@ -115,12 +115,12 @@ def device_facts(elsewhere: bool = False) -> Iterator[Fact]:
     if is_cpu_only():
         yield Fact("device", OK, "no GPU: platform=cpu, with logical GPUs; for tries, not for timing")
         return
-    seen, error = torch.cuda.device_count(), ""
+    seen_gpus, error_text = torch.cuda.device_count(), ""
     try:
         torch.cuda.init()
-    except (RuntimeError, AssertionError) as failure:
-        seen, error = 0, str(failure).splitlines()[0]
-    yield from judge_gpus(list_gpus(), seen, torch.version.cuda, error, elsewhere)
+    except (RuntimeError, AssertionError) as init_error:
+        seen_gpus, error_text = 0, str(init_error).splitlines()[0]
+    yield from judge_gpus(list_gpus(), seen_gpus, torch.version.cuda, error_text, elsewhere)
     if installed("flash-attn") is None:
         value = "missing: verl's default attention, flash_attention_2, cannot be loaded"
         yield Fact("flash-attn", WARNING, value, f"install it (docs/smoke.md), {PADDED}")
@@ -139,10 +139,10 @@ def device_facts(elsewhere: bool = False) -> Iterator[Fact]:
 
 def _importable(name: str, module: str, value: str, fix: str, status: str = FAILED) -> Fact:
     try:
-        found = import_module(module)
+        imported_module = import_module(module)
     except Exception as error:
         return Fact(name, status, f"{value}: {type(error).__name__}: {error}", fix)
-    return Fact(name, OK, getattr(found, "__version__", value))
+    return Fact(name, OK, getattr(imported_module, "__version__", value))
 
 
 def _all_facts(options: argparse.Namespace) -> Iterator[Fact]:
@@ -163,11 +163,11 @@ def _all_facts(options: argparse.Namespace) -> Iterator[Fact]:
 def main(given: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     options = _parse(given)
-    start, facts = time.monotonic(), []
+    start_s, facts = time.monotonic(), []
     for fact in _all_facts(options):
         facts.append(fact)
         print(fact.line(), flush=True)
-    counts, seconds = Counter(fact.status for fact in facts), time.monotonic() - start
+    counts, seconds = Counter(fact.status for fact in facts), time.monotonic() - start_s
     summary = f"{counts[OK]} ok, {counts[WARNING]} warnings, {counts[FAILED]} failed, in {seconds:.0f} s"
     logger.info(f"doctor: {summary}")
     if options.json is not None:

@@ -79,27 +79,27 @@ def versions() -> dict[str, str]:
 
 def wanted(extra: str) -> dict[str, SpecifierSet]:
     """What the project asks for with an extra, and verl with the extras that the project names."""
-    found: dict[str, SpecifierSet] = {}
-    todo, seen = [(OURS, ""), (OURS, extra), ("verl", "")], set()
-    while todo:
-        owner, chosen = pair = todo.pop()
-        if pair in seen or installed(owner) is None:
+    found_specs: dict[str, SpecifierSet] = {}
+    to_visit, visited_pairs = [(OURS, ""), (OURS, extra), ("verl", "")], set()
+    while to_visit:
+        package_name, extra_name = package_extra = to_visit.pop()
+        if package_extra in visited_pairs or installed(package_name) is None:
             continue
-        seen.add(pair)
-        for line in map(Requirement, distribution(owner).requires or ()):
-            if line.marker is None or line.marker.evaluate({"extra": chosen}):
-                found[line.name] = found.get(line.name, SpecifierSet()) & line.specifier
-                todo += [(line.name, name) for name in line.extras if line.name in (OURS, "verl")]
-    return found
+        visited_pairs.add(package_extra)
+        for line in map(Requirement, distribution(package_name).requires or ()):
+            if line.marker is None or line.marker.evaluate({"extra": extra_name}):
+                found_specs[line.name] = found_specs.get(line.name, SpecifierSet()) & line.specifier
+                to_visit += [(line.name, name) for name in line.extras if line.name in (OURS, "verl")]
+    return found_specs
 
 
-def judge_version(name: str, found: str | None, asked: SpecifierSet | None, other_verl: bool = False) -> Fact:
+def judge_version(name: str, found: str | None, asked_versions: SpecifierSet | None, other_verl: bool = False) -> Fact:
     """`other_verl`: the user tries another verl on purpose."""
     if found is None:
         return Fact(name, FAILED, "missing", SETUP)
-    if asked is None or asked.contains(found, prereleases=True):
+    if asked_versions is None or asked_versions.contains(found, prereleases=True):
         return Fact(name, OK, found)
-    value = f"{found}, but {asked} is asked for"
+    value = f"{found}, but {asked_versions} is asked for"
     if name == "verl" and not other_verl:
         return Fact(name, FAILED, value, f"{SETUP}, or DARTS_ALLOW_OTHER_VERL=1 to try")
     return Fact(name, WARNING, f"{value}: not tried together", SETUP)
@@ -152,12 +152,12 @@ def judge_open_files(soft: int, hard: int, joins: bool) -> Fact:
     """A Ray that the run starts raises the soft limit itself, to 65,536 at most; `ray start`, whose Ray it joins, does
     not."""
     soft_limit, hard_limit = (math.inf if limit == resource.RLIM_INFINITY else limit for limit in (soft, hard))
-    reached = soft_limit if joins else max(soft_limit, min(hard_limit, 65536))
+    reached_limit = soft_limit if joins else max(soft_limit, min(hard_limit, 65536))
     value = f"soft {soft}, hard {'unlimited' if hard_limit == math.inf else hard}"
-    if reached >= 8192:
+    if reached_limit >= 8192:
         return Fact("ulimit -n", OK, value)
-    where = " in the shell that calls `ray start`" if joins else ""
-    return Fact("ulimit -n", WARNING, value, f"ulimit -n 65536{where} (every request is a socket)")
+    where_text = " in the shell that calls `ray start`" if joins else ""
+    return Fact("ulimit -n", WARNING, value, f"ulimit -n 65536{where_text} (every request is a socket)")
 
 
 def judge_headers(include: str, version: str) -> Fact:
@@ -170,16 +170,16 @@ def judge_headers(include: str, version: str) -> Fact:
 
 def machine_facts() -> Iterator[Fact]:
     """Cores, memory, disks, shared memory, open files."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    yield Fact("machine", OK, f"{len(os.sched_getaffinity(0))} cores, {memory / GIB:.0f} GiB of memory")
-    for use, path in (("here", os.getcwd()), ("Ray", os.environ.get("RAY_TMPDIR", "/tmp"))):
+    total_memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    yield Fact("machine", OK, f"{len(os.sched_getaffinity(0))} cores, {total_memory / GIB:.0f} GiB of memory")
+    for disk_use, path in (("here", os.getcwd()), ("Ray", os.environ.get("RAY_TMPDIR", "/tmp"))):
         if Path(path).is_dir():
             usage = shutil.disk_usage(path)
-            yield judge_disk(path, usage.free, usage.total, use)
+            yield judge_disk(path, usage.free, usage.total, disk_use)
         else:
-            yield Fact(f"disk {use}", FAILED, f"{path} is no folder", f"mkdir -p {path}")
+            yield Fact(f"disk {disk_use}", FAILED, f"{path} is no folder", f"mkdir -p {path}")
     shared_memory = Path("/dev/shm")
-    yield judge_shared_memory(shutil.disk_usage(shared_memory).free if shared_memory.is_dir() else 0, memory)
+    yield judge_shared_memory(shutil.disk_usage(shared_memory).free if shared_memory.is_dir() else 0, total_memory)
     joins = os.environ.get("RAY_ADDRESS", "local") != "local"
     yield judge_open_files(*resource.getrlimit(resource.RLIMIT_NOFILE), joins=joins)
 
@@ -225,23 +225,23 @@ def list_gpus(limit_s: float = 30) -> list[Gpu] | str:
         return "nvidia-smi answers in an unknown way"
 
 
-def judge_gpus(gpus: list[Gpu] | str, seen: int, cuda: str | None, error: str, elsewhere: bool) -> Iterator[Fact]:
-    """`seen`: by torch, which was made for `cuda`. `elsewhere`: GPUs of a cluster will be looked at too."""
+def judge_gpus(gpus: list[Gpu] | str, seen_gpus: int, cuda: str | None, error: str, elsewhere: bool) -> Iterator[Fact]:
+    """`seen_gpus`: by torch, which was made for `cuda`. `elsewhere`: GPUs of a cluster will be looked at too."""
     if isinstance(gpus, str) or not gpus:
         reason = gpus if isinstance(gpus, str) else "nvidia-smi lists none"
         status, fix = (WARNING, "") if elsewhere else (FAILED, "run it on a node with GPUs (Slurm: inside the job)")
         yield Fact("GPUs", status, f"none here: {reason}", fix)
         return
-    kinds = ", ".join(
+    gpu_kinds = ", ".join(
         f"{sum(gpu.name == name for gpu in gpus)} x {name} {total / 1024:.0f} GiB"
         for name, total in dict.fromkeys((gpu.name, gpu.total) for gpu in gpus)
     )
-    yield Fact("GPUs", OK, f"{kinds}, driver {gpus[0].driver}, torch for CUDA {cuda}")
-    if seen == 0:
+    yield Fact("GPUs", OK, f"{gpu_kinds}, driver {gpus[0].driver}, torch for CUDA {cuda}")
+    if seen_gpus == 0:
         fix = f"a driver for CUDA {cuda}; is CUDA_VISIBLE_DEVICES empty?"
         yield Fact("GPUs of torch", FAILED, error or "torch sees none", fix)
-    elif seen < len(gpus):
-        yield Fact("GPUs of torch", WARNING, f"{seen} of {len(gpus)} (CUDA_VISIBLE_DEVICES)")
+    elif seen_gpus < len(gpus):
+        yield Fact("GPUs of torch", WARNING, f"{seen_gpus} of {len(gpus)} (CUDA_VISIBLE_DEVICES)")
     busy = [f"GPU {index} {gpu.used / 1024:.1f} GiB" for index, gpu in enumerate(gpus) if gpu.used > 0.05 * gpu.total]
     if busy:
         fix = "end what uses them (nvidia-smi), or lower rollout.gpu_memory_utilization"
@@ -268,16 +268,16 @@ def judge_reduce(
         sizes: ranks in the group of each rank; 1 is left out.
         backend: nccl or gloo.
     """
-    wrong = [name for name, (_, off, _) in zip(names, found, strict=True) if off != 0]
-    if wrong:
+    wrong_ranks = [name for name, (_, sum_error, _) in zip(names, found, strict=True) if sum_error != 0]
+    if wrong_ranks:
         fix = "an all-reduce must be exact here: GPU, NVLink or driver are broken on these; leave their nodes out"
-        return Fact(f"all-reduce {place}", FAILED, f"wrong sums on {', '.join(wrong)}", fix)
-    speeds = [
+        return Fact(f"all-reduce {place}", FAILED, f"wrong sums on {', '.join(wrong_ranks)}", fix)
+    rank_speeds = [
         MIB[backend] * 2**20 / seconds * 2 * (size - 1) / size / 1e9
         for (*_, seconds), size in zip(found, sizes, strict=True)
         if size > 1
     ]
-    value = f"{len(speeds)} ranks, sums right, {min(speeds):.2f} GB/s ({backend}, {MIB[backend]} MiB)"
-    slow = backend == "nccl" and min(speeds) < SLOW_GB_S
-    status, fix = (WARNING, f"slow for GPUs; {NETWORK}") if slow else (OK, "")
+    value = f"{len(rank_speeds)} ranks, sums right, {min(rank_speeds):.2f} GB/s ({backend}, {MIB[backend]} MiB)"
+    is_slow = backend == "nccl" and min(rank_speeds) < SLOW_GB_S
+    status, fix = (WARNING, f"slow for GPUs; {NETWORK}") if is_slow else (OK, "")
     return Fact(f"all-reduce {place}", status, value, fix)

@@ -17,10 +17,10 @@ class LineHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Upstream: `logging.Handler.emit`."""
-        stream = sys.stderr if record.levelno >= logging.ERROR else sys.stdout
+        line_stream = sys.stderr if record.levelno >= logging.ERROR else sys.stdout
         try:
-            stream.write(f"[darts] {self.format(record)}\n")
-            stream.flush()
+            line_stream.write(f"[darts] {self.format(record)}\n")
+            line_stream.flush()
         except Exception:
             self.handleError(record)
 

@@ -64,11 +64,11 @@ def weight_change(before: Path, after: Path) -> float:
     Raises:
         ValueError: a folder without safetensors, or no parameter in common.
     """
-    old, new = _parameters(before), _parameters(after)
-    common = old.keys() & new.keys()
-    if not common:
+    old_weights, new_weights = _parameters(before), _parameters(after)
+    common_names = old_weights.keys() & new_weights.keys()
+    if not common_names:
         raise ValueError(f"{before} and {after} have no parameter in common.")
-    return max((old[name].float() - new[name].float()).abs().max().item() for name in common)
+    return max((old_weights[name].float() - new_weights[name].float()).abs().max().item() for name in common_names)
 
 
 def _parameters(folder: Path) -> dict[str, torch.Tensor]:
@@ -86,12 +86,12 @@ def models(folder: Path) -> tuple[Path, Path]:
     """
     register_resolver()
     config = OmegaConf.load(folder / HYDRA)
-    latest = folder / "checkpoints" / TRACKER
-    if not latest.is_file():
+    latest_file = folder / "checkpoints" / TRACKER
+    if not latest_file.is_file():
         reason = "no checkpoint, so nobody can say whether the weights moved; set trainer.save_freq"
-        raise ValueError(f"{latest.parent}: {reason}")
-    after = folder / "checkpoints" / f"global_step_{latest.read_text()}" / "actor" / "huggingface"
-    return Path(config.actor_rollout_ref.model.path), after
+        raise ValueError(f"{latest_file.parent}: {reason}")
+    final_model = folder / "checkpoints" / f"global_step_{latest_file.read_text()}" / "actor" / "huggingface"
+    return Path(config.actor_rollout_ref.model.path), final_model
 
 
 def is_darts(steps: Steps) -> bool:
@@ -102,70 +102,70 @@ def is_darts(steps: Steps) -> bool:
 def rules_of(folder: Path) -> DartsConfig:
     """The rules by which the run's strategy gives candidates to prompts."""
     config = OmegaConf.load(folder / HYDRA)
-    block: Any = OmegaConf.to_container(config.darts)
-    darts = DartsConfig.from_block(block, config.actor_rollout_ref.rollout.n)
-    return strategy_class(darts.strategy).rules_of(darts)
+    darts_block: Any = OmegaConf.to_container(config.darts)
+    darts_config = DartsConfig.from_block(darts_block, config.actor_rollout_ref.rollout.n)
+    return strategy_class(darts_config.strategy).rules_of(darts_config)
 
 
-def failures(steps: Steps, moved: float, rules: DartsConfig | None) -> list[str]:
+def failures(steps: Steps, weight_moved: float, rules: DartsConfig | None) -> list[str]:
     """What the run did not do, one line each; empty if all is well. Plain verl has no rules."""
-    checks = {"the weights did not move": moved > 0}
+    checks = {"the weights did not move": weight_moved > 0}
     if is_darts(steps) and rules is not None:
         allocation = rules.allocation
-        low, mean, high = allocation.low, allocation.mean_candidates, allocation.high
+        low_budget, mean, high = allocation.low, allocation.mean_candidates, allocation.high
         is_redundant = allocation.mode != "off" and allocation.fallback_mean > rules.group_size
-        saturates = allocation.mode == "uniform" and mean > high - 1
-        warm = steps[allocation.warmup_steps :]
-        known = [step for step in warm if step.get("darts/history/known_share", 0) > 0.5]
-        adapts = allocation.mode == "adaptive" and mean is not None and low + 1 <= mean <= high - 1 and known
-        spreads = _column(known, "darts/allocation/budget_max") - _column(known, "darts/allocation/budget_min")
+        is_saturating = allocation.mode == "uniform" and mean > high - 1
+        warm_steps = steps[allocation.warmup_steps :]
+        known = [step for step in warm_steps if step.get("darts/history/known_share", 0) > 0.5]
+        adapts = allocation.mode == "adaptive" and mean is not None and low_budget + 1 <= mean <= high - 1 and known
+        budget_spreads = _column(known, "darts/allocation/budget_max") - _column(known, "darts/allocation/budget_min")
 
         def happened(key: str) -> bool:
             return bool((_column(steps, key) > 0).any())
 
         checks |= {
             "no candidate was dropped": not is_redundant or happened("darts/candidates/dropped"),
-            "no prompt was saturated": not saturates or happened("darts/group/saturated_share"),
-            "no budgets differed by more than one": not adapts or bool((spreads > 1).any()),
+            "no prompt was saturated": not is_saturating or happened("darts/group/saturated_share"),
+            "no budgets differed by more than one": not adapts or bool((budget_spreads > 1).any()),
             "no reward differed within a group": happened("darts/group/mixed_reward_share"),
         }
-    return [text for text, holds in checks.items() if not holds]
+    return [text for text, is_met in checks.items() if not is_met]
 
 
-def summarise(steps: Steps, validation: list[float], moved: float) -> str:
+def summarise(steps: Steps, validation_scores: list[float], weight_moved: float) -> str:
     """The summary as text; figures that change over the run as first step -> last step."""
 
     def total(key: str) -> float:
         return np.nansum(_column(steps, key))
 
-    def change(key: str, form: str) -> str:
-        values = _column(steps, key)
-        return f"{values[0]:{form}} -> {values[-1]:{form}}"
+    def change(key: str, number_form: str) -> str:
+        step_values = _column(steps, key)
+        return f"{step_values[0]:{number_form}} -> {step_values[-1]:{number_form}}"
 
     step_s, rollout_s = (_column(steps[1:] or steps, f"timing_s/{name}").mean() for name in ("step", "gen"))
-    of_plain, kept = ("", ", the kept") if is_darts(steps) else (", plain verl", "")
+    of_plain, kept_note = ("", ", the kept") if is_darts(steps) else (", plain verl", "")
     rows = [
         ("steps", f"{len(steps)}{of_plain}"),
         ("seconds a step", f"{step_s:.1f}, of which rollout {rollout_s:.1f}"),
-        ("mean length", f"{change('response_length/mean', '.0f')} tokens{kept}"),
-        ("accuracy in training", f"{change('critic/score/mean', '.2f')}{kept}"),
-        ("validation accuracy", " -> ".join(f"{value:.2f}" for value in validation) or "not measured"),
-        ("weights moved", f"by at most {moved:.1e}"),
+        ("mean length", f"{change('response_length/mean', '.0f')} tokens{kept_note}"),
+        ("accuracy in training", f"{change('critic/score/mean', '.2f')}{kept_note}"),
+        ("validation accuracy", " -> ".join(f"{value:.2f}" for value in validation_scores) or "not measured"),
+        ("weights moved", f"by at most {weight_moved:.1e}"),
     ]
     if is_darts(steps):
         launched, dropped, aborted = (total(f"darts/candidates/{fate}") for fate in ("launched", "dropped", "aborted"))
-        generated, wasted = (total(f"darts/tokens/{fate}") for fate in ("generated", "dropped"))
+        tokens_generated, wasted = (total(f"darts/tokens/{fate}") for fate in ("generated", "dropped"))
         stop_s = _column(steps, "darts/early_stop/stop_s_mean")
         stopped_in = f", stopped in {1000 * np.nanmean(stop_s):.0f} ms" if np.isfinite(stop_s).any() else ""
-        saturated, teaching = (_column(steps, f"darts/group/{name}_share") for name in ("saturated", "mixed_reward"))
+        saturated, mixed_share = (_column(steps, f"darts/group/{name}_share") for name in ("saturated", "mixed_reward"))
         rows += [
             ("mean length, pool", f"{change('darts/length/pool_mean', '.0f')} tokens, with what was aborted"),
             ("accuracy, pool", f"{change('darts/reward/pool_mean', '.2f')}, all that ended"),
-            ("dropped", f"{dropped:.0f} of {launched:.0f} candidates, {wasted:.0f} of {generated:.0f} tokens"),
+            ("dropped", f"{dropped:.0f} of {launched:.0f} candidates, {wasted:.0f} of {tokens_generated:.0f} tokens"),
             ("aborted", f"{aborted:.0f} candidates{stopped_in}"),
             ("budgets", _budgets(steps)),
             ("saturated", f"{saturated.mean():.0%} of the groups"),
-            ("groups that teach", f"{teaching.mean():.0%} (rewards differ)"),
+            ("groups that teach", f"{mixed_share.mean():.0%} (rewards differ)"),
         ]
     return "\n".join(f"  {name:<22}{value}" for name, value in rows)
 
@@ -186,14 +186,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="what scripts/quickstart.sh left behind, e.g. outputs/quickstart")
     folder = parser.parse_args(arguments).folder
     try:
-        steps, moved = read_steps(folder / "metrics.jsonl"), weight_change(*models(folder))
+        steps, weight_moved = read_steps(folder / "metrics.jsonl"), weight_change(*models(folder))
         rules = rules_of(folder) if is_darts(steps) else None
     except (OSError, ValueError) as error:
         print(f"no summary: {error}", file=sys.stderr)
         return 1
     print("Summary of the run")
-    print(summarise(steps, read_validation(folder / "metrics.jsonl"), moved))
-    problems = failures(steps, moved, rules)
+    print(summarise(steps, read_validation(folder / "metrics.jsonl"), weight_moved))
+    problems = failures(steps, weight_moved, rules)
     for problem in problems:
         print(f"FAILED: {problem}", file=sys.stderr)
     return 1 if problems else 0

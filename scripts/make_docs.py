@@ -1,9 +1,15 @@
 """Writes what is made of the definitions in darts/config.py: the block `darts:` of configs/darts_base.yaml with its
-comments, and docs/configuration.md, which also has what darts_base.yaml sets of verl's and the environment. From the
-repository's root:
+comments, and docs/configuration.md, which also has what darts_base.yaml sets of verl's and the environment; and the
+tables in docs/results.md that are made of the documents in docs/results/. From the repository's root:
 
     .venv/bin/python scripts/make_docs.py           writes them
     .venv/bin/python scripts/make_docs.py --check   exit code 1 if they are not what would be written
+
+In docs/results.md a table stands between two lines:
+
+    <!-- table: overthink time none, darts -->   of overthink.json the table `time`, of two arms; without names, of all
+    <!-- table: replay rows 64 -->               of replay.json the table `rows`, for 64 GPUs
+    <!-- /table -->
 """
 
 import argparse
@@ -16,11 +22,21 @@ from typing import Any
 import yaml
 from pydantic.fields import FieldInfo
 
+from darts.bench import report
 from darts.config import SECTIONS, DartsConfig, help_of, keys_of, shown, taken_by
+from darts.simulation import documents
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "configuration.md"
 BASE = ROOT / "configs" / "darts_base.yaml"
+RESULTS = ROOT / "docs" / "results.md"
+TABLE = re.compile(r"(<!-- table: (\S+) (\S+)(?: (.+))? -->\n)(?:.*\n)*?(?=<!-- /table -->)")
+BENCH_TABLES = {
+    "time": report.time_table,
+    "work": report.work_table,
+    "learning": report.learning_table,
+    "notes": lambda results: "\n".join(f"- {note}" for note in report.notes(results)),
+}
 WIDTH = 120
 HEAD = """# Configuration
 
@@ -53,6 +69,7 @@ ENVIRONMENT = """
 VARIABLES = (
     ("DARTS_ALLOW_OTHER_VERL=1", "a run", "tries a verl that the plugin was not tested with"),
     ("RAY_ADDRESS", "a run", "joins that cluster instead of starting a Ray of its own"),
+    ("DARTS_LOG_LEVEL", "a run", "the level from which on lines `[darts] ...` are said; default INFO"),
     ("DARTS_OUT", "`scripts/quickstart.sh`", "the folder of its results"),
     ("DARTS_RESUME=1", "`scripts/quickstart.sh`", "goes on from the last checkpoint there"),
     ("VERL_PATCHES_WEIGHT_TIMEOUT_S", "a run", "seconds without progress that end a weight update; default 600"),
@@ -79,7 +96,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     check, differs = parser.parse_args().check, False
-    for path, make in ((BASE, base), (PAGE, page)):
+    for path, make in ((BASE, base), (PAGE, page), (RESULTS, results_page)):
         text = make()
         same = path.exists() and path.read_text() == text
         differs |= not same
@@ -143,6 +160,22 @@ def leaves(tree: dict[str, Any], path: str = "") -> list[tuple[str, Any]]:
         key = f"{path}.{name}" if path else name
         found += leaves(value, key) if isinstance(value, dict) else [(key, value)]
     return found
+
+
+def results_page() -> str:
+    """The whole results.md: as it is, but for its tables."""
+    return TABLE.sub(lambda found: f"{found[1]}{measured(*found.groups()[1:])}\n", RESULTS.read_text())
+
+
+def measured(file: str, name: str, chosen: str | None) -> str:
+    """A table of a committed document, of the arms or the numbers of GPUs that are chosen."""
+    path = ROOT / "docs" / "results" / f"{file}.json"
+    choices = chosen.split(", ") if chosen else []
+    if name not in BENCH_TABLES:
+        return documents.tell(path, name, [int(gpus) for gpus in choices])
+    _, results = report.load(path)
+    results.arms = choices or results.arms
+    return BENCH_TABLES[name](results)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ settle() {
   move_back .moving
   if has_results; then
     if compgen -G ".before/*" >/dev/null; then rm -rf previous && mv .before previous; fi
-    rm -rf .before .resumed
+    rm -rf .before .resumed failed.log
   elif [[ -e .before || -e .resumed ]]; then
     if [[ -e run.log ]]; then mv run.log failed.log; fi
     rm -rf metrics.jsonl metrics.earlier.jsonl hydra

@@ -5,7 +5,9 @@
 #   scripts/test.sh --full           the slow tests too
 #   scripts/test.sh tests/unit -x    anything else goes to pytest
 #
-# DARTS_TEST_TIMEOUT=seconds   for all of pytest; default 2700, with --full 7200
+# Whole tiers run in two lanes (tests/conftest.py), what anything but --full and -x chooses in one, in order.
+#
+# DARTS_TEST_TIMEOUT=seconds   for all of pytest; default 6000, with --full 20000
 # DARTS_JUNIT=file.xml         where to leave a JUnit report
 set -Eeuo pipefail
 # shellcheck source=scripts/lib.sh
@@ -35,10 +37,15 @@ count() { sed -nE "1,3s/.*<testsuite [^>]*\b$1=\"([0-9]+)\".*/\1/p" "$work/junit
 
 # One function, so that bash has read all of this file before a `git pull` may change it.
 main() {
-  limit=2700
+  limit=6000
   tiers="fast tiers"
+  lanes=(-n 2)
   for argument in "$@"; do
-    if [[ $argument == --full ]]; then limit=7200 tiers="all tiers"; fi
+    case $argument in
+      --full) limit=20000 tiers="all tiers" ;;
+      -x) ;;
+      *) lanes=() ;;
+    esac
   done
   limit=${DARTS_TEST_TIMEOUT:-$limit}
   junit=${DARTS_JUNIT:+$(realpath -m "$DARTS_JUNIT")}
@@ -65,7 +72,7 @@ main() {
   # Job control gives pytest a process group of its own. SIGINT makes it end its fixtures in order.
   set -m
   env --default-signal=INT "$mark" timeout --signal=INT --kill-after=60 "$limit" \
-    "$PYTHON" -m pytest --durations=10 --junitxml="$work/junit.xml" "$@" </dev/null &
+    "$PYTHON" -m pytest --durations=10 --junitxml="$work/junit.xml" "${lanes[@]}" "$@" </dev/null &
   group=$!
   set +m
 

@@ -1,13 +1,33 @@
-"""Tiers: the folder of a test is its tier; tiers run in order, cheapest first; slow tests run with --full only."""
+"""Tiers: the folder of a test is its tier; tiers run in order, cheapest first; slow tests run with --full only.
+
+With `-n 2` they run in two lanes, the dearest first, so that the cheap ones fill what is left. A tier that shares a Ray,
+engines or ranks stays in one lane, and the e2e tier too, so that never two whole runs need memory at once.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import settings
 
 HERE = Path(__file__).parent
 TIERS = ("unit", "contract", "actor", "ray", "engine", "e2e")
+DIVISIBLE = ("unit", "contract")
+"""Tiers whose files may run in different lanes."""
+LANE = os.environ.get("PYTEST_XDIST_WORKER")
+
+# An example may take as long as it likes: that it took 200 ms says nothing on a slow machine.
+settings.register_profile("darts", deadline=None)
+settings.load_profile("darts")
+
+# Ray starts its workers with niceness 15. Beside other work they would have next to no processor, and tests would wait.
+os.environ.setdefault("RAY_worker_niceness", "0")
+if LANE:  # where Ray looks for a cluster to join, and puts its sockets
+    os.environ["RAY_TMPDIR"] = f"{os.environ.get('RAY_TMPDIR', '/tmp')}/{LANE}"
+    os.makedirs(os.environ["RAY_TMPDIR"], exist_ok=True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,7 +44,7 @@ def tier_of(item: pytest.Item) -> str:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         item.add_marker(tier_of(item))
-    items.sort(key=lambda item: TIERS.index(tier_of(item)))
+    items.sort(key=lambda item: TIERS.index(tier_of(item)) * (-1 if LANE else 1))
 
     if config.getoption("--full"):
         return
@@ -32,3 +52,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if slow:
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hands out whole tiers, or whole files of the divisible ones, in the order in which they were collected."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Lanes(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            tier = (config.rootpath / file).relative_to(HERE).parts[0]
+            return file if tier in DIVISIBLE else tier
+
+    config.option.loadscopereorder = False
+    return Lanes(config, log)

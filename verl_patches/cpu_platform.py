@@ -1,8 +1,9 @@
 """verl 0.9.1 on a machine without an accelerator.
 
 Contract:
-1. ``activate()`` registers the platform ``cpu`` and applies the patches below; it runs where ``is_cpu_only()`` holds
-   and nowhere else, and before the first ``get_platform()`` of the process (it raises if it came too late).
+1. ``activate()`` registers the platform ``cpu`` and applies the patches of such a machine. It runs where
+   ``is_cpu_only()`` holds and nowhere else, and before the first ``get_platform()`` of the process (it raises if it
+   came too late).
 2. Environment variables are defaults: what the user has set stays.
 3. A logical GPU is a Ray resource, no device: start Ray with ``num_gpus`` (``ray_kwargs.ray_init.num_gpus``).
 """
@@ -10,17 +11,15 @@ Contract:
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
 import psutil
 import torch
-from torch.distributed.fsdp import CPUOffloadPolicy
 from verl.plugin.platform import PlatformBase, PlatformRegistry, platform_manager
 
-from verl_patches.patching import replace
+from verl_patches.patches import patch_offload_policy, patch_process_group_backend
 
 # Set in every process that imports verl, if absent, and inherited by what it starts.
 PROCESS_ENV = {
@@ -39,6 +38,10 @@ ROLLOUT_ENV = {
 }
 
 
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """What there is to do for a device, where there is none."""
+
+
 def _cpu_device_module() -> ModuleType:
     """``torch.cpu`` completed by the members that verl 0.9.1 uses of ``torch.cuda``.
 
@@ -49,9 +52,6 @@ def _cpu_device_module() -> ModuleType:
     for name in ("Event", "Stream", "current_stream", "device_count", "set_device", "stream", "synchronize"):
         setattr(module, name, getattr(torch.cpu, name))
     process = psutil.Process()
-
-    def nothing(*args: Any, **kwargs: Any) -> None:
-        return None
 
     def resident_bytes(device: Any = None) -> int:
         return process.memory_info().rss
@@ -66,10 +66,11 @@ def _cpu_device_module() -> ModuleType:
     module.mem_get_info = mem_get_info
     for name in ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"):
         setattr(module, name, resident_bytes)
-    for name in ("empty_cache", "ipc_collect", "set_per_process_memory_fraction"):
-        setattr(module, name, nothing)
-    for name in ("reset_peak_memory_stats", "reset_accumulated_memory_stats"):
-        setattr(module, name, nothing)
+    for name in (
+        "empty_cache", "ipc_collect", "set_per_process_memory_fraction", "reset_peak_memory_stats",
+        "reset_accumulated_memory_stats",
+    ):  # fmt: skip
+        setattr(module, name, _nothing)
     module.get_rng_state = lambda device=None: torch.get_rng_state()
     module.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
     return module
@@ -79,9 +80,7 @@ class CpuPlatform(PlatformBase):
     """verl's platform interface for CPU: gloo, no memory pool, logical GPUs as the Ray resource."""
 
     _module = _cpu_device_module()
-
-    device_name = "cpu"
-    vendor_name = "cpu"
+    device_name = vendor_name = "cpu"
 
     @property
     def device_module(self) -> ModuleType:
@@ -97,23 +96,10 @@ class CpuPlatform(PlatformBase):
     def device_count(self) -> int:
         return 1
 
-    def set_device(self, device_index: int) -> None:
-        pass
-
-    def synchronize(self, device_index: int | None = None) -> None:
-        pass
-
-    def manual_seed(self, seed: int) -> None:
-        torch.manual_seed(seed)
-
-    def manual_seed_all(self, seed: int) -> None:
-        torch.manual_seed(seed)
-
-    def set_allocator_settings(self, settings: str) -> None:
-        pass
-
-    def empty_cache(self) -> None:
-        pass
+    set_device = synchronize = set_allocator_settings = empty_cache = _nothing
+    profiler_start = profiler_stop = cudart = _nothing
+    nvtx_range = nullcontext
+    manual_seed = manual_seed_all = staticmethod(torch.manual_seed)
 
     def get_device_capability(self, device_index: int = 0) -> tuple[int | None, int | None]:
         return None, None
@@ -138,25 +124,6 @@ class CpuPlatform(PlatformBase):
     def rollout_env_vars(self) -> dict[str, str]:
         return {name: os.environ.get(name, default) for name, default in ROLLOUT_ENV.items()}
 
-    @contextmanager
-    def nvtx_range(self, msg: str) -> Iterator[None]:
-        yield
-
-    def profiler_start(self) -> None:
-        pass
-
-    def profiler_stop(self) -> None:
-        pass
-
-    def cudart(self) -> None:
-        return None
-
-
-def set_process_env() -> None:
-    """Set the defaults of ``PROCESS_ENV``."""
-    for name, value in PROCESS_ENV.items():
-        os.environ.setdefault(name, value)
-
 
 def register_platform() -> None:
     """Register ``CpuPlatform`` as verl's platform ``cpu``.
@@ -174,47 +141,10 @@ def register_platform() -> None:
     PlatformRegistry.register(platform="cpu")(CpuPlatform)
 
 
-def patch_process_group_backend() -> bool:
-    """Initialise the process group of a Ray worker with ``cpu:gloo``.
-
-    Symptom: ``ValueError: Duplicate device type cpu in backend string: cpu:gloo,cpu:gloo`` in torch.
-    Upstream: ``verl.utils.distributed.initialize_global_process_group_ray`` (verl 0.9.1), which writes
-    ``cpu:gloo,<device>:<backend>`` unless it is given a backend.
-    Delete: when verl leaves the second entry out for the device ``cpu``.
-    """
-    import verl.utils.distributed as target
-
-    return replace(target, "initialize_global_process_group_ray", ("timeout_second", "backend"), _with_gloo_backend)
-
-
-def _with_gloo_backend(upstream: Callable[..., None]) -> Callable[..., None]:
-    def initialize_global_process_group_ray(timeout_second: float | None = None, backend: str | None = None) -> None:
-        return upstream(timeout_second=timeout_second, backend=backend or "cpu:gloo")
-
-    return initialize_global_process_group_ray
-
-
-def patch_offload_policy() -> bool:
-    """Leave the memory of offloaded parameters unpinned.
-
-    Symptom: ``RuntimeError: Cannot access accelerator device when none is available`` at the start of a run with a
-    reference: verl's FSDP2 engine offloads it with ``CPUOffloadPolicy(pin_memory=True)``.
-    Upstream: ``torch.distributed.fsdp.CPUOffloadPolicy`` (torch 2.13), as verl 0.9.1's FSDP engine uses it.
-    Delete: when torch does not pin without an accelerator.
-    """
-    return replace(CPUOffloadPolicy, "__init__", ("self", "pin_memory"), _without_pinning)
-
-
-def _without_pinning(upstream: Callable[..., None]) -> Callable[..., None]:
-    def __init__(self: CPUOffloadPolicy, pin_memory: bool = False) -> None:
-        upstream(self, pin_memory=False)
-
-    return __init__
-
-
 def activate() -> tuple[str, ...]:
     """Register and patch; return the names of what is in force."""
-    set_process_env()
+    for name, value in PROCESS_ENV.items():
+        os.environ.setdefault(name, value)
     register_platform()
     patch_process_group_backend()
     patch_offload_policy()

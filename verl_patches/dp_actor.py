@@ -22,6 +22,7 @@ more, which act on records of `darts.messages`. From `overlap_open` to `overlap_
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -398,7 +399,7 @@ class ImageRows:
         if reason is None:
             return rows, extras
         if not self._said and torch.distributed.get_rank() == 0:
-            print(f"[darts] overlap: responses with images are computed after generation, since {reason}", flush=True)
+            warnings.warn(f"overlap: responses with images are computed after generation, since {reason}", stacklevel=2)
         self._said = True
         kept = [at for at, one in enumerate(extras) if one is None or not one.multi_modal_inputs]
         return [rows[at] for at in kept], [extras[at] for at in kept]

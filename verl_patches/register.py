@@ -41,8 +41,8 @@ def register() -> PluginState:
             _state = PluginState(applied=_apply())
         except Exception as error:
             _state = PluginState(error=error)
-            print(f"verl_patches: the plugin failed in process {os.getpid()}", file=sys.stderr)
-            traceback.print_exception(error, file=sys.stderr)
+            reason = "".join(traceback.format_exception(error))
+            sys.stderr.write(f"verl_patches: the plugin failed in process {os.getpid()}\n{reason}")
     return _state
 
 

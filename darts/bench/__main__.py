@@ -1,4 +1,4 @@
-"""`python -m darts.bench`; see `darts.bench.command`."""
+"""`python -m darts.bench`, or `python -m darts.bench NAME` for the other benches; see `darts.bench.command`."""
 
 import sys
 

@@ -1,6 +1,6 @@
 """Measures the overlapped actor's forwards: chunks that continue cached prefixes, against computing everything again.
 
-    python -m darts.bench.actor --shape 0.5B --out outputs/prefix_chunks.json
+    python -m darts.bench actor --shape 0.5B --out outputs/prefix_chunks.json
 
 Contract. One process, one data-parallel rank of `verl_patches.dp_actor.OverlappedActorWorker` with random weights, on
 the device that verl finds (a GPU if there is one, bfloat16 there). In each repeat the same responses are computed in
@@ -15,18 +15,18 @@ and is not counted. The exit code is 1 if log-probs of the three ways differ by 
 """
 
 import argparse
+import itertools
 import os
 import socket
-import sys
 import tempfile
-import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from darts.bench import harness as common
-from darts.bench.harness import rotated
-from darts.evidence.console import say
+from darts.bench import harness
+from darts.bench.harness import Bench, FlatRecord, Save
+from darts.evidence.log import say
 from darts.evidence.tables import Check
 
 WHOLE, CHUNKS, AGAIN = ARMS = ("whole", "chunks", "again")
@@ -83,132 +83,98 @@ def build(shape: str, dtype: str, options: argparse.Namespace) -> Any:
     return worker
 
 
-class Step:
-    """Calls to the worker, and how long they took."""
+def forward(worker: Any, arm: str, step: int, tokens: np.ndarray, options: argparse.Namespace) -> dict[str, Any]:
+    """One arm over `tokens` [rows, prompt and response]; what it took, and its log-probs."""
+    from darts.messages import RankCall, Row, SequenceKey, StepSettings
 
-    def __init__(self, worker: Any, number: int, mode: str) -> None:
-        from darts.messages import StepSettings
-
-        self._worker, self._step, self._calls = worker, number, 0
-        settings = StepSettings(step=number, mode=mode, temperature=1.0)
-        if refusal := worker.overlap_open(settings).refusal:
-            raise RuntimeError(f"the model cannot continue prefixes: {refusal}")
-        self.seconds, self.tokens, self.peak_bytes = 0.0, 0, 0
-
-    def call(self, rows: list[Any], growing: bool) -> None:
-        """One forward over rows."""
-        from darts.messages import RankCall
-
-        call = RankCall(step=self._step, number=self._calls, **{"growing" if growing else "whole": rows})
-        start = time.perf_counter()
-        report = self._worker.overlap_extend(call)
-        self.seconds += time.perf_counter() - start
-        self._calls += 1
-        self.tokens += report.tokens
-        self.peak_bytes = report.peak_cache_bytes
-
-    def end(self, keys: list[Any]) -> np.ndarray:
-        """All log-probs."""
-        values = self._worker.overlap_collect(self._step, keys).values
-        self._worker.overlap_clear(self._step)
-        return np.concatenate([values[key]["old_log_probs"] for key in keys])
-
-
-def measure(worker: Any, arm: str, number: int, tokens: np.ndarray, options: argparse.Namespace) -> tuple[Step, Any]:
-    """One arm over `tokens` [rows, prompt and response]; the step, and its log-probs."""
-    from darts.messages import Row, SequenceKey
-
-    rows, length = tokens.shape
-    keys = [SequenceKey(f"{row}", 0) for row in range(rows)]
+    settings = StepSettings(step=step, mode="token" if arm == CHUNKS else "sequence", temperature=1.0)
+    if refusal := worker.overlap_open(settings).refusal:
+        raise harness.BenchError(f"the model cannot continue prefixes: {refusal}")
+    length = tokens.shape[1]
+    keys = [SequenceKey(f"{row}", 0) for row in range(len(tokens))]
     ends = [*range(options.prompt + options.chunk, length, options.chunk), length]
-    step = Step(worker, number, "token" if arm == CHUNKS else "sequence")
-    for start, end in zip([0, *ends], ends, strict=False):
-        if arm == WHOLE and end < length:
-            continue
-        begin = start if arm == CHUNKS else 0
+    spans = {WHOLE: [(0, length)], CHUNKS: list(zip([0, *ends], ends, strict=False)), AGAIN: [(0, end) for end in ends]}
+    seconds, reports = [], []
+    for number, (start, end) in enumerate(spans[arm]):
         last = end == length or arm == AGAIN
-        step.call(
-            [
-                Row(key=key, prompt_tokens=options.prompt, start=begin, token_ids=row[begin:end], last=last)
-                for key, row in zip(keys, tokens, strict=True)
-            ],
-            growing=arm == CHUNKS,
-        )
-    return step, step.end(keys)
+        rows = [
+            Row(key=key, prompt_tokens=options.prompt, start=start, token_ids=row[start:end], last=last)
+            for key, row in zip(keys, tokens, strict=True)
+        ]
+        call = RankCall(step=step, number=number, **{"growing" if arm == CHUNKS else "whole": rows})
+        call_s, report = harness.seconds_of(lambda call=call: worker.overlap_extend(call))
+        seconds.append(call_s)
+        reports.append(report)
+    values = worker.overlap_collect(step, keys).values
+    worker.overlap_clear(step)
+    return {
+        "seconds": sum(seconds),
+        "tokens": sum(report.tokens for report in reports),
+        "peak_bytes": reports[-1].peak_cache_bytes,
+        "log_probs": np.concatenate([values[key]["old_log_probs"] for key in keys]),
+    }
 
 
-def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """All repeats of all arms, the first repeat included."""
+def measure(options: argparse.Namespace, save: Save) -> list[dict[str, Any]]:
+    """All repetitions of all arms."""
     from verl_patches.device import is_cpu_only
 
     dtype = options.dtype or ("fp32" if is_cpu_only() else "bf16")
     worker = build(options.shape, dtype, options)
     say(f"{options.shape} in {dtype} is ready")
-    random = np.random.default_rng(options.seed)
-    records, number = [], 0
-    for repeat in range(options.repeats + 1):
-        size = (options.rows, options.prompt + options.response)
+    steps = itertools.count(1)
+    size = (options.rows, options.prompt + options.response)
+
+    def once(arm: str, repeat: int) -> dict[str, Any]:
+        random = np.random.default_rng([options.seed, repeat + 1])
         tokens = random.integers(0, SHAPES[options.shape]["vocab_size"], size).astype(np.int32)
-        found = {}
-        for arm in rotated(ARMS, repeat):
-            number += 1
-            step, found[arm] = measure(worker, arm, number, tokens, options)
-            record = {"shape": options.shape, "dtype": dtype, "repeat": repeat, "arm": arm, "seconds": step.seconds}
-            records.append(record | {"tokens": step.tokens, "peak_bytes": step.peak_bytes})
-        for record in records[-len(ARMS) :]:
-            record["difference"] = float(np.abs(found[record["arm"]] - found[WHOLE]).mean())
-        say(
-            f"repeat {repeat}/{options.repeats}: " + ", ".join(f"{r['arm']} {r['seconds']:.2f} s" for r in records[-3:])
-        )
-    return records
+        model = {"shape": options.shape, "dtype": dtype}
+        return model | forward(worker, arm, next(steps), tokens, options)
+
+    def settle(found: dict[str, dict[str, Any]]) -> None:
+        log_probs = {arm: record.pop("log_probs") for arm, record in found.items()}
+        for arm, record in found.items():
+            record["difference"] = float(np.abs(log_probs[arm] - log_probs[WHOLE]).mean())
+            record["tokens_of_whole"] = found[WHOLE]["tokens"]
+
+    return harness.take_turns(harness.repetitions(options.repeats, "repeat"), ARMS, once, settle)
 
 
-def table(records: list[dict[str, Any]]) -> str:
-    """Means and ratios over the counted repeats."""
-    rows = []
-    for arm in ARMS:
-        own = [record for record in records if record["arm"] == arm]
-        rows.append([
-            arm,
-            f"{common.mean([record['seconds'] for record in own]):.3f}",
-            "1" if arm == WHOLE else format(common.over(records, arm, WHOLE, ("repeat",)), ".2f"),
-            f"{own[0]['tokens'] / own_tokens(records):.2f}",
-            f"{max(record['peak_bytes'] for record in own) / 2**30:.2f}",
-            f"{max(record['difference'] for record in own):.1e}",
-        ])  # fmt: skip
-    columns = ["", "seconds", "over whole", "tokens forwarded over whole", "cache, GiB", "difference, nats"]
-    return common.table(columns, rows)
+COLUMNS: harness.Columns = (
+    ("seconds", lambda arm: f"{arm.mean('seconds'):.3f}"),
+    ("over whole", lambda arm: arm.over("seconds")),
+    ("tokens forwarded over whole", lambda arm: f"{arm.total('tokens') / arm.total('tokens_of_whole'):.2f}"),
+    ("cache, GiB", lambda arm: f"{arm.known('peak_bytes').max() / 2**30:.2f}"),
+    ("difference, nats", lambda arm: f"{arm.known('difference').max():.1e}"),
+)
 
 
-def own_tokens(records: list[dict[str, Any]]) -> int:
-    """Tokens of the sequences."""
-    return next(record["tokens"] for record in records if record["arm"] == WHOLE)
+def tables(records: Sequence[FlatRecord]) -> str:
+    """Means and ratios over the repetitions."""
+    return harness.arms_table(records, COLUMNS, ("repeat",), WHOLE)
 
 
-def main(given: list[str] | None = None) -> int:
-    """Runs the command; returns the exit code."""
-    parser = common.parser(__doc__)
-    parser.add_argument("--shape", choices=SHAPES, default="tiny", help="of the model (default: %(default)s)")
-    parser.add_argument("--dtype", choices=DIFFERENCE, help="(default: fp32 on a CPU, else bf16)")
-    parser.add_argument("--rows", type=int, default=8, help="responses that grow together (default: %(default)s)")
-    parser.add_argument("--prompt", type=int, default=128, help="tokens (default: %(default)s)")
-    parser.add_argument("--response", type=int, default=1024, help="tokens (default: %(default)s)")
-    parser.add_argument("--chunk", type=int, default=64, help="tokens (default: %(default)s)")
-    parser.add_argument("--remove-padding", action="store_true", help="verl packs; needs flash-attention")
-    parser.add_argument("--repeats", type=int, default=5, help="counted (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of tokens (default: %(default)s)")
-    options = parser.parse_args(given)
-    opening = common.document(options)
-    records = run(options)
-    counted = [record for record in records if record["repeat"]]
-    dtype = counted[0]["dtype"]
-    worst = max(record["difference"] for record in counted)
-    check = Check(name="largest mean difference of log-probs, nats", value=worst, low=0, high=DIFFERENCE[dtype])
-    common.save(options, opening, records=records, checks=[str(check)])
-    print(f"\n{options.shape}, {dtype}, {options.rows} responses of {options.response}, chunks of {options.chunk}\n")
-    print(f"{table(counted)}\n\n{check}")
-    return 0 if check.passed else 1
+def checks(records: Sequence[FlatRecord]) -> list[Check]:
+    """The three ways agree."""
+    worst, bound = max(record["difference"] for record in records), DIFFERENCE[records[0]["dtype"]]
+    return [Check(name="largest mean difference of log-probs, nats", value=worst, low=0, high=bound)]
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+BENCH = Bench(
+    name="actor",
+    about=__doc__,
+    options={
+        "--shape": ("tiny", "of the model", {"choices": SHAPES}),
+        "--dtype": (None, "None: fp32 on a CPU, else bf16", {"choices": DIFFERENCE}),
+        "--rows": (8, "responses that grow together"),
+        "--prompt": (128, "tokens"),
+        "--response": (1024, "tokens"),
+        "--chunk": (64, "tokens"),
+        "--remove-padding": (False, "verl packs; needs flash-attention"),
+        "--repeats": (5, "counted"),
+        "--seed": (0, "of tokens"),
+    },
+    measure=measure,
+    tables=tables,
+    checks=checks,
+)

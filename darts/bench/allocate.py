@@ -1,6 +1,6 @@
 """Measures how long it takes to decide who gets how many candidates.
 
-    python -m darts.bench.allocate --out outputs/allocate.json
+    python -m darts.bench allocate --out outputs/allocate.json
 
 Contract: `darts.allocation.allocate` against the plain greedy loop, which gives one candidate at a time to the prompt
 whose term falls most, from a heap; and `optimal_total` against a NumPy scan of every total. Both sides of a pair get
@@ -13,8 +13,6 @@ they are more).
 
 import argparse
 import heapq
-import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,18 +20,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darts.allocation import allocate, expected, optimal_total, rounded_total
-from darts.bench import harness as common
-from darts.bench.harness import rotated
-from darts.evidence.console import say
-from darts.evidence.tables import Check
+from darts.bench import harness
+from darts.bench.harness import Bench, FlatRecord, Save
+from darts.evidence.tables import Check, table
 
 ALLOCATE, GREEDY = "allocate", "greedy loop"
 OPTIMAL, SCAN = "optimal_total", "scan of all totals"
 PAIRS = ((ALLOCATE, GREEDY), (OPTIMAL, SCAN))
-BY = ("prompts", "repetition")
 GROUP_SIZE = 8
 SIGMA = 0.6
-"""Of the log-normal weights."""
+"""Standard deviation of the weights' logarithms."""
 TARGET_PROMPTS, TARGET_MS = 100_000, 50.0
 
 
@@ -77,73 +73,60 @@ def problem(options: argparse.Namespace, prompts: int, repetition: int) -> dict[
     }
 
 
-def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A record for each repetition and arm; asserts equal answers."""
-    records = []
-    for prompts in options.prompts:
-        for repetition in range(-1, options.repetitions):  # the first warms up
-            calls, answers, seconds = problem(options, prompts, repetition + 1), {}, {}
-            for arm in rotated(list(calls), repetition + 1):
-                start = time.perf_counter()
-                answers[arm] = calls[arm]()
-                seconds[arm] = time.perf_counter() - start
-            for arm, plain in PAIRS:
-                if not np.array_equal(answers[arm], answers[plain]):
-                    raise RuntimeError(f"{prompts} prompts, repetition {repetition}: {arm} and {plain} differ.")
-            if repetition >= 0:
-                records += [
-                    {"prompts": prompts, "repetition": repetition, "arm": arm, "seconds": seconds[arm]} for arm in calls
-                ]
-        say(
-            f"{prompts:,} prompts: "
-            + ", ".join(f"{arm} {milliseconds(records, prompts, arm):,.2f} ms" for arm in calls)
-        )
-    return records
+def measure(options: argparse.Namespace, save: Save) -> list[dict[str, Any]]:
+    """A record for each size, repetition and arm; equal answers are asserted."""
+
+    def once(arm: str, prompts: int, repetition: int) -> dict[str, Any]:
+        seconds, answer = harness.seconds_of(problem(options, prompts, repetition + 1)[arm])
+        return {"seconds": seconds, "answer": answer}
+
+    def settle(found: dict[str, dict[str, Any]]) -> None:
+        answers = {arm: record.pop("answer") for arm, record in found.items()}
+        for arm, plain in PAIRS:
+            if not np.array_equal(answers[arm], answers[plain]):
+                raise harness.BenchError(f"{found[arm]['prompts']} prompts: {arm} and {plain} differ.")
+
+    places = harness.repetitions(options.repetitions, prompts=options.prompts)
+    return harness.take_turns(places, [ALLOCATE, GREEDY, OPTIMAL, SCAN], once, settle)
 
 
-def milliseconds(records: Sequence[common.Record], prompts: int, arm: str) -> float:
-    """The median."""
-    some = [record["seconds"] for record in records if (record["prompts"], record["arm"]) == (prompts, arm)]
-    return float(np.median(some)) * 1000
+def figures_of(records: Sequence[FlatRecord], prompts: int, arm: str, plain: str) -> harness.ArmFigures:
+    """The figures of one function for this number of prompts."""
+    records = [record for record in records if record["prompts"] == prompts]
+    return harness.ArmFigures(arm=arm, base=plain, pair_by=("prompts", "repetition"), records=records)
 
 
-def tables(records: Sequence[common.Record]) -> str:
+def tables(records: Sequence[FlatRecord]) -> str:
     """Milliseconds by number of prompts, and over the plain way."""
     rows = []
     for arm, plain in PAIRS:
         for prompts in dict.fromkeys(record["prompts"] for record in records):
-            some = [record for record in records if record["prompts"] == prompts]
-            own, other = (f"{milliseconds(some, prompts, name):,.2f}" for name in (arm, plain))
-            rows.append([arm, f"{prompts:,}", own, plain, other, format(common.over(some, arm, plain, BY), ".2g")])
-    return common.table(["function", "prompts", "ms, median", "plain", "ms, median", "over plain"], rows)
+            own, other = (figures_of(records, prompts, name, plain) for name in (arm, plain))
+            own_ms, other_ms = (f"{1000 * figures.median('seconds'):,.2f}" for figures in (own, other))
+            rows.append([arm, f"{prompts:,}", own_ms, plain, other_ms, own.over("seconds", ".2g")])
+    return table(["function", "prompts", "ms, median", "plain", "ms, median", "over plain"], rows)
 
 
-def checks(records: Sequence[common.Record]) -> list[Check]:
+def checks(records: Sequence[FlatRecord]) -> list[Check]:
     """The target, where it was tried."""
     most = max(record["prompts"] for record in records)
     if most < TARGET_PROMPTS:
         return []
-    value = milliseconds(records, most, ALLOCATE)
+    value = 1000 * figures_of(records, most, ALLOCATE, GREEDY).median("seconds")
     return [Check(name=f"ms of {ALLOCATE} for {most:,} prompts", value=value, low=0, high=TARGET_MS)]
 
 
-def main(given: list[str] | None = None) -> int:
-    """Runs the command; returns the exit code."""
-    parser = common.parser(__doc__)
-    parser.add_argument("--prompts", type=int, nargs="+", default=[256, 4096, 100_000], help="(default: %(default)s)")
-    parser.add_argument("--repetitions", type=int, default=15, help="of each size (default: %(default)s)")
-    parser.add_argument("--low", type=int, default=8, help="M_low (default: %(default)s)")
-    parser.add_argument("--high", type=int, default=16, help="M_up (default: %(default)s)")
-    parser.add_argument("--mean", type=float, default=12.0, help="candidates per prompt (default: %(default)s)")
-    options = parser.parse_args(given)
-    opening = common.document(options)
-    records = measure(options)
-    common.save(options, opening, records=records)
-    print(f"\n{tables(records)}\n")
-    found = checks(records)
-    print("\n".join(map(str, found)))
-    return 0 if all(check.passed for check in found) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+BENCH = Bench(
+    name="allocate",
+    about=__doc__,
+    options={
+        "--prompts": ([256, 4096, 100_000], "numbers of prompts"),
+        "--repetitions": (15, "of each size"),
+        "--low": (8, "M_low"),
+        "--high": (16, "M_up"),
+        "--mean": (12.0, "candidates per prompt"),
+    },
+    measure=measure,
+    tables=tables,
+    checks=checks,
+)

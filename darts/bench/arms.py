@@ -1,7 +1,7 @@
 """The arms of a bench, as data: a name, a strategy, and changes to the block `darts:` of the configuration.
 
 Contract: pure. Whatever an arm does not say is as in the configuration that all arms share, so an arm is read off its
-own line. `Arm.config` checks the whole block; an arm from the command line that cannot work is one `ConfigError`.
+own line. `BenchArm.config` checks the whole block; an arm from the command line that cannot work is one `ConfigError`.
 """
 
 import copy
@@ -14,24 +14,16 @@ from typing import Any
 from darts.config import STRATEGIES, ConfigError, DartsConfig, refuse_unknown_keys
 from darts.strategy import BYPASS_MODE
 
-SHARED = (
-    "enable",
-    "trace",
-    "placement",
-    "allocation.ema_weight",
-    "latency",
-    "state",
-    "overlap.kv_cache_gib",
-)
+SHARED = ("enable", "trace", "placement", "allocation.ema_weight", "latency", "state", "overlap.kv_cache_gib")
 """What no arm can have of its own: it is made once, with the trainer and its engines."""
 FORM = "--arm NAME=STRATEGY[,darts.KEY=VALUE...], as --arm 'two long=darts,darts.selection.num_long=2'."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Arm:
+class BenchArm:
     """One of the things that are compared.
 
-    Example: `Arm(name="two long", strategy="darts", changes={"selection.num_long": 2}, overlap="token")`.
+    Example: `BenchArm(name="two long", strategy="darts", changes={"selection.num_long": 2}, overlap="token")`.
     """
 
     name: str
@@ -63,37 +55,23 @@ class Arm:
         """
         settings = DartsConfig.from_block(self.block(darts), group_size)
         if self.bypass and settings.overlap.mode != "off":
-            raise ConfigError(
-                BYPASS_MODE,
-                True,
-                f"there are no log-probs to overlap (darts.overlap.mode={settings.overlap.mode}).",
-                "choose one of the two.",
-            )
+            rule = f"there are no log-probs to overlap (darts.overlap.mode={settings.overlap.mode})."
+            raise ConfigError(BYPASS_MODE, True, rule, "choose one of the two.")
         return settings
 
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "name": self.name,
-            "strategy": self.strategy,
-            "changes": dict(self.changes),
-            "overlap": self.overlap,
-            "bypass": self.bypass,
-            "about": self.about,
-        }
+
+def _arm(name: str, strategy: str, about: str, **given: Any) -> BenchArm:
+    """An arm with `overlap`, `bypass`, and changes, whose paths have `__` for the dot."""
+    fields = {key: given.pop(key) for key in ("overlap", "bypass") if key in given}
+    changes = {path.replace("__", "."): value for path, value in given.items()}
+    return BenchArm(name=name, strategy=strategy, changes=changes, about=about, **fields)
 
 
-def _arm(name: str, strategy: str, about: str, overlap: str | None = None, bypass: bool = False, **changes: Any) -> Arm:
-    """Paths have `__` for the dot."""
-    paths = {path.replace("__", "."): value for path, value in changes.items()}
-    return Arm(name=name, strategy=strategy, changes=paths, overlap=overlap, bypass=bypass, about=about)
-
-
-def _deadline(name: str, about: str, overlap: str | None = None, bypass: bool = False) -> Arm:
+def _deadline(name: str, about: str, **fields: Any) -> BenchArm:
     """1.5 M candidates for every prompt, one longest of those that end before the deadline."""
-    return _arm(name, "darts", about, overlap, bypass, allocation__mode="uniform", allocation__mean_candidates=None,
+    return _arm(name, "darts", about, allocation__mode="uniform", allocation__mean_candidates=None,
                 allocation__low=None, allocation__high=None, selection__mode="dual_end",
-                selection__long_wait="deadline")  # fmt: skip
+                selection__long_wait="deadline", **fields)  # fmt: skip
 
 
 NONE = _arm("none", "none", "plain verl", overlap="off")
@@ -149,11 +127,11 @@ FAST = (
 )  # fmt: skip
 
 
-def _distinct(arms: Iterable[Arm]) -> tuple[Arm, ...]:
+def _distinct(arms: Iterable[BenchArm]) -> tuple[BenchArm, ...]:
     return tuple({arm.name: arm for arm in arms}.values())
 
 
-PRESETS: dict[str, tuple[Arm, ...]] = {
+PRESETS: dict[str, tuple[BenchArm, ...]] = {
     "strategies": STRATEGY_ARMS,
     "ablation": ABLATION,
     "components": _distinct((NONE, *COMPONENTS)),
@@ -164,7 +142,7 @@ PRESETS: dict[str, tuple[Arm, ...]] = {
 }
 
 
-def chosen(names: Sequence[str], written: Sequence[str] = ()) -> tuple[Arm, ...]:
+def chosen(names: Sequence[str], written: Sequence[str] = ()) -> tuple[BenchArm, ...]:
     """The arms of a command, in its order, each once.
 
     Args:
@@ -175,15 +153,13 @@ def chosen(names: Sequence[str], written: Sequence[str] = ()) -> tuple[Arm, ...]
         ConfigError: an unknown name, a name that is given to two different arms, or as `parse_arm`.
     """
     known = {arm.name: (arm,) for arm in PRESETS["all"]}
-    found: dict[str, Arm] = {}
+    found: dict[str, BenchArm] = {}
     for name in names:
         if name not in PRESETS and name not in known:
             near = difflib.get_close_matches(name, [*PRESETS, *known], n=1)
+            rule = f"must be a preset ({', '.join(PRESETS)}) or an arm ({', '.join(known)})."
             raise ConfigError(
-                "--arms",
-                name,
-                f"must be a preset ({', '.join(PRESETS)}) or an arm ({', '.join(known)}).",
-                f"did you mean {near[0]!r}?" if near else f"write your own as {FORM}",
+                "--arms", name, rule, f"did you mean {near[0]!r}?" if near else f"write your own as {FORM}"
             )
         found |= {arm.name: arm for arm in (PRESETS.get(name) or known[name])}
     for line in written:
@@ -194,7 +170,7 @@ def chosen(names: Sequence[str], written: Sequence[str] = ()) -> tuple[Arm, ...]
     return tuple(found.values())
 
 
-def parse_arm(line: str) -> Arm:
+def parse_arm(line: str) -> BenchArm:
     """An arm from the command line.
 
     Example:
@@ -209,12 +185,8 @@ def parse_arm(line: str) -> Arm:
     if not (name.strip() and equals and strategy):
         raise ConfigError("--arm", line, "needs a name and a strategy.", f"write {FORM}")
     if strategy not in STRATEGIES and "." not in strategy.strip("."):
-        raise ConfigError(
-            "--arm",
-            line,
-            f"strategy {strategy!r} must be one of {', '.join(STRATEGIES)}, or package.module.Class.",
-            "choose one of them.",
-        )
+        rule = f"strategy {strategy!r} must be one of {', '.join(STRATEGIES)}, or package.module.Class."
+        raise ConfigError("--arm", line, rule, "choose one of them.")
     changes: dict[str, Any] = {}
     bypass = False
     for setting in settings:
@@ -223,9 +195,8 @@ def parse_arm(line: str) -> Arm:
             bypass = value.lower() == "true"
             continue
         if not (path.startswith("darts.") and equals):
-            raise ConfigError(
-                "--arm", line, f"{setting!r} is not darts.KEY=VALUE, nor {BYPASS_MODE}=true.", f"write {FORM}"
-            )
+            rule = f"{setting!r} is not darts.KEY=VALUE, nor {BYPASS_MODE}=true."
+            raise ConfigError("--arm", line, rule, f"write {FORM}")
         path = path.removeprefix("darts.")
         refusal = (
             "is given twice" if path in changes
@@ -237,13 +208,13 @@ def parse_arm(line: str) -> Arm:
             raise ConfigError("--arm", line, f"darts.{path} {refusal}.", "remove it.")
         changes[path] = _value(value)
     overlap = changes.pop("overlap.mode", None)
-    arm = Arm(name=name.strip(), strategy=strategy, changes=changes, overlap=overlap, bypass=bypass)
+    arm = BenchArm(name=name.strip(), strategy=strategy, changes=changes, overlap=overlap, bypass=bypass)
     refuse_unknown_keys(arm.block({}))
     return arm
 
 
 def _value(text: str) -> Any:
-    """As JSON has it, else the text itself."""
+    """What the text is in JSON, else the text itself."""
     try:
         return json.loads(text)
     except ValueError:

@@ -1,6 +1,6 @@
 """Measures rollouts with adaptive against uniform budgets on one real server, and how well their time is forecast.
 
-    python -m darts.bench.budgets --testbed overthink --out outputs/rollouts_overthink.json
+    python -m darts.bench budgets --testbed overthink --out outputs/rollouts_overthink.json
 
 Contract. A fixed policy (the testbed's model), no training: what budgets do at once, not what they teach. Each seed has
 a pool of prompts that comes again in every epoch, in another order, and planners that start with nothing but the curve
@@ -20,18 +20,21 @@ of the server's decoding steps, measured before.
 import argparse
 import asyncio
 import dataclasses
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from omegaconf import DictConfig
 
-from darts.bench import harness as common
-from darts.bench.harness import ENVIRONMENT, rotated
-from darts.bench.prompts import train_questions
-from darts.config import DartsConfig
-from darts.evidence.console import say
+from darts.bench import harness
+from darts.bench.harness import Bench, FlatRecord, Save
+from darts.config import ConfigError, DartsConfig
+from darts.evidence.log import say
+from darts.evidence.tables import table
+from darts.forecast import CostModel
+from darts.history import prompt_key
+from darts.latency import LatencyCurve, StepTimes
+from darts.planning import RolloutPlanner
 from darts.testbed import LIMITS
 
 UNIFORM, HALF, ADAPTIVE = "uniform", "uniform, half saturated", "adaptive"
@@ -41,12 +44,11 @@ ALLOCATIONS = {
     ADAPTIVE: {"mode": "adaptive", "high": 12},
 }
 GROUP_SIZE, MEAN = 8, 10.5
-BY = ("seed", "step")
 PREDICTORS = {"refined_s": "refined model", "unrefined_s": "model as measured", "last_s": "last step"}
 
 
 def settings(arm: str, seed: int, wait: str, chunk_tokens: int) -> DartsConfig:
-    """Those of an arm."""
+    """The settings of an arm."""
     block = {
         "allocation": ALLOCATIONS[arm] | {"low": GROUP_SIZE, "mean_candidates": MEAN},
         "selection": {"long_wait": wait},
@@ -64,132 +66,153 @@ def batches(
 ) -> Iterator[tuple[int, list[str]]]:
     """Epoch and prompts of each step of a seed: its pool in a new order in every epoch."""
     rng = np.random.default_rng(seed)
-    own, each = rng.choice(len(questions), pool, replace=False), pool // prompts
+    order, epoch_steps = rng.choice(len(questions), pool, replace=False), pool // prompts
     for step in range(steps):
-        if step % each == 0:
-            own = rng.permutation(own)
-        some = own[step % each * prompts :][:prompts]
-        yield step // each, [questions[number] for number in some]
+        if step % epoch_steps == 0:
+            order = rng.permutation(order)
+        chosen = order[step % epoch_steps * prompts :][:prompts]
+        yield step // epoch_steps, [questions[number] for number in chosen]
 
 
-def with_last(records: Sequence[common.Record]) -> list[dict[str, Any]]:
+class ShadowedPlanner:
+    """The planner of an arm, and its shadow, whose forecast does not learn about time.
+
+    The shadow plans the same prompts before a rollout and observes the same candidates after it, with the measured
+    curve as it was and without overhead. So both have the same length history and budgets, which is asserted, and their
+    forecasts differ by the refinement of the cost model alone.
+
+    Args:
+        darts: the arm's settings, with a mean number of candidates: the shadow's budgets must not depend on its cost
+            model.
+        curve: of the engine, as measured.
+        config: the servers'.
+    """
+
+    def __init__(self, darts: DartsConfig, curve: LatencyCurve, config: DictConfig) -> None:
+        self._darts = darts
+        self._unrefined = dataclasses.replace(darts, latency=dataclasses.replace(darts.latency, refine=False))
+        self._planner, self._shadow = (_planner(darts, curve, config) for _ in range(2))
+
+    def rollout(self, bench: Any, questions: Sequence[str], step: int) -> dict[str, Any]:
+        """One rollout of a `RolloutBench`, as a record."""
+        keys = [prompt_key([{"role": "user", "content": question}]) for question in questions]
+        plan = self._shadow.plan(keys, self._unrefined)
+        measured = bench.rollout(self._darts, questions, step, planner=self._planner)
+        if not np.array_equal(np.bincount(measured.pool.prompt, minlength=len(keys)), plan.budgets):
+            raise RuntimeError(f"step {step}: the shadow's budgets {plan.budgets.tolist()} are not the rollout's.")
+        record = measured.record()
+        self._shadow.observe(plan, self._unrefined, measured.pool, record["seconds"], StepTimes())
+        return record | {"unrefined_s": plan.predicted_s}
+
+
+def _planner(darts: DartsConfig, curve: LatencyCurve, config: DictConfig) -> RolloutPlanner:
+    """The planner that the manager would make."""
+    rollout = config.actor_rollout_ref.rollout
+    planner = RolloutPlanner(
+        ema_weight=darts.allocation.ema_weight,
+        response_length=rollout.response_length,
+        max_running=rollout.max_num_seqs,
+    )
+    planner.cost = CostModel(curve, "measured by the benchmark")
+    return planner
+
+
+def measure(options: argparse.Namespace, save: Save) -> list[dict[str, Any]]:
+    """Starts a server, measures its curve and runs all rollouts; what is there is saved after each seed."""
+    if options.pool % options.prompts:
+        rule = f"must be a multiple of --prompts {options.prompts}."
+        raise ConfigError("--pool", options.pool, rule, "correct one of the two.")
+    harness.set_environment()
+    from darts.bench.serving import serving, train_questions
+    from darts.engines.measure import profile_servers
+    from darts.engines.start import local_ray
+    from verl_patches.device import is_cpu_only
+
+    overrides = [f"testbed={options.testbed}", *([] if is_cpu_only() else ["platform=gpu"]), *options.override]
+    questions, records = train_questions(options.testbed), []
+    say("starting one server ...")
+    with local_ray(num_gpus=1), serving(*overrides, response_length=None, max_model_len=None) as (servers, bench):
+        model = servers.config.actor_rollout_ref.model.path
+        profile = asyncio.run(profile_servers(servers.server_handles, model, seeded=True, say=say))
+        save(profile=dataclasses.asdict(profile))
+
+        def planners_of(seed: int) -> dict[str, ShadowedPlanner]:
+            chosen = {name: settings(name, seed, options.wait, options.chunk_tokens) for name in ALLOCATIONS}
+            return {name: ShadowedPlanner(darts, profile.curve(), servers.config) for name, darts in chosen.items()}
+
+        for planner in planners_of(0).values():
+            planner.rollout(bench, questions[-options.prompts :], step=0)  # warms up
+        for seed in range(options.seeds):
+            planners = planners_of(seed)
+            plan = list(batches(questions, options.pool, options.prompts, options.steps, seed))
+
+            def once(arm: str, seed: int, step: int, planners: Any = planners, plan: Any = plan) -> dict[str, Any]:
+                return {"epoch": plan[step][0]} | planners[arm].rollout(bench, plan[step][1], step)
+
+            places = ({"seed": seed, "step": step} for step in range(options.steps))
+            records += harness.take_turns(places, list(ALLOCATIONS), once)
+            save(records=records)
+    return records
+
+
+def with_last(records: Sequence[FlatRecord]) -> list[dict[str, Any]]:
     """The records with `last_s`, the seconds of the same arm's rollout before, in the same seed; None for its first."""
     before = {(record["arm"], record["seed"], record["step"] + 1): record["seconds"] for record in records}
     return [{**record, "last_s": before.get((record["arm"], record["seed"], record["step"]))} for record in records]
 
 
-def error(records: Sequence[common.Record], predictor: str) -> float:
+def error(records: Sequence[FlatRecord], predictor: str) -> float:
     """Median over the rollouts of |forecast / measured - 1|."""
     pairs = [(record[predictor], record["seconds"]) for record in records if record[predictor] is not None]
     return float(np.median([abs(forecast / seconds - 1) for forecast, seconds in pairs])) if pairs else float("nan")
 
 
-def arms_table(records: Sequence[common.Record]) -> str:
-    """Time, tokens and lengths by arm, of records with known prompts."""
-    rows = []
-    for arm in common.arms_of(records):
-
-        def ratio(key: str, arm: str = arm) -> str:
-            return "1" if arm == UNIFORM else format(common.over(records, arm, UNIFORM, BY, key), ".2f")
-
-        own = [record for record in records if record["arm"] == arm]
-        total = {
-            key: sum(record[key] for record in own)
-            for key in ("seconds", "tokens", "tokens_kept", "aborted", "launched")
-        }
-        average = {
-            key: common.mean(common.found(own, key))
-            for key in ("kept_mean", "pool_mean", "saturated_share", "std_correlation")
-        }
-        rows.append([
-            arm, f"{total['seconds']:.1f}", ratio("seconds"), f"{total['tokens']:,}", ratio("tokens"),
-            f"{total['tokens_kept']:,}", f"{average['kept_mean']:.1f}", f"{average['pool_mean']:.1f}",
-            f"{total['aborted']:,} of {total['launched']:,}", f"{average['saturated_share']:.0%}",
-            f"{min(common.found(own, 'budget_min')):.0f} to {max(common.found(own, 'budget_max')):.0f}",
-            f"{average['std_correlation']:.2f}",
-        ])  # fmt: skip
-    columns = [
-        "arm", "rollout s", "over uniform", "tokens", "over uniform", "kept tokens", "kept length", "pool length",
-        "aborted", "saturated", "budgets", "std correlation",
-    ]  # fmt: skip
-    return common.table(columns, rows)
+COLUMNS: harness.Columns = (
+    ("rollout s", lambda arm: f"{arm.total('seconds'):.1f}"),
+    ("over uniform", lambda arm: arm.over("seconds")),
+    ("tokens", lambda arm: f"{arm.total('tokens'):,.0f}"),
+    ("over uniform", lambda arm: arm.over("tokens")),
+    ("kept tokens", lambda arm: f"{arm.total('tokens_kept'):,.0f}"),
+    ("kept length", lambda arm: f"{arm.mean('kept_mean'):.1f}"),
+    ("pool length", lambda arm: f"{arm.mean('pool_mean'):.1f}"),
+    ("aborted", lambda arm: f"{arm.total('aborted'):,.0f} of {arm.total('launched'):,.0f}"),
+    ("saturated", lambda arm: f"{arm.mean('saturated_share'):.0%}"),
+    ("budgets", lambda arm: f"{arm.known('budget_min').min():.0f} to {arm.known('budget_max').max():.0f}"),
+    ("std correlation", lambda arm: f"{arm.mean('std_correlation'):.2f}"),
+)
 
 
-def forecast_table(records: Sequence[common.Record]) -> str:
+def forecast_table(records: Sequence[FlatRecord]) -> str:
     """Errors of the forecasts by arm, of records with `last_s`."""
-    by_arm = {arm: [record for record in records if record["arm"] == arm] for arm in common.arms_of(records)}
+    by_arm = {arm: [record for record in records if record["arm"] == arm] for arm in harness.arms_of(records)}
     rows = [
         [arm, len(own), *(f"{error(own, predictor):.1%}" for predictor in PREDICTORS)]
         for arm, own in (by_arm | {"all": records}).items()
     ]
-    return common.table(["median error of the forecast", "rollouts", *PREDICTORS.values()], rows)
+    return table(["median error of the forecast", "rollouts", *PREDICTORS.values()], rows)
 
 
-def tables(records: Sequence[common.Record]) -> str:
+def tables(records: Sequence[FlatRecord]) -> str:
     """Both, of the steps from the second epoch on."""
     known = [record for record in with_last(records) if record["epoch"] > 0]
     if not known:
         return "no step of a second epoch: no prompt was known"
-    return f"{arms_table(known)}\n\n{forecast_table(known)}"
+    return f"{harness.arms_table(known, COLUMNS, ('seed', 'step'), UNIFORM)}\n\n{forecast_table(known)}"
 
 
-def run(options: argparse.Namespace, opening: dict[str, Any]) -> list[dict[str, Any]]:
-    """Starts a server, measures its curve and runs all rollouts; what is there is saved after each seed."""
-    from darts.bench.budgets_run import Arm, PlannedBench
-    from darts.engines.measure import profile_servers
-    from darts.engines.start import engine_config, local_ray, start_servers
-    from verl_patches.device import is_cpu_only
-    from verl_patches.vllm_stream_server import StreamingReplica
-
-    where = [f"testbed={options.testbed}", *([] if is_cpu_only() else ["platform=gpu"]), *options.override]
-    config = engine_config(*where, response_length=None, max_model_len=None)
-    model, questions, records = config.actor_rollout_ref.model.path, train_questions(options.testbed), []
-    say("starting one server ...")
-    with local_ray(num_gpus=1), start_servers(config, StreamingReplica) as servers:
-        measured = profile_servers(servers.server_handles, model, seeded=True, say=say)
-        profile = asyncio.run(measured)
-        bench = PlannedBench(servers, config)
-
-        def arms(seed: int) -> dict[str, Arm]:
-            chosen = {name: settings(name, seed, options.wait, options.chunk_tokens) for name in ALLOCATIONS}
-            return {name: Arm(darts, profile.curve(), config) for name, darts in chosen.items()}
-
-        for arm in arms(0).values():
-            arm.rollout(bench, questions[-options.prompts :], step=0)  # warms up
-        for seed in range(options.seeds):
-            own, plan = arms(seed), batches(questions, options.pool, options.prompts, options.steps, seed)
-            for step, (epoch, some) in enumerate(plan):
-                for arm in rotated(list(own), seed * options.steps + step):
-                    place = {"arm": arm, "seed": seed, "step": step, "epoch": epoch}
-                    records.append(place | own[arm].rollout(bench, some, step))
-                seconds = ", ".join(f"{record['arm']} {record['seconds']:.2f}" for record in records[-len(own) :])
-                say(f"seed {seed}, step {step + 1}/{options.steps}, seconds: {seconds}")
-            common.save(options, opening, profile=dataclasses.asdict(profile), records=records)
-        bench.close()
-    # as the arms are listed, for the tables
-    return sorted(records, key=lambda record: list(ALLOCATIONS).index(record["arm"]))
-
-
-def main(given: list[str] | None = None) -> int:
-    """Runs the command; returns the exit code."""
-    parser = common.parser(__doc__)
-    parser.add_argument("--testbed", choices=sorted(LIMITS), default="overthink", help="(default: %(default)s)")
-    parser.add_argument("--wait", choices=["all", "deadline"], default="all", help="of dual-end (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="pools of prompts (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=12, help="rollouts of an arm and seed (default: %(default)s)")
-    parser.add_argument("--prompts", type=int, default=8, help="of a rollout (default: %(default)s)")
-    parser.add_argument("--pool", type=int, default=32, help="prompts of an epoch (default: %(default)s)")
-    parser.add_argument("--chunk-tokens", type=int, default=16, help="(default: %(default)s, the quickstart's)")
-    parser.add_argument("--override", action="append", default=[], help="of the server's Hydra configuration")
-    options = parser.parse_args(given)
-    if options.pool % options.prompts:
-        parser.error(f"--pool {options.pool}: must be a multiple of --prompts {options.prompts}")
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    records = run(options, common.document(options))
-    print(f"\n{tables(records)}\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+BENCH = Bench(
+    name="budgets",
+    about=__doc__,
+    options={
+        "--testbed": ("overthink", "its model and prompts", {"choices": sorted(LIMITS)}),
+        "--wait": ("all", "of dual-end", {"choices": ["all", "deadline"]}),
+        "--seeds": (3, "pools of prompts"),
+        "--steps": (12, "rollouts of an arm and seed"),
+        "--prompts": (8, "of a rollout"),
+        "--pool": (32, "prompts of an epoch"),
+        "--chunk-tokens": (16, "as in the quickstart"),
+        **harness.OVERRIDE,
+    },
+    measure=measure,
+    tables=tables,
+)

@@ -1,4 +1,4 @@
-"""The figures of a bench: `Results` in, PNG files with a sentence each that says how to read them.
+"""The figures of a bench: `BenchResults` in, PNG files with a sentence each that says how to read them.
 
 Contract: needs matplotlib; no display, no pyplot; the style is that of `darts.report`. A figure without data is left
 out, with the reason. Lines are means over the seeds; where there are several, and not too many arms, pale bands reach
@@ -6,7 +6,7 @@ from the lowest to the highest seed. An arm has one colour, line and marker in a
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from darts.bench.report import BASE
-from darts.bench.statistics import Array, Results
-from darts.evidence.figures import Drawn, Missing, draw_all, dress
+from darts.bench.statistics import Array, BenchResults, known_mean
+from darts.evidence.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, Drawn, Missing, draw_all, dress
 
-COLORS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#882255", "#999933", "#666666")
+COLORS = (BLACK, BLUE, ORANGE, GREEN, RED, PINK, SKY, "#882255", "#999933", GREY)
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)))
+MARKERS = "os^Dv"
 PHASES = {
     "rollout_s": ("rollout", "#332288"),
     "old_log_prob_s": ("old log-probs", "#88CCEE"),
@@ -32,15 +33,10 @@ MOST_BANDS = 8
 """Arms; with more there are no bands."""
 
 
-def draw(results: Results, base: str = BASE) -> list[Drawn]:
-    """All figures that there are."""
-    return draw_all(FIGURES, results, base)
-
-
-def write(results: Results, folder: Path, base: str = BASE) -> list[Drawn]:
+def write(results: BenchResults, folder: Path, base: str = BASE) -> list[Drawn]:
     """Draws into the folder, as `seconds.png` and so on; returns what was drawn."""
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = draw(results, base)
+    drawn = draw_all(FIGURES, results, base)
     for figure in drawn:
         if figure.png is not None:
             (folder / f"{figure.name}.png").write_bytes(figure.png)
@@ -50,49 +46,37 @@ def write(results: Results, folder: Path, base: str = BASE) -> list[Drawn]:
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def by_seed(results: Results, arm: str, key: str) -> tuple[Array, Array]:
-    """Steps [n], and the values of a field of steps or validations at each, [seeds, n]; NaN where there is none."""
-    steps, _ = results.by_step(arm, key)
-    at = {int(step): place for place, step in enumerate(steps)}
-    values = np.full((len(results.seeds), len(steps)), math.nan)
-    for record in results.records_with(arm, key):
-        value = getattr(record, key)
-        if record.step in at and value is not None:
-            values[results.seeds.index(record.seed), at[record.step]] = value
-    return steps, values
-
-
 def smoothed(values: Array) -> Array:
     """Running means along the last axis, over the known values of `SMOOTH` neighbours, fewer at the ends."""
     reach = SMOOTH // 2
     columns = [values[..., max(n - reach, 0) : n + reach + 1] for n in range(values.shape[-1])]
-    return np.stack([_mean(column) for column in columns], axis=-1)
+    return np.stack([known_mean(column) for column in columns], axis=-1)
 
 
-def _mean(values: Array) -> Array:
-    """Along the last axis, of what is known."""
-    known = np.isfinite(values)
-    count = known.sum(axis=-1)
-    return np.where(count > 0, np.where(known, values, 0).sum(axis=-1) / np.maximum(count, 1), math.nan)
-
-
-def _line(axes: Axes, results: Results, arm: str, x: Array, values: Array, smooth: bool, marker: bool) -> None:
-    """Mean and band of the seeds."""
+def _line(axes: Axes, results: BenchResults, arm: str, key: str, smooth: bool = True, x: Array | None = None) -> None:
+    """Mean and band of the seeds' values of a field, over steps or x; smooth, or with markers."""
+    steps, values = results.by_seed(arm, key)
     if not values.size:
         return
     values = smoothed(values) if smooth else values
     known = np.isfinite(values).any(axis=0)
-    if not known.any():
-        return
-    x, values = x[known], values[:, known]
+    x, values = (steps if x is None else x)[known], values[:, known]
     number = results.arms.index(arm)
     color = COLORS[number % len(COLORS)]
-    if len(values) > 1 and len(results.arms) <= MOST_BANDS:
+    if len(values) > 1 and len(results.arms) <= MOST_BANDS and known.any():
         axes.fill_between(x, np.nanmin(values, axis=0), np.nanmax(values, axis=0), color=color, alpha=0.10, linewidth=0)
     axes.plot(
-        x, _mean(values.T), linestyle=DASHES[number // len(COLORS) % len(DASHES)], color=color, linewidth=1.8,
-        marker="os^Dv"[number % 5] if marker else "", markersize=4, label=arm,
+        x, known_mean(values.T), linestyle=DASHES[number // len(COLORS) % len(DASHES)], color=color, linewidth=1.8,
+        marker="" if smooth else MARKERS[number % 5], markersize=4, label=arm,
     )  # fmt: skip
+
+
+def _panels(results: BenchResults, titles: Sequence[str], **shared: bool) -> tuple[Figure, Sequence[Axes]]:
+    """Panels side by side; steps must have been measured."""
+    if not any(results.steps(arm) for arm in results.arms):
+        raise Missing("no step has been measured.")
+    figure = Figure(figsize=(11 if len(titles) < 3 else 14, 5))
+    return figure, figure.subplots(1, len(titles), **shared)
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
@@ -101,48 +85,37 @@ def _legend(figure: Figure, axes: Axes) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6))
 
 
-def _need_steps(results: Results) -> None:
-    if not any(results.steps(arm) for arm in results.arms):
-        raise Missing("no step has been measured.")
-
-
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
-def _seconds(results: Results, base: str) -> tuple[Figure, str]:
-    _need_steps(results)
-    figure = Figure(figsize=(11, 5))
-    left, right = figure.subplots(1, 2)
-    for arm in results.arms:
-        for axes, key in ((left, "step_s"), (right, "rollout_s")):
-            steps, values = by_seed(results, arm, key)
-            _line(axes, results, arm, steps, values, smooth=True, marker=False)
-    dress(left, "Step", "seconds")
-    dress(right, "Of which rollout", "seconds")
-    for axes in (left, right):
+def _seconds(results: BenchResults, base: str) -> tuple[Figure, str]:
+    panels = {"Step": "step_s", "Of which rollout": "rollout_s"}
+    figure, grid = _panels(results, list(panels))
+    for axes, (title, key) in zip(grid, panels.items(), strict=True):
+        for arm in results.arms:
+            _line(axes, results, arm, key)
+        dress(axes, title, "seconds")
         axes.set_ylim(bottom=0)
-    _legend(figure, left)
+    _legend(figure, grid[0])
     return figure, (
         f"An arm wins where its line is below that of {base}, and shapes lengths where it falls. Running means over "
         f"{SMOOTH} steps of the mean over seeds; bands: lowest to highest seed."
     )
 
 
-def _accuracy(results: Results, base: str) -> tuple[Figure, str]:
+def _accuracy(results: BenchResults, base: str) -> tuple[Figure, str]:
     if not any(results.validations(arm) for arm in results.arms):
         raise Missing("no validation has been measured.")
-    figure = Figure(figsize=(11, 5))
-    left, right = figure.subplots(1, 2, sharey=True)
+    figure, (left, right) = _panels(results, ["steps", "time"], sharey=True)
     for arm in results.arms:
-        steps, values = by_seed(results, arm, "accuracy")
-        _line(left, results, arm, steps, values, smooth=False, marker=True)
-        seconds = np.array([[results.seconds_at(arm, seed, int(step)) for step in steps] for seed in results.seeds])
-        if seconds.size:
-            _line(right, results, arm, _mean(seconds.T), values, smooth=False, marker=True)
+        _line(left, results, arm, "accuracy", smooth=False)
+        steps = results.by_seed(arm, "accuracy")[0].astype(int).tolist()
+        seconds = [[results.seconds_at(arm, seed, step) for seed in results.seeds] for step in steps]
+        _line(right, results, arm, "accuracy", smooth=False, x=known_mean(np.array(seconds)))
     goal = results.target(base)
     if math.isfinite(goal):
         for axes in (left, right):
-            axes.axhline(goal, color=COLORS[-1], linewidth=1, linestyle=":")
+            axes.axhline(goal, color=GREY, linewidth=1, linestyle=":")
     dress(left, "Against steps", "validation accuracy")
     dress(right, "Against time", "", x="seconds of training (steps alone, mean over seeds)")
     _legend(figure, left)
@@ -152,19 +125,19 @@ def _accuracy(results: Results, base: str) -> tuple[Figure, str]:
     )
 
 
-def _tradeoff(results: Results, base: str) -> tuple[Figure, str]:
+def _tradeoff(results: BenchResults, base: str) -> tuple[Figure, str]:
     arms = [arm for arm in results.arms if arm != base and results.steps(arm) and results.validations(arm)]
     if not (arms and results.steps(base) and results.validations(base)):
         raise Missing(f"needs steps and validations of {base} and of another arm.")
     figure = Figure(figsize=(11, 5.5))
     axes = figure.subplots()
-    axes.axhline(0, color=COLORS[-1], linewidth=1, linestyle=":")
-    axes.axvline(1, color=COLORS[-1], linewidth=1, linestyle=":")
+    axes.axhline(0, color=GREY, linewidth=1, linestyle=":")
+    axes.axvline(1, color=GREY, linewidth=1, linestyle=":")
     for arm in arms:
         number = results.arms.index(arm)
         speed = results.speed_up(arm, base, last=True).overall
         gain = results.accuracy_gain(arm, base, last=True).overall
-        color, marker = COLORS[number % len(COLORS)], "os^Dv"[number % 5]
+        color, marker = COLORS[number % len(COLORS)], MARKERS[number % 5]
         axes.plot([speed.low, speed.high], [gain.value] * 2, color=color, linewidth=1, alpha=0.5)
         axes.plot([speed.value] * 2, [gain.low, gain.high], color=color, linewidth=1, alpha=0.5)
         axes.plot(speed.value, gain.value, marker=marker, color=color, linestyle="", markersize=8)
@@ -177,17 +150,14 @@ def _tradeoff(results: Results, base: str) -> tuple[Figure, str]:
     )
 
 
-def _lengths(results: Results, base: str) -> tuple[Figure, str]:
-    _need_steps(results)
-    panels = [("kept_mean", "Mean of the kept"), ("pool_p99", "99th percentile of all candidates")]
+def _lengths(results: BenchResults, base: str) -> tuple[Figure, str]:
+    panels = {"kept_mean": "Mean of the kept", "pool_p99": "99th percentile of all candidates"}
     if any(one.mean_length is not None for arm in results.arms for one in results.validations(arm)):
-        panels.append(("mean_length", "Mean in validation"))
-    figure = Figure(figsize=(11 if len(panels) < 3 else 14, 5))
-    grid = figure.subplots(1, len(panels))
-    for axes, (key, title) in zip(grid, panels, strict=True):
+        panels["mean_length"] = "Mean in validation"
+    figure, grid = _panels(results, list(panels))
+    for axes, (key, title) in zip(grid, panels.items(), strict=True):
         for arm in results.arms:
-            steps, values = by_seed(results, arm, key)
-            _line(axes, results, arm, steps, values, smooth=key != "mean_length", marker=key == "mean_length")
+            _line(axes, results, arm, key, smooth=key != "mean_length")
         dress(axes, title, "tokens")
     _legend(figure, grid[0])
     return figure, (
@@ -196,9 +166,10 @@ def _lengths(results: Results, base: str) -> tuple[Figure, str]:
     )
 
 
-def _phases(results: Results, base: str) -> tuple[Figure, str]:
-    _need_steps(results)
+def _phases(results: BenchResults, base: str) -> tuple[Figure, str]:
     arms = [arm for arm in results.arms if results.steps(arm)]
+    if not arms:
+        raise Missing("no step has been measured.")
     figure = Figure(figsize=(11, 1.9 + 0.42 * len(arms)))
     axes = figure.subplots()
     floor = np.zeros(len(arms))
@@ -220,7 +191,7 @@ def _phases(results: Results, base: str) -> tuple[Figure, str]:
     )
 
 
-FIGURES: dict[str, tuple[str, Callable[[Results, str], tuple[Figure, str]]]] = {
+FIGURES: dict[str, tuple[str, Callable[[BenchResults, str], tuple[Figure, str]]]] = {
     "seconds": ("Seconds a step", _seconds),
     "accuracy": ("Accuracy", _accuracy),
     "tradeoff": ("Speed and accuracy", _tradeoff),

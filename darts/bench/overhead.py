@@ -1,6 +1,6 @@
 """Measures what DARTS itself costs besides generation: planning, learning, metrics, trace, state.
 
-    python -m darts.bench.overhead --runs outputs/training/*/steps* --out outputs/overhead.json
+    python -m darts.bench overhead --runs outputs/training/*/steps* --out outputs/overhead.json
 
 Contract.
 1. At scale, synthetic: one process, no engine. Each part of a step's own work is timed alone, on log-normal lengths of
@@ -14,21 +14,19 @@ The exit code is 1 if in the median step of a run DARTS's own work takes more th
 """
 
 import argparse
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from darts.bench import harness as common
-from darts.config import DartsConfig
+from darts.bench import harness
+from darts.bench.harness import Bench, FlatRecord, Save
+from darts.config import ConfigError, DartsConfig
 from darts.evidence.checkpoint import save_state
-from darts.evidence.console import say
-from darts.evidence.tables import Check
-from darts.evidence.trace import Trace
+from darts.evidence.tables import Check, table
+from darts.evidence.trace import Trace, find_file, read_steps
 from darts.forecast import CostModel
 from darts.history import prompt_key
 from darts.latency import LatencyCurve, StepTimes
@@ -45,6 +43,9 @@ FINISHING = 0.75
 PROMPT_CHARACTERS = 1000
 CURVE = LatencyCurve([1, 16, 64, 256], [0.010, 0.011, 0.014, 0.026])
 TARGET = 0.01
+OWN = ("keys", "plan", "observe", "metrics")
+"""The parts that `darts/rollout/own_s` has."""
+PARTS = (*OWN, "trace", "state")
 
 
 def planner_of(keys: Sequence[str], rng: np.random.Generator) -> RolloutPlanner:
@@ -88,29 +89,28 @@ def pool_of(plan: Plan, rng: np.random.Generator) -> CandidatePool:
     )
 
 
-def parts_of_a_step(prompts: int, history: int, rng: np.random.Generator, folder: Path) -> dict[str, Callable[[], Any]]:
-    """What is timed, by name; `candidates` and `aborted` only count."""
-    texts = [[{"role": "user", "content": f"{n}".zfill(PROMPT_CHARACTERS)}] for n in range(prompts)]
+def parts_of_a_step(prompts: int, history: int, folder: Path) -> tuple[CandidatePool, dict[str, Callable[[], Any]]]:
+    """The candidates of a synthetic rollout, and what is timed, by name."""
+    rng = np.random.default_rng(prompts)
+    texts = [[{"role": "user", "content": f"{number}".zfill(PROMPT_CHARACTERS)}] for number in range(prompts)]
     keys = [prompt_key(text) for text in texts]
-    planner = planner_of([*keys, *(f"{n:016x}" for n in range(history - prompts))], rng)
-    chosen, given = (
+    planner = planner_of([*keys, *(f"{number:016x}" for number in range(history - prompts))], rng)
+    by_utility, by_mean = (
         DartsConfig.from_block({"allocation": {"mode": "adaptive", "mean_candidates": mean}}, GROUP_SIZE)
         for mean in (None, MEAN)
     )
-    plan = planner.plan(keys, given)
-    pool, seconds, times = pool_of(plan, rng), 60.0, StepTimes()
+    plan = planner.plan(keys, by_mean)
+    pool, seconds, step_times = pool_of(plan, rng), 60.0, StepTimes()
     for running in (1, 8, 64, 256):
-        times.add(running, CURVE(running) * 1000, 1000)
+        step_times.add(running, CURVE(running) * 1000, 1000)
     metrics = rollout_metrics(pool, GROUP_SIZE, seconds)
-    observed, learnt = planner.observe(plan, given, pool, seconds, times)
+    observed, learnt = planner.observe(plan, by_mean, pool, seconds, step_times)
     rollout = Rollout(plan=plan, pool=pool, observed_std=observed, metrics=metrics | learnt)
     trace = Trace(str(folder / "darts.jsonl"))
-    return {
-        "candidates": lambda: len(pool),
-        "aborted": lambda: float(pool.aborted.mean()),
+    return pool, {
         "keys": lambda: [prompt_key(text) for text in texts],
-        "plan": lambda: planner.plan(keys, chosen),
-        "observe": lambda: planner.observe(plan, given, pool, seconds, times),
+        "plan": lambda: planner.plan(keys, by_utility),
+        "observe": lambda: planner.observe(plan, by_mean, pool, seconds, step_times),
         "metrics": lambda: rollout_metrics(pool, GROUP_SIZE, seconds),
         "trace": lambda: trace.write(1, rollout.metrics, rollout),
         "state": lambda: save_state(folder, 1, planner.state_dict()),
@@ -118,80 +118,87 @@ def parts_of_a_step(prompts: int, history: int, rng: np.random.Generator, folder
 
 
 def at_scale(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A record for each repetition and number of prompts, with the seconds of each part."""
+    """A record for each number of prompts, repetition and part."""
     records = []
     for prompts in options.prompts:
         with tempfile.TemporaryDirectory() as folder:
-            parts = parts_of_a_step(prompts, options.history, np.random.default_rng(prompts), Path(folder))
-            counts = {name: parts.pop(name)() for name in ("candidates", "aborted")}
-            for repetition in range(-1, options.repetitions):  # the first warms up
-                seconds = {}
-                for name, part in parts.items():
-                    start = time.perf_counter()
-                    part()
-                    seconds[name] = time.perf_counter() - start
-                if repetition >= 0:
-                    records.append({"prompts": prompts, "repetition": repetition} | counts | seconds)
-        say(f"{prompts:,} prompts: " + ", ".join(f"{name} {1000 * some:.1f} ms" for name, some in seconds.items()))
+            pool, parts = parts_of_a_step(prompts, options.history, Path(folder))
+            size = {"candidates": len(pool), "aborted": float(pool.aborted.mean())}
+
+            def once(arm: str, parts: dict = parts, size: dict = size, **place: int) -> dict[str, Any]:
+                return size | {"seconds": harness.seconds_of(parts[arm])[0]}
+
+            records += harness.take_turns(harness.repetitions(options.repetitions, prompts=[prompts]), PARTS, once)
     return records
 
 
-def scale_table(records: Sequence[common.Record]) -> str:
+def scale_table(records: Sequence[FlatRecord]) -> str:
     """Milliseconds of each part, medians over the repetitions; own is keys to metrics, what `own_s` has."""
-    names, rows = ("keys", "plan", "observe", "metrics", "trace", "state"), []
+    rows = []
     for prompts in dict.fromkeys(record["prompts"] for record in records):
         some = [record for record in records if record["prompts"] == prompts]
-        own = [sum(record[name] for name in names[:4]) for record in some]
-        cells = [f"{1000 * np.median(values):.1f}" for values in (*([r[name] for r in some] for name in names), own)]
+        by_part = {part: harness.paired(some, part, "seconds", ("repetition",)) for part in PARTS}
+        times = [*by_part.values(), sum(by_part[part] for part in OWN)]
+        cells = [f"{1000 * np.median(seconds):.1f}" for seconds in times]
         rows.append([f"{prompts:,}", f"{some[0]['candidates']:,}", f"{some[0]['aborted']:.0%}", *cells])
-    return common.table(["prompts", "candidates", "aborted", *(f"{name}, ms" for name in (*names, "own"))], rows)
+    return table(["prompts", "candidates", "aborted", *(f"{part}, ms" for part in (*PARTS, "own"))], rows)
 
 
 def of_run(run: Path) -> dict[str, Any]:
-    """A run's record: of each step DARTS's own seconds, the whole step's, and the share of the former."""
+    """A run's record: DARTS's own seconds of each step, the whole step's, and the share of the former.
+
+    Raises:
+        ConfigError: a run that was made without DARTS.
+    """
     names = ("darts/rollout/own_s", "timing_s/step")
-    steps = [[step[name] for name in names] for step in common.trace_metrics(run).values() if set(names) <= set(step)]
+    metrics, _ = read_steps(find_file(run), lambda step: step.metrics)
+    steps = [[step[name] for name in names] for step in metrics if set(names) <= set(step)]
     if not steps:
-        raise ValueError(f"{run}: no step of the trace has both {' and '.join(names)}.")
+        raise ConfigError("--runs", str(run), f"no step of the trace has both {' and '.join(names)}.", "leave it out.")
     own, step = np.array(steps).T
     return {"run": str(run), "own_s": own.tolist(), "step_s": step.tolist(), "share": (own / step).tolist()}
 
 
-def runs_table(records: Sequence[common.Record]) -> str:
+def runs_table(records: Sequence[FlatRecord]) -> str:
     """A row per run."""
-    columns = ["run", "steps", "own s, median", "step s, median", "share, median", "share, worst"]
     rows = []
     for record in records:
         own, step, share = (float(np.median(record[name])) for name in ("own_s", "step_s", "share"))
         worst = max(record["share"])
         rows.append([record["run"], len(record["share"]), f"{own:.3f}", f"{step:.2f}", f"{share:.2%}", f"{worst:.2%}"])
-    return common.table(columns, rows)
+    return table(["run", "steps", "own s, median", "step s, median", "share, median", "share, worst"], rows)
 
 
-def main(given: list[str] | None = None) -> int:
-    """Runs the command; returns the exit code."""
-    parser = common.parser(__doc__)
-    parser.add_argument(
-        "--prompts", type=int, nargs="*", default=[8, 128, 256, 1024], help="none: runs alone (default: %(default)s)"
-    )
-    parser.add_argument("--history", type=int, default=20_000, help="prompts in the history (default: %(default)s)")
-    parser.add_argument("--repetitions", type=int, default=15, help="of each size (default: %(default)s)")
-    parser.add_argument(
-        "--runs", type=Path, nargs="+", default=[], metavar="DIR", help="runs with a trace (default: none)"
-    )
-    options = parser.parse_args(given)
-    opening = common.document(options)
+def measure(options: argparse.Namespace, save: Save) -> dict[str, list[dict[str, Any]]]:
+    """The runs' records, and those at scale."""
     runs = [of_run(run) for run in options.runs]
-    scale = at_scale(options)
-    common.save(options, opening, records=scale, runs=runs)
-    print("\n" + "\n\n".join(make(some) for make, some in ((scale_table, scale), (runs_table, runs)) if some) + "\n")
-    checks = [
+    return {"scale": at_scale(options), "runs": runs}
+
+
+def tables(records: Mapping[str, Sequence[FlatRecord]]) -> str:
+    """Both tables, as far as there is something."""
+    made = ((scale_table, records["scale"]), (runs_table, records["runs"]))
+    return "\n\n".join(make(some) for make, some in made if some)
+
+
+def checks(records: Mapping[str, Sequence[FlatRecord]]) -> list[Check]:
+    """The bound for each run."""
+    return [
         Check(name=f"% of a step, {run['run']}", value=100 * float(np.median(run["share"])), low=0, high=100 * TARGET)
-        for run in runs
+        for run in records["runs"]
     ]
-    print("\n".join(map(str, checks)))
-    return 0 if all(check.passed for check in checks) else 1
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+BENCH = Bench(
+    name="overhead",
+    about=__doc__,
+    options={
+        "--prompts": ([8, 128, 256, 1024], "numbers of prompts; none: runs alone", {"nargs": "*"}),
+        "--history": (20_000, "prompts in the history"),
+        "--repetitions": (15, "of each size"),
+        "--runs": ([], "runs with a trace", {"type": Path, "nargs": "+", "metavar": "DIR"}),
+    },
+    measure=measure,
+    tables=tables,
+    checks=checks,
+)

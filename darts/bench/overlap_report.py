@@ -1,17 +1,18 @@
 """What `darts.bench.overlap` reports: its records in, Markdown tables and checks out.
 
-Contract: pure NumPy. A record is one step of one arm, as `darts.bench.overlap_run` writes it. Ratios are of totals,
-paired by batch, with 95 % bootstrap intervals over the batches. Exposed seconds are what the trainer waited for
-log-probs after generation, by the trainer's clock and alike in all arms: verl's phases `old_log_prob` and `ref`.
+Contract: pure NumPy. A record is one step of one arm: the `StepRecord`, and what `darts.bench.overlap_trainer` adds.
+Ratios are of totals, paired by batch, with 95 % bootstrap intervals over the batches. Exposed seconds are what the
+trainer waited for log-probs after generation, by the trainer's clock and alike in all arms: verl's phases
+`old_log_prob` and `ref`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from darts.bench import harness as common
-from darts.evidence import statistics
+from darts.bench import harness
+from darts.bench.harness import ArmFigures, FlatRecord
 from darts.evidence.statistics import Estimate
 from darts.evidence.tables import Check
 
@@ -19,73 +20,65 @@ OFF, SEQUENCE, TOKEN, BYPASS = "off", "sequence", "token", "bypass"
 ARMS = (OFF, SEQUENCE, TOKEN, BYPASS)
 OVERLAPPED = (SEQUENCE, TOKEN)
 TAIL, EQUAL = "heavy tail", "equal lengths"
-BY = ("batch",)
+PAIR_BY = ("step",)
+FIGURES = "figures.jsonl"
 HIDDEN_GOAL = 0.9
 BEFORE_END_GOAL = 0.5
 SAME_LENGTHS = "share of batches with equal kept lengths in all arms"
 
+PHASES = {
+    "step, s": "step_s", "generation, s": "rollout_s", "old log-probs, s": "old_log_prob_s", "reference, s": "ref_s",
+    "update, s": "update_s", "weights, s": "weights_s",
+}  # fmt: skip
+STEP_COLUMNS: harness.Columns = (
+    ("batches", lambda arm: len(arm.own)),
+    *((title, lambda arm, key=key: f"{arm.mean(key):.2f}") for title, key in PHASES.items()),
+    ("step over off", lambda arm: arm.over("step_s", ".3f")),
+    ("generation over off", lambda arm: arm.over("rollout_s", ".3f")),
+    ("log-probs' share of the step", lambda arm: format(arm.share("waited_s", "step_s"), ".1%")),
+)
+HIDDEN_COLUMNS: harness.Columns = (
+    ("hidden / (hidden + exposed)", lambda arm: format(arm.share("hidden_s", "computed_s"), ".3f")),
+    ("1 - exposed / exposed of off", lambda arm: format(not_exposed(arm.records, arm.arm), ".3f")),
+    ("tokens before their end", lambda arm: f"{arm.mean('before_end_share'):.3f}"),
+    ("tokens in the rollout", lambda arm: f"{arm.mean('in_rollout_share'):.3f}"),
+    ("forwarded per kept", lambda arm: f"{arm.mean('forwarded_per_kept'):.2f}"),
+    ("wasted tokens", lambda arm: f"{arm.mean('tokens_wasted'):,.0f}"),
+    ("calls", lambda arm: f"{arm.mean('calls'):.0f}"),
+    ("cache peak, GiB", lambda arm: f"{arm.known('cache_peak_gib').max():.3f}"),
+)
 
-def with_sums(records: Sequence[common.Record]) -> list[dict[str, Any]]:
+
+def with_sums(records: Sequence[FlatRecord]) -> list[dict[str, Any]]:
     """The records, with the seconds that the tables are made of."""
     sums = []
     for record in records:
-        waited = record["old_log_prob_s"] + record["ref_s"]
-        hidden = record.get("hidden_s", 0.0)
+        waited, hidden = record["old_log_prob_s"] + record["ref_s"], record.get("hidden_s", 0.0)
         sums.append({**record, "waited_s": waited, "hidden_s": hidden, "computed_s": hidden + waited})
     return sums
 
 
-def share(records: Sequence[common.Record], arm: str, part: str, whole: str) -> Estimate:
-    """The total of `part` over that of `whole`, of one arm."""
-    above, below = (common.paired(records, arm, key, BY) for key in (part, whole))
-    return statistics.ratio(above, below, np.random.default_rng(0))
+def by_workload(records: Sequence[FlatRecord]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The workloads, each with its records."""
+    for workload in dict.fromkeys(record["workload"] for record in records):
+        yield workload, with_sums([record for record in records if record["workload"] == workload])
 
 
-def not_exposed(records: Sequence[common.Record], arm: str) -> Estimate:
+def hidden_share(records: Sequence[FlatRecord], arm: str) -> Estimate:
+    """The arm's hidden seconds over all that were computed."""
+    return ArmFigures(arm=arm, base=OFF, pair_by=PAIR_BY, records=records).share("hidden_s", "computed_s")
+
+
+def not_exposed(records: Sequence[FlatRecord], arm: str) -> Estimate:
     """1 minus the arm's exposed seconds over those of `off`."""
-    left = common.over(records, arm, OFF, BY, "waited_s")
-    return Estimate(value=1 - left.value, low=1 - left.high, high=1 - left.low)
+    exposed = harness.ratio(records, arm, OFF, PAIR_BY, "waited_s")
+    return Estimate(value=1 - exposed.value, low=1 - exposed.high, high=1 - exposed.low)
 
 
-def steps_table(records: Sequence[common.Record]) -> str:
-    """Seconds of a step and its parts, means over the batches of a workload; ratios to `off`."""
-    rows = []
-    for arm in common.arms_of(records):
-        own = [record for record in records if record["arm"] == arm]
-        parts = ("step_s", "gen_s", "old_log_prob_s", "ref_s", "update_actor_s", "update_weights_s")
-        means = [f"{common.mean([record[part] for record in own]):.2f}" for part in parts]
-        ratios = ["1" if arm == OFF else format(common.over(records, arm, OFF, BY, key), ".3f") for key in parts[:2]]
-        rows.append([arm, len(own), *means, *ratios, format(share(records, arm, "waited_s", "step_s"), ".1%")])
-    columns = [
-        "arm", "batches", "step, s", "generation, s", "old log-probs, s", "reference, s", "update, s", "weights, s",
-        "step over off", "generation over off", "log-probs' share of the step",
-    ]  # fmt: skip
-    return common.table(columns, rows)
-
-
-def hidden_table(records: Sequence[common.Record]) -> str:
-    """What was hidden and what it took, of the arms that overlap."""
-    rows = []
-    for arm in (arm for arm in common.arms_of(records) if arm in OVERLAPPED):
-        own = [record for record in records if record["arm"] == arm]
-        average = {key: common.mean(common.found(own, key)) for key in own[0] if isinstance(own[0][key], float)}
-        rows.append([
-            arm, format(share(records, arm, "hidden_s", "computed_s"), ".3f"), format(not_exposed(records, arm), ".3f"),
-            f"{average['before_end_share']:.3f}", f"{average['in_rollout_share']:.3f}",
-            f"{average['forwarded_per_kept']:.2f}", f"{average['tokens_wasted']:,.0f}", f"{average['calls']:.0f}",
-            f"{max(common.found(own, 'cache_peak_gib')):.3f}",
-        ])  # fmt: skip
-    columns = [
-        "arm", "hidden / (hidden + exposed)", "1 - exposed / exposed of off", "tokens before their end",
-        "tokens in the rollout", "forwarded per kept", "wasted tokens", "calls", "cache peak, GiB",
-    ]  # fmt: skip
-    return common.table(columns, rows)
-
-
-def note(records: Sequence[common.Record]) -> str:
+def note(records: Sequence[FlatRecord]) -> str:
     """What a batch is, and whether the arms agree."""
     own = [record for record in records if record["arm"] == OFF]
-    generated, kept = (common.mean([record[key] for record in own]) for key in ("tokens", "kept_tokens"))
+    generated, kept = (np.mean([record[key] for record in own]) for key in ("tokens_generated", "tokens_kept"))
     lengths = np.concatenate([np.array(record["kept_lengths"])[:, 2] for record in own])
     compared = [record for record in records if record.get("rows")]
     same, rows = (sum(record[key] for record in compared) for key in ("same_rows", "rows"))
@@ -97,36 +90,34 @@ def note(records: Sequence[common.Record]) -> str:
     )
 
 
-def tables(records: Sequence[common.Record]) -> str:
+def tables(records: Sequence[FlatRecord]) -> str:
     """All, for each workload."""
     parts = []
-    for workload in dict.fromkeys(record["workload"] for record in records):
-        some = with_sums(record for record in records if record["workload"] == workload)
-        parts.append(f"{workload}\n\n{steps_table(some)}\n\n{hidden_table(some)}\n\n{note(some)}")
+    for workload, some in by_workload(records):
+        steps = harness.arms_table(some, STEP_COLUMNS, PAIR_BY, OFF)
+        hidden = harness.arms_table(some, HIDDEN_COLUMNS, PAIR_BY, OFF, arms=OVERLAPPED)
+        parts += [workload, steps, hidden, note(some)]
     return "\n\n".join(parts)
 
 
-def equal_lengths(records: Sequence[common.Record]) -> float:
+def equal_lengths(records: Sequence[FlatRecord]) -> float:
     """The share of batches whose arms kept the same candidates with the same lengths."""
     batches: dict[int, list[Any]] = {}
     for record in records:
-        batches.setdefault(record["batch"], []).append(record["kept_lengths"])
+        batches.setdefault(record["step"], []).append(record["kept_lengths"])
     return float(np.mean([all(lengths == of_arms[0] for lengths in of_arms) for of_arms in batches.values()]))
 
 
-def checks(records: Sequence[common.Record]) -> list[Check]:
+def checks(records: Sequence[FlatRecord]) -> list[Check]:
     """The bounds, each with what was measured."""
     made = [Check(name=SAME_LENGTHS, value=equal_lengths(records), low=1, high=1)]
     late = sum(record["late_rows"] for record in records if record["arm"] in OVERLAPPED)
     made.append(Check(name="late rows", value=late, low=0, high=0))
-    for workload in dict.fromkeys(record["workload"] for record in records):
-        some = with_sums(record for record in records if record["workload"] == workload)
-        if TOKEN not in common.arms_of(some):
-            continue
-        value = share(some, TOKEN, "hidden_s", "computed_s").value
+    for workload, some in by_workload(records):
+        value = hidden_share(some, TOKEN).value
         made.append(Check(name=f"{workload}, token: hidden share", value=value, low=HIDDEN_GOAL, high=1))
         if workload == EQUAL:
-            value = common.mean([record["before_end_share"] for record in some if record["arm"] == TOKEN])
+            value = float(np.mean([record["before_end_share"] for record in some if record["arm"] == TOKEN]))
             name = f"{workload}, token: share of kept tokens computed before their response has finished"
             made.append(Check(name=name, value=value, low=BEFORE_END_GOAL, high=1))
     return made

@@ -6,18 +6,23 @@ files. The plan of a folder never changes, but for more seeds: what was measured
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from darts import CONFIG_DIR
-from darts.bench.arms import Arm
+from darts.bench.arms import BenchArm
 from darts.bench.states import OVERRIDES
 from darts.config import ConfigError
 
 PLAN, RECORDS, STATES, TRACES, CONFIG = "plan.json", "records.jsonl", "states", "traces", "config.json"
+OF_A_BENCH = (
+    *OVERRIDES, "trainer.resume_mode=disable", "trainer.val_before_train=false", "trainer.test_freq=-1",
+    "trainer.save_freq=-1", "trainer.total_epochs=1", "trainer.logger=[console]", "darts.strategy=darts",
+    "darts.trace=null",
+)  # fmt: skip
+"""What a bench needs of any configuration."""
 Turn = tuple[int, int]
 """Seed and step."""
 
@@ -26,7 +31,7 @@ Turn = tuple[int, int]
 class BenchPlan:
     """What a bench runs."""
 
-    arms: list[Arm]
+    arms: list[BenchArm]
     seeds: int  # 0, 1, ...
     steps: int
     validate_every: int  # steps; the last is validated always; 0: no validation at all
@@ -47,22 +52,19 @@ class BenchPlan:
             ]
             if other or self.seeds < there.seeds:
                 name = other[0] if other else "seeds"
-                raise ConfigError(
-                    "--out",
-                    str(folder),
-                    f"has a bench with other {name} ({getattr(there, name)}), and goes on with the same alone.",
-                    "choose another folder, remove this one, or repeat the command that began it.",
-                )
+                rule = f"has a bench with other {name} ({getattr(there, name)}), and goes on with the same alone."
+                fix = "choose another folder, remove this one, or repeat the command that began it."
+                raise ConfigError("--out", str(folder), rule, fix)
         folder.mkdir(parents=True, exist_ok=True)
         plan = {field.name: getattr(self, field.name) for field in fields(self)}
-        plan["arms"] = [arm.to_dict() for arm in self.arms]
+        plan["arms"] = [asdict(arm) for arm in self.arms]
         (folder / PLAN).write_text(json.dumps(plan, indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> "BenchPlan":
         """What `save` wrote."""
         plan = json.loads((folder / PLAN).read_text())
-        return cls(**plan | {"arms": [Arm(**arm) for arm in plan["arms"]]})
+        return cls(**plan | {"arms": [BenchArm(**arm) for arm in plan["arms"]]})
 
     def turns(self) -> Iterator[Turn]:
         """All rounds in their order."""
@@ -72,19 +74,6 @@ class BenchPlan:
         """Whether the arms are validated after this step."""
         return self.validate_every > 0 and (step % self.validate_every == 0 or step == self.steps)
 
-    def check(self, darts: Any, group_size: int) -> None:
-        """Builds every arm's settings.
-
-        Raises:
-            ConfigError: of an arm, with its name.
-        """
-        arm = self.arms[0]
-        try:
-            for arm in self.arms:
-                arm.config(darts, group_size)
-        except ConfigError as error:
-            raise ConfigError("--arms", arm.name, f"cannot be: {error}", "change the arm.") from error
-
     def compose(self, folder: Path) -> DictConfig:
         """The configuration of the run, whose results go to the folder."""
         from hydra import compose, initialize_config_dir
@@ -93,24 +82,8 @@ class BenchPlan:
         from darts.testbed import register_resolver
 
         register_resolver()
+        run = [f"trainer.total_training_steps={self.steps}", f"trainer.default_local_dir={folder}"]
         with initialize_config_dir(self.config_dir, version_base=None):
-            config = compose(self.config_name, overrides=[*self.overrides, *self._own_overrides(folder)])
+            config = compose(self.config_name, overrides=[*self.overrides, *OF_A_BENCH, *run])
         settle_paths(config)
-        self.check(OmegaConf.to_container(config.darts, resolve=True), config.actor_rollout_ref.rollout.n)
         return config
-
-    def _own_overrides(self, folder: Path) -> list[str]:
-        """What a bench needs of any configuration."""
-        return [
-            *OVERRIDES,
-            f"trainer.total_training_steps={self.steps}",
-            f"trainer.default_local_dir={folder}",
-            "trainer.resume_mode=disable",
-            "trainer.val_before_train=false",
-            "trainer.test_freq=-1",
-            "trainer.save_freq=-1",
-            "trainer.total_epochs=1",
-            "trainer.logger=[console]",
-            "darts.strategy=darts",
-            "darts.trace=null",
-        ]

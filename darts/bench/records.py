@@ -4,15 +4,16 @@ Contract: no verl import. A record is written when its step has ended; a round (
 it is there. `Records.keep` removes what a bench that was interrupted had written of a round that begins again.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from darts.bench.slots import in_turns, slot_steps
 from darts.evidence.trace import drop_cut_line
@@ -36,10 +37,11 @@ class RecordError(ValueError):
     """A line that is not a record of a bench."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class StepRecord:
     """One step of one arm. Lengths and tokens are of responses; an aborted candidate counts with the tokens it had."""
 
+    kind: Literal["step"] = "step"
     arm: str
     seed: int
     step: int  # from 1
@@ -79,10 +81,11 @@ class StepRecord:
         return self.step_s - self.rollout_s - self.old_log_prob_s - self.update_s - self.weights_s
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class ValidationRecord:
     """One validation of one arm, after `step` steps; `step=0` is the initial actor."""
 
+    kind: Literal["validation"] = "validation"
     arm: str
     seed: int
     step: int
@@ -92,8 +95,8 @@ class ValidationRecord:
 
 
 Record = StepRecord | ValidationRecord
-KINDS: dict[str, type] = {"step": StepRecord, "validation": ValidationRecord}
-SomeRecord = TypeVar("SomeRecord", StepRecord, ValidationRecord)
+JSON: TypeAdapter[Record] = TypeAdapter(Annotated[Record, Field(discriminator="kind")])
+"""A record as one line of JSON, and back; what is not a number is null."""
 
 
 def step_record(
@@ -120,9 +123,8 @@ def step_record(
         swap_s: as of the record.
     """
     prompts = np.unique(pool.prompt)
-    rows = [np.flatnonzero(pool.prompt == prompt) for prompt in prompts]
     order = range(len(prompts)) if launch_order is None else launch_order
-    launched = pool.length[np.concatenate([rows[place] for place in order])]
+    launched = np.concatenate([pool.length[pool.prompt == prompts[place]] for place in order])
     used = slot_steps(in_turns(launched, num_engines), max_running)
     kept = pool.kept
     return StepRecord(
@@ -158,7 +160,7 @@ class Records:
         """Writes a record behind the others."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a") as file:
-            file.write(line_of(record))
+            file.write(_line(record))
 
     def read(self) -> list[Record]:
         """All records; none where there is no file. A last line that was cut off does not count.
@@ -185,63 +187,37 @@ class Records:
         kept = [record for record in found if is_complete(record.seed, max(record.step, 1))]
         if len(kept) != len(found):
             draft = self._path.with_suffix(".new")
-            draft.write_text("".join(map(line_of, kept)))
+            draft.write_text("".join(map(_line, kept)))
             draft.replace(self._path)
         return kept
 
     def _parsed(self, number: int, line: str) -> Record:
         try:
-            return record_of(json.loads(line))
-        except ValueError as cause:
-            raise RecordError(f"{self._path}:{number}: {cause}") from cause
+            return JSON.validate_json(line)
+        except ValidationError as cause:
+            first = cause.errors(include_url=False)[0]
+            place = "".join(f"{part}: " for part in first["loc"])
+            raise RecordError(f"{self._path}:{number}: {place}{first['msg']}") from cause
 
 
-def line_of(record: Record) -> str:
-    """A record as one line of JSON; what is not a number is null."""
-    kind = next(name for name, of in KINDS.items() if isinstance(record, of))
-    values = {field.name: _plain(getattr(record, field.name)) for field in fields(record)}
-    return json.dumps({"kind": kind} | values, allow_nan=False, separators=(",", ":")) + "\n"
+def _line(record: Record) -> str:
+    return JSON.dump_json(record).decode() + "\n"
 
 
-def record_of(line: Any) -> Record:
-    """The record that `line_of` wrote.
-
-    Raises:
-        RecordError: something else; the message says what is wrong.
-    """
-    kind = line.get("kind") if isinstance(line, dict) else None
-    if kind not in KINDS:
-        raise RecordError(f"kind={kind!r:.80}: must be one of {', '.join(KINDS)}.")
-    values = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in line.items() if name != "kind"
-    }
-    known = {field.name for field in fields(KINDS[kind])}
-    if values.keys() - known:
-        raise RecordError(f"{', '.join(sorted(values.keys() - known))}: no field of a {kind}.")
-    try:
-        return KINDS[kind](**values)
-    except TypeError as cause:
-        raise RecordError(f"a {kind} that lacks something: {cause}.") from cause
-
-
-def table_of(records: Iterable[SomeRecord]) -> dict[str, list[Any]]:
-    """Records of one kind by column, for a document; numbers to six digits."""
+def table_of(records: Iterable[Record]) -> dict[str, list[Any]]:
+    """Records of one kind by column, for a document; numbers to six digits, null where there is none."""
     records = list(records)
-    if not records:
-        return {}
-    return {field.name: [_short(getattr(record, field.name)) for record in records] for field in fields(records[0])}
+    names = [field.name for field in fields(records[0]) if field.name != "kind"] if records else []
+    return {name: [_short(getattr(record, name)) for record in records] for name in names}
 
 
-def records_of(kind: type[SomeRecord], columns: Mapping[str, Sequence[Any]]) -> list[SomeRecord]:
-    """The records that `table_of` gave.
+def records_of(kind: type[Record], columns: Mapping[str, Sequence[Any]]) -> list[Record]:
+    """The records of one kind that `table_of` gave.
 
     Raises:
-        RecordError: other columns.
+        ValueError: other columns.
     """
-    names = list(columns)
-    rows = zip(*columns.values(), strict=True)
-    kinds = {of: name for name, of in KINDS.items()}
-    return [record_of({"kind": kinds[kind], **dict(zip(names, row, strict=True))}) for row in rows]  # type: ignore[misc]
+    return [kind(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
 
 
 def _lengths(which: str, lengths: NDArray[np.int64]) -> dict[str, float]:
@@ -257,15 +233,9 @@ def _mean(values: NDArray[np.float64]) -> float | None:
     return float(known.mean()) if len(known) else None
 
 
-def _plain(value: Any) -> Any:
-    """For JSON: what is not finite is None."""
-    if isinstance(value, tuple):
-        return [_plain(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _short(value: Any) -> Any:
-    value = _plain(value)
-    if isinstance(value, list):
+    if isinstance(value, tuple):
         return [_short(one) for one in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value

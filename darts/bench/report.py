@@ -1,18 +1,21 @@
 """What a bench reports: Markdown tables, and one JSON document from which they can be made again.
 
-Contract: pure; `Results` in, text out. `-` is what was not measured, or never happened. A document holds everything
-that the tables come from: settings, resolved configuration, machine with versions and commit, arms, and all records.
+Contract: pure; `BenchResults` in, text out. `-` is what was not measured, or never happened. A document holds
+everything that the tables come from: settings, resolved configuration, machine with versions and commit, arms, and all
+records.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from darts.bench.records import StepRecord, ValidationRecord, records_of, table_of
-from darts.bench.statistics import Compared, Results
-from darts.evidence.tables import table
+from darts.bench.statistics import ArmComparison, BenchResults, known_mean
+from darts.evidence import documents
+from darts.evidence.documents import DocumentError, finite
+from darts.evidence.tables import number, table
 
 FORMAT = "darts.bench"
 VERSION = 1
@@ -20,14 +23,10 @@ BASE = "none"
 """The arm that the others are compared with: plain verl."""
 
 
-class DocumentError(ValueError):
-    """A file that is not the document of a bench."""
-
-
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def time_table(results: Results, base: str = BASE) -> str:
+def time_table(results: BenchResults, base: str = BASE) -> str:
     """Seconds of a step, of its phases, and how many times faster than the base."""
     rows = []
     for arm in results.arms:
@@ -46,7 +45,7 @@ def time_table(results: Results, base: str = BASE) -> str:
     return table(columns, rows)
 
 
-def work_table(results: Results) -> str:
+def work_table(results: BenchResults) -> str:
     """What the engines did, means of a step."""
     rows = []
     for arm in results.arms:
@@ -66,19 +65,19 @@ def work_table(results: Results) -> str:
     return table(columns, rows)
 
 
-def learning_table(results: Results, base: str = BASE, target: float | None = None) -> str:
+def learning_table(results: BenchResults, base: str = BASE, target: float | None = None) -> str:
     """What was learnt: accuracy, lengths, and seconds of training to an accuracy.
 
     Args:
         results: of the bench.
         base: what accuracies are compared with.
-        target: an accuracy; None: `Results.target`.
+        target: an accuracy; None: `BenchResults.target`.
     """
     goal = results.target(base) if target is None else target
     rows = []
     for arm in results.arms:
         gains = ["-" if arm == base else format(results.accuracy_gain(arm, base, last), "+.3f") for last in (0, 1)]
-        _, lengths = results.by_step(arm, "mean_length")
+        lengths = known_mean(results.by_seed(arm, "mean_length")[1].T)
         rows.append([
             arm, number(results.accuracy(arm), ".3f"), gains[0], number(results.accuracy(arm, last=True), ".3f"),
             gains[1], number(results.mean(arm, "kept_mean", last=True), ".1f"),
@@ -92,7 +91,7 @@ def learning_table(results: Results, base: str = BASE, target: float | None = No
     return table(columns, rows)
 
 
-def notes(results: Results, base: str = BASE, target: float | None = None) -> list[str]:
+def notes(results: BenchResults, base: str = BASE, target: float | None = None) -> list[str]:
     """What has to be known to read the tables."""
     seeds = len(results.seeds)
     meaning = {
@@ -136,73 +135,69 @@ def notes(results: Results, base: str = BASE, target: float | None = None) -> li
     return said
 
 
-def text(results: Results, base: str = BASE, target: float | None = None) -> str:
+def text(results: BenchResults, base: str = BASE, target: float | None = None) -> str:
     """All tables with their notes."""
     parts = [time_table(results, base), work_table(results), learning_table(results, base, target)]
     return "\n\n".join([*parts, "\n".join(f"- {note}" for note in notes(results, base, target))])
 
 
-def number(value: float, form: str = ".2f") -> str:
-    """A figure of a table."""
-    return format(value, form) if math.isfinite(value) else "-"
-
-
-def _at_end(results: Results, arm: str) -> str:
+def _at_end(results: BenchResults, arm: str) -> str:
     """The queue after each seed's last step."""
     last = {one.seed: one.queue for one in results.steps(arm)}
     return ", ".join(map(str, last.values())) or "-"
 
 
-def _speed_up(results: Results, arm: str, base: str, last: bool) -> str:
+def _speed_up(results: BenchResults, arm: str, base: str, last: bool) -> str:
     if arm == base:
         return "1" if results.steps(arm) else "-"
     return format(results.speed_up(arm, base, last), ".2f")
 
 
-def _by_seed(value: Compared) -> str:
+def _by_seed(value: ArmComparison) -> str:
     return ", ".join(number(one, ".2f") for one in value.by_seed.values()) or "-"
 
 
-def _reached(results: Results, arm: str, goal: float) -> str:
+def _reached(results: BenchResults, arm: str, goal: float) -> str:
     return "-" if math.isnan(goal) else str(results.time_to(arm, goal))
 
 
 # --- the document ----------------------------------------------------------------------------------------------------
 
 
-def summary(results: Results, base: str = BASE, target: float | None = None) -> dict[str, dict[str, Any]]:
+def summary(results: BenchResults, base: str = BASE, target: float | None = None) -> dict[str, dict[str, Any]]:
     """The tables' figures, by arm; null where there is none."""
     goal = results.target(base) if target is None else target
+    totals = ("tokens_generated", "tokens_kept", "tokens_dropped")
     found = {}
     for arm in results.arms:
-        reached = results.time_to(arm, goal)
+        figures: dict[str, float | ArmComparison] = {key: results.total(arm, key) for key in totals} | {
+            f"{key}_{name}{'_last_third' if last else ''}": getattr(results, name)(arm, key, last)
+            for key in ("step_s", "rollout_s")
+            for name in ("median", "mean")
+            for last in (False, True)
+        }
+        for part, last in (("", False), ("_last_third", True)):
+            figures[f"speed_up{part}"] = results.speed_up(arm, base, last)
+            figures[f"accuracy{part}"] = results.accuracy(arm, last)
+            figures[f"accuracy_gain{part}"] = results.accuracy_gain(arm, base, last)
+        figures |= {
+            "rollout_speed_up": results.ratio(arm, base, "rollout_s"),
+            "useful_tokens_per_s": results.useful_per_s(arm),
+            "bubble_ratio": results.bubble_ratio(arm),
+            "kept_length_last_third": results.mean(arm, "kept_mean", last=True),
+            "swap_s_mean": results.mean(arm, "swap_s"),
+        }
+        reached = results.time_to(arm, goal).seconds
         found[arm] = {
             "steps": len(results.steps(arm)),
-            **{
-                f"{key}_{name}{'_last_third' if last else ''}": _plain(getattr(results, name)(arm, key, last))
-                for key in ("step_s", "rollout_s")
-                for name in ("median", "mean")
-                for last in (False, True)
-            },
-            "speed_up": _compared(results.speed_up(arm, base)),
-            "speed_up_last_third": _compared(results.speed_up(arm, base, last=True)),
-            "rollout_speed_up": _compared(results.ratio(arm, base, "rollout_s")),
-            **{key: results.total(arm, key) for key in ("tokens_generated", "tokens_kept", "tokens_dropped")},
-            "useful_tokens_per_s": _plain(results.useful_per_s(arm)),
-            "bubble_ratio": _plain(results.bubble_ratio(arm)),
-            "accuracy": _plain(results.accuracy(arm)),
-            "accuracy_last_third": _plain(results.accuracy(arm, last=True)),
-            "accuracy_gain": _compared(results.accuracy_gain(arm, base)),
-            "accuracy_gain_last_third": _compared(results.accuracy_gain(arm, base, last=True)),
-            "kept_length_last_third": _plain(results.mean(arm, "kept_mean", last=True)),
-            "seconds_to_target": {seed: _plain(seconds) for seed, seconds in reached.seconds.items()},
-            "swap_s_mean": _plain(results.mean(arm, "swap_s")),
+            **{key: _plain(value) for key, value in figures.items()},
+            "seconds_to_target": {seed: _plain(seconds) for seed, seconds in reached.items()},
         }
     return found
 
 
 def document(
-    results: Results,
+    results: BenchResults,
     *,
     arms: Sequence[Mapping[str, Any]],
     settings: Mapping[str, Any],
@@ -239,39 +234,24 @@ def document(
     }
 
 
-def save(path: Path, opened: Mapping[str, Any]) -> None:
-    """Writes a document; the file is whole at any time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".new")
-    draft.write_text(json.dumps(opened, default=str, allow_nan=False) + "\n")
-    draft.replace(path)
-
-
-def load(path: Path) -> tuple[dict[str, Any], Results]:
+def load(path: Path) -> tuple[dict[str, Any], BenchResults]:
     """A document, and its results, of which all tables can be made again.
 
     Raises:
         DocumentError: the file cannot be read, or is something else.
     """
+    opened = documents.load(path, FORMAT, VERSION)
     try:
-        opened = json.loads(path.read_text())
-    except (OSError, ValueError) as cause:
-        raise DocumentError(f"{path}: cannot be read: {cause}") from cause
-    if not isinstance(opened, dict) or (opened.get("format"), opened.get("version")) != (FORMAT, VERSION):
-        raise DocumentError(f"{path}: is no document of python -m darts.bench (format {FORMAT}, version {VERSION}).")
-    try:
-        records = [*records_of(StepRecord, opened["steps"]), *records_of(ValidationRecord, opened["validations"])]
-        results = Results(records, [arm["name"] for arm in opened["arms"]], opened["planned_steps"])
+        kinds = (StepRecord, opened["steps"]), (ValidationRecord, opened["validations"])
+        records = [record for kind, columns in kinds for record in records_of(kind, columns)]
+        return opened, BenchResults(records, [arm["name"] for arm in opened["arms"]], opened["planned_steps"])
     except (KeyError, TypeError, ValueError) as cause:
         raise DocumentError(f"{path}: {cause!r}") from cause
-    return opened, results
 
 
-def _compared(value: Compared) -> dict[str, Any]:
-    estimate = value.overall
-    ends = {"value": _plain(estimate.value), "low": _plain(estimate.low), "high": _plain(estimate.high)}
-    return ends | {"by_seed": {seed: _plain(one) for seed, one in value.by_seed.items()}}
-
-
-def _plain(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _plain(value: float | ArmComparison) -> Any:
+    """For JSON: null is what is not finite."""
+    if isinstance(value, ArmComparison):
+        by_seed = {seed: _plain(ratio) for seed, ratio in value.by_seed.items()}
+        return {key: _plain(end) for key, end in asdict(value.overall).items()} | {"by_seed": by_seed}
+    return finite(value)

@@ -14,7 +14,7 @@ last candidate. An aborted candidate ends with the tokens that it had. Prefill i
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +25,8 @@ STEP = LatencyCurve([1, 2], [1.0, 1.0])
 """One second a step, however many sequences run: seconds are steps."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SlotSteps:
-    """Of a rollout; candidates of 10 and 30 tokens: `SlotSteps(slots=2, steps=30, decoded=40)`, bubble ratio 1/3."""
+class SlotSteps(NamedTuple):
+    """A rollout's; candidates of 10 and 30 tokens: `SlotSteps(slots=2, steps=30, decoded=40)`, bubble ratio 1/3."""
 
     slots: int  # of all engines
     steps: int  # until the last candidate ends

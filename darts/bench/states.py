@@ -17,15 +17,16 @@ what a bench resumes from. For large actors the folder may be in shared memory.
 """
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from darts.evidence import documents
+
 CONTENTS = ("model", "optimizer", "extra")
-"""Of the actor's checkpoints: weights, optimizer; schedule and random states."""
+"""What an actor's checkpoint holds: weights, optimizer; schedule and random states."""
 OVERRIDES = tuple(
     f"actor_rollout_ref.actor.checkpoint.{which}_contents=[{','.join(CONTENTS)}]" for which in ("save", "load")
 )
@@ -69,7 +70,7 @@ class ArmStates:
             raise StatesError(f"arms={list(arms)}: need folders of their own, not {list(self._names.values())}.")
         if not (folder / POSITION).exists():
             self._keep_actor(folder / "initial", step=0)
-            self._write(folder / POSITION, {"arms": list(arms), "seed": None, "step": 0})
+            documents.save(folder / POSITION, {"arms": list(arms), "seed": None, "step": 0})
         position = self._read(folder / POSITION)
         if position.get("arms") != list(arms):
             raise StatesError(
@@ -113,11 +114,11 @@ class ArmStates:
         where = self._place(arm, seed, step)
         shutil.rmtree(where, ignore_errors=True)  # of a round that was interrupted
         self._keep_actor(where / "actor", step)
-        self._write(where / TOLD, told)
+        documents.save(where / TOLD, told)
 
     def complete(self, seed: int, step: int) -> None:
         """Every arm has had its turn: from now on this is the round that is gone on with."""
-        self._write(self._folder / POSITION, {"arms": list(self._names), "seed": seed, "step": step})
+        documents.save(self._folder / POSITION, {"arms": list(self._names), "seed": seed, "step": step})
         self._seed, self._step = seed, step
         for round_ in self._folder.glob("seed*-step*"):
             if round_ != self._round(seed, step):
@@ -132,14 +133,6 @@ class ArmStates:
 
     def _place(self, arm: str, seed: int, step: int) -> Path:
         return self._round(seed, step) / self._names[arm]
-
-    @staticmethod
-    def _write(path: Path, value: Any) -> None:
-        """All or nothing."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(".new")
-        draft.write_text(json.dumps(value) + "\n")
-        os.replace(draft, path)
 
     @staticmethod
     def _read(path: Path) -> Any:

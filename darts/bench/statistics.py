@@ -12,7 +12,7 @@ Contract: pure NumPy; records in, numbers out; NaN where there is nothing.
 4. What such an interval means depends on the seeds. With one it is about this seed's steps (or prompts) alone. With
    three it holds what the noise of steps explains and some of what differs between seeds, of which three values tell
    little: where seeds differ by more than steps do, it covers the truth in three of four cases, not in 95 %.
-   `Compared.by_seed` has the seeds' own values.
+   `ArmComparison.by_seed` has the seeds' own values.
 5. Accuracies at the end are of the seeds that were validated at the last step that any seed of the arm (of both arms,
    where two are compared) was: a seed that has only begun would pull differences towards 0.
 """
@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darts.bench.records import Record, StepRecord, ValidationRecord
-from darts.evidence.statistics import Estimate
+from darts.evidence.statistics import Estimate, interval
 
 Array = NDArray[np.float64]
 RESAMPLES = 2000
@@ -34,7 +34,7 @@ LAST = 1 / 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Compared:
+class ArmComparison:
     """One arm over, or against, another."""
 
     overall: Estimate  # NaN ends where one pair or none is all there is
@@ -69,7 +69,7 @@ class Reached:
         return median if self.count == len(self.seconds) else f"{median} ({self.count} of {len(self.seconds)} seeds)"
 
 
-class Results:
+class BenchResults:
     """What a bench has measured so far, by arm.
 
     Args:
@@ -97,19 +97,15 @@ class Results:
         return self.num_steps - max(math.floor(self.num_steps * LAST), 1) + 1
 
     def steps(self, arm: str, last: bool = False) -> list[StepRecord]:
-        """Of an arm, by seed and step; of the last third alone."""
+        """The steps of an arm, by seed and step; or those of the last third alone."""
         own = self._steps.get(arm, {})
         return [own[pair] for pair in sorted(own) if not last or pair[1] >= self.last_from]
 
     def validations(self, arm: str) -> list[ValidationRecord]:
-        """Of an arm, by seed and step; those without an accuracy are left out."""
+        """The validations of an arm, by seed and step; those without an accuracy are left out."""
         own = self._validations.get(arm, {})
         found = [own[pair] for pair in sorted(own)]
         return [one for one in found if one.accuracy is not None and math.isfinite(one.accuracy)]
-
-    def records_with(self, arm: str, key: str) -> Sequence[Record]:
-        """An arm's steps, if they have such a field, else its validations."""
-        return self.steps(arm) if hasattr(StepRecord, key) else self.validations(arm)
 
     # --- of one arm --------------------------------------------------------------------------------------------------
 
@@ -119,11 +115,11 @@ class Results:
         return found[~np.isnan(found)]
 
     def mean(self, arm: str, key: str, last: bool = False) -> float:
-        """Over steps."""
+        """The mean of a field over steps."""
         return _or_nan(np.mean, self.values(arm, key, last))
 
     def median(self, arm: str, key: str, last: bool = False) -> float:
-        """Over steps."""
+        """The median of a field over steps."""
         return _or_nan(np.median, self.values(arm, key, last))
 
     def total(self, arm: str, key: str) -> float:
@@ -140,25 +136,24 @@ class Results:
         seconds = self.total(arm, "rollout_s")
         return self.total(arm, "tokens_kept") / seconds if seconds else math.nan
 
-    def by_step(self, arm: str, key: str) -> tuple[Array, Array]:
-        """Steps, and the mean over seeds of a field of steps, or else of validations, at each."""
-        found: dict[int, list[float]] = {}
-        for record in self.records_with(arm, key):
-            value = getattr(record, key)
-            if value is not None and math.isfinite(value):
-                found.setdefault(record.step, []).append(value)
-        steps = sorted(found)
-        return np.array(steps, dtype=float), np.array([np.mean(found[step]) for step in steps])
+    def by_seed(self, arm: str, key: str) -> tuple[Array, Array]:
+        """The steps [n] that have a field (of steps, or else of validations), and its values [seeds, n], maybe NaN."""
+        records = self.steps(arm) if hasattr(StepRecord, key) else self.validations(arm)
+        found = {(one.seed, one.step): getattr(one, key) for one in records if one.seed in self.seeds}
+        known = {pair: value for pair, value in found.items() if value is not None and math.isfinite(value)}
+        steps = sorted({step for _, step in known})
+        values = [known.get((seed, step), math.nan) for seed in self.seeds for step in steps]
+        return np.array(steps, dtype=float), np.array(values).reshape(len(self.seeds), len(steps))
 
     def accuracy(self, arm: str, last: bool = False) -> float:
         """Mean over seeds, after the last step that has one; or over the validations of the last third."""
-        own = {(one.seed, one.step): one for one in self.validations(arm)}
-        found = self._at_end(sorted(own), last)
-        by_seed = [_accuracy([own[seed, step] for step in steps]) for seed, steps in found.items()]
+        accuracies = {(one.seed, one.step): one.accuracy for one in self.validations(arm)}
+        found = self._at_end(sorted(accuracies), last)
+        by_seed = [np.mean([accuracies[seed, step] for step in steps]) for seed, steps in found.items()]
         return _or_nan(np.mean, np.array(by_seed))
 
     def seconds_at(self, arm: str, seed: int, step: int) -> float:
-        """Of training until this step has ended; NaN where a step before is missing."""
+        """Seconds of training until this step has ended; NaN where a step before is missing."""
         own = self._steps.get(arm, {})
         done = [own[seed, one].step_s for one in range(1, step + 1) if (seed, one) in own]
         return sum(done) if len(done) == step else math.nan
@@ -181,7 +176,7 @@ class Results:
 
     # --- of one arm over another -------------------------------------------------------------------------------------
 
-    def ratio(self, arm: str, base: str, key: str, last: bool = False) -> Compared:
+    def ratio(self, arm: str, base: str, key: str, last: bool = False) -> ArmComparison:
         """The total of a field of `base` over that of `arm`, over the pairs of both: a speed-up where it is seconds."""
         own, other = ({(one.seed, one.step): one for one in self.steps(name, last)} for name in (arm, base))
         rows: dict[int, list[tuple[float, float]]] = {}
@@ -189,11 +184,11 @@ class Results:
             rows.setdefault(pair[0], []).append((getattr(other[pair], key), getattr(own[pair], key)))
         return compared(rows)
 
-    def speed_up(self, arm: str, base: str, last: bool = False) -> Compared:
+    def speed_up(self, arm: str, base: str, last: bool = False) -> ArmComparison:
         """The base's seconds over the arm's."""
         return self.ratio(arm, base, "step_s", last)
 
-    def accuracy_gain(self, arm: str, base: str, last: bool = False) -> Compared:
+    def accuracy_gain(self, arm: str, base: str, last: bool = False) -> ArmComparison:
         """The arm's accuracy minus the base's, after the last step that both validated; or over the last third."""
         own, other = ({(one.seed, one.step): one for one in self.validations(name)} for name in (arm, base))
         found = self._at_end(sorted(pair for pair in own.keys() & other.keys() if pair[1] > 0), last)
@@ -201,7 +196,7 @@ class Results:
         return difference(pairs)
 
     def _at_end(self, validated: Sequence[tuple[int, int]], last: bool) -> dict[int, list[int]]:
-        """Of (seed, step): by seed, the steps of the last third; or the last step of all, where a seed has it."""
+        """The steps of the last third of (seed, step), by seed; or the last step of all, where a seed has it."""
         first = self.last_from if last else max((step for _, step in validated), default=0)
         found: dict[int, list[int]] = {}
         for seed, step in validated:
@@ -210,43 +205,45 @@ class Results:
         return found
 
 
-def compared(rows: dict[int, list[tuple[float, float]]]) -> Compared:
+def compared(rows: dict[int, list[tuple[float, float]]]) -> ArmComparison:
     """The sum of the first numbers over the sum of the second, with an interval; see the module's contract.
 
     Args:
         rows: by seed, pairs that belong together, in the order of steps.
     """
     seeds = {seed: np.array(some, dtype=float) for seed, some in sorted(rows.items()) if some}
-    by_seed = {seed: _over(*some.sum(axis=0)) for seed, some in seeds.items()}
-    if not seeds:
-        return Compared(overall=_estimate(math.nan), by_seed={})
-    value = _over(*sum(some.sum(axis=0) for some in seeds.values()))
-    if sum(len(some) for some in seeds.values()) < 2:
-        return Compared(overall=_estimate(value), by_seed=by_seed)
-    drawn = _drawn_sums(list(seeds.values()), np.random.default_rng(0))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975])
-    return Compared(overall=_estimate(value, float(low), float(high)), by_seed=by_seed)
+    sums = {seed: some.sum(axis=0) for seed, some in seeds.items()}
+    by_seed = {seed: _over(*both) for seed, both in sums.items()}
+    value, drawn = _over(*sum(sums.values(), np.zeros(2))), None
+    if sum(len(some) for some in seeds.values()) > 1:
+        totals = _drawn_sums(list(seeds.values()), np.random.default_rng(0))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            drawn = totals[:, 0] / totals[:, 1]
+    return _comparison(value, by_seed, drawn)
 
 
-def difference(pairs: dict[int, list[tuple[ValidationRecord, ValidationRecord]]]) -> Compared:
+def difference(pairs: dict[int, list[tuple[ValidationRecord, ValidationRecord]]]) -> ArmComparison:
     """The mean over seeds of the first accuracy minus the second, with an interval; see the module's contract.
 
     Args:
         pairs: by seed, of validations after the same steps.
     """
     if not pairs:
-        return Compared(overall=_estimate(math.nan), by_seed={})
+        return _comparison(math.nan, {}, None)
     found = _differences(pairs)
     by_seed = dict(zip(pairs, found.mean(axis=1).tolist(), strict=True))
-    value, (seeds, prompts) = float(found.mean()), found.shape
-    if found.size < 2:
-        return Compared(overall=_estimate(value), by_seed=by_seed)
-    rng = np.random.default_rng(0)
-    weights = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=RESAMPLES) / prompts
-    drawn = found[rng.integers(seeds, size=(RESAMPLES, seeds))].mean(axis=1)
-    low, high = np.quantile((drawn * weights).sum(axis=1), [0.025, 0.975])
-    return Compared(overall=_estimate(value, float(low), float(high)), by_seed=by_seed)
+    (seeds, prompts), drawn = found.shape, None
+    if found.size > 1:
+        rng = np.random.default_rng(0)
+        weights = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=RESAMPLES) / prompts
+        drawn = (found[rng.integers(seeds, size=(RESAMPLES, seeds))].mean(axis=1) * weights).sum(axis=1)
+    return _comparison(float(found.mean()), by_seed, drawn)
+
+
+def _comparison(value: float, by_seed: dict[int, float], drawn: Array | None) -> ArmComparison:
+    """The value with the interval of what was drawn, which is nothing where one pair is all there is."""
+    nothing = Estimate(value=value, low=math.nan, high=math.nan)
+    return ArmComparison(overall=nothing if drawn is None else interval(value, drawn), by_seed=by_seed)
 
 
 def _drawn_sums(seeds: Sequence[Array], rng: np.random.Generator) -> Array:
@@ -266,17 +263,20 @@ def _drawn_sums(seeds: Sequence[Array], rng: np.random.Generator) -> Array:
 def _differences(pairs: dict[int, list[tuple[ValidationRecord, ValidationRecord]]]) -> Array:
     """[seeds, prompts], means over a seed's validations; [seeds, 1] where not all have the same number of prompts."""
     sizes = {len(one.prompt_accuracy) for some in pairs.values() for pair in some for one in pair}
-    if len(sizes) == 1 and sizes != {0}:
-        by_seed = [
-            [np.subtract(own.prompt_accuracy, other.prompt_accuracy) for own, other in p] for p in pairs.values()
-        ]
-    else:
-        by_seed = [[np.array([own.accuracy - other.accuracy]) for own, other in some] for some in pairs.values()]
+    by_prompt = len(sizes) == 1 and sizes != {0}
+
+    def accuracy(record: ValidationRecord) -> Array:
+        return np.array(record.prompt_accuracy if by_prompt else [record.accuracy])
+
+    by_seed = [[accuracy(own) - accuracy(other) for own, other in some] for some in pairs.values()]
     return np.array([np.mean(some, axis=0) for some in by_seed])
 
 
-def _accuracy(validations: Sequence[ValidationRecord]) -> float:
-    return float(np.mean([one.accuracy for one in validations]))
+def known_mean(values: Array) -> Array:
+    """The means along the last axis of what is known; NaN where nothing is."""
+    known = np.isfinite(values)
+    count = known.sum(axis=-1)
+    return np.where(count > 0, np.where(known, values, 0).sum(axis=-1) / np.maximum(count, 1), math.nan)
 
 
 def _or_nan(function: Callable[[Array], float], values: Array) -> float:
@@ -285,7 +285,3 @@ def _or_nan(function: Callable[[Array], float], values: Array) -> float:
 
 def _over(above: float, below: float) -> float:
     return float(above / below) if below else math.nan
-
-
-def _estimate(value: float, low: float = math.nan, high: float = math.nan) -> Estimate:
-    return Estimate(value=value, low=low, high=high)

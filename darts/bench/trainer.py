@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from verl.protocol import DataProto
 from verl.trainer.ppo.utils import create_rl_sampler
 
-from darts.bench.arms import Arm
+from darts.bench.arms import BenchArm
 from darts.bench.plan import RECORDS, STATES, TRACES, BenchPlan
 from darts.bench.records import Records, ValidationRecord, step_record
 from darts.bench.states import ArmStates
@@ -47,13 +47,13 @@ class ArmsTrainer(RayDartsTrainer):
         super().__init__(config, *args, **kwargs)
 
     def _create_dataloader(self, *args: Any, **kwargs: Any) -> None:
-        """As upstream; the batches are those of the arms' own loaders."""
+        """Keeps upstream's loader; the batches are those of the arms' own ones."""
         super()._create_dataloader(*args, **kwargs)
         self._data = self.train_dataloader
         self.train_dataloader = list(self._plan.turns())
 
     def init_workers(self) -> None:
-        """As upstream; then the arms' states are there."""
+        """Adds the arms' states to upstream's workers."""
         self._bypass = bool(OmegaConf.select(self.config, BYPASS_MODE))
         super().init_workers()
         self._states = ArmStates(self._folder / STATES, [arm.name for arm in self._plan.arms], self.actor_rollout_wg)
@@ -116,7 +116,7 @@ class ArmsTrainer(RayDartsTrainer):
         for arm in self._plan.arms:
             self._records.append(replace(found, arm=arm.name))
 
-    def _take_turn(self, arm: Arm, place: int, seed: int, step: int) -> None:
+    def _take_turn(self, arm: BenchArm, place: int, seed: int, step: int) -> None:
         """One step of one arm."""
         began = time.monotonic()
         self.checkpoint_manager.sleep_replicas()  # verl updates the weights of sleeping engines
@@ -147,7 +147,7 @@ class ArmsTrainer(RayDartsTrainer):
         if validated is not None:
             self._records.append(validated)
 
-    def _take_up(self, arm: Arm, seed: int, step: int, told: Any) -> None:
+    def _take_up(self, arm: BenchArm, seed: int, step: int, told: Any) -> None:
         """From now on the trainer is this arm's, after its last step."""
         self.darts = self._settings[arm.name]
         self._log_probs, self.async_rollout_manager.overlap = self._sessions[self.darts.overlap.mode]
@@ -174,7 +174,7 @@ class ArmsTrainer(RayDartsTrainer):
         }
 
     def _fit_prepare_step(self) -> None:
-        """As upstream; no step of an arm is the run's last, which would close the run."""
+        """Upstream's preparation; no step of an arm is the run's last, which would close the run."""
         super()._fit_prepare_step()
         self.is_last_step = False
 
@@ -205,7 +205,7 @@ class ArmsTrainer(RayDartsTrainer):
     def _val_metrics_update(
         self, data_sources: Any, sample_uids: list[str], reward_extra_infos_dict: dict[str, list], sample_turns: Any
     ) -> dict[str, Any]:
-        """As upstream; keeps the mean of `acc`, or of the reward without it, for each prompt in its order."""
+        """Upstream's metrics; keeps the mean of `acc`, or of the reward without it, for each prompt in its order."""
         found = reward_extra_infos_dict.get("acc") or reward_extra_infos_dict["reward"]
         by_prompt: dict[str, list[float]] = {}
         for uid, value in zip(sample_uids, found, strict=True):
@@ -222,7 +222,7 @@ class ArmsTaskRunner(DartsTaskRunner):
         return ArmsTrainer
 
     def add_actor_rollout_worker(self, config: DictConfig) -> tuple[type, type]:
-        """As upstream; the actor can overlap if an arm wants it."""
+        """Upstream's worker; the actor can overlap if an arm wants it."""
         config = deepcopy(config)
         for arm in BenchPlan.load(Path(config.trainer.default_local_dir)).arms:
             if arm.overlap not in (None, "off"):
@@ -230,8 +230,8 @@ class ArmsTaskRunner(DartsTaskRunner):
         return super().add_actor_rollout_worker(config)
 
 
-def train(folder: Path) -> None:
-    """Runs the bench of this folder; as `recipe.darts.main_darts.main`, with `ArmsTaskRunner`."""
+def train(folder: Path, task_runner: type[ArmsTaskRunner]) -> None:
+    """Runs the bench of this folder; the steps are those of `recipe.darts.main_darts.main`."""
     from verl.trainer.main_ppo import run_ppo
     from verl.utils.device import auto_set_device
 
@@ -245,11 +245,11 @@ def train(folder: Path) -> None:
     OmegaConf.resolve(config)
     choose_backend(config)
     check_run(config)
-    run_ppo(config, task_runner_class=ray.remote(ArmsTaskRunner))
+    run_ppo(config, task_runner_class=ray.remote(task_runner))
 
 
 if __name__ == "__main__":
     # Ray's workers know the classes by this module's name, not by __main__.
     from darts.bench import trainer
 
-    trainer.train(Path(sys.argv[1]).resolve())
+    trainer.train(Path(sys.argv[1]).resolve(), trainer.ArmsTaskRunner)

@@ -6,12 +6,13 @@ end a run in its first update, once all models are loaded, or hours later with t
 
 from omegaconf import DictConfig, OmegaConf
 
+from darts.checks import ACTOR, REFERENCE, ROLLOUT
 from darts.checks.cluster import pools
 from darts.checks.placement import has_adapter
 from darts.config import ConfigError
 from darts.strategy import BYPASS_MODE
 
-ACTOR, ROLLOUT, REFERENCE = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.ref"
+DYNAMIC = "log_prob_use_dynamic_bsz"
 
 
 def check_batches(config: DictConfig) -> None:
@@ -20,28 +21,21 @@ def check_batches(config: DictConfig) -> None:
     Raises:
         ConfigError: see the module's contract.
     """
-    actor = config.actor_rollout_ref.actor
-    if config.data.train_batch_size % actor.ppo_mini_batch_size:
-        raise ConfigError(
-            f"{ACTOR}.ppo_mini_batch_size",
-            actor.ppo_mini_batch_size,
-            f"must divide data.train_batch_size={config.data.train_batch_size}: verl would stop in the first update.",
-            "set data.train_batch_size to a multiple of it.",
-        )
+    actor, batch_size = config.actor_rollout_ref.actor, config.data.train_batch_size
+    if batch_size % actor.ppo_mini_batch_size:
+        rule = f"must divide data.train_batch_size={batch_size}: verl would stop in the first update."
+        fix = "set data.train_batch_size to a multiple of it."
+        raise ConfigError(f"{ACTOR}.ppo_mini_batch_size", actor.ppo_mini_batch_size, rule, fix)
     if actor.strategy == "megatron" and "megatron" in actor:
         _check_megatron(config)
     if not actor.strategy.startswith("fsdp"):
         return  # verl knows their ranks
     key, ulysses = _ulysses(ACTOR, actor)
-    train = pools(config).train
-    if ulysses < 1 or train % ulysses:
-        raise ConfigError(
-            key,
-            ulysses,
-            f"must divide the {train} GPUs that train (trainer.nnodes x n_gpus_per_node).",
-            f"set {key}=1, or change the number of GPUs.",
-        )
-    _check_split(config, train // ulysses, f"{train} GPUs, Ulysses {ulysses}")
+    num_gpus = pools(config).train
+    if ulysses < 1 or num_gpus % ulysses:
+        rule = f"must divide the {num_gpus} GPUs that train (trainer.nnodes x n_gpus_per_node)."
+        raise ConfigError(key, ulysses, rule, f"set {key}=1, or change the number of GPUs.")
+    _check_split(config, num_gpus // ulysses, f"{num_gpus} GPUs, Ulysses {ulysses}")
 
 
 def check_token_limits(config: DictConfig) -> None:
@@ -57,34 +51,31 @@ def check_token_limits(config: DictConfig) -> None:
     if rollout.max_model_len:
         longest = min(longest, rollout.max_model_len)
     bypass = OmegaConf.select(config, BYPASS_MODE, default=False)
-    of_actor, of_reference = _ulysses(ACTOR, actor)[1], _ulysses(REFERENCE, reference)[1]
     limits = {
-        f"{ACTOR}.ppo_max_token_len_per_gpu": (actor.use_dynamic_bsz, of_actor),
-        f"{ROLLOUT}.log_prob_max_token_len_per_gpu": (rollout.log_prob_use_dynamic_bsz and not bypass, of_actor),
+        f"{ACTOR}.ppo_max_token_len_per_gpu": (actor.use_dynamic_bsz, _ulysses(ACTOR, actor)),
+        f"{ROLLOUT}.log_prob_max_token_len_per_gpu": (rollout[DYNAMIC] and not bypass, _ulysses(ACTOR, actor)),
         f"{REFERENCE}.log_prob_max_token_len_per_gpu": (
-            _uses_reference(config) and reference.log_prob_use_dynamic_bsz,
-            of_reference,
+            _uses_reference(config) and reference[DYNAMIC],
+            _ulysses(REFERENCE, reference),
         ),
     }
-    for key, (applies, ulysses) in limits.items():
+    for key, (applies, (_, ulysses)) in limits.items():
         limit = OmegaConf.select(config, key)
         if applies and limit and limit * ulysses < longest:
-            raise ConfigError(
-                key,
-                limit,
+            rule = (
                 f"times Ulysses {ulysses} must be at least {longest}, the longest prompt and response together: verl "
-                "would stop at the first that is longer.",
-                f"set {key}={-(-longest // ulysses)} or more, or lower data.max_response_length.",
+                "would stop at the first that is longer."
             )
+            fix = f"set {key}={-(-longest // ulysses)} or more, or lower data.max_response_length."
+            raise ConfigError(key, limit, rule, fix)
 
 
 def _ulysses(path: str, section: DictConfig) -> tuple[str, int]:
     """The key of the actor's or the reference's ranks that share a row, and their number."""
-    size = section.get("ulysses_sequence_parallel_size", 1)
-    if size > 1:
-        return f"{path}.ulysses_sequence_parallel_size", size
-    nested = "fsdp_config.ulysses_sequence_parallel_size"
-    return f"{path}.{nested}", section.fsdp_config.get("ulysses_sequence_parallel_size", 1)
+    name = "ulysses_sequence_parallel_size"
+    if section.get(name, 1) > 1:
+        return f"{path}.{name}", section[name]
+    return f"{path}.fsdp_config.{name}", section.fsdp_config.get(name, 1)
 
 
 def _uses_reference(config: DictConfig) -> bool:
@@ -93,52 +84,41 @@ def _uses_reference(config: DictConfig) -> bool:
     return bool(kl) and not has_adapter(config.actor_rollout_ref.model)
 
 
-def _check_split(config: DictConfig, ranks: int, of: str) -> None:
+def _check_split(config: DictConfig, ranks: int, made_of: str) -> None:
     """All ranks get the same number of rows, in whole micro-batches where these have a fixed size."""
     actor, rollout, reference = (config.actor_rollout_ref[name] for name in ("actor", "rollout", "ref"))
-    if actor.use_dynamic_bsz != rollout.log_prob_use_dynamic_bsz:
-        raise ConfigError(
-            f"{ROLLOUT}.log_prob_use_dynamic_bsz",
-            rollout.log_prob_use_dynamic_bsz,
-            f"must be what {ACTOR}.use_dynamic_bsz={actor.use_dynamic_bsz} is: verl asserts it, once models load.",
-            "leave it out.",
-        )
+    if actor.use_dynamic_bsz != rollout[DYNAMIC]:
+        rule = f"must be what {ACTOR}.use_dynamic_bsz={actor.use_dynamic_bsz} is: verl asserts it, once models load."
+        raise ConfigError(f"{ROLLOUT}.{DYNAMIC}", rollout[DYNAMIC], rule, "leave it out.")
+    # Key of the micro-batches -> whether they are filled by tokens.
     log_probs = {f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu": actor.use_dynamic_bsz}
     same_ranks = _ulysses(REFERENCE, reference)[1] == _ulysses(ACTOR, actor)[1]
     if _uses_reference(config) and same_ranks:
-        log_probs[f"{REFERENCE}.log_prob_micro_batch_size_per_gpu"] = reference.log_prob_use_dynamic_bsz
-    sizes = {
-        "data.train_batch_size": (config.data.train_batch_size, log_probs),
-        f"{ACTOR}.ppo_mini_batch_size": (
-            actor.ppo_mini_batch_size,
-            {f"{ACTOR}.ppo_micro_batch_size_per_gpu": actor.use_dynamic_bsz},
-        ),
-    }
-    for key, (prompts, micro_batches) in sizes.items():
+        log_probs[f"{REFERENCE}.log_prob_micro_batch_size_per_gpu"] = reference[DYNAMIC]
+    update = {f"{ACTOR}.ppo_micro_batch_size_per_gpu": actor.use_dynamic_bsz}
+    for key, micro_batches in {"data.train_batch_size": log_probs, f"{ACTOR}.ppo_mini_batch_size": update}.items():
+        prompts = OmegaConf.select(config, key)
         responses = prompts * rollout.n
         if responses % ranks:
-            raise ConfigError(
-                key,
-                prompts,
+            rule = (
                 f"times {ROLLOUT}.n={rollout.n} are {responses} responses, which must split evenly between {ranks} "
-                f"training ranks ({of}).",
-                f"set {key} to a multiple of {ranks}, or change the number of GPUs.",
+                f"training ranks ({made_of})."
             )
+            fix = f"set {key} to a multiple of {ranks}, or change the number of GPUs."
+            raise ConfigError(key, prompts, rule, fix)
         for micro_key, dynamic in micro_batches.items():
-            size = OmegaConf.select(config, micro_key)
-            if size and not dynamic and responses // ranks % size:
-                raise ConfigError(
-                    micro_key,
-                    size,
-                    f"must divide the {responses // ranks} responses of a training rank ({key}={prompts} times "
-                    f"{ROLLOUT}.n={rollout.n}, between {ranks}).",
-                    f"set {micro_key}={responses // ranks} or a divisor of it.",
+            micro_size, of_rank = OmegaConf.select(config, micro_key), responses // ranks
+            if micro_size and not dynamic and of_rank % micro_size:
+                rule = (
+                    f"must divide the {of_rank} responses of a training rank ({key}={prompts} times "
+                    f"{ROLLOUT}.n={rollout.n}, between {ranks})."
                 )
+                raise ConfigError(micro_key, micro_size, rule, f"set {micro_key}={of_rank} or a divisor of it.")
 
 
 def _check_megatron(config: DictConfig) -> None:
     """Parallel sizes divide the GPUs; Megatron says so once all workers have started."""
-    sizes, train = config.actor_rollout_ref.actor.megatron, pools(config).train
+    sizes, num_gpus = config.actor_rollout_ref.actor.megatron, pools(config).train
     pipeline = sizes.pipeline_model_parallel_size
     tensor = sizes.tensor_model_parallel_size
     experts = sizes.expert_model_parallel_size * (sizes.expert_tensor_parallel_size or tensor) * pipeline
@@ -147,11 +127,10 @@ def _check_megatron(config: DictConfig) -> None:
         "expert_model_parallel_size": experts,
     }
     for name, product in products.items():
-        if product < 1 or train % product:
-            raise ConfigError(
-                f"actor_rollout_ref.actor.megatron.{name}",
-                sizes[name],
+        if product < 1 or num_gpus % product:
+            rule = (
                 f"a replica takes {product} GPUs (with pipeline, and context or expert-tensor parallel), which must "
-                f"divide the {train} GPUs that train (trainer.nnodes x n_gpus_per_node).",
-                "choose parallel sizes whose product divides the number of GPUs.",
+                f"divide the {num_gpus} GPUs that train (trainer.nnodes x n_gpus_per_node)."
             )
+            fix = "choose parallel sizes whose product divides the number of GPUs."
+            raise ConfigError(f"{ACTOR}.megatron.{name}", sizes[name], rule, fix)

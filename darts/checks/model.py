@@ -5,9 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from darts.checks import MODEL
 from darts.config import ConfigError
 
-MODEL_KEY = "actor_rollout_ref.model.path"
+MODEL_KEY = f"{MODEL}.path"
 
 VOLATILE = {"transformers_version", "dtype", "torch_dtype", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"}
 """Keys of a model's config.json that change when it is saved again, and do not change what a step costs."""
@@ -53,5 +54,5 @@ def _settled(config: Any) -> Any:
 
 def vocabulary(config: dict[str, Any]) -> int:
     """Tokens of a model that has this config.json; 1000 where it does not say."""
-    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    return next((part["vocab_size"] for part in parts if part.get("vocab_size")), 1000)
+    blocks = [config, *(value for value in config.values() if isinstance(value, dict))]
+    return next((block["vocab_size"] for block in blocks if block.get("vocab_size")), 1000)

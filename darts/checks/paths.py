@@ -19,7 +19,7 @@ READ = (
 )  # fmt: skip
 MADE = "trainer.default_local_dir"
 NO_PATHS = ("auto", "off")
-"""Of the latency profile."""
+"""What the latency profile may be besides a path."""
 
 
 def settle_paths(config: DictConfig) -> None:

@@ -7,17 +7,16 @@ anything waits for them. Sizes are verl's own keys: trainer.nnodes x trainer.n_g
 actor_rollout_ref.rollout.nnodes x .n_gpus_per_node serve where disaggregated.
 """
 
-from typing import Any
+from omegaconf import DictConfig, OmegaConf
 
-from omegaconf import DictConfig
-
+from darts.checks import MODEL, ROLLOUT
 from darts.checks.cluster import is_disaggregated, pools
 from darts.config import ConfigError
 from verl_patches.pools import server_size
 
 COLOCATED_BACKEND = "naive"
 OUR_BACKEND_MODULE = "verl_patches.weights.sync"
-BACKEND = "actor_rollout_ref.rollout.checkpoint_engine.backend"
+BACKEND = f"{ROLLOUT}.checkpoint_engine.backend"
 GPU_BACKENDS = ("nccl", "nixl", "kimi_ckpt_engine", "mooncake", "delta_sharded")
 SEPARATE = "with darts.placement=disaggregated"
 
@@ -47,33 +46,22 @@ def _check_backend(config: DictConfig) -> None:
     backend, module = engine.backend, engine.custom_backend_module
     if not is_disaggregated(config):
         if backend != COLOCATED_BACKEND:
-            raise ConfigError(
-                BACKEND,
-                backend,
-                "carries weights to servers with GPUs of their own, but darts.placement=colocated.",
-                f"set darts.placement=disaggregated, or {BACKEND}={COLOCATED_BACKEND}.",
-            )
+            rule = "carries weights to servers with GPUs of their own, but darts.placement=colocated."
+            fix = f"set darts.placement=disaggregated, or {BACKEND}={COLOCATED_BACKEND}."
+            raise ConfigError(BACKEND, backend, rule, fix)
         return
     on_cpu = config.trainer.device == "cpu"
-    fallback = "gloo" if on_cpu else "nccl"
     if backend == COLOCATED_BACKEND:
-        raise ConfigError(
-            BACKEND,
-            backend,
-            f"cannot reach servers in other processes, {SEPARATE}.",
-            f"set {BACKEND}={fallback}, as darts.checks.placement.choose_backend does.",
-        )
+        rule = f"cannot reach servers in other processes, {SEPARATE}."
+        fix = f"set {BACKEND}={'gloo' if on_cpu else 'nccl'}, as darts.checks.placement.choose_backend does."
+        raise ConfigError(BACKEND, backend, rule, fix)
     if on_cpu and backend in GPU_BACKENDS:
-        raise ConfigError(
-            BACKEND, backend, "needs GPUs, but trainer.device=cpu.", f"set {BACKEND}=gloo, or leave it at naive."
-        )
+        rule = "needs GPUs, but trainer.device=cpu."
+        raise ConfigError(BACKEND, backend, rule, f"set {BACKEND}=gloo, or leave it at naive.")
     if backend == "gloo" and not module:
-        raise ConfigError(
-            f"{BACKEND.removesuffix('.backend')}.custom_backend_module",
-            module,
-            "gloo is a backend of this plugin, which verl's workers import by this key.",
-            f"set it to {OUR_BACKEND_MODULE}, as configs/darts_base.yaml does.",
-        )
+        rule = "gloo is a backend of this plugin, which verl's workers import by this key."
+        fix = f"set it to {OUR_BACKEND_MODULE}, as configs/darts_base.yaml does."
+        raise ConfigError(f"{ROLLOUT}.checkpoint_engine.custom_backend_module", module, rule, fix)
     if module not in (None, OUR_BACKEND_MODULE):
         return  # it may register what it likes
     from verl_patches.placement import why_unavailable  # imports verl's workers
@@ -81,25 +69,17 @@ def _check_backend(config: DictConfig) -> None:
     reason = why_unavailable(backend)
     if reason is not None:
         cupy = "run scripts/setup.sh (its extra gpu has cupy), or " if "cupy" in reason else ""
-        raise ConfigError(
-            BACKEND,
-            backend,
-            f"cannot be used here: {reason}.",
-            f"{cupy}set {BACKEND}=gloo (slower: over TCP and the CPU).",
-        )
+        fix = f"{cupy}set {BACKEND}=gloo (slower: over TCP and the CPU)."
+        raise ConfigError(BACKEND, backend, f"cannot be used here: {reason}.", fix)
 
 
 def _check_sizes(config: DictConfig) -> None:
-    for pool, does in (("actor_rollout_ref.rollout", "serve"), ("trainer", "train")):
-        section: Any = config.trainer if pool == "trainer" else config.actor_rollout_ref.rollout
-        for name in ("nnodes", "n_gpus_per_node"):
-            if section[name] < 1 and (pool == "trainer" or is_disaggregated(config)):
-                raise ConfigError(
-                    f"{pool}.{name}",
-                    section[name],
-                    f"{pool}.nnodes x n_gpus_per_node GPUs {does}: at least 1 x 1.",
-                    f"set {pool}.{name}=1 or more.",
-                )
+    serving = {ROLLOUT: "serve"} if is_disaggregated(config) else {}
+    for pool, does in (serving | {"trainer": "train"}).items():
+        for key in (f"{pool}.nnodes", f"{pool}.n_gpus_per_node"):
+            if (size := OmegaConf.select(config, key)) < 1:
+                rule = f"{pool}.nnodes x n_gpus_per_node GPUs {does}: at least 1 x 1."
+                raise ConfigError(key, size, rule, f"set {key}=1 or more.")
 
 
 def has_adapter(model: DictConfig) -> bool:
@@ -111,20 +91,14 @@ def has_adapter(model: DictConfig) -> bool:
 def _check_separate(config: DictConfig) -> None:
     rollout, model = config.actor_rollout_ref.rollout, config.actor_rollout_ref.model
     if rollout.get("disaggregation", {}).get("enabled", False):
-        raise ConfigError(
-            "actor_rollout_ref.rollout.disaggregation.enabled",
-            True,
-            f"pairs of prefill and decoding servers are not supported {SEPARATE}.",
-            "set actor_rollout_ref.rollout.disaggregation.enabled=False.",
-        )
-    lora = model.get("lora") or {}
-    if has_adapter(model) and not lora.get("merge", False):
-        raise ConfigError(
-            "actor_rollout_ref.model.lora.merge",
-            lora.get("merge", False),
-            f"{SEPARATE} verl 0.9.1 sends the base weights alone: servers would never get what the adapter learns.",
-            "set actor_rollout_ref.model.lora.merge=True, or darts.placement=colocated.",
-        )
+        rule = f"pairs of prefill and decoding servers are not supported {SEPARATE}."
+        key = f"{ROLLOUT}.disaggregation.enabled"
+        raise ConfigError(key, True, rule, f"set {key}=False.")
+    merges = (model.get("lora") or {}).get("merge", False)
+    if has_adapter(model) and not merges:
+        rule = f"{SEPARATE} verl 0.9.1 sends the base weights alone: servers would never get what the adapter learns."
+        fix = f"set {MODEL}.lora.merge=True, or darts.placement=colocated."
+        raise ConfigError(f"{MODEL}.lora.merge", merges, rule, fix)
 
 
 def _check_servers(config: DictConfig) -> None:
@@ -132,27 +106,27 @@ def _check_servers(config: DictConfig) -> None:
     if rollout.get("disaggregation", {}).get("enabled", False):
         return  # servers of several sizes
     tensor, data, pipeline = (rollout[f"{name}_parallel_size"] for name in ("tensor_model", "data", "pipeline_model"))
-    server, have = server_size(rollout), pools(config)
-    if not have.separate and rollout.n_gpus_per_node != config.trainer.n_gpus_per_node:
-        raise ConfigError(
-            "actor_rollout_ref.rollout.n_gpus_per_node",
-            rollout.n_gpus_per_node,
-            "with darts.placement=colocated the servers are on the training GPUs, of which each node has "
-            f"trainer.n_gpus_per_node={config.trainer.n_gpus_per_node}.",
-            "leave it out, or set darts.placement=disaggregated.",
-        )
+    server, have, per_node = server_size(rollout), pools(config), rollout.n_gpus_per_node
     if have.separate:
-        nodes, per_node = rollout.nnodes, rollout.n_gpus_per_node
-        fits = per_node % server == 0 or (server % per_node == 0 and nodes % (server // per_node) == 0)
-        where = f"the {nodes} x {per_node} GPUs that serve (actor_rollout_ref.rollout.nnodes x n_gpus_per_node)"
+        fits = per_node % server == 0 or (server % per_node == 0 and rollout.nnodes % (server // per_node) == 0)
+        where = (
+            f"the {rollout.nnodes} x {per_node} GPUs that serve ({ROLLOUT}.nnodes x n_gpus_per_node) evenly, whole "
+            "nodes or whole parts of one"
+        )
+    elif per_node != config.trainer.n_gpus_per_node:
+        rule = (
+            "with darts.placement=colocated the servers are on the training GPUs, of which each node has "
+            f"trainer.n_gpus_per_node={config.trainer.n_gpus_per_node}."
+        )
+        fix = "leave it out, or set darts.placement=disaggregated."
+        raise ConfigError(f"{ROLLOUT}.n_gpus_per_node", per_node, rule, fix)
     else:
         fits = have.train % server == 0
         where = f"the {have.train} GPUs (trainer.nnodes x n_gpus_per_node)"
     if not fits:
-        raise ConfigError(
-            "actor_rollout_ref.rollout.tensor_model_parallel_size",
-            tensor,
+        rule = (
             f"a server takes {server} GPUs (tensor {tensor} x data {data} x pipeline {pipeline} parallel), and such "
-            f"servers do not fill {where}{' evenly, whole nodes or whole parts of one' if have.separate else ''}.",
-            "choose parallel sizes whose product divides the number of GPUs.",
+            f"servers do not fill {where}."
         )
+        fix = "choose parallel sizes whose product divides the number of GPUs."
+        raise ConfigError(f"{ROLLOUT}.tensor_model_parallel_size", tensor, rule, fix)

@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from darts.checks import ACTOR, MODEL, ROLLOUT
 from darts.checks.batches import check_batches, check_token_limits
 from darts.checks.model import model_config, model_id
 from darts.checks.paths import check_paths
@@ -29,6 +30,13 @@ GIB = 1 << 30
 FLASH_ATTENTION = "flash_attention_2"
 """What verl's actor attends with unless `model.override_config` says otherwise."""
 MANAGER = "darts.rollout.manager.DartsAgentLoopManager"
+MOVED = {
+    "darts.rollout.DartsAgentLoopManager": MANAGER,
+    "darts.worker.DartsAgentLoopWorker": "darts.rollout.worker.DartsAgentLoopWorker",
+    "darts.trainer.RayDartsTrainer": "darts.training.trainer.RayDartsTrainer",
+    "verl_patches.weight_sync": "verl_patches.weights.sync",
+}
+"""What a configuration may name, by the path that it once had."""
 
 
 def darts_config(config: DictConfig) -> DartsConfig:
@@ -38,9 +46,8 @@ def darts_config(config: DictConfig) -> DartsConfig:
         ConfigError: as `DartsConfig.from_block`, or the block is missing.
     """
     if not isinstance(config.get("darts"), DictConfig):
-        raise ConfigError(
-            "darts", config.get("darts"), "the block `darts:` is missing.", "start from configs/darts_trainer.yaml."
-        )
+        rule = "the block `darts:` is missing."
+        raise ConfigError("darts", config.get("darts"), rule, "start from configs/darts_trainer.yaml.")
     block: Any = OmegaConf.to_container(config.darts, resolve=True)
     overlap = block.get("overlap") or {}
     if isinstance(overlap, dict) and overlap.get("mode") in (None, "auto") and without_overlap(config):
@@ -54,22 +61,18 @@ def check_run(config: DictConfig) -> DartsConfig:
     Raises:
         ConfigError: see the module's contract.
     """
+    # 1. What every run needs, plain verl's too.
     _check_verl_version()
+    _refuse_old_paths(OmegaConf.to_container(config))
     darts = darts_config(config)
     if config.trainer.get("use_v1", True):
-        raise ConfigError(
-            "trainer.use_v1",
-            True,
-            "RayDartsTrainer is a RayPPOTrainer; verl's V1 trainers do not run it.",
-            "set trainer.use_v1=False, or start verl.trainer.main_ppo for plain verl's V1 trainer.",
-        )
+        rule = "RayDartsTrainer is a RayPPOTrainer; verl's V1 trainers do not run it."
+        fix = "set trainer.use_v1=False, or start verl.trainer.main_ppo for plain verl's V1 trainer."
+        raise ConfigError("trainer.use_v1", True, rule, fix)
     if not config.actor_rollout_ref.hybrid_engine:
-        raise ConfigError(
-            "actor_rollout_ref.hybrid_engine",
-            False,
-            "RayPPOTrainer wants it true; which GPUs serve is what darts.placement says.",
-            "set actor_rollout_ref.hybrid_engine=True, and darts.placement=disaggregated for servers of their own.",
-        )
+        rule = "RayPPOTrainer wants it true; which GPUs serve is what darts.placement says."
+        fix = "set actor_rollout_ref.hybrid_engine=True, and darts.placement=disaggregated for servers of their own."
+        raise ConfigError("actor_rollout_ref.hybrid_engine", False, rule, fix)
     check_paths(config)
     _check_attention(config)
     _warn_of_legacy_rewards(config)
@@ -79,71 +82,78 @@ def check_run(config: DictConfig) -> DartsConfig:
         _check_plain_rows(config)
     if not darts.enable:
         return darts
+    # 2. What DARTS needs.
     check_token_limits(config)
-    rollout, estimator = config.actor_rollout_ref.rollout, str(config.algorithm.adv_estimator).lower()
-    if rollout.name != "vllm":
-        raise ConfigError(
-            "actor_rollout_ref.rollout.name",
-            rollout.name,
-            "DARTS drives verl's vLLM servers; other backends are not supported.",
-            "set actor_rollout_ref.rollout.name=vllm.",
-        )
-    if rollout.get("disaggregation", {}).get("enabled", False):
-        raise ConfigError(
-            "actor_rollout_ref.rollout.disaggregation.enabled",
-            True,
-            "verl runs prefill and decoding on servers of another class, which cannot stream or stop a request.",
-            "set actor_rollout_ref.rollout.disaggregation.enabled=False.",
-        )
-    if darts.routing == "group" and rollout.get("router_config_path"):
-        raise ConfigError(
-            "darts.routing",
-            "group",
-            "needs verl's own balancer, but actor_rollout_ref.rollout.router_config_path="
-            f"{rollout.router_config_path!r} replaces it.",
-            "set darts.routing=balanced, or actor_rollout_ref.rollout.router_config_path=null.",
-        )
-    if estimator == "remax":
-        raise ConfigError(
-            "algorithm.adv_estimator",
-            estimator,
-            "REMAX adds a greedy response to each prompt's group, which selection by length would drop.",
-            "set algorithm.adv_estimator=grpo (or rloo, reinforce_plus_plus_baseline).",
-        )
-    if estimator in WITHOUT_GROUP_BASELINE:
+    _check_servers(config, darts)
+    _check_estimator(str(config.algorithm.adv_estimator).lower())
+    chunk_tokens, limit = darts.streaming.chunk_tokens, config.actor_rollout_ref.rollout.response_length
+    if darts.early_stop == "exact" and chunk_tokens >= limit:
         warnings.warn(
-            f"algorithm.adv_estimator={estimator}: DARTS shapes lengths through the group's mean "
-            "reward (a group baseline, as in GRPO); without one the kept responses are a length-biased sample without "
-            "that effect.",
+            f"darts.early_stop=exact with darts.streaming.chunk_tokens={chunk_tokens} and responses of at most {limit} "
+            "tokens: no response reports its growth, so nothing is aborted before its end. Set "
+            "darts.streaming.chunk_tokens to about a tenth of the mean length.",
             stacklevel=2,
         )
-    if darts.early_stop == "exact" and darts.streaming.chunk_tokens >= rollout.response_length:
-        warnings.warn(
-            f"darts.early_stop=exact with darts.streaming.chunk_tokens={darts.streaming.chunk_tokens} and responses of "
-            f"at most {rollout.response_length} tokens: no response reports its growth, so nothing is aborted before "
-            "its end. Set darts.streaming.chunk_tokens to about a tenth of the mean length.",
-            stacklevel=2,
-        )
-    manager = rollout.agent.get("agent_loop_manager_class")
-    if not manager:
-        raise ConfigError(
-            "actor_rollout_ref.rollout.agent.agent_loop_manager_class",
-            manager,
-            f"candidates are generated by {MANAGER} or a subclass of it (RayDartsTrainer checks the class).",
-            "start from configs/darts_trainer.yaml, or set the key to that class.",
-        )
-    reward_model = config.reward.reward_model
-    if darts.reward.pool and reward_model.enable and not reward_model.enable_resource_pool:
-        raise ConfigError(
-            "darts.reward.pool",
-            True,
-            "a colocated reward model scores after generation, when only the kept are left.",
-            "set darts.reward.pool=false, or give the reward model a pool of its own.",
-        )
+    if darts.reward.pool and _rewarded_after_generation(config):
+        rule = "a colocated reward model scores after generation, when only the kept are left."
+        fix = "set darts.reward.pool=false, or give the reward model a pool of its own."
+        raise ConfigError("darts.reward.pool", True, rule, fix)
     _check_strategy(config, darts)
-    _check_overlap(config, darts)
+    reason = without_overlap(config) if darts.overlap.mode != "off" else None
+    if reason is not None:
+        raise ConfigError("darts.overlap.mode", darts.overlap.mode, *reason)
     latency_profile(config, darts)
     return darts
+
+
+def _refuse_old_paths(value: Any, key: str = "") -> None:
+    """Refuses module and class names of before the folders of `darts` and `verl_patches`, wherever they stand."""
+    if isinstance(value, dict):
+        for name, part in value.items():
+            _refuse_old_paths(part, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, str) and value in MOVED:
+        raise ConfigError(key, value, f"it is called {MOVED[value]} now.", f"set {key}={MOVED[value]}.")
+
+
+def _check_servers(config: DictConfig, darts: DartsConfig) -> None:
+    """Candidates are generated by our manager, on verl's vLLM servers of the usual class."""
+    rollout = config.actor_rollout_ref.rollout
+    if rollout.name != "vllm":
+        rule = "DARTS drives verl's vLLM servers; other backends are not supported."
+        raise ConfigError(f"{ROLLOUT}.name", rollout.name, rule, f"set {ROLLOUT}.name=vllm.")
+    if rollout.get("disaggregation", {}).get("enabled", False):
+        key = f"{ROLLOUT}.disaggregation.enabled"
+        rule = "verl runs prefill and decoding on servers of another class, which cannot stream or stop a request."
+        raise ConfigError(key, True, rule, f"set {key}=False.")
+    if darts.routing == "group" and rollout.get("router_config_path"):
+        key = f"{ROLLOUT}.router_config_path"
+        rule = f"needs verl's own balancer, but {key}={rollout.router_config_path!r} replaces it."
+        raise ConfigError("darts.routing", "group", rule, f"set darts.routing=balanced, or {key}=null.")
+    if not rollout.agent.get("agent_loop_manager_class"):
+        key = f"{ROLLOUT}.agent.agent_loop_manager_class"
+        rule = f"candidates are generated by {MANAGER} or a subclass of it (RayDartsTrainer checks the class)."
+        fix = "start from configs/darts_trainer.yaml, or set the key to that class."
+        raise ConfigError(key, rollout.agent.get("agent_loop_manager_class"), rule, fix)
+
+
+def _check_estimator(estimator: str) -> None:
+    """Advantages are of the kept responses, and relative to their group."""
+    if estimator == "remax":
+        rule = "REMAX adds a greedy response to each prompt's group, which selection by length would drop."
+        fix = "set algorithm.adv_estimator=grpo (or rloo, reinforce_plus_plus_baseline)."
+        raise ConfigError("algorithm.adv_estimator", estimator, rule, fix)
+    if estimator in WITHOUT_GROUP_BASELINE:
+        warnings.warn(
+            f"algorithm.adv_estimator={estimator}: DARTS shapes lengths through the group's mean reward (a group "
+            "baseline, as in GRPO); without one the kept responses are a length-biased sample without that effect.",
+            stacklevel=3,
+        )
+
+
+def _rewarded_after_generation(config: DictConfig) -> bool:
+    """Whether there is a reward model on the training GPUs."""
+    reward_model = config.reward.reward_model
+    return reward_model.enable and not reward_model.enable_resource_pool
 
 
 def latency_profile(config: DictConfig, darts: DartsConfig) -> LatencyProfile | None:
@@ -161,13 +171,7 @@ def latency_profile(config: DictConfig, darts: DartsConfig) -> LatencyProfile | 
     return profile
 
 
-def check_memory(
-    darts: DartsConfig,
-    abilities: list[RankAbility],
-    *,
-    logit_bytes: int,
-    server_share: float,
-) -> None:
+def check_memory(darts: DartsConfig, abilities: list[RankAbility], *, logit_bytes: int, server_share: float) -> None:
     """Checks that actor and server fit on one device while both work, which plain verl never has them do.
 
     Args:
@@ -192,16 +196,15 @@ def check_memory(
             "prefixes (darts.overlap.kv_cache_gib)": cache,
             "logits of one forward": logit_bytes / GIB,
         }
-        if sum(parts.values()) > ability.device_bytes / GIB:
+        needed, there = sum(parts.values()), ability.device_bytes / GIB
+        if needed > there:
             listed = " + ".join(f"{name} {size:.1f}" for name, size in parts.items())
-            raise ConfigError(
-                "darts.overlap.mode",
-                darts.overlap.mode,
-                f"actor and servers work at the same time, and need {sum(parts.values()):.1f} GiB of the device's "
-                f"{ability.device_bytes / GIB:.1f}: {listed}.",
-                "lower actor_rollout_ref.rollout.gpu_memory_utilization or darts.overlap.kv_cache_gib, or set "
-                "darts.overlap.mode=off, or darts.placement=disaggregated.",
+            rule = f"actor and servers work at the same time, and need {needed:.1f} GiB of the device's {there:.1f}: "
+            fix = (
+                f"lower {ROLLOUT}.gpu_memory_utilization or darts.overlap.kv_cache_gib, or set darts.overlap.mode=off, "
+                "or darts.placement=disaggregated."
             )
+            raise ConfigError("darts.overlap.mode", darts.overlap.mode, f"{rule}{listed}.", fix)
 
 
 def refuse_unknown_overrides(arguments: list[str]) -> None:
@@ -220,49 +223,27 @@ def refuse_unknown_overrides(arguments: list[str]) -> None:
 
 
 def _check_strategy(config: DictConfig, darts: DartsConfig) -> None:
-    """What strategies need of verl's configuration."""
-    strategy, rollout = strategy_class(darts.strategy), config.actor_rollout_ref.rollout
+    """Checks what strategies need of verl's configuration."""
+    strategy, named = strategy_class(darts.strategy), f"darts.strategy={darts.strategy}"
     bypass = strategy.overrides.get(BYPASS_MODE) or OmegaConf.select(config, BYPASS_MODE)
-    if bypass and not rollout.calculate_log_probs:
-        raise ConfigError(
-            "actor_rollout_ref.rollout.calculate_log_probs",
-            False,
-            f"{BYPASS_MODE} (set by itself, or by darts.strategy=bypass) trains with the servers' log-probs.",
-            "set actor_rollout_ref.rollout.calculate_log_probs=True.",
-        )
+    if bypass and not config.actor_rollout_ref.rollout.calculate_log_probs:
+        key = f"{ROLLOUT}.calculate_log_probs"
+        rule = f"{BYPASS_MODE} (set by itself, or by darts.strategy=bypass) trains with the servers' log-probs."
+        raise ConfigError(key, False, rule, f"set {key}=True.")
     for key in strategy.overrides:
         section = key.rpartition(".")[0]
         if not isinstance(OmegaConf.select(config, section), DictConfig):
-            raise ConfigError(
-                section, None, f"darts.strategy={darts.strategy} sets {key}.", f"leave {section} as verl has it."
-            )
+            raise ConfigError(section, None, f"{named} sets {key}.", f"leave {section} as verl has it.")
     if not strategy.chooses_prompts:
         return
     if OmegaConf.select(config, "skip.rollout.enable", default=False):
-        raise ConfigError(
-            "skip.rollout.enable",
-            True,
-            f"darts.strategy={darts.strategy} decides during a rollout which prompts are trained on, so none can be "
-            "replayed.",
-            "set skip.rollout.enable=False, or darts.strategy=darts.",
-        )
+        rule = f"{named} decides during a rollout which prompts are trained on, so none can be replayed."
+        fix = "set skip.rollout.enable=False, or darts.strategy=darts."
+        raise ConfigError("skip.rollout.enable", True, rule, fix)
     batch_size = config.data.get("gen_batch_size")
     if batch_size not in (None, config.data.train_batch_size):
-        raise ConfigError(
-            "data.gen_batch_size",
-            batch_size,
-            f"darts.strategy={darts.strategy} decides how many prompts a rollout launches.",
-            "set data.gen_batch_size=null.",
-        )
-
-
-def _check_overlap(config: DictConfig, darts: DartsConfig) -> None:
-    """What overlapped log-probs need of verl's configuration."""
-    if darts.overlap.mode == "off":
-        return
-    reason = without_overlap(config)
-    if reason is not None:
-        raise ConfigError("darts.overlap.mode", darts.overlap.mode, *reason)
+        rule = f"{named} decides how many prompts a rollout launches."
+        raise ConfigError("data.gen_batch_size", batch_size, rule, "set data.gen_batch_size=null.")
 
 
 def without_overlap(config: DictConfig) -> tuple[str, str] | None:
@@ -273,15 +254,13 @@ def without_overlap(config: DictConfig) -> tuple[str, str] | None:
             f"darts.strategy={strategy} generates as plain verl does, whose servers do not stream.",
             "set darts.overlap.mode=off; darts.allocation.mode=off overlaps without redundancy.",
         )
-    corrected = config.algorithm.get("rollout_correction")
-    if corrected and corrected.get("bypass_mode", False):
+    if OmegaConf.select(config, BYPASS_MODE, default=False):
         return (
-            "with algorithm.rollout_correction.bypass_mode=True the servers' own log-probs are the old log-probs, so "
-            "there is nothing to compute while generation runs.",
-            "set darts.overlap.mode=off, or algorithm.rollout_correction.bypass_mode=False.",
+            f"with {BYPASS_MODE}=True the servers' own log-probs are the old log-probs, so there is nothing to compute "
+            "while generation runs.",
+            f"set darts.overlap.mode=off, or {BYPASS_MODE}=False.",
         )
-    reward_model = config.reward.reward_model
-    if reward_model.enable and not reward_model.enable_resource_pool:
+    if _rewarded_after_generation(config):
         return (
             "a reward model on the training GPUs (reward.reward_model.enable_resource_pool=False) wakes up right after "
             "generation, when the overlapped actor still holds its memory.",
@@ -290,8 +269,8 @@ def without_overlap(config: DictConfig) -> tuple[str, str] | None:
     strategy = config.actor_rollout_ref.actor.strategy
     if strategy not in ("fsdp", "fsdp2"):
         return (
-            f"the overlapped actor is verl's FSDP engine; actor_rollout_ref.actor.strategy={strategy!r} is not.",
-            "set darts.overlap.mode=off, or actor_rollout_ref.actor.strategy=fsdp2.",
+            f"the overlapped actor is verl's FSDP engine; {ACTOR}.strategy={strategy!r} is not.",
+            f"set darts.overlap.mode=off, or {ACTOR}.strategy=fsdp2.",
         )
     return None
 
@@ -303,26 +282,22 @@ def check_model(config: DictConfig) -> None:
         ConfigError: it cannot be read; it is made for fewer positions than the servers are to serve; it is a vision
             model whose rows verl would pack without flash-attn.
     """
-    actor, rollout = config.actor_rollout_ref, config.actor_rollout_ref.rollout
+    actor, max_model_len = config.actor_rollout_ref, config.actor_rollout_ref.rollout.max_model_len
     made_for = model_config(actor.model.path)
-    text = made_for.get("text_config") or made_for
-    positions = actor.model.override_config.get("max_position_embeddings", text.get("max_position_embeddings"))
-    if positions and rollout.max_model_len and rollout.max_model_len > positions:
-        raise ConfigError(
-            "actor_rollout_ref.rollout.max_model_len",
-            rollout.max_model_len,
-            f"{actor.model.path} is made for {positions} positions (max_position_embeddings).",
-            "lower it, or set +actor_rollout_ref.model.override_config.max_position_embeddings and "
-            "+actor_rollout_ref.rollout.engine_kwargs.vllm.hf_overrides.max_position_embeddings to it.",
+    text_config = made_for.get("text_config") or made_for
+    positions = actor.model.override_config.get("max_position_embeddings", text_config.get("max_position_embeddings"))
+    if positions and max_model_len and max_model_len > positions:
+        rule = f"{actor.model.path} is made for {positions} positions (max_position_embeddings)."
+        fix = (
+            f"lower it, or set +{MODEL}.override_config.max_position_embeddings and "
+            f"+{ROLLOUT}.engine_kwargs.vllm.hf_overrides.max_position_embeddings to it."
         )
+        raise ConfigError(f"{ROLLOUT}.max_model_len", max_model_len, rule, fix)
     packs = actor.model.use_remove_padding and actor.actor.strategy in ("fsdp", "fsdp2")
     if made_for.get("vision_config") and packs and find_spec("flash_attn") is None and not is_cpu_only():
-        raise ConfigError(
-            "actor_rollout_ref.model.use_remove_padding",
-            True,
-            "verl packs the rows of vision models with flash-attn whatever attn_implementation says; it is missing.",
-            "set it to False, with sdpa, or install flash-attn (docs/smoke.md).",
-        )
+        rule = "verl packs the rows of vision models with flash-attn whatever attn_implementation says; it is missing."
+        fix = "set it to False, with sdpa, or install flash-attn (docs/smoke.md)."
+        raise ConfigError(f"{MODEL}.use_remove_padding", True, rule, fix)
 
 
 def _check_attention(config: DictConfig) -> None:
@@ -331,48 +306,40 @@ def _check_attention(config: DictConfig) -> None:
     if actor.strategy == "megatron" and not is_cpu_only():
         missing = [package for package in ("megatron", "flash_attn") if find_spec(package) is None]
         if missing:
-            raise ConfigError(
-                "actor_rollout_ref.actor.strategy",
-                "megatron",
-                f"needs {' and '.join(missing)}, not installed: verl would say so in every worker.",
-                "install what verl's Megatron engine needs (recipe/darts/README.md), or take model_engine=dp.",
-            )
+            rule = f"needs {' and '.join(missing)}, not installed: verl would say so in every worker."
+            fix = "install what verl's Megatron engine needs (recipe/darts/README.md), or take model_engine=dp."
+            raise ConfigError(f"{ACTOR}.strategy", "megatron", rule, fix)
     if actor.strategy not in ("fsdp", "fsdp2"):
         return
     attention = model.override_config.get("attn_implementation", FLASH_ATTENTION)
-    key = "actor_rollout_ref.model.override_config.attn_implementation"
+    key = f"{MODEL}.override_config.attn_implementation"
     # transformers takes it from the package `kernels` too, which loads it from the hub.
     installed = find_spec("flash_attn") is not None or find_spec("kernels") is not None
     if attention == FLASH_ATTENTION and not installed and not is_cpu_only():
-        raise ConfigError(
-            key,
-            attention,
-            "verl's default needs the package flash-attn, which is not installed.",
-            f"install it (docs/smoke.md), or set +{key}=sdpa and Ulysses to 1: right, but slow when packed.",
-        )
+        rule = "verl's default needs the package flash-attn, which is not installed."
+        fix = f"install it (docs/smoke.md), or set +{key}=sdpa and Ulysses to 1: right, but slow when packed."
+        raise ConfigError(key, attention, rule, fix)
     ulysses = max(actor.get("ulysses_sequence_parallel_size", 1), actor.fsdp_config.ulysses_sequence_parallel_size)
     if attention != FLASH_ATTENTION and ulysses > 1:
-        raise ConfigError(
-            key,
-            attention,
+        rule = (
             f"with Ulysses {ulysses} verl 0.9.1 exchanges heads within flash attention alone: each rank would attend "
-            "to its own slice, and log-probs would be wrong by nats.",
-            "set actor_rollout_ref.actor.ulysses_sequence_parallel_size=1, or use flash_attention_2.",
+            "to its own slice, and log-probs would be wrong by nats."
         )
+        fix = f"set {ACTOR}.ulysses_sequence_parallel_size=1, or use flash_attention_2."
+        raise ConfigError(key, attention, rule, fix)
 
 
 def _check_plain_rows(config: DictConfig) -> None:
-    """verl itself deals rows and not groups to the agent-loop workers, in equal parts."""
-    rollout = config.actor_rollout_ref.rollout
-    rows, workers = config.data.train_batch_size * rollout.n, rollout.agent.num_workers
-    if rows % workers:
-        raise ConfigError(
-            "actor_rollout_ref.rollout.agent.num_workers",
-            workers,
-            f"must divide the {rows} responses of a step (data.train_batch_size={config.data.train_batch_size} times "
-            f"actor_rollout_ref.rollout.n={rollout.n}), where plain verl generates.",
-            "choose a divisor, or another data.train_batch_size.",
+    """Plain verl deals rows and not groups to the agent-loop workers, in equal parts."""
+    rollout, prompts = config.actor_rollout_ref.rollout, config.data.train_batch_size
+    rows, num_workers = prompts * rollout.n, rollout.agent.num_workers
+    if rows % num_workers:
+        rule = (
+            f"must divide the {rows} responses of a step (data.train_batch_size={prompts} times "
+            f"{ROLLOUT}.n={rollout.n}), where plain verl generates."
         )
+        fix = "choose a divisor, or another data.train_batch_size."
+        raise ConfigError(f"{ROLLOUT}.agent.num_workers", num_workers, rule, fix)
 
 
 def _warn_of_legacy_rewards(config: DictConfig) -> None:
@@ -391,9 +358,6 @@ def _warn_of_legacy_rewards(config: DictConfig) -> None:
 def _check_verl_version() -> None:
     installed = version("verl")
     if installed != VERL_VERSION and os.environ.get(ALLOW_OTHER_VERL) != "1":
-        raise ConfigError(
-            "verl",
-            installed,
-            f"this plugin is written and tested against verl {VERL_VERSION}.",
-            f"install verl=={VERL_VERSION}, or set {ALLOW_OTHER_VERL}=1 to try (run scripts/test.sh first).",
-        )
+        rule = f"this plugin is written and tested against verl {VERL_VERSION}."
+        fix = f"install verl=={VERL_VERSION}, or set {ALLOW_OTHER_VERL}=1 to try (run scripts/test.sh first)."
+        raise ConfigError("verl", installed, rule, fix)

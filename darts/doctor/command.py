@@ -37,6 +37,7 @@ from darts.doctor.facts import (
     machine_facts,
     version_facts,
 )
+from darts.evidence.log import logger
 
 GROUPS = ("versions", "plugin", "device", "machine")
 PADDED = "or actor_rollout_ref.model.override_config.attn_implementation=sdpa with model.use_remove_padding=False"
@@ -46,7 +47,7 @@ class _Parser(argparse.ArgumentParser):
     """Says in one line what is wrong."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"[darts] {' '.join(message.split())}; --help lists the options.", file=sys.stderr)
+        logger.error(f"{' '.join(message.split())}; --help lists the options.")
         sys.exit(2)
 
 
@@ -169,7 +170,7 @@ def main(given: Sequence[str] | None = None) -> int:
     summary = (
         f"{counts[OK]} ok, {counts[WARNING]} warnings, {counts[FAILED]} failed, in {time.monotonic() - start:.0f} s"
     )
-    print(f"[darts] doctor: {summary}")
+    logger.info(f"doctor: {summary}")
     if options.json is not None:
         from darts.evidence.machine import machine
 

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 from darts.checks.model import MODEL_KEY, model_config, vocabulary
 from darts.config import ConfigError
 from darts.engines.measure import MOST_PROMPT_TOKENS, TOKENS, ProfileError, Workload, profile_servers
+from darts.evidence.log import logger
 from darts.evidence.profile import KEY, LatencyProfile
 
 
@@ -41,23 +42,18 @@ def _parse(given: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("command", choices=["profile"], help="what to do")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for recipe.darts.main_darts")
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help="the profile, JSON; replaced if it exists"
-    )
-    parser.add_argument("--model", metavar="PATH", help=f"short for {MODEL_KEY}=PATH")
-    parser.add_argument("--config-name", default="quickstart", help="e.g. darts_trainer (default: %(default)s)")
-    parser.add_argument("--config-dir", type=Path, metavar="DIR", help="where it lies (default: the project's configs)")
-    parser.add_argument("--largest", type=int, metavar="N", help="largest batch size (default: rollout.max_num_seqs)")
-    parser.add_argument(
-        "--tokens", type=int, metavar="N", help=f"steps to be timed (default: {TOKENS}, or what fits into the context)"
-    )
-    parser.add_argument(
-        "--prompt-tokens", type=int, metavar="N", help=f"default: the longest prompt, at most {MOST_PROMPT_TOKENS}"
-    )
-    parser.add_argument(
-        "--limit-s", type=float, default=180.0, metavar="S", help="for the measurement (default: %(default)s)"
-    )
-    parser.add_argument("--verbose", action="store_true", help="show what the engine logs")
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="FILE", help="the profile, JSON; replaced if it exists")
+    add("--model", metavar="PATH", help=f"short for {MODEL_KEY}=PATH")
+    add("--config-name", default="quickstart", help="e.g. darts_trainer (default: %(default)s)")
+    add("--config-dir", type=Path, metavar="DIR", help="where it lies (default: the project's configs)")
+    add("--largest", type=int, metavar="N", help="largest batch size (default: rollout.max_num_seqs)")
+    fitting = f"default: {TOKENS}, or what fits into the context"
+    add("--tokens", type=int, metavar="N", help=f"steps to be timed ({fitting})")
+    longest = f"default: the longest prompt, at most {MOST_PROMPT_TOKENS}"
+    add("--prompt-tokens", type=int, metavar="N", help=longest)
+    add("--limit-s", type=float, default=180.0, metavar="S", help="for the measurement (default: %(default)s)")
+    add("--verbose", action="store_true", help="show what the engine logs")
     options = parser.parse_intermixed_args(given)
     if not options.limit_s > 0:
         parser.error(f"--limit-s {options.limit_s:g}: must be positive")
@@ -86,15 +82,14 @@ def _configure(options: argparse.Namespace) -> Any:
     name = config.actor_rollout_ref.rollout.name
     if name != "vllm":
         raise ConfigError("actor_rollout_ref.rollout.name", name, "DARTS drives vLLM servers.", "set it to vllm.")
-    model = config.actor_rollout_ref.model.path
-    Workload.plan(
-        config.actor_rollout_ref.rollout,
-        vocabulary(model_config(model)),
-        options.largest,
-        options.tokens,
-        options.prompt_tokens,
-    )
+    known_tokens = vocabulary(model_config(config.actor_rollout_ref.model.path))
+    Workload.plan(config.actor_rollout_ref.rollout, known_tokens, **_wanted(options))
     return config
+
+
+def _wanted(options: argparse.Namespace) -> dict[str, int | None]:
+    """What the options say of the workload."""
+    return {name: getattr(options, name) for name in ("largest", "tokens", "prompt_tokens")}
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -115,30 +110,30 @@ def main(given: Sequence[str] | None = None) -> int:
 
     start = time.monotonic()
     model, num_gpus = config.actor_rollout_ref.model.path, gpus_per_engine(config)
-    _say(f"starting one engine of {model}, which takes a minute or more ...")
+    logger.info(f"starting one engine of {model}, which takes a minute or more ...")
     environment = get_ppo_ray_runtime_env(config)["env_vars"]
     with local_ray(num_gpus, environment, options.verbose), start_servers(config, StreamingReplica) as manager:
-        _say(f"it runs after {time.monotonic() - start:.0f} s; measuring for at most {options.limit_s:g} s")
+        logger.info(f"it runs after {time.monotonic() - start:.0f} s; measuring for at most {options.limit_s:g} s")
         try:
             profile = asyncio.run(
                 profile_servers(
                     manager.server_handles,
                     model,
                     limit_s=options.limit_s,
-                    largest=options.largest,
-                    tokens=options.tokens,
-                    prompt_tokens=options.prompt_tokens,
+                    **_wanted(options),
                     seeded=config.get("darts", {}).get("seed") is not None,
                     command=f"python -m darts.engines {' '.join(sys.argv[1:] if given is None else given)}",
-                    say=_say,
+                    say=logger.info,
                 )
             )
         except ProfileError as error:
-            print(f"[darts] {error}", file=sys.stderr)
+            logger.error(error)
             return 1
     profile.save(options.out)
     print(table(profile))
-    _say(f"written to {options.out} after {time.monotonic() - start:.0f} s; use it by {KEY}={options.out.absolute()}")
+    logger.info(
+        f"written to {options.out} after {time.monotonic() - start:.0f} s; use it by {KEY}={options.out.absolute()}"
+    )
     return 0
 
 
@@ -153,10 +148,6 @@ def table(profile: LatencyProfile) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _say(line: str) -> None:
-    print(f"[darts] {line}", flush=True)
-
-
 def _refuse(message: str) -> NoReturn:
-    print(f"[darts] {' '.join(message.split())}", file=sys.stderr)
+    logger.error(" ".join(message.split()))
     sys.exit(2)

@@ -20,14 +20,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from darts.checks.model import model_config, model_id, vocabulary
+from darts.evidence.machine import processor, version_of
 from darts.evidence.profile import LatencyProfile
 
 TOKENS = 96
@@ -152,12 +151,9 @@ async def profile_servers(
     model: str,
     *,
     limit_s: float = 60.0,
-    largest: int | None = None,
-    tokens: int | None = None,
-    prompt_tokens: int | None = None,
-    seeded: bool = False,
     command: str = "",
-    say: Say | None = None,
+    say: Say = lambda line: None,
+    **wanted: Any,
 ) -> LatencyProfile:
     """Measures PTL on idle, running servers (`verl_patches.vllm_stream_server`), all at once.
 
@@ -165,9 +161,9 @@ async def profile_servers(
         servers: Handles, as `LLMServerManager.server_handles` has them. All alike, awake, with weights.
         model: `actor_rollout_ref.model.path`.
         limit_s: Seconds that it may take, but for the end of what runs then.
-        largest, tokens, prompt_tokens, seeded: As `Workload.plan`.
         command: What measures again, for the profile.
         say: Gets a line per batch size.
+        wanted: Of the workload, as `Workload.plan`.
 
     Raises:
         ValueError: as `Workload.plan`, no servers, or a limit that is not positive.
@@ -185,14 +181,14 @@ async def profile_servers(
         device = await asyncio.wait_for(engine_device(servers[0]), limit_s)
     except asyncio.TimeoutError:
         raise ProfileError(f"a server did not answer within {limit_s:g} s: look at its log.") from None
-    work = Workload.plan(rollout, vocabulary(model_config(model)), largest, tokens, prompt_tokens, seeded)
-    points = await _measure(servers, work, end, limit_s, say or (lambda line: None))
+    work = Workload.plan(rollout, vocabulary(model_config(model)), **wanted)
+    points = await _measure(servers, work, end, limit_s, say)
     return LatencyProfile(
         model=model,
         model_id=model_id(model),
         tensor_parallel=rollout.tensor_model_parallel_size,
         device=device,
-        versions={name: _version(name) for name in ("verl", "vllm", "torch")},
+        versions={name: version_of(name) for name in ("verl", "vllm", "torch")},
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         command=command,
         engines=len(servers) * work.engines_per_server,
@@ -213,7 +209,7 @@ async def _measure(
     try:
         say("warming up")
         # The first generation of an engine compiles and allocates.
-        await _step_seconds(servers, _short(work), min(WARM_UP_SIZE, sizes[-1]), end)
+        await _step_seconds(servers, replace(work, tokens=CHUNKS), min(WARM_UP_SIZE, sizes[-1]), end)
         for number, size in enumerate(sizes, 1):
             expected, left = took * size / points[-1][0] if points else 0.0, end - time.monotonic()
             if expected > left:
@@ -236,10 +232,6 @@ async def _measure(
             "2: give it more time, or look at the log of the servers."
         )
     return points
-
-
-def _short(work: Workload) -> Workload:
-    return Workload(**asdict(work) | {"tokens": CHUNKS})
 
 
 async def _step_seconds(servers: Sequence[Any], work: Workload, size: int, end: float) -> float | None:
@@ -325,13 +317,6 @@ async def _result(ref: Any) -> Any:
     return await ref
 
 
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "unknown"
-
-
 async def engine_device(server: Any) -> str:
     """The device of a server's engine: the name of its GPU, or of the CPU with the number of its cores."""
     return await server.__ray_call__.remote(_device)
@@ -343,9 +328,4 @@ def _device(server: Any) -> str:
 
     if not current_platform.is_cpu():
         return current_platform.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else 'CPU'}, {len(os.sched_getaffinity(0))} cores"
+    return f"{processor()}, {len(os.sched_getaffinity(0))} cores"

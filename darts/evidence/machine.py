@@ -30,11 +30,11 @@ def machine(environment: tuple[str, ...] = ()) -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD"),
         "changed_files": _git("status", "--porcelain").splitlines(),
         "cores": len(os.sched_getaffinity(0)),
-        "processor": _processor(),
+        "processor": processor(),
         "architecture": platform.machine(),
         "load": os.getloadavg(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in PACKAGES},
+        **{name: version_of(name) for name in PACKAGES},
         "environment": {name: os.environ.get(name) for name in environment},
     }
 
@@ -47,14 +47,16 @@ def _git(*arguments: str) -> str:
     return done.stdout.rstrip() if done.returncode == 0 else UNKNOWN
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """The version of an installed package."""
     try:
         return version(package)
     except PackageNotFoundError:
         return UNKNOWN
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -31,20 +31,20 @@ class Estimate:
 def mean(values: Array, rng: np.random.Generator) -> Estimate:
     """The mean over all responses; `values` is (groups, size)."""
     per_group = values.mean(axis=1)
-    return _interval(float(values.mean()), _weights(len(values), rng) @ per_group / len(values))
+    return interval(float(values.mean()), _weights(len(values), rng) @ per_group / len(values))
 
 
 def quantile(values: Array, q: float, rng: np.random.Generator, resamples: int = 300) -> Estimate:
     """The q-quantile over all responses (or over groups, if `values` is (groups, 1))."""
     picks = rng.integers(len(values), size=(resamples, len(values)))
     drawn = [np.quantile(values[pick], q) for pick in picks]
-    return _interval(float(np.quantile(values, q)), np.array(drawn))
+    return interval(float(np.quantile(values, q)), np.array(drawn))
 
 
 def ratio(above: Array, below: Array, rng: np.random.Generator) -> Estimate:
     """The sum of `above` over the sum of `below`; both are (groups,), and their entries belong together in pairs."""
     weights = _weights(len(above), rng)
-    return _interval(float(above.sum() / below.sum()), (weights @ above) / (weights @ below))
+    return interval(float(above.sum() / below.sum()), (weights @ above) / (weights @ below))
 
 
 def longest_over_median(lengths: Array) -> Array:
@@ -110,7 +110,7 @@ def _gap(lengths: Array, correct: Array, weights: Array) -> Estimate:
     finite = gaps[np.isfinite(gaps)]
     if not np.isfinite(value) or not len(finite):
         return Estimate(value=float("nan"), low=float("nan"), high=float("nan"))
-    return _interval(float(value), finite)
+    return interval(float(value), finite)
 
 
 def _weights(groups: int, rng: np.random.Generator) -> Array:
@@ -118,6 +118,7 @@ def _weights(groups: int, rng: np.random.Generator) -> Array:
     return rng.multinomial(groups, np.full(groups, 1 / groups), size=_RESAMPLES).astype(float)
 
 
-def _interval(value: float, drawn: Array) -> Estimate:
+def interval(value: float, drawn: Array) -> Estimate:
+    """A value with the 95 % percentile interval of what was drawn."""
     low, high = np.quantile(drawn, [0.025, 0.975])
     return Estimate(value=value, low=float(low), high=float(high))

@@ -1,12 +1,19 @@
 """Markdown tables, and checks with their bounds."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
+
+
+def number(value: float, form: str = ".2f") -> str:
+    """A figure of a table; `-` where it is not known."""
+    return format(value, form) if math.isfinite(value) else "-"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

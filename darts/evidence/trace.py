@@ -1,8 +1,8 @@
-"""The trace of a run: one JSON line per step with its metrics and every candidate's length, for `darts.report`.
+"""The trace of a run: one JSON line per step with its metrics and every candidate's length; its writer and its reader.
 
-Contract: a line is written at the end of its step and appended. A run that resumes appends too: of several lines of one
-step the last counts, and a line that a killed run left half written is removed. A trace that cannot be written ends
-with one warning, not with the run.
+Contract: a line is written at the end of its step and appended. A run that resumes appends too: a step that is written
+again replaces the one before and all that came after that one, and a line that a killed run left half written does not
+count. A trace that cannot be written ends with one warning, not with the run. What cannot be read is one `TraceError`.
 """
 
 import json
@@ -10,17 +10,25 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from darts.messages import ActorCall
 from darts.planning import Rollout
 from darts.pool import CandidatePool
 
 VERSION = 1
+FILE = "darts.jsonl"
+FATES = "kfdtax"
+"""Kept, kept although truncated, finished and dropped, truncated and dropped, aborted, lost."""
+LONGEST_RESPONSE = 1 << 30
+"""Tokens; a longer response is a mistake."""
 MOST = 256  # points of a timeline
 LONGEST_LINE = 1 << 26
 """Bytes; a step with 2,048 candidates takes some 30,000."""
@@ -74,8 +82,7 @@ def rollout_columns(rollout: Rollout) -> dict[str, Any]:
 
     Example: `{"key": ["9f86d081884c7d65"], "std": [31.2], "observed_std": [28.9], "budget": [3], "length": [[12, 80,
     9]], "fate": ["kak"], "reward": [[1.0, null, 0.0]]}`; `std` is null where the prompt was not known, `reward` where
-    none was given. Fates: `k` kept, `f` kept although truncated, `d` finished and dropped, `t` truncated and dropped,
-    `a` aborted, `x` lost.
+    none was given. Fates are `FATES`.
     """
     plan, pool = rollout.plan, rollout.pool
     ends = np.cumsum(plan.budgets)[:-1]
@@ -135,7 +142,7 @@ def _number(value: Any) -> float | None:
     return float(f"{number:.6g}") if math.isfinite(number) else None
 
 
-FILE = "darts.jsonl"
+# --- reading ---------------------------------------------------------------------------------------------------------
 
 INSIDE_STEP = (
     "gen", "reward", "old_log_prob", "ref", "values", "adv", "update_critic", "update_actor", "save_checkpoint",
@@ -144,23 +151,129 @@ INSIDE_STEP = (
 """What is measured inside `timing_s/step` in verl 0.9.1; DARTS's trainer saves there, as `RayPPOTrainer` does."""
 
 
-class ReportError(ValueError):
-    """The input cannot be reported on; one line that says what to do."""
+class TraceError(ValueError):
+    """A trace that cannot be read; one line that says where, what the rule is, and what to do."""
 
 
 def find_file(run: Path) -> Path:
     """The `darts.jsonl` of a run; what the quickstart keeps of the run before, in `previous/`, is not looked at.
 
     Raises:
-        ReportError: there is no such path, no such file below it, or more than one.
+        TraceError: there is no such path, no such file below it, or more than one.
     """
     if run.is_file():
         return run
     if not run.is_dir():
-        raise ReportError(f"RUN={run}: must be the folder of a run or its {FILE}, but nothing is there; check the path")
+        raise TraceError(f"RUN={run}: must be the folder of a run or its {FILE}, but nothing is there; check the path")
     found = sorted(file for file in run.rglob(FILE) if "previous" not in file.relative_to(run).parts)
     if not found:
-        raise ReportError(f"RUN={run}: must hold one {FILE}, but none is in or below it; name the folder of a run")
+        raise TraceError(f"RUN={run}: must hold one {FILE}, but none is in or below it; name the folder of a run")
     if len(found) > 1:
-        raise ReportError(f"RUN={run}: must hold one {FILE}, but holds {', '.join(map(str, found))}; name one of them")
+        raise TraceError(f"RUN={run}: must hold one {FILE}, but holds {', '.join(map(str, found))}; name one of them")
     return found[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TracedStep:
+    """One line of a trace. What its rollout launched stands by prompt; there is none where DARTS generated nothing.
+
+    Example: number=3, line=3, offset=812, metrics={"timing_s/step": 3.7}, keys=["9f86d081884c7d65"], std=[31.2], ...
+    """
+
+    number: int
+    line: int
+    offset: int  # byte at which the line begins
+    metrics: Mapping[str, float]
+    keys: Sequence[str]
+    std: NDArray[np.float64]  # predicted; NaN where the prompt was not known
+    observed_std: NDArray[np.float64]
+    lengths: Sequence[NDArray[np.int64]]
+    fates: Sequence[str]  # a letter of `FATES` for each candidate
+    rewards: Sequence[NDArray[np.float64]]  # NaN where none was given
+    has_timeline: bool
+
+
+Held = TypeVar("Held")
+
+
+def read_steps(path: Path, hold: Callable[[TracedStep], Held]) -> tuple[list[Held], list[str]]:
+    """The steps of a run that count, in order, and what is odd about the file.
+
+    Args:
+        path: of the file; it is read line by line, so that it may be larger than memory.
+        hold: what is held of a step.
+
+    Returns:
+        What is held of each step, and one sentence, without its full stop, for each oddity.
+
+    Raises:
+        TraceError: a file that cannot be read or has no whole step, or a line that is no step (but a cut last one).
+    """
+    numbers: list[int] = []
+    steps: list[Held] = []
+    notes, replaced, offset = [], 0, 0
+    try:
+        with path.open("rb") as file:
+            for count, line in enumerate(file, 1):
+                try:
+                    record = json.loads(line)
+                except ValueError as error:
+                    if line.endswith(b"\n"):
+                        raise TraceError(f"{path}, line {count}: must be JSON, but {error}; remove the line") from None
+                    notes.append(f"Line {count}, the last, was cut off (a killed run?) and is left out")
+                    break
+                try:
+                    step = _traced(record, count, offset)
+                except TraceError as error:
+                    raise TraceError(f"{path}, line {count}: {error}") from None
+                except (AttributeError, KeyError, TypeError, ValueError) as error:
+                    why = str(error) if type(error) is ValueError else repr(error)
+                    raise TraceError(f"{path}, line {count}: must be a step, but {why}; remove the line") from None
+                while numbers and numbers[-1] >= step.number:
+                    numbers.pop()
+                    steps.pop()
+                    replaced += 1
+                numbers.append(step.number)
+                steps.append(hold(step))
+                offset += len(line)
+    except OSError as error:
+        raise TraceError(f"{path}: cannot be read ({error.strerror}); give the {FILE} of a run") from None
+    if not steps:
+        raise TraceError(f"{path}: must hold a whole step, but holds none; did the run end before its first?")
+    if replaced:
+        notes.append(f"Repeated or undone by a resume: {replaced} steps; only what replaced them counts")
+    return steps, notes
+
+
+def _traced(record: Any, line: int, offset: int) -> TracedStep:
+    if record["version"] != VERSION:
+        raise TraceError(f"version={record['version']!r}: must be {VERSION}; use the verl-darts that wrote the file")
+    block = record.get("rollout") or {"key": [], "length": [], "fate": []}
+    keys, lengths, fates = [str(key) for key in block["key"]], block["length"], list(block["fate"])
+    rewards = block.get("reward") or [[None] * len(row) for row in lengths]
+    shapes = [list(map(len, rows)) for rows in (lengths, fates, rewards)]
+    if len(keys) != len(lengths) or shapes != shapes[:1] * 3:
+        raise ValueError("key, length, fate and reward are not of the same prompts and candidates")
+    if unknown := set("".join(fates)) - set(FATES):
+        raise ValueError(f"fate={''.join(sorted(unknown))!r} is not of {FATES!r}")
+    for length, letter in zip(chain(*lengths), chain(*fates), strict=True):
+        least = 0 if letter in "ax" else 1
+        if type(length) is not int or not least <= length <= LONGEST_RESPONSE:
+            rule = f"must be a whole number of tokens in [{least}, {LONGEST_RESPONSE}]"
+            raise ValueError(f"length={length!r} with fate={letter!r}, {rule}")
+    std, observed = (
+        np.array(block.get(name) or [None] * len(keys), dtype=np.float64) for name in ("std", "observed_std")
+    )
+    return TracedStep(
+        number=int(record["step"]),
+        line=line,
+        offset=offset,
+        metrics={name: float(value) for name, value in record["metrics"].items() if isinstance(value, int | float)},
+        keys=keys,
+        std=std,
+        observed_std=observed,
+        lengths=[np.array(row, dtype=np.int64) for row in lengths],
+        fates=fates,
+        rewards=[np.array(row, dtype=np.float64) for row in rewards],
+        has_timeline=bool(record.get("timeline")),
+    )

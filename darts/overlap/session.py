@@ -23,6 +23,7 @@ import numpy as np
 import ray
 
 from darts.config import OverlapConfig
+from darts.evidence.log import logger
 from darts.messages import (
     ActorCall,
     Progress,
@@ -119,7 +120,7 @@ class OverlapSession:
         """Whether a step has run and is not finished."""
         return self._step is not None
 
-    def prepare(self, say: Callable[[str], None] = print) -> list[RankAbility]:
+    def prepare(self, say: Callable[[str], None] = logger.warning) -> list[RankAbility]:
         """Finds out what the ranks can do, in a step of its own, number 0, and says once if that excludes `token`.
 
         Raises:
@@ -134,7 +135,7 @@ class OverlapSession:
                 refusal = self._choose_cache(max(ability.bytes_per_token for ability in abilities))
             if refusal is not None:
                 self.mode = "sequence"
-                say(f"[darts] overlap: complete responses alone (mode sequence), since {refusal}")
+                say(f"overlap: complete responses alone (mode sequence), since {refusal}")
         return abilities
 
     async def run(self, workers: Iterable[Any], rollout: int, step: int) -> None:

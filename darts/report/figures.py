@@ -26,13 +26,11 @@ from darts.evidence.figures import (
     RED,
     SKY,
     STEPS,
-    Drawn,
     Missing,
-    draw_all,
     dress,
 )
 from darts.evidence.trace import INSIDE_STEP
-from darts.report.run import UTILITY, Array, Run, Step, first_and_last, tenths
+from darts.report.run import UTILITY, Array, Run, RunStep, first_and_last, tenths
 
 FATES = {
     "kept": BLUE, "kept, truncated": SKY, "dropped": ORANGE, "dropped, truncated": RED, "aborted": PINK, "lost": BLACK,
@@ -41,11 +39,6 @@ SHARES = LinearSegmentedColormap.from_list("shares", ["#DCE9F5", "#6BAED6", "#08
 SMOOTH_FROM, MAX_COLUMNS, MAX_POINTS, MAX_BARS = 100, 75, 2000, 40
 Figures = dict[str, tuple[str, Callable[[Run], tuple[Figure, str]]]]
 """Name of a figure -> its title and what draws it, with the sentence that says how to read it."""
-
-
-def draw(run: Run, figures: Figures | None = None) -> list[Drawn]:
-    """The figures of a table, in its order; without one, those of `FIGURES`."""
-    return draw_all(figures or FIGURES, run)
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -106,7 +99,7 @@ def _log(axes: Axes, which: str, values: Array, factor: float) -> None:
         axis.grid(True, which="minor")
 
 
-def _ends(steps: Sequence[Step]) -> dict[str, Sequence[Step]]:
+def _ends(steps: Sequence[RunStep]) -> dict[str, Sequence[RunStep]]:
     """The first and last tenth, named; one entry if they are the same step."""
     both = [(f"steps {some[0].number} to {some[-1].number}", some) for some in tenths(steps) if some]
     return {name if len(some) > 1 else f"step {some[0].number}": some for name, some in both}

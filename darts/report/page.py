@@ -1,12 +1,12 @@
-"""What a run did, as one page: `python -m darts.report RUN [--out DIR]` reads `darts.jsonl`, draws and explains.
+"""What a run did, as one page: `python -m darts.report RUN [--step N]` reads `darts.jsonl`, draws and explains.
 
 Contract.
 1. The input is the only `darts.jsonl` in or below RUN, or the file RUN itself; one JSON object per training step,
    `VERSION` 1. A step that is written again (a resume) replaces the one before, and all that came after that one: they
    are of weights that no longer exist. A last line that was cut off is left out with a note; any other is an error.
 2. The file is read once, line by line, and of a step only what the page needs is held: some kilobytes. The page shows
-   the timeline of one step, which is known at the end: of the others only the place of their line is held, and that
-   step's line is read again.
+   the timeline of one step, `--step` or one that is chosen at the end: of the others only the place of their line is
+   held, and that step's line is read again.
 3. The output is PNG figures and one `index.html` that needs nothing else. A figure without data is left out, and the
    page says why. "First" and "last" are means over the first and last tenth of the steps that have the value.
 4. Time is the sum of the steps' own times, without validation: what lies between a kill and a resume does not count.
@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from darts.evidence.trace import FILE, ReportError, find_file
-from darts.report.run import Run, _mean, first_and_last, read_run
+from darts.evidence.trace import FATES, FILE, TraceError, find_file
+from darts.report.run import Run, first_and_last, mean_of, read_run
 
 if TYPE_CHECKING:
     from darts.evidence.figures import Drawn
@@ -36,20 +36,21 @@ def summary(run: Run) -> list[tuple[str, str]]:
 
     def change(key: str, form: str) -> str:
         first, last = first_and_last(run.series(key))
-        if len([value for value in run.series(key) if not math.isnan(value)]) == 1:
+        if np.isfinite(run.series(key)).sum() == 1:
             return f"{last:{form}}, once"
         return "" if math.isnan(first) else f"{first:{form}} -> {last:{form}}"
 
-    def share(part: float, whole: float) -> str:
+    def per_cent(part: float, whole: float) -> str:
         return f"{part / whole:.1%}" if whole else ""
 
     rolled, (reward, _) = [step.rollout for step in run.rolled], run.reward()
-    prompts = sum(sum(some.budgets.values()) for some in rolled)
-    launched, aborted = (sum(int(some.fates[which].sum()) for some in rolled) for which in (slice(None), [4]))
+    prompts = sum(sum(digest.budgets.values()) for digest in rolled)
+    fates = sum((digest.fates for digest in rolled), np.zeros(len(FATES), dtype=int))
+    launched, aborted = int(fates.sum()), int(fates[FATES.index("a")])
     generated, kept = (int(np.nansum(run.series(f"tokens/{name}"))) for name in ("generated", "kept"))
     timed = [step.values for step in run.steps if {"timing_s/step", "timing_s/gen"} <= step.values.keys()]
     rollout_s, step_s = (sum(values[f"timing_s/{name}"] for values in timed) for name in ("gen", "step"))
-    saturated = _mean([x for x in run.series("darts/group/saturated_share") if math.isfinite(x)])
+    saturated = mean_of([share for share in run.series("darts/group/saturated_share") if math.isfinite(share)])
     span = f"{run.steps[0].number} to {run.steps[-1].number}"
     rows = [
         ("steps", f"{len(run.steps)} ({span}), {len(rolled)} of them with a DARTS rollout"),
@@ -57,15 +58,15 @@ def summary(run: Run) -> list[tuple[str, str]]:
         ("M' (candidates a prompt), mean", rolled and f"{launched / prompts:.2f}"),
         ("tokens generated", rolled and f"{generated:,}"),
         ("tokens kept", rolled and f"{kept:,}"),
-        ("tokens dropped", rolled and f"{generated - kept:,} ({share(generated - kept, generated)})"),
-        ("candidates aborted", rolled and f"{aborted:,} of {launched:,} ({share(aborted, launched)})"),
+        ("tokens dropped", rolled and f"{generated - kept:,} ({per_cent(generated - kept, generated)})"),
+        ("candidates aborted", rolled and f"{aborted:,} of {launched:,} ({per_cent(aborted, launched)})"),
         ("saturated groups", "" if math.isnan(saturated) else f"{saturated:.1%}"),
         ("mean length, pool", change("length/pool", ",.1f")),
         ("mean length, kept", change("length/kept", ",.1f")),
         (f"reward ({reward})", change(reward, ".3f")),
         *((key, change(key, ".3f")) for key in run.validations()[:3]),
         ("seconds a step", change("timing_s/step", ".1f")),
-        ("rollout's share of the step", share(rollout_s, step_s)),
+        ("rollout's share of the step", per_cent(rollout_s, step_s)),
         ("log-prob seconds under the rollout", change("darts/overlap/hidden_share", ".1%")),
     ]
     return [(label, value) for label, value in rows if value]
@@ -102,19 +103,20 @@ def page(run: Run, figures: Sequence["Drawn"]) -> str:
     return "\n".join(["<!DOCTYPE html>", '<html lang="en">', *head, "<body>", *body, "</body>", "</html>", ""])
 
 
-def write_report(run: Run, out: Path) -> Path:
+def write_report(run: Run, folder: Path) -> Path:
     """Draws all figures into a folder, also as one page; returns the page. Figures of a report before are replaced."""
-    from darts.report import figures as report_figures  # needs matplotlib
+    from darts.evidence.figures import draw_all  # needs matplotlib
+    from darts.report import figures as report_figures
     from darts.report import timeline as report_timeline
 
-    figures = report_figures.draw(run, report_figures.FIGURES | report_timeline.FIGURES)
-    out.mkdir(parents=True, exist_ok=True)
+    figures = draw_all(report_figures.FIGURES | report_timeline.FIGURES, run)
+    folder.mkdir(parents=True, exist_ok=True)
     for figure in figures:
-        path = out / f"{figure.name}.png"
+        path = folder / f"{figure.name}.png"
         path.unlink(missing_ok=True)
         if figure.png is not None:
             path.write_bytes(figure.png)
-    index = out / "index.html"
+    index = folder / "index.html"
     index.write_text(page(run, figures), encoding="utf-8")
     return index
 
@@ -124,12 +126,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m darts.report", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, metavar="RUN", help=f"folder of a run, or its {FILE}")
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"where to write (default: report/ beside {FILE})")
+    parser.add_argument("--step", type=int, metavar="N", help="whose timeline is drawn (default: a typical late one)")
     options = parser.parse_args(arguments)
     try:
         import matplotlib  # noqa: F401
 
         path = find_file(options.run)
-        run = read_run(path)
+        run = read_run(path, options.step)
         run.name = (path.parent if options.run.is_file() else options.run).resolve().name
         index = write_report(run, options.out or path.parent / "report")
     except ModuleNotFoundError as error:
@@ -137,7 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print("no report: matplotlib must be installed, but is missing; install verl-darts[report]", file=sys.stderr)
         return 2
-    except (ReportError, OSError) as error:
+    except (TraceError, OSError) as error:
         print(f"no report: {error}", file=sys.stderr)
         return 2
     for name, value in summary(run):

@@ -6,27 +6,18 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from darts.evidence.trace import INSIDE_STEP, ReportError
+from darts.evidence.trace import FATES, INSIDE_STEP, TracedStep, TraceError, read_steps
 
 Array = NDArray[np.float64]
-
-VERSION = 1
-
-FATES = "kfdtax"
-"""Kept, kept although truncated (filled), finished and dropped, truncated and dropped, aborted, lost."""
-
 REWARDS = ("critic/rewards/mean", "critic/score/mean", "darts/reward/kept_mean")
 """The reward of a run is the first of these that it has."""
-
 UTILITY = tuple(f"darts/allocation/{name}" for name in ("utility", "gain", "time_cost", "time_cost_measured"))
-
 OVERLAP = tuple(
     f"darts/overlap/{name}"
     for name in (
@@ -34,24 +25,19 @@ OVERLAP = tuple(
         "cache_peak_gib", "tokens_twice", "late_rows",
     )
 )  # fmt: skip
-
 LOGGED = (
     *(f"timing_s/{name}" for name in ("step", *INSIDE_STEP, "testing")), *REWARDS, *UTILITY, *OVERLAP,
     "darts/reward/pool_mean", "darts/group/saturated_share", "darts/history/std_correlation",
     "darts/latency/predicted_s", "darts/rollout/seconds",
 )  # fmt: skip
-
 VALIDATION = "val-core/"
-
 MAX_LENGTHS = 512  # held of a step; of more, as many evenly spaced ranks
-
 MAX_PROMPTS = 128  # held of a step for the scatter plots
-
 PROGRESS_S = 3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rollout:
+class RolloutDigest:
     """What is held of a rollout. Example: fates=[64, 0, 12, 1, 7, 0], lengths=[9, 11, ...], budgets={10: 4, 11: 4}."""
 
     fates: NDArray[np.int64]  # candidates by fate, in the order of FATES
@@ -61,12 +47,12 @@ class Rollout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class RunStep:
     """One training step. Example: number=3, values={"timing_s/step": 3.7, "length/p99": 88.0, ...}, rollout=None."""
 
     number: int
     values: dict[str, float]  # what was logged and what was computed from the rollout; finite
-    rollout: Rollout | None
+    rollout: RolloutDigest | None
     offset: int | None = None  # byte at which its line begins in the file; None: the line has no timeline
 
 
@@ -74,8 +60,8 @@ class Step:
 class Timeline:
     """One step, in seconds since its rollout began, as `darts.evidence.trace.timeline_columns` has it."""
 
-    step: Step
-    chosen_of: int  # steps, of which this has the median time
+    step: RunStep
+    chosen_of: int  # steps, of which this has the median time; 0 where it was asked for
     seconds: float  # of the rollout
     running: Array  # [points; from when on, candidates that had not ended]
     calls: Array  # [calls of the actor, maybe none; begin, end, tokens]
@@ -86,12 +72,12 @@ class Run:
     """The steps that count, in order, and what was odd about the file."""
 
     name: str
-    steps: list[Step] = field(default_factory=list)
+    steps: list[RunStep] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     timeline: Timeline | None = None
 
     @property
-    def rolled(self) -> list[Step]:
+    def rolled(self) -> list[RunStep]:
         """The steps that had a DARTS rollout."""
         return [step for step in self.steps if step.rollout]
 
@@ -122,140 +108,123 @@ def tenths(values: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
     return values[:size], values[-size:]
 
 
-def first_and_last(values: Array) -> tuple[float, float]:
-    """Means of the first and last tenth of the values that are known; NaN where none is."""
-    first, last = tenths(values[np.isfinite(values)])
-    return _mean(first), _mean(last)
-
-
-def _mean(values: Any) -> float:
+def mean_of(values: Any) -> float:
+    """The mean; NaN without values."""
     return float(np.mean(values)) if len(values) else math.nan
 
 
-def read_run(path: Path) -> Run:
+def first_and_last(values: Array) -> tuple[float, float]:
+    """Means of the first and last tenth of the values that are known; NaN where none is."""
+    first, last = tenths(values[np.isfinite(values)])
+    return mean_of(first), mean_of(last)
+
+
+def read_run(path: Path, shown_step: int | None = None) -> Run:
     """Reads a file of steps, with progress on stderr if it takes long.
 
+    Args:
+        path: of the file.
+        shown_step: the number of the step whose timeline is shown; None: the one that `_choose` chooses.
+
     Raises:
-        ReportError: an empty file, a version other than `VERSION`, a line that is not a step (but a cut last one), or
-            a timeline that is none.
+        TraceError: what `read_steps` refuses, a timeline that is none, or no timeline of the step that is to be shown.
     """
-    run, replaced, done, said = Run(name=path.name), 0, 0, time.monotonic()
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            done += len(line)
-            if time.monotonic() - said > PROGRESS_S:
-                said = time.monotonic()
-                print(f"{path.name}: {done / 1e6:.0f} of {path.stat().st_size / 1e6:.0f} MB read", file=sys.stderr)
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                if line.endswith(b"\n"):
-                    raise ReportError(f"{path}, line {number}: must be JSON, but {error}; remove the line") from None
-                run.notes.append(f"Line {number}, the last, was cut off (a killed run?) and is left out.")
-                break
-            try:
-                step = _step(record, done - len(line))
-            except ReportError as error:
-                raise ReportError(f"{path}, line {number}: {error}") from None
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                raise ReportError(f"{path}, line {number}: must be a step, but {error!r}; remove the line") from None
-            while run.steps and run.steps[-1].number >= step.number:
-                run.steps.pop()
-                replaced += 1
-            run.steps.append(step)
-    if not run.steps:
-        raise ReportError(f"{path}: must hold a whole step, but holds none; did the run end before its first?")
-    if replaced:
-        run.notes.append(f"Repeated or undone by a resume: {replaced} steps; only what replaced them counts.")
+    said, size = time.monotonic(), path.stat().st_size
+
+    def hold(traced: TracedStep) -> RunStep:
+        nonlocal said
+        if time.monotonic() - said > PROGRESS_S:
+            said = time.monotonic()
+            print(f"{path.name}: {traced.offset / 1e6:.0f} of {size / 1e6:.0f} MB read", file=sys.stderr)
+        return _digest(traced)
+
+    steps, notes = read_steps(path, hold)
+    run = Run(name=path.name, steps=steps, notes=[f"{note}." for note in notes])
     if missing := int(np.isnan(run.series("timing_s/step")).sum()):
         run.notes.append(f"Without timing_s/step: {missing} steps; on axes of time they take the median of the others.")
-    run.timeline = _timeline(path, run.steps)
+    chosen, chosen_of = _choose(steps, shown_step)
+    run.timeline = chosen and _read_timeline(path, chosen, chosen_of)
     return run
 
 
-def _step(record: dict[str, Any], offset: int) -> Step:
-    if record["version"] != VERSION:
-        raise ReportError(f"version={record['version']!r}: must be {VERSION}; use the verl-darts that wrote the file")
-    logged, block = record["metrics"], record.get("rollout")
-    rollout, values = reduce_rollout(block) if block and block["length"] else (None, {})
+def _digest(traced: TracedStep) -> RunStep:
+    """What is held of a step."""
+    logged = traced.metrics
+    rollout, values = reduce_rollout(traced) if traced.keys else (None, {})
     keys = [key for key in LOGGED if key in logged] + [sys.intern(key) for key in logged if key.startswith(VALIDATION)]
-    values |= {key: float(logged[key]) for key in keys if isinstance(logged[key], int | float)}
+    values |= {key: logged[key] for key in keys}
     finite = {key: value for key, value in values.items() if math.isfinite(value)}
-    place = offset if record.get("timeline") else None
-    return Step(number=int(record["step"]), values=finite, rollout=rollout, offset=place)
+    offset = traced.offset if traced.has_timeline else None
+    return RunStep(number=traced.number, values=finite, rollout=rollout, offset=offset)
 
 
-def _timeline(path: Path, steps: Sequence[Step]) -> Timeline | None:
-    """Of the last tenth of the steps with a timeline and a time, the one with the (lower) median time; read again."""
-    last = tenths([step for step in steps if step.offset is not None and "timing_s/step" in step.values])[1]
-    if not last:
-        return None
-    step = sorted(last, key=lambda some: some.values["timing_s/step"])[(len(last) - 1) // 2]
+def _choose(steps: Sequence[RunStep], number: int | None) -> tuple[RunStep | None, int]:
+    """The step whose timeline is shown, and of how many it has the (lower) median time: the last tenth of those that
+    have a timeline and a time."""
+    timed = [step for step in steps if step.offset is not None and "timing_s/step" in step.values]
+    if number is None:
+        last = sorted(tenths(timed)[1], key=lambda step: step.values["timing_s/step"])
+        return (last[(len(last) - 1) // 2], len(last)) if last else (None, 0)
+    chosen = next((step for step in timed if step.number == number), None)
+    if chosen is None:
+        known = f"{len(timed)} of them, {timed[0].number} to {timed[-1].number}" if timed else "none"
+        raise TraceError(f"--step {number}: must be a step with a timeline and a time, but the trace has {known}")
+    return chosen, 0
+
+
+def _read_timeline(path: Path, step: RunStep, chosen_of: int) -> Timeline:
+    """The timeline of a step, whose line is read again."""
     with path.open("rb") as file:
         file.seek(step.offset)
         line = file.readline()
     try:
-        told = json.loads(line)["timeline"]
-        running, calls = (np.array(told[name], dtype=float) for name in ("running", "calls"))
+        columns = json.loads(line)["timeline"]
+        running, calls = (np.array(columns[name], dtype=float) for name in ("running", "calls"))
         timeline = Timeline(
             step=step,
-            chosen_of=len(last),
-            seconds=float(told["seconds"]),
+            chosen_of=chosen_of,
+            seconds=float(columns["seconds"]),
             running=running.reshape(len(running), 2),
             calls=calls.reshape(len(calls), 3),
         )
         if not len(running) or not np.isfinite([timeline.seconds, *running.flat, *calls.flat]).all():
             raise ValueError("running is empty, or something is not a finite number")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ReportError(
+        raise TraceError(
             f"{path}, step {step.number}: timeline must have seconds, running and calls, but {error!r}; remove the line"
         ) from None
     return timeline
 
 
-def reduce_rollout(block: dict[str, Any]) -> tuple[Rollout, dict[str, float]]:
-    """What the page needs of the `rollout` of a line: what is held, and figures, NaN where they are not known.
-
-    Raises:
-        KeyError, TypeError, ValueError: the block is not of the form that the trainer writes.
-    """
-    prompts, letters = len(block["length"]), "".join(block["fate"])
-    if list(map(len, block["length"])) != list(map(len, block["fate"])) or len(block["budget"]) != prompts:
-        raise ValueError("length, fate and budget are not of the same prompts and candidates")
-    if not set(letters) <= set(FATES):
-        raise ValueError(f"fate={''.join(sorted(set(letters) - set(FATES)))!r} is not of {FATES!r}")
-    length, fate = np.fromiter(chain(*block["length"]), dtype=np.int64), np.array(list(letters))
-    kept, ended = np.isin(fate, list("kf")), ~np.isin(fate, list("ax"))
-    reward = np.array([list(chain(*block.get("reward") or [[None] * len(length)]))], dtype=float).reshape(len(length))
-    predicted, observed = (np.array(block.get(key) or [None] * prompts, dtype=float) for key in ("std", "observed_std"))
-    budget = np.array(block["budget"], dtype=int)
-    std = np.stack([predicted, observed, budget], axis=1)[np.isfinite(predicted)]
+def reduce_rollout(traced: TracedStep) -> tuple[RolloutDigest, dict[str, float]]:
+    """What the page needs of a step's rollout: what is held, and figures, NaN where they are not known."""
+    letters = "".join(traced.fates)
+    lengths, rewards, fates = np.concatenate(traced.lengths), np.concatenate(traced.rewards), np.array(list(letters))
+    kept, ended = np.isin(fates, list("kf")), ~np.isin(fates, list("ax"))
+    budgets = np.array([len(row) for row in traced.lengths])
+    std = np.stack([traced.std, traced.observed_std, budgets], axis=1)[np.isfinite(traced.std)]
     both = std[np.isfinite(std[:, 1]), :2]
-    median, p90, p99, longest = np.percentile(length, [50, 90, 99, 100]).tolist()
+    correlates = len(both) > 2 and np.ptp(both, axis=0).all()
+    ranks = {"median": 50, "p90": 90, "p99": 99, "longest": 100}
     values = {
-        "length/pool": _mean(length),
-        "length/median": median,
-        "length/p90": p90,
-        "length/p99": p99,
-        "length/longest": longest,
-        "length/kept": _mean(length[kept]),
-        "tokens/generated": float(length.sum()),
-        "tokens/kept": float(length[kept].sum()),
-        "darts/reward/kept_mean": _mean(reward[kept]),  # NaN if one was not scored, as in darts.metrics
-        "darts/reward/pool_mean": _mean(reward[ended]),
-        "std_correlation": (
-            float(np.corrcoef(both.T)[0, 1]) if len(both) > 2 and np.ptp(both, axis=0).all() else math.nan
-        ),
+        **{f"length/{name}": float(np.percentile(lengths, rank)) for name, rank in ranks.items()},
+        "length/pool": mean_of(lengths),
+        "length/kept": mean_of(lengths[kept]),
+        "tokens/generated": float(lengths.sum()),
+        "tokens/kept": float(lengths[kept].sum()),
+        "darts/reward/kept_mean": mean_of(rewards[kept]),  # NaN if one was not scored, as in darts.metrics
+        "darts/reward/pool_mean": mean_of(rewards[ended]),
+        "std_correlation": float(np.corrcoef(both.T)[0, 1]) if correlates else math.nan,
     }
-    rollout = Rollout(
+    digest = RolloutDigest(
         fates=np.array([letters.count(letter) for letter in FATES]),
-        lengths=_spread(np.sort(length), MAX_LENGTHS).astype(np.int32),
-        budgets=dict(zip(*map(np.ndarray.tolist, np.unique(budget, return_counts=True)), strict=True)),
+        lengths=_spread(np.sort(lengths), MAX_LENGTHS).astype(np.int32),
+        budgets=dict(zip(*map(np.ndarray.tolist, np.unique(budgets, return_counts=True)), strict=True)),
         std=_spread(std, MAX_PROMPTS).astype(np.float32),
     )
-    return rollout, values
+    return digest, values
 
 
-def _spread(values: NDArray[Any], most: int) -> NDArray[Any]:
+def _spread(rows: NDArray[Any], most: int) -> NDArray[Any]:
     """At most so many of the rows, evenly spaced."""
-    return values if len(values) <= most else values[((np.arange(most) + 0.5) * len(values) / most).astype(int)]
+    return rows if len(rows) <= most else rows[((np.arange(most) + 0.5) * len(rows) / most).astype(int)]

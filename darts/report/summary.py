@@ -1,9 +1,10 @@
 """A readable end of a run: `python -m darts.report.summary FOLDER`, as `scripts/quickstart.sh` leaves it.
 
 Contract: reads verl's file log (`metrics.jsonl`), the configuration (`hydra/.hydra/config.yaml`) and the last
-checkpoint as a Hugging Face model (`checkpoints/`), prints a summary, and exits 1 if the run did not do what DARTS is
-for: nothing was dropped, no prompt was saturated or no budgets differed though the settings say so, no reward differed
-within a group, or the weights did not move. A run of plain verl is summarised too; of it only the last is asked.
+checkpoint as a Hugging Face model (`checkpoints/`), prints a summary, and exits 1 if the run did not do what it is for:
+nothing was dropped, no prompt was saturated or no budgets differed though the rules of its strategy say so, no reward
+differed within a group, or the weights did not move. A run of plain verl is summarised too; of it only the last is
+asked.
 """
 
 import argparse
@@ -16,8 +17,9 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from darts.config import AllocationConfig, DartsConfig
+from darts.config import DartsConfig
 from darts.evidence.checkpoint import TRACKER
+from darts.strategy import strategy_class
 from darts.testbed import register_resolver
 
 
@@ -87,25 +89,29 @@ def is_darts(steps: list[dict[str, float]]) -> bool:
     return any("darts/candidates/launched" in step for step in steps)
 
 
-def allocation_of(folder: Path) -> AllocationConfig:
-    """How the run's settings give candidates to prompts."""
+def rules_of(folder: Path) -> DartsConfig:
+    """The rules by which the run's strategy gives candidates to prompts."""
     config = OmegaConf.load(folder / "hydra" / ".hydra" / "config.yaml")
     block: Any = OmegaConf.to_container(config.darts)
-    return DartsConfig.from_block(block, config.actor_rollout_ref.rollout.n).allocation
+    darts = DartsConfig.from_block(block, config.actor_rollout_ref.rollout.n)
+    return strategy_class(darts.strategy).rules_of(darts)
 
 
-def failures(steps: list[dict[str, float]], moved: float, allocation: AllocationConfig | None) -> list[str]:
-    """What the run did not do, one line each; empty if all is well. Plain verl has no allocation."""
+def failures(steps: list[dict[str, float]], moved: float, rules: DartsConfig | None) -> list[str]:
+    """What the run did not do, one line each; empty if all is well. Plain verl has no rules."""
     checks = {"the weights did not move": moved > 0}
-    if is_darts(steps) and allocation is not None:
+    if is_darts(steps) and rules is not None:
+        allocation = rules.allocation
         low, mean, high = allocation.low, allocation.mean_candidates, allocation.high
+        is_redundant = allocation.mode != "off" and allocation.fallback_mean > rules.group_size
         saturates = allocation.mode == "uniform" and mean > high - 1
         warm = steps[allocation.warmup_steps :]
         known = [step for step in warm if step.get("darts/history/known_share", 0) > 0.5]
         adapts = allocation.mode == "adaptive" and mean is not None and low + 1 <= mean <= high - 1 and known
         spreads = [step["darts/allocation/budget_max"] - step["darts/allocation/budget_min"] for step in known]
         checks |= {
-            "no candidate was dropped": sum(step.get("darts/candidates/dropped", 0) for step in steps) > 0,
+            "no candidate was dropped": not is_redundant
+            or sum(step.get("darts/candidates/dropped", 0) for step in steps) > 0,
             "no prompt was saturated": not saturates
             or any(step.get("darts/group/saturated_share", 0) > 0 for step in steps),
             "no budgets differed by more than one": not adapts or max(spreads) > 1,
@@ -171,13 +177,13 @@ def main(arguments: list[str] | None = None) -> int:
     folder = parser.parse_args(arguments).folder
     try:
         steps, moved = read_steps(folder / "metrics.jsonl"), weight_change(*models(folder))
-        allocation = allocation_of(folder) if is_darts(steps) else None
+        rules = rules_of(folder) if is_darts(steps) else None
     except (OSError, ValueError) as error:
         print(f"no summary: {error}", file=sys.stderr)
         return 1
     print("Summary of the run")
     print(summarise(steps, read_validation(folder / "metrics.jsonl"), moved))
-    problems = failures(steps, moved, allocation)
+    problems = failures(steps, moved, rules)
     for problem in problems:
         print(f"FAILED: {problem}", file=sys.stderr)
     return 1 if problems else 0

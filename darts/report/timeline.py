@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from darts.evidence.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PHASES, RED, Missing, dress
 from darts.evidence.trace import INSIDE_STEP
 from darts.report.figures import Figures, how_drawn, plot_line, plot_stack
-from darts.report.run import Run, Step, Timeline, first_and_last
+from darts.report.run import Run, RunStep, Timeline, first_and_last
 
 HIDDEN, EXPOSED, CANDIDATES, SHADE = BLUE, RED, "#B9B4DA", "#F3F2F9"
 LOG_PROBS = ("old_log_prob", "ref")
@@ -27,7 +27,7 @@ SHORTEST_CALL_S = 1e-3  # times of calls are told to the millisecond
 # --- one step --------------------------------------------------------------------------------------------------------
 
 
-def phases_after(step: Step, rollout_s: float) -> list[tuple[str, float, float]]:
+def phases_after(step: RunStep, rollout_s: float) -> list[tuple[str, float, float]]:
     """What a step did after its rollout: name, begin and length in seconds since the rollout began, end to end.
 
     Example: `[("rest of gen", 12.5, 0.3), ("reward", 12.8, 0.0), ("old_log_prob", 12.8, 2.1), ...]`; last comes what
@@ -95,10 +95,10 @@ def _timeline(run: Run) -> tuple[Figure, str]:
 
 
 def _caption(timeline: Timeline) -> str:
-    of = timeline.chosen_of
-    chosen = f"the median time of the last {of} steps with a timeline" if of > 1 else "the last with a timeline"
+    several = f"has the median time of the last {timeline.chosen_of} steps with a timeline"
+    chosen = {0: "was asked for", 1: "is the last with a timeline"}.get(timeline.chosen_of, several)
     parts = [
-        f"Step {timeline.step.number} has {chosen}." if of > 1 else f"Step {timeline.step.number} is {chosen}.",
+        f"Step {timeline.step.number} {chosen}.",
         "Above: candidates that have not ended, those included that wait for a place in an engine; a flat part on "
         "the right is a tail.",
     ]

@@ -34,6 +34,7 @@ from verl.workers.rollout.llm_server import LLMServerClient
 
 from darts.checks.run import darts_config
 from darts.config import DartsConfig
+from darts.evidence.log import logger
 from darts.history import prompt_key
 from darts.latency import StepTimes
 from darts.messages import BUDGET, PROMPT
@@ -199,7 +200,7 @@ class DartsAgentLoopManager(AgentLoopManager):
         self._learn(plan, pool, step_times, uids, watch)
         self._last.metrics["darts/rollout/own_s"] = planned - watch.start + time.monotonic() - watch.end
         if pool.lost.any():
-            print(f"[darts] rollout: {pool.lost.sum()} candidates were ended by their servers unasked", flush=True)
+            logger.warning(f"rollout: {pool.lost.sum()} candidates were ended by their servers unasked")
         return output
 
     def _launch(self, groups: DataProto, plan: Plan) -> list["_Job"]:
@@ -258,7 +259,7 @@ class DartsAgentLoopManager(AgentLoopManager):
         except TypeError as cause:
             if not self._warned_of_keys:
                 self._warned_of_keys = True
-                print(f"[darts] prompts are told apart by their text alone: {cause}", flush=True)
+                logger.warning(f"prompts are told apart by their text alone: {cause}")
             return prompt_key(json.dumps(prompt, sort_keys=True, default=lambda part: type(part).__name__))
 
     async def _gather(
@@ -334,12 +335,12 @@ class DartsAgentLoopManager(AgentLoopManager):
             abandoning.cancel()
 
     async def _report(self, jobs: list["_Job"], running: list["_Job"], expired: bool) -> None:
-        """Prints how far the rollout is; raises if its time is over."""
+        """Says how far the rollout is; raises if its time is over."""
         answers = await asyncio.gather(*[job.progress() for job in running])
         launched = sum(job.candidates for job in jobs)
         finished = launched - sum(job.candidates for job in running) + sum(answer[0] for answer in answers)
         waiting = [uid for answer in answers for uid in answer[1]]
-        print(f"[darts] rollout: {finished}/{launched} candidates finished, {len(waiting)} prompts wait", flush=True)
+        logger.info(f"rollout: {finished}/{launched} candidates finished, {len(waiting)} prompts wait")
         if expired:
             raise TimeoutError(
                 f"darts.timeout_s={self.rules.timeout_s:g}: the rollout did not end in this time. {len(waiting)} "

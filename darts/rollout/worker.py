@@ -21,6 +21,7 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, AgentLoopWo
 from verl.protocol import DataProto
 
 from darts.config import DartsConfig
+from darts.evidence.log import logger
 from darts.latency import StepTimes
 from darts.messages import BUDGET, CANDIDATE, PROMPT, Progress
 from darts.overlap.images import make_extras
@@ -249,9 +250,8 @@ class DartsAgentLoopWorker(AgentLoopWorker):
                 raise
         except Exception as cause:
             if candidate.over and not isinstance(cause, AbortTimeout):
-                print(
-                    f"[darts] the agent loop of an aborted candidate (prompt uid={group.uid}) failed: {reason(cause)}",
-                    flush=True,
+                logger.warning(
+                    f"the agent loop of an aborted candidate (prompt uid={group.uid}) failed: {reason(cause)}"
                 )
                 candidate.left()
                 return DROPPED

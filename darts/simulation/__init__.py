@@ -15,7 +15,7 @@ Contract: pure Python and NumPy; figures need matplotlib. Decisions are those of
 | `comparison`, `figures` | strategies side by side: tables, JSON, PNG |
 | `shaping` | a MODEL of how a strategy moves the lengths of later steps; off by default |
 | `search` | which strategy and settings to take (`plan`) |
-| `bench_records`, `validation` | simulated against measured (`validate`) |
+| `validation` | simulated against measured (`validate`) |
 | `documents` | what `--json` writes |
 | `command` | `python -m darts.simulation` |
 

@@ -9,18 +9,19 @@ no log-probs. One has plain verl's batches, the other chooses which prompts come
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 
 from darts.evidence import statistics
 from darts.evidence.statistics import Estimate
-from darts.evidence.tables import table
+from darts.evidence.tables import number, table
 from darts.simulation.bound import Throughput
 from darts.simulation.costs import StepTime
 from darts.simulation.draws import Dataset
-from darts.simulation.replay import Arm, Reshape, Setting, Step, replay, width
+from darts.simulation.replay import Arm, Reshape, Setting, SimulatedStep, replay, width
 from darts.simulation.trace import LengthTrace
 from darts.strategy import strategy_class
 
@@ -42,8 +43,12 @@ CAVEAT = (
 )
 
 
+MEANS = ("generated", "kept", "saturated", "reward_kept", "reward_pool", "longest_kept")
+"""What a summary has the mean of, over the steps."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Summary:
+class ReplaySummary:
     """One strategy on one cluster; means over steps."""
 
     name: str
@@ -55,31 +60,25 @@ class Summary:
     bound_s: float  # rollout of an oracle on the same prompts
     generated: float  # tokens
     kept: float
-    bubble: float
     gap_closed: float  # NaN where there is no gap
     per_prompt: float  # candidates launched
-    saturated: float  # share of the prompts with M_up of them
-    left: int
-    reward_kept: float
-    reward_pool: float
     longest_kept: float
+    left: int = 0
+    bubble: float = math.nan  # what follows is not known of an oracle
+    saturated: float = math.nan  # share of the prompts with M_up candidates
+    reward_kept: float = math.nan
+    reward_pool: float = math.nan
     model: bool = False  # lengths were moved by a model of shaping
+
+    @property
+    def rollout_s(self) -> float:
+        """Seconds of the rollout."""
+        return self.phases["rollout"]
 
     @property
     def thrown_away(self) -> float:
         """Share of the generated tokens."""
         return 1 - self.kept / self.generated
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON; NaN becomes null."""
-        state = asdict(self) | {"rollout_s": self.phases["rollout"], "thrown_away": self.thrown_away}
-        return {key: None if isinstance(value, float) and np.isnan(value) else value for key, value in state.items()}
-
-    @classmethod
-    def from_dict(cls, state: Mapping[str, Any]) -> "Summary":
-        """What `to_dict` gave."""
-        values = {field.name: math.nan if state[field.name] is None else state[field.name] for field in fields(cls)}
-        return cls(**values | {"speed_up": Estimate(**state["speed_up"])})
 
 
 def compare(
@@ -91,14 +90,11 @@ def compare(
     seeds: int = 1,
     reshape: Mapping[str, Reshape] | None = None,
     say: Callable[[str], None] = lambda line: None,
-) -> list[Summary]:
-    """Replays arms on one cluster.
+) -> list[ReplaySummary]:
+    """Replays `none` and the arms on one cluster.
 
     Args:
-        trace: lengths.
-        arms: with or without `none`, which is replayed in any case.
-        setting: what they have in common.
-        steps: of each.
+        steps: of each arm and seed.
         seeds: replays with other draws.
         reshape: models of shaping by arm.
         say: hears how far it is.
@@ -111,20 +107,20 @@ def compare(
     """
     arms = [Arm(name=PLAIN, block={"strategy": PLAIN}), *(arm for arm in arms if arm.name != PLAIN)]
     most = max(width(arm, setting) for arm in arms)
-    done: dict[str, list[Step]] = {arm.name: [] for arm in arms}
+    done: dict[str, list[SimulatedStep]] = {arm.name: [] for arm in arms}
     for seed in range(seeds):
         dataset = Dataset(trace, most, seed)
         for arm in arms:
-            for number, step in enumerate(replay(arm, setting, dataset, steps, (reshape or {}).get(arm.name)), 1):
+            for count, step in enumerate(replay(arm, setting, dataset, steps, (reshape or {}).get(arm.name)), 1):
                 done[arm.name].append(step)
-                say(f"{setting.cluster.gpus} GPUs, {arm.name}: seed {seed + 1}/{seeds}, step {number}/{steps}")
+                say(f"{setting.cluster.gpus} GPUs, {arm.name}: seed {seed + 1}/{seeds}, step {count}/{steps}")
     plain = done[PLAIN]
     oracles = [[step.bound for step in plain], _own_batches(plain, setting, steps)]
     rows = [_summary(arm, done[arm.name], plain, setting, oracles, arm.name in (reshape or {})) for arm in arms]
     return [*rows, *(_oracle(*pair, plain, setting) for pair in zip((ORACLE, FREE_ORACLE), oracles, strict=True))]
 
 
-def _own_batches(plain: Sequence[Step], setting: Setting, steps: int) -> list[StepTime]:
+def _own_batches(plain: Sequence[SimulatedStep], setting: Setting, steps: int) -> list[StepTime]:
     """The oracle that chooses its batches among the prompts of a replay; every step has the mean time."""
     cluster, size = setting.cluster, setting.group_size
     throughput = Throughput(setting.curve, cluster.engines, cluster.max_num_seqs)
@@ -132,113 +128,123 @@ def _own_batches(plain: Sequence[Step], setting: Setting, steps: int) -> list[St
     for first in range(0, len(plain), steps):
         kept = np.concatenate([step.oracle for step in plain[first : first + steps]])
         decode_s = throughput.least_seconds_of(kept.max(axis=1), int(kept.sum()), setting.num_prompts, size) / steps
-        tokens = round(kept.sum() / steps)
-        launched = setting.num_prompts * size
-        time = setting.costs.time(
-            decode_s=decode_s, launched=launched, tokens=tokens, cluster=cluster, bypass=True, overlap=False
+        step_time = setting.costs.time(
+            decode_s=decode_s,
+            launched=setting.num_prompts * size,
+            tokens=round(kept.sum() / steps),
+            cluster=cluster,
+            bypass=True,
+            overlap=False,
         )
-        times += [time] * steps
+        times += [step_time] * steps
     return times
 
 
 def _summary(
     arm: Arm,
-    steps: Sequence[Step],
-    plain: Sequence[Step],
+    steps: Sequence[SimulatedStep],
+    plain: Sequence[SimulatedStep],
     setting: Setting,
     oracles: Sequence[Sequence[StepTime]],
     model: bool,
-) -> Summary:
-    times = [step.time for step in steps]
+) -> ReplaySummary:
     strategy = strategy_class(arm.config(setting.group_size, setting.cluster.placement).strategy)
-    own, base, oracle = (
-        float(np.mean([time.rollout for time in some]))
-        for some in (times, [step.time for step in plain], oracles[strategy.chooses_prompts])
-    )
-    return Summary(
-        name=arm.name,
-        gpus=setting.cluster.gpus,
-        steps=len(steps),
-        step_s=float(np.mean([time.step for time in times])),
-        speed_up=_speed_up(plain, times),
-        phases=_phases(times),
-        bound_s=float(np.mean([step.bound.rollout for step in steps])),
-        generated=float(np.mean([step.generated for step in steps])),
-        kept=float(np.mean([step.kept for step in steps])),
+    rollout_s, plain_s = (_mean(some, "time.rollout") for some in (steps, plain))
+    oracle_s = _mean(oracles[strategy.chooses_prompts], "rollout")
+    return ReplaySummary(
+        **_timing(arm.name, [step.time for step in steps], plain, setting),
+        bound_s=_mean(steps, "bound.rollout"),
         bubble=1 - sum(step.slot_s for step in steps) / sum(step.slot_capacity_s for step in steps),
-        gap_closed=(base - own) / (base - oracle) if base > oracle else float("nan"),
+        gap_closed=(plain_s - rollout_s) / (plain_s - oracle_s) if plain_s > oracle_s else math.nan,
         per_prompt=sum(step.launched for step in steps) / sum(step.prompts for step in steps),
-        saturated=float(np.mean([step.saturated for step in steps])),
         left=steps[-1].queue,
-        reward_kept=float(np.mean([step.reward_kept for step in steps])),
-        reward_pool=float(np.mean([step.reward_pool for step in steps])),
-        longest_kept=float(np.mean([step.longest_kept for step in steps])),
         model=model,
+        **{name: _mean(steps, name) for name in MEANS},
     )
 
 
-def _oracle(name: str, times: Sequence[StepTime], plain: Sequence[Step], setting: Setting) -> Summary:
-    kept, unknown = float(np.mean([step.oracle.sum() for step in plain])), float("nan")
-    phases = _phases(times)
-    return Summary(
-        name=name,
-        gpus=setting.cluster.gpus,
-        steps=len(plain),
-        step_s=float(np.mean([time.step for time in times])),
-        speed_up=_speed_up(plain, times),
-        phases=phases,
-        bound_s=phases["rollout"],
+def _oracle(name: str, times: Sequence[StepTime], plain: Sequence[SimulatedStep], setting: Setting) -> ReplaySummary:
+    kept = float(np.mean([step.oracle.sum() for step in plain]))
+    return ReplaySummary(
+        **_timing(name, times, plain, setting),
+        bound_s=_mean(times, "rollout"),
         generated=kept,
         kept=kept,
-        bubble=unknown,
         gap_closed=1.0,
         per_prompt=float(setting.group_size),
-        saturated=unknown,
-        left=0,
-        reward_kept=unknown,
-        reward_pool=unknown,
         longest_kept=float(np.mean([step.oracle.max() for step in plain])),
     )
 
 
-def _speed_up(plain: Sequence[Step], times: Sequence[StepTime]) -> Estimate:
-    above, below = (np.array([time.step for time in some]) for some in ([step.time for step in plain], times))
-    return statistics.ratio(above, below, np.random.default_rng(0))
+def _timing(name: str, times: Sequence[StepTime], plain: Sequence[SimulatedStep], setting: Setting) -> dict[str, Any]:
+    """What the rows of a strategy and of an oracle have in common."""
+    seconds, plain_seconds = (np.array([time.step for time in some]) for some in (times, [step.time for step in plain]))
+    return {
+        "name": name,
+        "gpus": setting.cluster.gpus,
+        "steps": len(times),
+        "step_s": _mean(times, "step"),
+        "speed_up": statistics.ratio(plain_seconds, seconds, np.random.default_rng(0)),
+        "phases": {phase.name: _mean(times, phase.name) for phase in fields(StepTime)},
+    }
 
 
-def _phases(times: Sequence[StepTime]) -> dict[str, float]:
-    names = ("rollout", "log_prob", "update", "sync", "other")
-    return {name: float(np.mean([getattr(time, name) for time in times])) for name in names}
+def _mean(records: Sequence[object], path: str) -> float:
+    return float(np.mean([*map(attrgetter(path), records)]))
 
 
-def markdown(summaries: Sequence[Summary]) -> str:
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def _marked(row: ReplaySummary) -> str:
+    return f"{row.name} (MODEL)" if row.model else row.name
+
+
+def _speed_up(row: ReplaySummary) -> str:
+    return "1" if row.name == PLAIN else format(row.speed_up, ".2f")
+
+
+def _gap(row: ReplaySummary) -> str:
+    return number(row.gap_closed, ".0%")
+
+
+COLUMNS: Mapping[str, Callable[[ReplaySummary], object]] = {
+    "GPUs": lambda row: row.gpus,
+    "strategy": _marked,
+    "s a step": lambda row: f"{row.step_s:.1f}",
+    "speed-up": _speed_up,
+    "rollout s": lambda row: f"{row.rollout_s:.1f}",
+    "bound s": lambda row: f"{row.bound_s:.1f}",
+    "gap closed": _gap,
+    "tokens generated": lambda row: f"{row.generated:,.0f}",
+    "kept": lambda row: f"{row.kept:,.0f}",
+    "thrown away": lambda row: f"{row.thrown_away:.0%}",
+    "bubble": lambda row: number(row.bubble, ".0%"),
+    "M' mean": lambda row: f"{row.per_prompt:.1f}",
+    "saturated": lambda row: number(row.saturated, ".0%"),
+    "left": lambda row: row.left,
+}
+
+
+def markdown(summaries: Sequence[ReplaySummary]) -> str:
     """One table, a row for each strategy and cluster."""
-    rows = []
+    return table([*COLUMNS], [[cell(row) for cell in COLUMNS.values()] for row in summaries])
+
+
+def speed_ups(summaries: Sequence[ReplaySummary]) -> str:
+    """The speed-ups alone, a row for each strategy, a column for each cluster."""
+    return _by_gpus(summaries, _speed_up)
+
+
+def gaps(summaries: Sequence[ReplaySummary]) -> str:
+    """The shares of the gap that are closed, a row for each strategy, a column for each cluster."""
+    return _by_gpus(summaries, _gap)
+
+
+def _by_gpus(summaries: Sequence[ReplaySummary], cell: Callable[[ReplaySummary], str]) -> str:
+    clusters = sorted({row.gpus for row in summaries})
+    rows: dict[str, dict[int, str]] = {}
     for row in summaries:
-
-        def known(value: float, form: str) -> str:
-            return "-" if np.isnan(value) else format(value, form)
-
-        rows.append(
-            [
-                row.gpus,
-                f"{row.name} (MODEL)" if row.model else row.name,
-                f"{row.step_s:.1f}",
-                "1" if row.name == PLAIN else format(row.speed_up, ".2f"),
-                f"{row.phases['rollout']:.1f}",
-                f"{row.bound_s:.1f}",
-                known(row.gap_closed, ".0%"),
-                f"{row.generated:,.0f}",
-                f"{row.kept:,.0f}",
-                f"{row.thrown_away:.0%}",
-                known(row.bubble, ".0%"),
-                f"{row.per_prompt:.1f}",
-                known(row.saturated, ".0%"),
-                row.left,
-            ]
-        )
-    columns = [
-        "GPUs", "strategy", "s a step", "speed-up", "rollout s", "bound s", "gap closed", "tokens generated", "kept",
-        "thrown away", "bubble", "M' mean", "saturated", "left",
-    ]  # fmt: skip
-    return table(columns, rows)
+        rows.setdefault(_marked(row), {})[row.gpus] = cell(row)
+    columns = ["strategy", *(f"{gpus:,} GPUs" for gpus in clusters)]
+    return table(columns, [[name, *(cells[gpus] for gpus in clusters)] for name, cells in rows.items()])

@@ -26,10 +26,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from darts.evidence.trace import TracedStep
 from darts.latency import LatencyCurve, makespan
 from darts.simulation import SimulationError
 from darts.simulation.cluster import Cluster
-from darts.simulation.run_trace import RunStep
 
 MOST_STEPS = 300
 """Of a run, for a fit: the last ones."""
@@ -72,13 +72,9 @@ class StepCosts:
     def time(
         self, *, decode_s: float, launched: int, tokens: int, cluster: Cluster, bypass: bool, overlap: bool
     ) -> StepTime:
-        """Seconds of one step.
+        """One step that launched so many candidates, decoded for `decode_s`, and trains on responses of so many tokens.
 
         Args:
-            decode_s: of its rollout.
-            launched: candidates.
-            tokens: of the responses that are trained on.
-            cluster: where.
             bypass: the servers' log-probs are taken.
             overlap: log-probs are computed while generation runs.
         """
@@ -95,7 +91,7 @@ class StepCosts:
 
 
 def fit(
-    runs: Mapping[Path, Sequence[RunStep]],
+    runs: Mapping[Path, Sequence[TracedStep]],
     curve: LatencyCurve,
     cluster: Cluster,
     candidate_share: float = CANDIDATE_SHARE,
@@ -104,9 +100,7 @@ def fit(
 
     Args:
         runs: their steps, by the path of the JSONL.
-        curve: PTL of their engines.
-        cluster: that they ran on.
-        candidate_share: as `CANDIDATE_SHARE`.
+        candidate_share: of what a rollout takes besides decoding, what grows with the number of candidates.
 
     Raises:
         SimulationError: a run without a step with a rollout and times, or with one that is not of a plain run.
@@ -140,7 +134,7 @@ def fit(
     )
 
 
-def _timed(path: Path, steps: Sequence[RunStep]) -> list[RunStep]:
+def _timed(path: Path, steps: Sequence[TracedStep]) -> list[TracedStep]:
     """The steps of a plain run that count."""
     timed = [step for step in steps if step.keys and {"timing_s/gen", "timing_s/step"} <= step.metrics.keys()]
     if not timed:

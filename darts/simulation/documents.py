@@ -4,65 +4,93 @@ Contract: a document holds all that its tables come from: the command, machine w
 command said of its inputs (`about`), and the rows. NaN is null.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from darts.evidence import documents
+from darts.evidence.documents import DocumentError
 from darts.evidence.machine import machine
-from darts.simulation import SimulationError
-from darts.simulation.comparison import Summary
-from darts.simulation.validation import Compared
+from darts.evidence.statistics import Estimate
+from darts.simulation import comparison, validation
+from darts.simulation.comparison import ReplaySummary
+from darts.simulation.validation import ComparedSeconds
 
-FORMAT = "darts.simulation"
-VERSION = 1
-ROWS: dict[str, type[Summary] | type[Compared]] = {"replay": Summary, "plan": Summary, "validate": Compared}
+FORMAT, VERSION = "darts.simulation", 1
+ROWS: Mapping[str, type[ReplaySummary] | type[ComparedSeconds]] = {
+    "replay": ReplaySummary,
+    "plan": ReplaySummary,
+    "validate": ComparedSeconds,
+}
 """What the rows of each command are."""
+TABLES: Mapping[str, Mapping[str, Callable[[Sequence[Any]], str]]] = {
+    "replay": {"rows": comparison.markdown, "speed-ups": comparison.speed_ups, "gaps": comparison.gaps},
+    "plan": {"rows": comparison.markdown},
+    "validate": {"rows": validation.markdown, "verdict": validation.verdict},
+}
+"""What can be told of the rows of each command."""
 
 
 def document(
-    kind: str, arguments: Sequence[str], about: Sequence[str], rows: Sequence[Summary | Compared], **more: Any
+    kind: str,
+    arguments: Sequence[str],
+    about: Sequence[str],
+    rows: Sequence[ReplaySummary | ComparedSeconds],
+    **more: Any,
 ) -> dict[str, Any]:
-    """For JSON.
-
-    Args:
-        kind: the command, of `ROWS`.
-        arguments: that it was given.
-        about: what has to be known to read the rows.
-        rows: the figures.
-        more: what this command alone has.
-    """
+    """What a command leaves behind; `kind` is its name, `about` what has to be known to read the rows."""
     return {
         "format": FORMAT,
         "version": VERSION,
         "kind": kind,
-        "settings": {"command": ["python", "-m", "darts.simulation", *arguments]},
+        "settings": {"command": ["python", "-m", FORMAT, *arguments]},
         "machine": machine(),
         "about": list(about),
         **more,
-        "rows": [row.to_dict() for row in rows],
+        "rows": [row_to_dict(row) for row in rows],
     }
 
 
-def save(path: Path, opened: Mapping[str, Any]) -> None:
-    """Writes a document."""
-    path.write_text(json.dumps(opened, indent=1, allow_nan=False) + "\n")
+def row_to_dict(row: ReplaySummary | ComparedSeconds) -> dict[str, Any]:
+    """A row for JSON: its fields, and what is computed from them."""
+    computed = [name for name, member in vars(type(row)).items() if isinstance(member, property)]
+    values = asdict(row) | {name: getattr(row, name) for name in computed}
+    return {name: documents.finite(value) for name, value in values.items()}
 
 
 def load(path: Path) -> tuple[dict[str, Any], list[Any]]:
-    """A document, and its rows: `Summary`, or `Compared` of `validate`.
+    """A document, and its rows: `ReplaySummary`, or `ComparedSeconds` of `validate`.
 
     Raises:
-        SimulationError: the file cannot be read, or is something else.
+        DocumentError: the file cannot be read, or is something else.
     """
+    opened = documents.load(path, FORMAT, VERSION)
+    if (kind := ROWS.get(opened.get("kind", ""))) is None:
+        raise DocumentError(f"{path}: is no document of one of {', '.join(ROWS)}.")
+    rows = []
     try:
-        opened = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise SimulationError(f"{path}: cannot be read: {error}; give what --json of darts.simulation wrote.") from None
-    told = (opened.get("format"), opened.get("version")) if isinstance(opened, dict) else None
-    if told != (FORMAT, VERSION) or opened.get("kind") not in ROWS:
-        raise SimulationError(f"{path}: is no document of python -m darts.simulation ({FORMAT}, version {VERSION}).")
-    try:
-        return opened, [ROWS[opened["kind"]].from_dict(row) for row in opened["rows"]]
+        for row in opened["rows"]:
+            values = {field.name: math.nan if row[field.name] is None else row[field.name] for field in fields(kind)}
+            if kind is ReplaySummary:
+                values["speed_up"] = Estimate(**values["speed_up"])
+            rows.append(kind(**values))
     except (KeyError, TypeError, ValueError) as error:
-        raise SimulationError(f"{path}: has rows that are not those of a {opened['kind']}: {error!r}.") from None
+        raise DocumentError(f"{path}: has rows that are not those of a {opened['kind']}: {error!r}.") from None
+    return opened, rows
+
+
+def tell(path: Path, name: str = "rows", gpus: Sequence[int] = ()) -> str:
+    """One of the `TABLES` of a document, in Markdown; of a replay these clusters alone, if any are named.
+
+    Raises:
+        DocumentError: as `load`; or there is no such table, or none of these clusters.
+    """
+    opened, rows = load(path)
+    tables = TABLES[opened["kind"]]
+    shown = [row for row in rows if not gpus or getattr(row, "gpus", None) in gpus]
+    if name not in tables or not shown:
+        known = f"the tables of a {opened['kind']} are {', '.join(tables)}"
+        raise DocumentError(f"{path}: there is no {name!r} of {', '.join(map(str, gpus)) or 'any'} GPUs; {known}.")
+    return tables[name](shown)

@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from darts.evidence.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, STYLE
-from darts.simulation.comparison import FREE_ORACLE, ORACLE, PLAIN, Summary
+from darts.evidence.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, STYLE, dress
+from darts.simulation.comparison import FREE_ORACLE, ORACLE, PLAIN, ReplaySummary
 
 COLORS = (BLUE, ORANGE, GREEN, RED, PINK, SKY)
 PHASES = {"rollout": "#332288", "log_prob": "#88CCEE", "update": "#44AA99", "sync": "#117733", "other": "#DDDDDD"}
@@ -19,15 +19,14 @@ DODGE = 0.03
 
 def short(name: str) -> str:
     """A strategy's name for a legend: of its settings the last part alone, two in a line."""
-    strategy, _, given = name.partition(":")
-    parts = [
-        part.partition("=")[0].rpartition(".")[2] + "=" + part.partition("=")[2] for part in given.split(",") if part
-    ]
+    strategy, _, settings = name.partition(":")
+    pairs = [setting.partition("=") for setting in settings.split(",") if setting]
+    parts = [f"{key.rpartition('.')[2]}={value}" for key, _, value in pairs]
     lines = [", ".join(parts[first : first + 2]) for first in range(0, len(parts), 2)]
     return "\n".join([strategy.rpartition(".")[2], *lines])
 
 
-def draw(summaries: Sequence[Summary], title: str, to: Path) -> None:
+def draw(summaries: Sequence[ReplaySummary], title: str, to: Path) -> None:
     """Writes the PNG; a note in the title says where a model of shaping was used."""
     names = list(dict.fromkeys(row.name for row in summaries))
     if any(row.model for row in summaries):
@@ -42,7 +41,7 @@ def draw(summaries: Sequence[Summary], title: str, to: Path) -> None:
         figure.savefig(to, format="png", metadata={"Software": None})
 
 
-def _speed_ups(axes: Axes, summaries: Sequence[Summary], names: Sequence[str]) -> None:
+def _speed_ups(axes: Axes, summaries: Sequence[ReplaySummary], names: Sequence[str]) -> None:
     gpus = sorted({row.gpus for row in summaries})
     others = [name for name in names if name not in (PLAIN, ORACLE, FREE_ORACLE)]
     for place, name in enumerate(others):
@@ -55,14 +54,8 @@ def _speed_ups(axes: Axes, summaries: Sequence[Summary], names: Sequence[str]) -
         axes.errorbar(x, y, ends, fmt=form, color=color, markersize=4, capsize=2, label=short(name), linewidth=1.6)
     for name, form in ((ORACLE, "^:"), (FREE_ORACLE, "v:")):
         best = sorted((row for row in summaries if row.name == name), key=lambda row: row.gpus)
-        axes.plot(
-            [row.gpus for row in best],
-            [row.speed_up.value for row in best],
-            form,
-            color=BLACK,
-            markersize=5,
-            label=name,
-        )
+        x, y = [row.gpus for row in best], [row.speed_up.value for row in best]
+        axes.plot(x, y, form, color=BLACK, markersize=5, label=name)
     axes.axhline(1, color=GREY, linewidth=1, label="plain verl")
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(gpus))
@@ -72,7 +65,7 @@ def _speed_ups(axes: Axes, summaries: Sequence[Summary], names: Sequence[str]) -
     axes.set_title("Speed-up, 95 % intervals over steps")
 
 
-def _seconds(axes: Axes, summaries: Sequence[Summary], names: Sequence[str]) -> None:
+def _seconds(axes: Axes, summaries: Sequence[ReplaySummary], names: Sequence[str]) -> None:
     gpus = sorted({row.gpus for row in summaries})
     shown = gpus[len(gpus) // 2]
     rows = {row.name: row for row in summaries if row.gpus == shown}
@@ -83,12 +76,5 @@ def _seconds(axes: Axes, summaries: Sequence[Summary], names: Sequence[str]) -> 
         widths = [rows[name].phases[phase] for name in shown_names]
         axes.barh(labels, widths, left=left, color=color, label=phase.replace("_", "-"), height=0.7)
         left = [start + more for start, more in zip(left, widths, strict=True)]
-    axes.set(xlabel=f"seconds a step, {shown:,} GPUs")
+    dress(axes, "Where the seconds go", "", f"seconds a step, {shown:,} GPUs", legend=4)
     axes.grid(axis="y", visible=False)
-    _legend(axes, "Where the seconds go", 4)
-
-
-def _legend(axes: Axes, title: str, columns: int) -> None:
-    entries = len(axes.get_legend_handles_labels()[0])
-    axes.set_title(title, pad=6 + 16 * -(-entries // columns))
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0)

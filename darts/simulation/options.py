@@ -1,25 +1,28 @@
 """What `python -m darts.simulation` is given: options, and what they make.
 
-Contract: everything that is wrong is a `SimulationError` or a `ConfigError` before anything is replayed.
+Contract: everything that is wrong is a `SimulationError`, `TraceError` or `ConfigError` before anything is replayed.
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from darts.config import STRATEGIES
+from darts.evidence.trace import read_steps
 from darts.latency import LatencyCurve
 from darts.simulation import SimulationError
 from darts.simulation.cluster import Cluster
 from darts.simulation.costs import CANDIDATE_SHARE, StepCosts, fit
 from darts.simulation.curves import BUILTIN, load_curve
 from darts.simulation.replay import Arm, Setting
-from darts.simulation.run_trace import read_run, read_trace
-from darts.simulation.search import merged
+from darts.simulation.run_trace import read_trace
+from darts.simulation.search import merged, nested
 from darts.simulation.trace import LengthTrace
 from darts.strategy import make_strategy
 
@@ -35,13 +38,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options, with `command` one of replay, plan, validate, and `given`, the arguments.
+    """The options, with `command` one of replay, plan, validate, table, and `given`, the arguments.
 
     Raises:
         SimulationError: unknown options, or values of the wrong kind.
     """
     parser = _Parser(prog="python -m darts.simulation", description="Replays response lengths through strategies.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="replay | plan | validate")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="replay | plan | validate | table")
     common = _common()
     replay = commands.add_parser("replay", parents=[common], help="strategies side by side")
     replay.add_argument(
@@ -51,16 +54,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help=f"may be repeated; {', '.join(STRATEGIES)} (default: all), or package.module.Class",
     )
     replay.add_argument("--seeds", type=_positive, default=1, metavar="N", help="replays with other draws (default: 1)")
-    replay.add_argument("--json", type=Path, metavar="FILE", help="the figures")
-    replay.add_argument("--png", type=Path, metavar="FILE", help="a picture; needs matplotlib")
+    replay.add_argument("--png", type=_picture, metavar="FILE", help="a picture; needs matplotlib")
     replay.add_argument(
         "--shaping",
         nargs=2,
         metavar=("PLAIN", "SHAPED"),
         help="a MODEL of how darts moves later lengths, fitted to the darts.jsonl of a plain and of a darts run",
     )
-    plan = commands.add_parser("plan", parents=[common], help="searches M_up, L, lambda and strategy")
-    plan.add_argument("--json", type=Path, metavar="FILE", help="the figures")
+    commands.add_parser("plan", parents=[common], help="searches M_up, L, lambda and strategy")
     check = commands.add_parser("validate", parents=[common], help="simulated against measured seconds")
     check.add_argument("--bench", type=Path, required=True, metavar="FILE", help="JSON of the benchmark of strategies")
     check.add_argument(
@@ -71,11 +72,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="DIR",
         help="lengths of the arms' own runs, ARM.jsonl, a folder for each seed (default: TRACE for all)",
     )
-    check.add_argument("--json", type=Path, metavar="FILE", help="the figures")
+    told = commands.add_parser("table", help="a table of what --json wrote, as Markdown")
+    told.add_argument("document", type=Path, metavar="FILE", help="what --json wrote")
+    told.add_argument("--name", default="rows", help="rows, speed-ups, gaps or verdict (default: %(default)s)")
+    told.add_argument("--gpus", type=_positive, nargs="+", default=[], metavar="N", help="of a replay (default: all)")
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = parser.parse_args(given)
     options.given = given
-    if options.command != "replay" and len(options.gpus) > 1:
+    if options.command in ("plan", "validate") and len(options.gpus) > 1:
         parser.error(f"--gpus {' '.join(map(str, options.gpus))}: {options.command} takes one number")
     return options
 
@@ -112,21 +116,18 @@ def _common() -> argparse.ArgumentParser:
         metavar="SHARE",
         help="of what their rollouts take besides decoding, what grows with the candidates (default: %(default)s)",
     )
+    add("--json", type=_new_file, metavar="FILE", help="the figures")
     names = ", ".join(StepCosts.__dataclass_fields__)
     add("--cost", action="append", default=[], metavar="NAME=VALUE", help=f"one of {names}; may be repeated")
     return common
 
 
-def trace_of(options: argparse.Namespace) -> LengthTrace:
-    """The trace, with the steps that were asked for."""
-    return read_trace(options.trace).between(options.first, options.last)
-
-
-def settings_of(options: argparse.Namespace, trace: LengthTrace) -> list[Setting]:
-    """What surrounds the strategies, for each number of GPUs."""
+def inputs_of(options: argparse.Namespace) -> tuple[LengthTrace, list[Setting], int]:
+    """The trace, what surrounds the strategies for each number of GPUs, and how many steps are to be replayed."""
+    trace = read_trace(options.trace).between(options.first, options.last)
     curve, _ = load_curve(options.curve)
     costs = _costs(options, curve)
-    return [
+    settings = [
         Setting(
             num_prompts=options.prompts or trace.prompts_per_step,
             group_size=options.group_size,
@@ -137,11 +138,7 @@ def settings_of(options: argparse.Namespace, trace: LengthTrace) -> list[Setting
         )
         for gpus in options.gpus
     ]
-
-
-def steps_of(options: argparse.Namespace, trace: LengthTrace) -> int:
-    """Steps to replay."""
-    return options.steps or max(len(trace.steps), LEAST_STEPS)
+    return trace, settings, options.steps or max(len(trace.steps), LEAST_STEPS)
 
 
 def arms_of(options: argparse.Namespace) -> list[Arm]:
@@ -160,17 +157,15 @@ def block_of(settings: Sequence[str]) -> dict[str, Any]:
     """`darts.selection.num_long=2` and the like as a block `darts:`; the prefix may be left out."""
     block: dict[str, Any] = {}
     for text in settings:
-        key, equals, value = text.partition("=")
-        names = key.removeprefix("darts.").split(".")
-        if not (equals and all(names)):
+        key, equals, word = text.partition("=")
+        key = key.removeprefix("darts.")
+        if not (equals and all(key.split("."))):
             raise SimulationError(f"--set {text}: must be KEY=VALUE, e.g. darts.selection.num_long=2.")
         try:
-            own: Any = json.loads(value)
+            value = json.loads(word)
         except ValueError:
-            own = value
-        for name in reversed(names):
-            own = {name: own}
-        block = merged(block, own)
+            value = word
+        block = merged(block, nested(key, value))
     return block
 
 
@@ -188,19 +183,29 @@ def _costs(options: argparse.Namespace, curve: LatencyCurve) -> StepCosts:
     costs = StepCosts()
     if options.fit is not None:
         ran_on = _cluster(options, options.fit_gpus or options.gpus[0])
-        runs = {path: read_run(path)[0] for path in options.fit}
+        runs = {path: read_steps(path, lambda step: step)[0] for path in options.fit}
         costs = fit(runs, curve, ran_on, options.candidate_share)
-    values = {name: getattr(costs, name) for name in StepCosts.__dataclass_fields__}
     for text in options.cost:
         name, _, value = text.partition("=")
         try:
-            known, number = name in values, _seconds(value)
-        except ValueError:
-            known, number = False, 0.0
-        if not known:
-            raise SimulationError(f"--cost {text}: must be NAME=VALUE, not negative; names are {', '.join(values)}.")
-        values[name] = number
-    return StepCosts(**values)
+            costs = replace(costs, **{name: _seconds(value)})
+        except (TypeError, ValueError):
+            known = ", ".join(StepCosts.__dataclass_fields__)
+            raise SimulationError(f"--cost {text}: must be NAME=VALUE, not negative; names are {known}.") from None
+    return costs
+
+
+def _new_file(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path}: a file cannot be written there; name one in a folder that exists.")
+    return path
+
+
+def _picture(text: str) -> Path:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError("needs matplotlib; install verl-darts[report].")
+    return _new_file(text)
 
 
 def _positive(text: str) -> int:

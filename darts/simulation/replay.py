@@ -62,13 +62,12 @@ class Setting:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Step:
+class SimulatedStep:
     """One simulated step."""
 
     time: StepTime
     prompts: int  # launched
     launched: int  # candidates
-    aborted: int
     generated: int  # tokens
     kept: int  # tokens that are trained on
     longest_kept: int  # tokens
@@ -79,24 +78,24 @@ class Step:
     bound: StepTime  # of an oracle that trains on the same prompts
     oracle: NDArray[np.int64]  # lengths that it keeps, shape [num_prompts, M]
     queue: int  # prompts that are to come again
-    mean_budget: float
     saturated: float  # share of the prompts with M_up candidates
 
 
-def replay(arm: Arm, setting: Setting, dataset: Dataset, steps: int, reshape: Reshape | None = None) -> Iterator[Step]:
+def replay(
+    arm: Arm, setting: Setting, dataset: Dataset, steps: int, reshape: Reshape | None = None
+) -> Iterator[SimulatedStep]:
     """The steps of a strategy, one after the other.
 
     Args:
-        arm: the strategy and its settings.
-        setting: what surrounds it.
         dataset: candidates; at least as wide as the most that the arm launches (`width`).
-        steps: how many.
         reshape: moves the lengths of later steps; None: lengths as they were recorded.
 
     Raises:
         ConfigError: settings that cannot work.
     """
-    return _Replay(arm, setting, dataset, reshape).steps(steps)
+    replayed = _Replay(arm, setting, dataset, reshape)
+    for done in range(steps):
+        yield replayed.step(done)
 
 
 def width(arm: Arm, setting: Setting) -> int:
@@ -133,87 +132,87 @@ class _Replay:
         self.throughput = Throughput(setting.curve, cluster.engines, cluster.max_num_seqs)
         self.next_row = 0
         self.launches: dict[int, int] = {}  # of rows that are queued
-        self.done = 0
 
-    def steps(self, count: int) -> Iterator[Step]:
-        for _ in range(count):
-            yield self._step()
-            self.done += 1
-
-    def _step(self) -> Step:
+    def step(self, done: int) -> SimulatedStep:
+        """The next step; so many are done."""
+        # 1. The prompts, and lengths of their candidates.
         setting, round_ = self.setting, self.strategy.next_round()
+        rules = round_.rules
         rows = [*round_.queued, *range(self.next_row, self.next_row + round_.new)]
         self.next_row += round_.new
         drawn = self.dataset.draw(rows, [self.launches.get(row, 0) for row in rows])
-        lengths = drawn.lengths if self.reshape is None else self.reshape(drawn.lengths, self.done)
-        rules = round_.rules
+        lengths = drawn.lengths if self.reshape is None else self.reshape(drawn.lengths, done)
+        # 2. How many candidates each launches, and in which order.
         plan, budgets, order = None, np.full(len(rows), setting.group_size), None
         if rules.enable:
             plan = self.planner.plan([self.dataset.key(row) for row in rows], rules)
             budgets, order = plan.budgets, plan.launch_order.tolist()
+        # 3. The rollout.
         launched = np.arange(self.dataset.width) < budgets[:, None]
-        fleet = setting.cluster.fleet(setting.curve, int(budgets.sum()))
         outcome = run_rollout(
             lengths[launched],
             drawn.truncated[launched],
             budgets,
             rules,
-            fleet,
+            setting.cluster.fleet(setting.curve, int(budgets.sum())),
             order=order,
             harvest=round_.harvest,
         )
-        step = self._measured(outcome, rules, lengths, drawn.reward[launched])
+        self._check(outcome)
+        step_time = self._seconds(outcome.seconds, len(outcome.length), outcome.length[outcome.kept], rules)
+        # 4. What is learnt of it, and who comes again.
         if plan is not None:
-            pool = outcome.pool(rules)
-            self.planner.observe(plan, rules, pool, max(step["time"].rollout, 1e-9), StepTimes())
+            self.planner.observe(plan, rules, outcome.pool(rules), max(step_time.rollout, 1e-9), StepTimes())
         self.strategy.ended(rows, outcome.complete)
-        now = set(rows)
-        self.launches = {row: self.launches.get(row, 0) + (row in now) for row in self.strategy.queue}
-        return Step(**step, queue=len(self.strategy.queue))
+        again = set(rows)
+        self.launches = {row: self.launches.get(row, 0) + (row in again) for row in self.strategy.queue}
+        return self._measured(outcome, step_time, rules, lengths, drawn.reward[launched])
+
+    def _check(self, outcome: Outcome) -> None:
+        count, wanted, size = len(outcome.complete), self.setting.num_prompts, self.setting.group_size
+        if count != wanted or outcome.kept.sum() != size * count:
+            raise RuntimeError(
+                f"{count} prompts with {outcome.kept.sum()} rows were to be trained on, not {wanted} with {size} each: "
+                f"the strategy {self.darts.strategy} breaks the contract of darts.strategy."
+            )
+
+    def _seconds(
+        self, decode_s: float, launched: int, trained: NDArray[np.int64], rules: DartsConfig, bypass: bool | None = None
+    ) -> StepTime:
+        """A step that trains on responses of these lengths."""
+        return self.setting.costs.time(
+            decode_s=decode_s,
+            launched=launched,
+            tokens=int(trained.sum()),
+            cluster=self.setting.cluster,
+            bypass=self.bypass if bypass is None else bypass,
+            overlap=rules.enable and rules.overlap.mode != "off",
+        )
 
     def _measured(
-        self, outcome: Outcome, rules: DartsConfig, lengths: NDArray[np.int64], reward: NDArray[np.float64]
-    ) -> dict[str, Any]:
-        setting, cluster, size = self.setting, self.setting.cluster, self.setting.group_size
-        count, launched = len(outcome.complete), len(outcome.length)
-        if count != setting.num_prompts or outcome.kept.sum() != size * count:
-            raise RuntimeError(
-                f"{count} prompts with {outcome.kept.sum()} rows were to be trained on, not {setting.num_prompts} with "
-                f"{size} each: the strategy {self.darts.strategy} breaks the contract of darts.strategy."
-            )
-        overlap = rules.enable and rules.overlap.mode != "off"
-        kept = int(outcome.length[outcome.kept].sum())
-        oracle = shortest(lengths[outcome.complete], size)
-        ended = ~outcome.aborted
-        slots = min(cluster.max_num_seqs, -(-launched // cluster.engines)) * cluster.engines
-        return {
-            "time": setting.costs.time(
-                decode_s=outcome.seconds,
-                launched=launched,
-                tokens=kept,
-                cluster=cluster,
-                bypass=self.bypass,
-                overlap=overlap,
-            ),
-            "prompts": len(outcome.budgets),
-            "launched": launched,
-            "aborted": int(outcome.aborted.sum()),
-            "generated": int(outcome.length.sum()),
-            "kept": kept,
-            "longest_kept": int(outcome.length[outcome.kept].max()),
-            "reward_kept": float(reward[outcome.kept].mean()),
-            "reward_pool": float(reward[ended].mean()),
-            "slot_s": outcome.slot_seconds,
-            "slot_capacity_s": slots * outcome.seconds,
-            "bound": setting.costs.time(
-                decode_s=self.throughput.least_seconds(oracle),
-                launched=oracle.size,
-                tokens=int(oracle.sum()),
-                cluster=cluster,
-                bypass=True,
-                overlap=overlap,
-            ),
-            "oracle": oracle,
-            "mean_budget": float(outcome.budgets.mean()),
-            "saturated": float((outcome.budgets >= rules.allocation.high).mean()) if rules.enable else 0.0,
-        }
+        self,
+        outcome: Outcome,
+        step_time: StepTime,
+        rules: DartsConfig,
+        lengths: NDArray[np.int64],
+        reward: NDArray[np.float64],
+    ) -> SimulatedStep:
+        cluster, kept = self.setting.cluster, outcome.length[outcome.kept]
+        oracle = shortest(lengths[outcome.complete], self.setting.group_size)
+        slots = min(cluster.max_num_seqs, -(-len(outcome.length) // cluster.engines)) * cluster.engines
+        return SimulatedStep(
+            time=step_time,
+            prompts=len(outcome.budgets),
+            launched=len(outcome.length),
+            generated=int(outcome.length.sum()),
+            kept=int(kept.sum()),
+            longest_kept=int(kept.max()),
+            reward_kept=float(reward[outcome.kept].mean()),
+            reward_pool=float(reward[~outcome.aborted].mean()),
+            slot_s=outcome.slot_seconds,
+            slot_capacity_s=slots * outcome.seconds,
+            bound=self._seconds(self.throughput.least_seconds(oracle), oracle.size, oracle, rules, bypass=True),
+            oracle=oracle,
+            queue=len(self.strategy.queue),
+            saturated=float((outcome.budgets >= rules.allocation.high).mean()) if rules.enable else 0.0,
+        )

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from darts.simulation.comparison import PLAIN, Summary, compare
+from darts.simulation.comparison import PLAIN, ReplaySummary, compare
 from darts.simulation.replay import Arm, Setting
 from darts.simulation.trace import LengthTrace
 
@@ -27,11 +27,11 @@ OTHERS = ("bypass", "shortest_k", "tail_batching", "sorted")
 class Advice:
     """What the search found; summaries from the fastest to the slowest, without plain verl and the oracle."""
 
-    recommended: Summary
-    fastest: Summary
-    plain: Summary
-    oracles: Sequence[Summary]  # with plain verl's batches, and with its own
-    ranked: Sequence[Summary]
+    recommended: ReplaySummary
+    fastest: ReplaySummary
+    plain: ReplaySummary
+    oracles: Sequence[ReplaySummary]  # with plain verl's batches, and with its own
+    ranked: Sequence[ReplaySummary]
     settings: Mapping[str, Mapping[str, Any]]  # by name of the arm, its block `darts:`
 
     def lines(self) -> list[str]:
@@ -127,6 +127,13 @@ def merged(block: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def nested(key: str, value: Any) -> Any:
+    """A value by its path as a block: `nested("selection.num_long", 2)` is `{"selection": {"num_long": 2}}`."""
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return value
+
+
 def flags(block: Mapping[str, Any], prefix: str = "darts") -> str:
     """The block as overrides: `darts.strategy=darts darts.allocation.high=16`."""
     parts = []
@@ -136,7 +143,7 @@ def flags(block: Mapping[str, Any], prefix: str = "darts") -> str:
     return " ".join(parts)
 
 
-def _expected(row: Summary, plain: Summary) -> str:
+def _expected(row: ReplaySummary, plain: ReplaySummary) -> str:
     return (
         f"{row.step_s:.1f} s a step ({plain.step_s:.1f} s plain): {row.speed_up:.2f} times as fast; rollout "
         f"{row.phases['rollout']:.1f} s ({plain.phases['rollout']:.1f}); {row.generated:,.0f} tokens generated "

@@ -17,11 +17,10 @@ from typing import NoReturn, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
+from darts.evidence.trace import LONGEST_RESPONSE
 from darts.simulation import SimulationError
 
 REQUIRED = ("step", "prompt", "candidate", "response_length")
-LONGEST = 1 << 30
-"""Tokens; a longer response is a mistake."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -117,8 +116,8 @@ def _rows(path: Path, reader: "csv.DictReader[str]") -> Iterable[tuple[int, Row]
 
     for row in reader:
         length = int(number("response_length", row, int, "is a whole number of tokens"))
-        if not 1 <= length <= LONGEST:
-            _refuse(path, reader.line_num, f"response_length={length}", f"lies in [1, {LONGEST}]")
+        if not 1 <= length <= LONGEST_RESPONSE:
+            _refuse(path, reader.line_num, f"response_length={length}", f"lies in [1, {LONGEST_RESPONSE}]")
         step = int(number("step", row, int, "is a whole number"))
         candidate = int(number("candidate", row, int, "is a whole number"))
         reward = number("reward", row, float, "is a number, or empty") if row.get("reward") else math.nan

@@ -1,26 +1,100 @@
 """Simulated against measured seconds, strategy by strategy: `python -m darts.simulation validate`.
 
-Contract: pure. Costs come from plain runs alone (`darts.simulation.costs.fit`); nothing is fitted per strategy.
-Measured and simulated figures are means over all steps: strategies with a queue have rounds of different kinds, of
-which a median shows the most frequent alone. Noise of the machine is in the means of all arms, which take turns.
+Contract: pure, but for `read_bench`. Costs come from plain runs alone (`darts.simulation.costs.fit`); nothing is fitted
+per strategy. Measured and simulated figures are means over all steps: strategies with a queue have rounds of different
+kinds, of which a median shows the most frequent alone. Noise of the machine is in the means of all arms, which take
+turns.
+
+Of the JSON of a benchmark little is read, so that the format may grow. The steps are a list `records`, or a table
+`steps` of columns; each has `arm`, `step_s` and maybe `rollout_s`. Of `arms` (a list with `name`, or a mapping by name)
+are read, where they are there: `strategy` (else the arm's name), `changes` (by path within `darts:`), `overlap`,
+`bypass`, and a block `darts`; below them lies `darts` of `config`.
 """
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from darts.evidence.tables import table
-from darts.simulation.bench_records import MeasuredArm
+from darts.evidence.tables import number, table
+from darts.simulation import SimulationError
 from darts.simulation.draws import Dataset
-from darts.simulation.replay import Setting, replay, width
+from darts.simulation.replay import Arm, Setting, replay, width
+from darts.simulation.search import merged, nested
 from darts.simulation.trace import LengthTrace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Compared:
+class MeasuredArm:
+    """An arm of a benchmark. Example: arm=Arm(name="darts", ...), step_s=[3.1, 3.0], rollout_s=[2.0, 1.9]."""
+
+    arm: Arm
+    step_s: list[float]
+    rollout_s: list[float]  # NaN where not measured
+
+
+def read_bench(path: Path) -> list[MeasuredArm]:
+    """The arms in the order in which they first occur.
+
+    Raises:
+        SimulationError: no such file, not JSON, or records that lack something.
+    """
+    try:
+        state = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SimulationError(f"{path}: must be JSON, but {error}; give the JSON of a benchmark.") from None
+    found: dict[str, MeasuredArm] = {}
+    for place, record in enumerate(_records(path, state)):
+        name, step_s, rollout_s = _times(f"{path}, records[{place}]", record)
+        measured = found.setdefault(name, MeasuredArm(arm=_arm(state, name), step_s=[], rollout_s=[]))
+        measured.step_s.append(step_s)
+        measured.rollout_s.append(rollout_s)
+    return list(found.values())
+
+
+def _times(where: str, record: Any) -> tuple[str, float, float]:
+    try:
+        name, step_s, rollout_s = str(record["arm"]), float(record["step_s"]), record.get("rollout_s", math.nan)
+        if not 0 < step_s < math.inf:
+            raise ValueError(f"step_s={step_s}")
+        return name, step_s, float(rollout_s)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        rule = f"must have arm and a positive step_s, but {error!r}"
+        raise SimulationError(f"{where}: {rule}; remove the record.") from None
+
+
+def _records(path: Path, state: Any) -> list[Any]:
+    records = state.get("records") if isinstance(state, Mapping) else None
+    columns = state.get("steps") if isinstance(state, Mapping) else None
+    if records is None and isinstance(columns, Mapping) and columns:
+        try:
+            records = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        except (TypeError, ValueError) as error:
+            raise SimulationError(f"{path}: steps must be columns of one length, but {error}.") from None
+    if not isinstance(records, list) or not records:
+        raise SimulationError(f"{path}: has no records; give the JSON that the benchmark of strategies wrote.")
+    return records
+
+
+def _arm(state: Mapping[str, Any], name: str) -> Arm:
+    """The arm as the benchmark describes it."""
+    arms = state.get("arms") or {}
+    described = arms if isinstance(arms, Mapping) else {str(arm.get("name")): arm for arm in arms}
+    arm = described.get(name) or {}
+    block = merged((state.get("config") or {}).get("darts") or {}, arm.get("darts") or {})
+    overlap = {} if arm.get("overlap") is None else {"overlap.mode": arm["overlap"]}
+    for key, value in (dict(arm.get("changes") or {}) | overlap).items():
+        block = merged(block, nested(key, value))
+    block |= {"enable": True, "strategy": arm.get("strategy", name)}
+    return Arm(name=name, block=block, bypass=bool(arm.get("bypass", False)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComparedSeconds:
     """One arm. Example: name="darts", measured_s=3.0, simulated_s=3.2, measured_rollout_s=1.9, ..."""
 
     name: str
@@ -35,72 +109,59 @@ class Compared:
         """Of the simulated seconds a step, relative to the measured."""
         return self.simulated_s / self.measured_s - 1
 
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON; NaN becomes null."""
-        state = asdict(self) | {"error": self.error}
-        return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in state.items()}
-
-    @classmethod
-    def from_dict(cls, state: Mapping[str, Any]) -> "Compared":
-        """What `to_dict` gave."""
-        return cls(**{f.name: math.nan if state[f.name] is None else state[f.name] for f in fields(cls)})
-
 
 def validate(
-    arms: Sequence[MeasuredArm],
+    benched: Sequence[MeasuredArm],
     trace: LengthTrace,
     setting: Setting,
     steps: int,
-    own: Mapping[str, Sequence[LengthTrace]],
+    traces: Mapping[str, Sequence[LengthTrace]],
     say: Callable[[str], None] = lambda line: None,
-) -> list[Compared]:
+) -> list[ComparedSeconds]:
     """Replays each arm and compares.
 
     Args:
-        arms: what was measured.
         trace: lengths, for arms that have none of their own.
-        setting: what they have in common.
-        steps: to be replayed of each.
-        own: lengths of an arm's own runs, by its name; each is replayed, and the mean is over all.
+        traces: lengths of an arm's own runs, by its name; each is replayed, and the mean is over all.
         say: hears how far it is.
 
     Raises:
         ConfigError, SimulationError: an arm whose settings or trace cannot be used.
     """
     compared = []
-    for measured in arms:
-        arm, done = measured.arm, []
-        for some in own.get(measured.name) or [trace]:
-            here = replace(setting, response_length=max(some.response_length, trace.response_length))
-            dataset = Dataset(some, width(arm, here))
-            for number, step in enumerate(replay(arm, here, dataset, steps), 1):
-                done.append(step)
-                say(f"{arm.name}: step {number}/{steps}")
+    for measured in benched:
+        arm, times = measured.arm, []
+        for lengths in traces.get(arm.name) or [trace]:
+            run_setting = replace(setting, response_length=max(lengths.response_length, trace.response_length))
+            dataset = Dataset(lengths, width(arm, run_setting))
+            for count, step in enumerate(replay(arm, run_setting, dataset, steps), 1):
+                times.append(step.time)
+                say(f"{arm.name}: step {count}/{steps}")
         compared.append(
-            Compared(
-                name=measured.name,
+            ComparedSeconds(
+                name=arm.name,
                 steps=len(measured.step_s),
                 measured_s=float(np.mean(measured.step_s)),
-                simulated_s=float(np.mean([step.time.step for step in done])),
+                simulated_s=float(np.mean([time.step for time in times])),
                 measured_rollout_s=float(np.mean(measured.rollout_s)),
-                simulated_rollout_s=float(np.mean([step.time.rollout for step in done])),
+                simulated_rollout_s=float(np.mean([time.rollout for time in times])),
             )
         )
     return compared
 
 
-def markdown(compared: Sequence[Compared]) -> str:
+def markdown(compared: Sequence[ComparedSeconds]) -> str:
     """One row for each arm."""
     rows = []
     for row in compared:
-        rollout = "-" if math.isnan(row.measured_rollout_s) else f"{row.measured_rollout_s:.3f}"
         times = [f"{row.measured_s:.3f}", f"{row.simulated_s:.3f}", f"{row.error:+.1%}"]
-        rows.append([row.name, row.steps, *times, rollout, f"{row.simulated_rollout_s:.3f}"])
+        times += [number(row.measured_rollout_s, ".3f"), f"{row.simulated_rollout_s:.3f}"]
+        rows.append([row.name, row.steps, *times])
     columns = ["strategy", "steps", "measured s a step", "simulated", "error", "measured rollout s", "simulated"]
     return table(columns, rows)
 
 
-def verdict(compared: Sequence[Compared]) -> str:
+def verdict(compared: Sequence[ComparedSeconds]) -> str:
     """Median error and rank agreement, in one line."""
     errors = [abs(row.error) for row in compared]
     measured, simulated = ([getattr(row, name) for row in compared] for name in ("measured_s", "simulated_s"))

@@ -22,11 +22,12 @@ from darts.testbed.reward import compute_score
 from darts.testbed.sampling import sample
 from darts.testbed.summary import Samples, checks, pool, summarize, table
 
+BATCH = 256
+"""Responses sampled at a time."""
 
-def collect(
-    folder: Path, limit: int, groups: int, size: int, seed: int, split: str = "train", batch: int = 256
-) -> dict[int, Samples]:
-    """Samples `size` responses to the first `groups` prompts of each difficulty class.
+
+def collect(folder: Path, limit: int, groups: int, size: int, seed: int, split: str = "train") -> dict[int, Samples]:
+    """Samples `size` responses to the first `groups` prompts of each difficulty class, which is the key.
 
     Args:
         folder: A testbed's folder, as `darts.testbed.make` writes it.
@@ -35,22 +36,18 @@ def collect(
         size: Responses per prompt.
         seed: Seed of the sampling.
         split: ``train`` or ``val``.
-        batch: Responses sampled at a time.
-
-    Returns:
-        The samples by difficulty.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
     rows = pyarrow.parquet.read_table(folder / f"{split}.parquet").to_pylist()
-    generator = torch.Generator().manual_seed(seed)
+    generator, rows_at_once = torch.Generator().manual_seed(seed), max(1, BATCH // size)
     result = {}
     for difficulty in sorted({row["extra_info"]["difficulty"] for row in rows}):
         chosen = [row for row in rows if row["extra_info"]["difficulty"] == difficulty][:groups]
         lengths, correct, truncated = [], [], []
         started = time.monotonic()
-        for first in range(0, len(chosen), max(1, batch // size)):
-            part = [row for row in chosen[first : first + max(1, batch // size)] for _ in range(size)]
+        for first in range(0, len(chosen), rows_at_once):
+            part = [row for row in chosen[first : first + rows_at_once] for _ in range(size)]
             prompts = [prompt_tokens(tokenizer, row["prompt"][0]["content"]) for row in part]
             for row, response in zip(part, sample(model, prompts, limit, generator), strict=True):
                 text = tokenizer.decode(response, skip_special_tokens=True)

@@ -22,14 +22,9 @@ def compute_score(
     exactly between its answer and the end-of-sequence token, which the text cannot tell, does not.
 
     Args:
-        data_source: Name of the data set; any.
+        data_source: Not read, as `extra_info` and `kwargs`, which verl passes to every reward.
         solution_str: The response without special tokens.
         ground_truth: The right total, in decimal.
-        extra_info: Not read.
-        **kwargs: Not read; verl passes more than this reward needs.
-
-    Returns:
-        ``{"score": s, "acc": s}``.
     """
     value = score(solution_str, int(ground_truth))
     return {"score": value, "acc": value}

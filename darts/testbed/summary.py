@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from darts.evidence import statistics
+from darts.evidence import statistics, tables
 from darts.evidence.statistics import Array, Estimate, Verdict
 from darts.evidence.tables import Check
 
@@ -82,12 +82,8 @@ def summarize(samples: Samples, seed: int = 0, shuffles: int = 200) -> Summary:
 
 def pool(classes: Mapping[int, Samples]) -> Samples:
     """All classes together; their groups must have one size."""
-    return Samples(
-        **{
-            name: np.concatenate([getattr(samples, name) for samples in classes.values()])
-            for name in ("lengths", "correct", "truncated")
-        }
-    )
+    names = ("lengths", "correct", "truncated")
+    return Samples(**{name: np.concatenate([getattr(part, name) for part in classes.values()]) for name in names})
 
 
 def checks(testbed: str, overall: Summary, classes: Mapping[int, Summary]) -> list[Check]:
@@ -113,10 +109,7 @@ def table(overall: Summary, classes: Mapping[int, Summary]) -> str:
         "pattern": lambda s: s.pattern,
         "control: shuffles with a pattern": lambda s: f"{s.false_patterns:.3f}",
     }
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name, cell in rows.items():
-        lines.append(f"| {name} | " + " | ".join(cell(summary) for summary in columns.values()) + " |")
-    return "\n".join(lines)
+    return tables.table(["", *columns], [[name, *map(cell, columns.values())] for name, cell in rows.items()])
 
 
 def _overthink(overall: Summary, classes: Mapping[int, Summary]) -> Iterator[Check]:
@@ -133,17 +126,13 @@ def _overthink(overall: Summary, classes: Mapping[int, Summary]) -> Iterator[Che
 
 def _depth(overall: Summary, classes: Mapping[int, Summary]) -> Iterator[Check]:
     both = [summary for summary in classes.values() if 0 < summary.accuracy.value < 1]
+    deep = sum(summary.pattern == "II" for summary in both)
     yield Check(name="pass@1", value=overall.accuracy.value, low=0.40, high=0.75)
     yield Check(name="longest/median, p50 of groups", value=overall.spread_p50.value, low=1.05, high=math.inf)
     yield Check(name="share at the limit", value=overall.truncated.value, low=0, high=0.01)
     yield Check(name="correlation length, correct", value=overall.correlation.value, low=0.1, high=1)
     yield Check(name="classes with both outcomes", value=len(both), low=1, high=len(classes))
-    yield Check(
-        name="of those, of Pattern II",
-        value=sum(summary.pattern == "II" for summary in both),
-        low=len(both),
-        high=len(both),
-    )
+    yield Check(name="of those, of Pattern II", value=deep, low=len(both), high=len(both))
     yield _control(classes)
 
 

@@ -16,6 +16,7 @@ from darts.checks.model import model_id
 from darts.checks.run import latency_profile
 from darts.config import DartsConfig
 from darts.engines.measure import ProfileError, engine_device, profile_servers
+from darts.evidence.log import logger
 from darts.evidence.profile import LatencyProfile
 from darts.forecast import CostModel
 
@@ -46,7 +47,7 @@ def first_cost_model(
             return saved
     if profile is None:
         if saved is not None:
-            print(f"[darts] the checkpoint's latency model is of another engine ({saved.source})", flush=True)
+            logger.info(f"the checkpoint's latency model is of another engine ({saved.source})")
         profile = _measured_profile(config, darts, servers)
     return None if profile is None else CostModel(profile.curve(), source_of(profile))
 
@@ -54,13 +55,13 @@ def first_cost_model(
 def _measured_profile(config: DictConfig, darts: DartsConfig, servers: list[Any]) -> LatencyProfile | None:
     """Measures the engines; None, with a warning, where they cannot be measured."""
     path, limit_s = Path(config.trainer.default_local_dir) / "latency.json", darts.latency.profile_s
-    print(f"[darts] measuring the engines for at most {limit_s:g} s (darts.latency.profile=auto)", flush=True)
+    logger.info(f"measuring the engines for at most {limit_s:g} s (darts.latency.profile=auto)")
     measured = profile_servers(
         servers,
         config.actor_rollout_ref.model.path,
         limit_s=limit_s,
         seeded=darts.seed is not None,
-        say=lambda line: print(f"[darts] {line}", flush=True),
+        say=logger.info,
     )
     try:
         profile = asyncio.run(measured)
@@ -73,7 +74,7 @@ def _measured_profile(config: DictConfig, darts: DartsConfig, servers: list[Any]
         return None
     try:
         profile.save(path)
-        print(f"[darts] the latency profile is in {path}", flush=True)
+        logger.info(f"the latency profile is in {path}")
     except OSError as cause:
         warnings.warn(f"{path}: the latency profile cannot be kept: {cause}", stacklevel=2)
     return profile

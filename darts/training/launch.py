@@ -55,8 +55,9 @@ class DartsTaskRunner(BaseTaskRunner):
 
     def run(self, config: DictConfig) -> None:
         """Sets up roles, data and trainer as `TaskRunner.run` does, and trains."""
-        print(f"DartsTaskRunner hostname: {socket.gethostname()}, PID: {os.getpid()}")
-        pprint(OmegaConf.to_container(config, resolve=True))
+        # What verl's prints here.
+        print(f"DartsTaskRunner hostname: {socket.gethostname()}, PID: {os.getpid()}")  # noqa: T201
+        pprint(OmegaConf.to_container(config, resolve=True))  # noqa: T203
         _, ray_worker_group_cls = self.add_actor_rollout_worker(config)
         self.add_critic_worker(config)
         self.add_reward_model_resource_pool(config)

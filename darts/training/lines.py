@@ -13,14 +13,14 @@ def banner(config: DictConfig, darts: DartsConfig, cache_tokens: int = 0) -> str
     """Whether DARTS is on, and with which settings; `cache_tokens`: of prefixes that a rank of the actor can hold."""
     placed = f"; {pools(config)}" if darts.placement == "disaggregated" else ""
     if not darts.enable:
-        return f"[darts] plugin active, darts.enable=false: plain verl{placed}"
+        return f"plugin active, darts.enable=false: plain verl{placed}"
     if darts.strategy != "darts":
-        return f"[darts] plugin active: strategy {darts.strategy}, M={darts.group_size}{placed}"
+        return f"plugin active: strategy {darts.strategy}, M={darts.group_size}{placed}"
     allocation, selection = darts.allocation, darts.selection
     mean = darts.group_size if allocation.mode == "off" else allocation.mean_candidates
     count = "as many candidates as pay" if mean is None else f"{mean:g} candidates"
     return (
-        f"[darts] plugin active: M={darts.group_size} of {count} ({allocation.mode}, {allocation.low} to "
+        f"plugin active: M={darts.group_size} of {count} ({allocation.mode}, {allocation.low} to "
         f"{allocation.high}), selection {selection.mode}: K={darts.num_short} shortest and L={selection.num_long} "
         f"longest (wait: {selection.long_wait}), early stop {darts.early_stop}"
         f"{'' if darts.some_shortest_only else ' (no group is shortest-only: it never acts)'}{placed}"

@@ -36,6 +36,7 @@ import verl_patches.register
 from darts.checks.run import check_memory, check_run
 from darts.config import ConfigError
 from darts.evidence.checkpoint import StateError, load_state, save_state, step_folder
+from darts.evidence.log import logger
 from darts.evidence.trace import Trace
 from darts.overlap.join import OverlappedLogProbs, actor_limits
 from darts.overlap.session import OverlapSession
@@ -169,7 +170,7 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
         )
 
     def _fit_postprocess_step(self) -> None:
-        print(f"[darts] {progress_line(self.metrics, self.global_steps, self.total_training_steps)}", flush=True)
+        logger.info(progress_line(self.metrics, self.global_steps, self.total_training_steps))
         calls = [] if self._log_probs is None else self._log_probs.calls
         self._trace.write(self.global_steps, self.metrics, self._rollout, calls)
         super()._fit_postprocess_step()
@@ -232,7 +233,7 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
         and servers that stream."""
         if self.darts.placement == "disaggregated":
             patch_llm_server_manager()
-        print("[darts] starting workers, engines and reward loop", flush=True)
+        logger.info("starting workers, engines and reward loop")
         if self.darts.enable:
             from verl_patches import vllm_stream_server  # imports vLLM
 
@@ -249,7 +250,7 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
             # SeparateRayPPOTrainer asks the rollout manager to start the servers' profilers: the server manager does.
             self.async_rollout_manager.start_profile = lambda global_step: self.llm_server_manager.start_profile()
         cache_tokens = 0 if self._log_probs is None else self._log_probs.session.cache_tokens
-        print(banner(self.config, self.darts, cache_tokens), flush=True)
+        logger.info(banner(self.config, self.darts, cache_tokens))
 
     def _prepare_planner(self) -> None:
         rollout = self.config.actor_rollout_ref.rollout
@@ -326,7 +327,7 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
         except ValueError as cause:
             message = f"the state of step {self.global_steps} cannot be used: {cause}"
             raise StateError(message, loses_prompts=rounds is not None) from cause
-        print(f"[darts] resumed with the length history of {len(self.planner.history)} prompts", flush=True)
+        logger.info(f"resumed with the length history of {len(self.planner.history)} prompts")
 
     def _load_rounds(self, state: Any) -> None:
         if not isinstance(state, dict) or state.get("strategy") != self.darts.strategy:

@@ -26,6 +26,7 @@ from darts.checks.placement import choose_backend
 from darts.checks.run import check_model, check_run, darts_config, refuse_unknown_overrides
 from darts.config import ConfigError
 from darts.evidence.checkpoint import finished_at
+from darts.evidence.log import logger
 from darts.testbed import register_resolver
 from darts.training.launch import DartsTaskRunner, join_cluster
 from verl_patches.pools import ClusterTooSmall
@@ -53,11 +54,10 @@ def main(config: DictConfig) -> None:
     except (AssertionError, ValueError) as error:  # verl's own rules
         refuse(error)
     if (step := finished_at(config.trainer)) is not None:
-        print(
-            f"[darts] nothing to train: {config.trainer.default_local_dir} has step {step}, and "
+        logger.info(
+            f"nothing to train: {config.trainer.default_local_dir} has step {step}, and "
             f"trainer.total_training_steps={config.trainer.total_training_steps}. Raise it to train on; "
-            "trainer.val_only=True validates, if the run was ended in its last validation.",
-            flush=True,
+            "trainer.val_only=True validates, if the run was ended in its last validation."
         )
         return
     name_run()
@@ -72,7 +72,7 @@ def main(config: DictConfig) -> None:
 
 def refuse(error: Exception | str) -> NoReturn:
     """Ends the program with the one line that says what is wrong."""
-    print(f"[darts] {error}", file=sys.stderr)
+    logger.error(error)
     sys.exit(2)
 
 

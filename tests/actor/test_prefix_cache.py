@@ -19,7 +19,7 @@ def states(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(2, 3, tokens, 4), torch.randn(2, 3, tokens, 5).bfloat16()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(1, 9), max_size=40))
 def test_prefix_holds_its_tokens_in_few_chunks(lengths):
     prefix, all_states = Prefix(), [states(length) for length in lengths]
@@ -59,7 +59,7 @@ class LiveBytes(TorchDispatchMode):
         return made
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.lists(st.integers(1, 9), min_size=3, max_size=3), min_size=1, max_size=12))
 def test_merging_chunks_needs_less_than_the_batch_that_was_released(calls):
     """The peak of prefixes and batch is the peak of all: what merging holds twice comes when the batch is gone."""

@@ -10,7 +10,7 @@ import pytest
 from bench_records import step
 from omegaconf import OmegaConf
 
-from darts.bench import command
+from darts.bench import command, launch
 from darts.bench.arms import PRESETS
 from darts.bench.command import main, options_of
 from darts.bench.plan import PLAN, BenchPlan
@@ -114,7 +114,7 @@ def test_a_run_that_fails_or_says_nothing_ends_the_command_and_itself(tmp_path, 
         return started[-1]
 
     monkeypatch.setattr(command, "_composed", lambda options: {"darts": {}})
-    monkeypatch.setattr(command, "subprocess", type("Own", (), dict(vars(subprocess)) | {"Popen": staticmethod(popen)}))
+    monkeypatch.setattr(launch, "subprocess", type("Own", (), dict(vars(subprocess)) | {"Popen": staticmethod(popen)}))
     began = time.monotonic()
     assert main(["--out", str(tmp_path), "--silence", "0.05"]) == 1
     assert time.monotonic() - began < 60
@@ -140,7 +140,7 @@ def test_a_folder_in_which_a_bench_runs_is_refused(tmp_path, monkeypatch, capsys
     failing = subprocess.Popen
     arguments = [sys.executable, "-c", "1/0"]
     own = {"Popen": staticmethod(lambda _, **settings: failing(arguments, **settings))}
-    monkeypatch.setattr(command, "subprocess", type("Own", (), dict(vars(subprocess)) | own))
+    monkeypatch.setattr(launch, "subprocess", type("Own", (), dict(vars(subprocess)) | own))
     assert main(["--out", str(tmp_path)]) == 1, "it is free once that has ended"
 
 
@@ -150,7 +150,7 @@ def composed_with(monkeypatch, **leaves) -> None:
 
 def test_a_folder_of_another_configuration_is_refused(tmp_path, monkeypatch, capsys):
     ran = []
-    monkeypatch.setattr(command, "run", lambda options, lock: ran.append(options))
+    monkeypatch.setattr(command, "run_trainer", lambda plan, *_, lock: ran.append(plan))
     monkeypatch.setattr(command, "report", lambda options: "")
     for leaves in ({}, {}, {"lr": 0.2}, {"new": 1}):
         composed_with(monkeypatch, **leaves)
@@ -162,7 +162,7 @@ def test_a_folder_of_another_configuration_is_refused(tmp_path, monkeypatch, cap
 
 
 def test_measurements_without_their_states_are_not_touched(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "run", lambda options, lock: pytest.fail("would have removed all records"))
+    monkeypatch.setattr(command, "run_trainer", lambda *_, lock: pytest.fail("would have removed all records"))
     composed_with(monkeypatch)
     Records(tmp_path / "records.jsonl").append(step("none", 0, 1))
     assert main(["--out", str(tmp_path)]) == 2
@@ -188,7 +188,7 @@ def test_a_run_that_says_something_is_not_ended(tmp_path, monkeypatch):
     script = "import time\nfor _ in range(8): print('.', flush=True); time.sleep(1)"
     popen = subprocess.Popen
     own = {"Popen": staticmethod(lambda _, **settings: popen([sys.executable, "-c", script], **settings))}
-    monkeypatch.setattr(command, "subprocess", type("Own", (), dict(vars(subprocess)) | own))
+    monkeypatch.setattr(launch, "subprocess", type("Own", (), dict(vars(subprocess)) | own))
     monkeypatch.setattr(command, "report", lambda options: "")
     composed_with(monkeypatch)
     assert main(["--out", str(tmp_path), "--silence", "0.1"]) == 0

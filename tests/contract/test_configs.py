@@ -119,6 +119,17 @@ BAD = [
     (["darts.routing=sticky"], "darts.routing='sticky'"),
     (["darts.routing=group", "actor_rollout_ref.rollout.router_config_path=/x"], "router_config_path='/x' replaces"),
     (["actor_rollout_ref.rollout.disaggregation.enabled=true"], "rollout.disaggregation.enabled=True"),
+    (
+        ["actor_rollout_ref.rollout.agent.agent_loop_manager_class=darts.rollout.DartsAgentLoopManager"],
+        "class='darts.rollout.DartsAgentLoopManager': it is called darts.rollout.manager.DartsAgentLoopManager now.",
+    ),
+    (
+        [
+            "actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module=verl_patches.weight_sync",
+            "darts.enable=false",
+        ],
+        "module='verl_patches.weight_sync': it is called verl_patches.weights.sync now.",
+    ),
 ]
 
 

@@ -7,9 +7,13 @@ import threading
 import pytest
 import zmq
 
+from verl_patches.patches import patch_server_adapter
 from verl_patches.patching import original
+from verl_patches.weights import watch
 
-weight_sync = pytest.importorskip("verl_patches.weights.sync", reason="needs verl with vLLM")
+pytest.importorskip("verl_patches.weights.sync", reason="needs verl with vLLM")
+from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightSender
+from verl.workers.rollout.vllm_rollout.vllm_rollout import ServerAdapter
 
 
 @pytest.fixture
@@ -25,7 +29,7 @@ def sockets(tmp_path):
 
 @pytest.fixture(autouse=True)
 def fast_poll(monkeypatch):
-    monkeypatch.setattr(weight_sync, "POLL_S", 0.02)
+    monkeypatch.setattr(watch, "POLL_S", 0.02)
 
 
 def fake_ray(monkeypatch, finished, failure=None):
@@ -34,13 +38,13 @@ def fake_ray(monkeypatch, finished, failure=None):
             raise failure
         return
 
-    monkeypatch.setattr(weight_sync.ray, "wait", lambda refs, timeout: (refs, []) if finished() else ([], refs))
-    monkeypatch.setattr(weight_sync.ray, "get", get)
+    monkeypatch.setattr(watch.ray, "wait", lambda refs, timeout: (refs, []) if finished() else ([], refs))
+    monkeypatch.setattr(watch.ray, "get", get)
 
 
 def test_exception_of_the_receiver_is_raised_in_the_sender(sockets, monkeypatch):
     fake_ray(monkeypatch, finished=lambda: True, failure=RuntimeError("no attribute 'weight_loader'"))
-    socket = weight_sync.WatchedSocket(sockets[0], receiver="call", timeout_s=60)
+    socket = watch.WatchedSocket(sockets[0], receiver="call", timeout_s=60)
     socket.send(b"bucket")
     with pytest.raises(RuntimeError, match="weight_loader"):
         socket.recv()
@@ -52,7 +56,7 @@ def test_receiver_that_never_connects_is_not_waited_for(tmp_path, monkeypatch, f
     fake_ray(monkeypatch, finished=lambda: fails, failure=RuntimeError("EngineDeadError"))
     with zmq.Context() as context, context.socket(zmq.REQ) as alone:
         alone.bind(f"ipc://{tmp_path}/alone.sock")
-        socket = weight_sync.WatchedSocket(alone, receiver="call", timeout_s=0.1)
+        socket = watch.WatchedSocket(alone, receiver="call", timeout_s=0.1)
         with pytest.raises(
             RuntimeError if fails else TimeoutError, match="EngineDead" if fails else "did not come for"
         ):
@@ -61,14 +65,14 @@ def test_receiver_that_never_connects_is_not_waited_for(tmp_path, monkeypatch, f
 
 def test_silent_receiver_times_out(sockets, monkeypatch):
     fake_ray(monkeypatch, finished=lambda: False)
-    socket = weight_sync.WatchedSocket(sockets[0], receiver="call", timeout_s=0.1)
+    socket = watch.WatchedSocket(sockets[0], receiver="call", timeout_s=0.1)
     socket.send(b"bucket")
     with pytest.raises(TimeoutError, match=r"0\.1 s"):
         socket.recv()
 
 
 def test_rank_without_server_times_out(sockets):
-    socket = weight_sync.WatchedSocket(sockets[0], receiver=None, timeout_s=0.1)
+    socket = watch.WatchedSocket(sockets[0], receiver=None, timeout_s=0.1)
     socket.send(b"bucket")
     with pytest.raises(TimeoutError):
         socket.recv()
@@ -77,7 +81,7 @@ def test_rank_without_server_times_out(sockets):
 def test_slow_answer_arrives_even_if_the_call_has_returned(sockets, monkeypatch):
     """The call returns right after its last acknowledgement: a returned call is no failure."""
     fake_ray(monkeypatch, finished=lambda: True)
-    socket = weight_sync.WatchedSocket(sockets[0], receiver="call", timeout_s=10)
+    socket = watch.WatchedSocket(sockets[0], receiver="call", timeout_s=10)
     socket.send(b"bucket")
     answer = threading.Timer(0.2, lambda: (sockets[1].recv(), sockets[1].send(b"taken")))
     answer.start()
@@ -93,23 +97,23 @@ def test_sender_gets_the_watched_socket_and_the_call(tmp_path, monkeypatch):
         return f"call of {method}"
 
     async def update_weights():
-        await weight_sync._remembering_receiver(upstream)(None, "update_weights_from_ipc", non_block=True, kwargs={})
-        sender = weight_sync.BucketedWeightSender(f"ipc://{tmp_path}/sender.sock", bucket_size_mb=1, use_shm=True)
+        await patch_server_adapter.__wrapped__(upstream)(None, "update_weights_from_ipc", non_block=True, kwargs={})
+        sender = BucketedWeightSender(f"ipc://{tmp_path}/sender.sock", bucket_size_mb=1, use_shm=True)
         sender._init_socket()
         seen.update(socket=sender.socket, receiver=sender.socket._receiver)
         sender.socket.close()
 
     asyncio.run(update_weights())
-    assert isinstance(seen["socket"], weight_sync.WatchedSocket)
+    assert isinstance(seen["socket"], watch.WatchedSocket)
     assert seen["receiver"] == "call of update_weights_from_ipc"
 
 
 def test_upstream_is_what_the_patches_were_written_for():
-    adapter = inspect.getsource(original(weight_sync.ServerAdapter.update_weights))
+    adapter = inspect.getsource(original(ServerAdapter.update_weights))
     call, wait = adapter.index('"update_weights_from_ipc",\n            non_block=True'), adapter.index("await future")
     assert call < adapter.index("BucketedWeightSender(") < wait, "verl now awaits the call before or beside the sender"
-    sender = inspect.getsource(weight_sync.BucketedWeightSender.async_send_weights)
+    sender = inspect.getsource(BucketedWeightSender.async_send_weights)
     assert sender.index("self._init_socket()") < sender.index("self.socket.recv()")
     assert "self.socket.recv()" in sender, "verl no longer waits without a limit: delete patch_weight_sender"
-    whole = inspect.getsource(weight_sync.BucketedWeightSender)
+    whole = inspect.getsource(BucketedWeightSender)
     assert whole.count("self.socket.send") == whole.count("self.socket.send_pyobj("), "a send that is not watched"

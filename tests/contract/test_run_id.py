@@ -12,9 +12,10 @@ from verl.workers.rollout.vllm_rollout import vllm_async_server, vllm_rollout
 from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightSender
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
+import verl_patches.weights.sync  # noqa: F401  (applies the patches)
 from verl_patches import vllm_plugin
+from verl_patches.patching import original
 from verl_patches.weights import run_id
-from verl_patches.weights import sync as weight_sync
 
 
 @pytest.fixture(autouse=True)
@@ -78,4 +79,5 @@ def test_upstream_is_what_it_was_written_for():
     assert "get_runtime_context().get_job_id()" in adapter, "the path may be the machine's only one: delete run_id"
     server = inspect.getsource(vllm_async_server.vLLMHttpServer.__init__)
     assert 'os.environ["VERL_RAY_JOB_ID"] = ray.get_runtime_context().get_job_id()' in server
-    assert weight_sync.BucketedWeightSender is BucketedWeightSender
+    assert original(BucketedWeightSender._init_socket) is not BucketedWeightSender._init_socket
+    assert vllm_rollout.BucketedWeightSender is BucketedWeightSender

@@ -185,7 +185,7 @@ def test_the_banner_says_what_is_on():
     line = banner(config, DartsConfig.from_block({"overlap": {"mode": "token"}}, 8), cache_tokens=12_000)
     assert line.endswith("during generation (overlap token, prefixes of up to 12,000 tokens on a rank)")
     off = DartsConfig.from_block({"enable": False}, 8)
-    assert banner(config, off) == "[darts] plugin active, darts.enable=false: plain verl"
+    assert banner(config, off) == "plugin active, darts.enable=false: plain verl"
 
 
 def test_a_progress_line_leaves_out_what_was_not_measured():

@@ -4,7 +4,8 @@ import pytest
 from engine_state import EngineState
 
 from darts.bench import rollouts, rollouts_report
-from darts.bench.rollouts_run import Bench, CountingBalancer
+from darts.bench.harness import arms_of
+from darts.bench.serving import CountingBalancer, RolloutBench
 
 SMALL = ["--prompts=2", "--group-size=2", "--candidates=3", "--seeds=1", "--batches=2", "--chunk-tokens=4",
          "--requests", "4", "--tokens=64", "--repetitions=2"]  # fmt: skip
@@ -12,14 +13,14 @@ SMALL = ["--prompts=2", "--group-size=2", "--candidates=3", "--seeds=1", "--batc
 
 @pytest.fixture
 def bench(engine):
-    bench = Bench(engine, engine.config)
+    bench = RolloutBench(engine, engine.config)
     yield bench
     bench.close()
 
 
 def test_early_stop(bench, server):
-    records = rollouts.early_stop(bench, rollouts.arguments(SMALL))
-    by_arm = {arm: [r for r in records if r["arm"] == arm] for arm in rollouts_report.arms_of(records)}
+    records = rollouts.early_stop(bench, rollouts.BENCH.parse(SMALL))
+    by_arm = {arm: [r for r in records if r["arm"] == arm] for arm in arms_of(records)}
     assert list(by_arm) == [
         "plain n=M", "plain n=3", "shortest off", "shortest eager", "shortest exact", "dual all", "dual deadline",
     ]  # fmt: skip
@@ -34,22 +35,22 @@ def test_early_stop(bench, server):
             assert record["aborted"] <= {"shortest eager": 2, "shortest exact": 2, "dual deadline": 2}.get(arm, 0)
             assert 0 <= record["tail_s"] < record["seconds"]
             assert 0 <= record["after_s"] < record["seconds"]
-            assert record["cpu_s"]["engine"] > 0
+            assert record["cpu_engine_s"] > 0
     # equal seeds, equal responses: the first M of plain n=3 are those of plain n=M
     assert by_arm["plain n=M"][0]["lengths"] == [lengths[:2] for lengths in by_arm["plain n=3"][0]["lengths"]]
-    text, checks = rollouts.summary({"early-stop": records})
+    checks = rollouts_report.checks({"early-stop": records})
     assert all(check.passed for check in checks), checks
-    assert all(arm in text for arm in by_arm)
+    assert all(arm in rollouts_report.tables({"early-stop": records}) for arm in by_arm)
     EngineState.wait_idle(server, limit_s=1)
 
 
 def test_streaming(engine, server):
-    records = rollouts.streaming(engine, rollouts.arguments(SMALL))
+    records = rollouts.streaming(engine, rollouts.BENCH.parse(SMALL))
     assert [record["tokens"] for record in records] == [4 * 64] * 6
     chunks = {record["arm"]: record["chunks"] for record in records}
     assert chunks["plain"] == chunks["chunk 256"] == 0
     assert 0 < chunks["chunk 16"] <= 4 * 3, "the last tokens come as the answer, and chunks after it are dropped"
-    assert "| 4 | chunk 16 | 2 |" in rollouts.summary({"streaming": records})[0]
+    assert "| 4 | chunk 16 | 2 |" in rollouts_report.tables({"streaming": records})
 
 
 def test_the_balancer_counts_what_it_hands_out():

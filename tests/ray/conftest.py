@@ -6,6 +6,7 @@ import pytest
 import ray
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from virtual_time import use_virtual_time
 
 import recipe.darts.main_darts  # noqa: F401  (registers the resolver that quickstart.yaml uses)
 from darts import CONFIG_DIR
@@ -51,7 +52,13 @@ def make_config(model_dir):
     return make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
+def virtual_time(monkeypatch):
+    """Time passes only while everybody waits, in a test whose worker and server are in its own process."""
+    return use_virtual_time(monkeypatch)
+
+
+@pytest.fixture(scope="package")
 def local_ray():
     support = str(Path(__file__).resolve().parents[1] / "support")
     ray.init(

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from scripted_rounds import M, Rows, load_script, make_cluster, make_trainer, rows_of, take_records
 from verl.experimental.separation.ray_trainer import SeparateRayPPOTrainer
 
-from darts.bench.arms import Arm
+from darts.bench.arms import BenchArm
 from darts.bench.plan import BenchPlan
 from darts.bench.records import TIMES, Records
 from darts.bench.states import ArmStates
@@ -21,9 +21,9 @@ from darts.config import DartsConfig
 from darts.strategy import make_strategy
 
 PROMPTS, STEPS = 4, 4
-ADAPTIVE = Arm(name="adaptive", strategy="darts", changes={"allocation.mode": "adaptive", "early_stop": "off"})
-TAIL = Arm(name="tail", strategy="tail_batching")
-SORTED = Arm(name="sorted", strategy="sorted", changes={"sorted.prompts": 2})
+ADAPTIVE = BenchArm(name="adaptive", strategy="darts", changes={"allocation.mode": "adaptive", "early_stop": "off"})
+TAIL = BenchArm(name="tail", strategy="tail_batching")
+SORTED = BenchArm(name="sorted", strategy="sorted", changes={"sorted.prompts": 2})
 
 
 def length_of(row: int, candidate: int) -> int:
@@ -77,7 +77,7 @@ def bench(cluster, monkeypatch):
     monkeypatch.setattr(ArmsTrainer, "_set_cost_model", lambda self: None)
     monkeypatch.setattr(ArmsTrainer, "_get_dp_size", lambda self, *_: 1)
 
-    def run(folder: Path, arms: list[Arm], last: int = STEPS, stop_in_round: int | None = None) -> dict[str, list]:
+    def run(folder: Path, arms: list[BenchArm], last: int = STEPS, stop_in_round: int | None = None) -> dict[str, list]:
         block = OmegaConf.to_container(cluster[2].darts) | {"seed": 0, "early_stop": "eager"}
         trainer = make_trainer(ArmsTrainer, cluster, DartsConfig.from_block(block, M), Rows(8))
         trainer.config.darts = block

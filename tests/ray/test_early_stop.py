@@ -15,6 +15,8 @@ from darts.messages import CANDIDATE
 from darts.rollout.worker import CandidateError
 from darts.selection import select
 
+pytestmark = pytest.mark.usefixtures("virtual_time")
+
 SHORTEST = "darts.selection.mode=shortest_only"
 
 

@@ -12,6 +12,8 @@ from darts.messages import CANDIDATE
 from darts.rollout.worker import CandidateError, candidate_seed
 from darts.selection import select
 
+pytestmark = pytest.mark.usefixtures("virtual_time")
+
 
 @pytest.fixture
 def bench(make_config):

@@ -195,9 +195,12 @@ def _module(name: str, arguments: Sequence[str]) -> None:
         wrong = [word for word in left if word not in options and not is_override(word)]
         assert not wrong, f"{name} does not take {wrong}"
     elif name == "darts.bench":
-        from darts.bench.command import options_of
+        from darts.bench.command import BENCHES, main, options_of
 
-        _parses(lambda: options_of(list(arguments)), arguments, stop=False)
+        if arguments and arguments[0] in BENCHES:
+            _parses(lambda: main(arguments), arguments)
+        else:
+            _parses(lambda: options_of(list(arguments)), arguments, stop=False)
     elif name == "darts.simulation":
         from darts.simulation.options import arms_of, parse
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from darts.bench.arms import PRESETS, Arm, chosen, parse_arm
+from darts.bench.arms import PRESETS, BenchArm, chosen, parse_arm
 from darts.config import STRATEGIES, ConfigError, DartsConfig
 from darts.strategy import make_strategy
 
@@ -28,7 +28,7 @@ def test_every_arm_works_with_any_configuration(name, darts):
 
 def test_an_arm_changes_what_it_says_and_nothing_else():
     before = repr(QUICKSTART)
-    arm = Arm(name="a", strategy="darts", changes={"selection.num_long": 2, "seed": 5}, overlap="token")
+    arm = BenchArm(name="a", strategy="darts", changes={"selection.num_long": 2, "seed": 5}, overlap="token")
     assert arm.block(QUICKSTART) == QUICKSTART | {
         "selection": {"mode": "auto", "num_long": 2}, "seed": 5, "overlap": {"mode": "token"}
     }  # fmt: skip
@@ -82,7 +82,7 @@ def test_an_arm_from_the_command_line():
         "my arm = darts, darts.selection.num_long=2, darts.early_stop=off,darts.overlap.mode=token,"
         "darts.allocation.mean_candidates=null,darts.reward.pool=true,darts.allocation.cost_weight=1e-1"
     )
-    assert arm == Arm(
+    assert arm == BenchArm(
         name="my arm", strategy="darts", overlap="token",
         changes={"selection.num_long": 2, "early_stop": "off", "allocation.mean_candidates": None, "reward.pool": True,
                  "allocation.cost_weight": 0.1},

@@ -2,14 +2,18 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from bench_records import bench, step, validation
 
 from darts.bench import figures, report
 from darts.bench.arms import PRESETS
-from darts.bench.statistics import Results
+from darts.bench.statistics import BenchResults
+from darts.evidence import documents
+from darts.evidence.figures import draw_all
 
+ROOT = Path(__file__).resolve().parents[2]
 SECONDS = {"none": [[4.0, 2.0, 2.0], [4.0, 4.0, 2.0]], "darts": [[2.0, 1.0, 1.0], [2.0, 4.0, 2.0]]}
 ACCURACIES = {
     "none": [[0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.3, 0.6]],
@@ -17,8 +21,8 @@ ACCURACIES = {
 }
 
 
-def made(**changes) -> Results:
-    return Results(bench(SECONDS, ACCURACIES), **changes)
+def made(**changes) -> BenchResults:
+    return BenchResults(bench(SECONDS, ACCURACIES), **changes)
 
 
 def rows_of(table: str) -> dict[str, dict[str, str]]:
@@ -62,7 +66,9 @@ def test_learning():
     assert rows_of(report.learning_table(made(), target=0.3))["darts"]["training to 0.300"] == "4 s", "of 2 and 6 s"
 
 
-@pytest.mark.parametrize("results", [Results([]), Results([], arms=["none", "darts"], steps=30), made(arms=["sorted"])])
+@pytest.mark.parametrize(
+    "results", [BenchResults([]), BenchResults([], arms=["none", "darts"], steps=30), made(arms=["sorted"])]
+)
 def test_nothing_measured_is_dashes(results):
     assert "nan" not in report.text(results)
     for arm, row in rows_of(report.time_table(results)).items():
@@ -71,7 +77,7 @@ def test_nothing_measured_is_dashes(results):
 
 def test_without_the_base():
     """The arms' own figures are there, the comparisons are not."""
-    results = Results(bench({"darts": SECONDS["darts"]}, {"darts": ACCURACIES["darts"]}))
+    results = BenchResults(bench({"darts": SECONDS["darts"]}, {"darts": ACCURACIES["darts"]}))
     assert "nan" not in report.text(results)
     row = rows_of(report.time_table(results))["darts"]
     assert (row["mean"], row["speed-up over none"]) == ("2.00", "-")
@@ -81,16 +87,16 @@ def test_without_the_base():
 
 def test_notes_say_what_seeds_and_gaps_mean():
     assert "bootstraps over 2 seeds" in report.notes(made())[0]
-    one = Results(bench({"none": [[1.0, 2.0]], "darts": [[1.0]]}))
+    one = BenchResults(bench({"none": [[1.0, 2.0]], "darts": [[1.0]]}))
     assert report.notes(one)[0].startswith("One seed")
     assert report.notes(one)[-1] == "Of the steps that some arm has: darts lacks 1."
-    assert report.notes(Results([]))[0] == "Nothing has been measured."
+    assert report.notes(BenchResults([]))[0] == "Nothing has been measured."
 
 
 # --- the document ----------------------------------------------------------------------------------------------------
 
 
-def opened(results: Results) -> dict:
+def opened(results: BenchResults) -> dict:
     return report.document(
         results, arms=[{"name": arm} for arm in results.arms], settings={"seeds": 2}, config={"darts": {}},
         machine={"commit": "c0ffee"},
@@ -99,7 +105,7 @@ def opened(results: Results) -> dict:
 
 def test_tables_can_be_made_again_from_the_document(tmp_path):
     results = made(steps=6)
-    report.save(tmp_path / "new" / "bench.json", opened(results))
+    documents.save(tmp_path / "new" / "bench.json", opened(results))
     document, again = report.load(tmp_path / "new" / "bench.json")
     assert document["machine"] == {"commit": "c0ffee"}
     assert report.text(again) == report.text(results)
@@ -117,7 +123,7 @@ def test_the_document_has_the_figures():
 
 
 def test_a_document_of_nothing():
-    document = opened(Results([], arms=["none"]))
+    document = opened(BenchResults([], arms=["none"]))
     assert document["summary"]["none"]["speed_up"]["value"] is None
     json.dumps(document, allow_nan=False)
 
@@ -127,8 +133,9 @@ def test_a_document_of_nothing():
     [
         ("nonsense", "cannot be read"),
         ("[]", "no document of python -m darts.bench"),
+        ('{"format": "other", "version": 1}', "no document of python -m darts.bench"),
         ('{"format": "darts.bench", "version": 1}', "KeyError"),
-        ('{"format": "darts.bench", "version": 1, "steps": {"colour": [1]}}', "colour: no field of a step"),
+        ('{"format": "darts.bench", "version": 1, "steps": {"colour": [1]}, "validations": {}}', "colour"),
     ],
 )
 def test_what_is_not_a_document_is_refused(tmp_path, text, said):
@@ -139,6 +146,13 @@ def test_what_is_not_a_document_is_refused(tmp_path, text, said):
         report.load(tmp_path / "none.json")
 
 
+@pytest.mark.parametrize("name", ["overthink", "depth"])
+def test_documents_of_earlier_versions_can_still_be_read(name):
+    document, results = report.load(ROOT / "docs" / "results" / f"{name}.json")
+    assert results.arms == [arm["name"] for arm in document["arms"]]
+    assert len(results.steps("none")) == 90
+
+
 def test_the_notes_tell_of_queues_and_of_the_served_weights():
     records = [
         step("none", 0, 1, served_difference=1e-7),
@@ -146,21 +160,26 @@ def test_the_notes_tell_of_queues_and_of_the_served_weights():
         step("tail", 0, 1, queue=2),
         step("tail", 0, 2, queue=0),
     ]
-    said = "\n".join(report.notes(Results(records)))
+    said = "\n".join(report.notes(BenchResults(records)))
     assert "differ by 3.0e-07 at most" in said
     assert "tail: what is queued" in said
-    assert "queued" not in "\n".join(report.notes(Results(records[:2])))
-    assert report.work_table(Results(records)).splitlines()[-1].endswith("| 1.0 | 0 |")
+    assert "queued" not in "\n".join(report.notes(BenchResults(records[:2])))
+    assert report.work_table(BenchResults(records)).splitlines()[-1].endswith("| 1.0 | 0 |")
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def draw(results: BenchResults):
+    return draw_all(figures.FIGURES, results, report.BASE)
+
 
 NAMES = ["seconds", "accuracy", "tradeoff", "lengths", "phases"]
 
 
 def test_figures_are_pictures_with_a_sentence(tmp_path):
     lengths = [validation("darts", 0, 6, 0.5, mean_length=12.0)]
-    drawn = figures.write(Results([*bench(SECONDS, ACCURACIES), *lengths]), tmp_path)
+    drawn = figures.write(BenchResults([*bench(SECONDS, ACCURACIES), *lengths]), tmp_path)
     assert [figure.name for figure in drawn] == NAMES
     for figure in drawn:
         assert (tmp_path / f"{figure.name}.png").read_bytes().startswith(b"\x89PNG")
@@ -169,12 +188,12 @@ def test_figures_are_pictures_with_a_sentence(tmp_path):
 
 def test_figures_of_every_arm_and_one_step():
     seconds = {arm.name: [[1.0]] for arm in PRESETS["all"]}
-    drawn = figures.draw(Results(bench(seconds)))
+    drawn = draw(BenchResults(bench(seconds)))
     assert [figure.name for figure in drawn if not figure.png] == ["accuracy", "tradeoff"], "nothing was validated"
 
 
 def test_figures_without_data_say_so():
-    drawn = figures.draw(Results([], arms=["none"]))
+    drawn = draw(BenchResults([], arms=["none"]))
     assert [figure.png for figure in drawn] == [None] * 5
     assert {figure.caption for figure in drawn} == {
         "no step has been measured.",
@@ -185,12 +204,12 @@ def test_figures_without_data_say_so():
 
 def test_figures_of_arms_with_gaps():
     records = bench({"none": [[1.0, 2.0], [1.0]], "darts": [[1.0]]}, {"none": [[0.1, math.nan], []]})
-    drawn = figures.draw(Results(records, arms=["none", "darts", "sorted"]))
+    drawn = draw(BenchResults(records, arms=["none", "darts", "sorted"]))
     assert [figure.name for figure in drawn if not figure.png] == ["tradeoff"], "no other arm was validated"
 
 
 def test_by_seed_has_a_row_for_each_seed():
-    steps, values = figures.by_seed(Results(bench({"none": [[1.0, 2.0], [3.0]]})), "none", "step_s")
+    steps, values = BenchResults(bench({"none": [[1.0, 2.0], [3.0]]})).by_seed("none", "step_s")
     assert steps.tolist() == [1, 2]
     assert values[0].tolist() == [1.0, 2.0]
     assert values[1][0] == 3.0

@@ -7,36 +7,35 @@ import pytest
 from bench_records import bench, step, validation
 
 from darts.bench import statistics
-from darts.bench.statistics import Reached, Results, compared, difference
+from darts.bench.statistics import BenchResults, Reached, compared, difference
 
 # --- one arm ---------------------------------------------------------------------------------------------------------
 
 
 def test_figures_of_an_arm():
-    results = Results(bench({"none": [[4.0, 2.0, 1.0, 1.0, 3.0, 1.0]]}))
+    results = BenchResults(bench({"none": [[4.0, 2.0, 1.0, 1.0, 3.0, 1.0]]}))
     assert (results.seeds, results.num_steps, results.last_from) == ([0], 6, 5)
     assert (results.mean("none", "step_s"), results.median("none", "step_s")) == (2.0, 1.5)
     assert results.mean("none", "step_s", last=True) == 2.0
     assert results.total("none", "tokens_dropped") == 6 * 20
     assert results.bubble_ratio("none") == 60 / 160
     assert results.useful_per_s("none") == 6 * 80 / 6.0
-    assert [steps.tolist() for steps in results.by_step("none", "step_s")] == [
-        [1, 2, 3, 4, 5, 6], [4, 2, 1, 1, 3, 1]
-    ]  # fmt: skip
+    steps, seconds = results.by_seed("none", "step_s")
+    assert (steps.tolist(), seconds.tolist()) == ([1, 2, 3, 4, 5, 6], [[4, 2, 1, 1, 3, 1]])
 
 
 @pytest.mark.parametrize(("steps", "first"), [(1, 1), (2, 2), (3, 3), (5, 5), (6, 5), (30, 21), (100, 68)])
 def test_the_last_third(steps, first):
-    assert Results([], steps=steps).last_from == first
+    assert BenchResults([], steps=steps).last_from == first
 
 
 def test_bubbles_weigh_as_their_slot_steps():
     records = [step(slot_steps=100, idle_slot_steps=50), step(number=2, slot_steps=300, idle_slot_steps=30)]
-    assert Results(records).bubble_ratio("none") == 80 / 400
+    assert BenchResults(records).bubble_ratio("none") == 80 / 400
 
 
 def test_an_arm_that_was_not_measured():
-    results = Results(bench({"none": [[1.0]]}), arms=["none", "darts"])
+    results = BenchResults(bench({"none": [[1.0]]}), arms=["none", "darts"])
     assert math.isnan(results.mean("darts", "step_s"))
     assert math.isnan(results.median("darts", "step_s"))
     assert math.isnan(results.bubble_ratio("darts"))
@@ -49,20 +48,20 @@ def test_an_arm_that_was_not_measured():
 
 
 def test_nothing_at_all():
-    results = Results([])
+    results = BenchResults([])
     assert (results.arms, results.seeds, results.num_steps) == ([], [], 0)
     assert math.isnan(results.target("none"))
 
 
 def test_a_step_that_is_there_twice_counts_as_it_was_last():
-    assert Results([step(seconds=9.0), step(seconds=1.0)]).mean("none", "step_s") == 1.0
+    assert BenchResults([step(seconds=9.0), step(seconds=1.0)]).mean("none", "step_s") == 1.0
 
 
 # --- speed-up --------------------------------------------------------------------------------------------------------
 
 
 def test_a_speed_up_is_the_ratio_of_totals():
-    results = Results(bench({"none": [[4.0, 2.0], [6.0, 6.0]], "darts": [[1.0, 2.0], [4.0, 5.0]]}))
+    results = BenchResults(bench({"none": [[4.0, 2.0], [6.0, 6.0]], "darts": [[1.0, 2.0], [4.0, 5.0]]}))
     found = results.speed_up("darts", "none")
     assert found.overall.value == 18 / 12
     assert found.by_seed == {0: 2.0, 1: 12 / 9}
@@ -72,26 +71,28 @@ def test_a_speed_up_is_the_ratio_of_totals():
 
 def test_what_hits_both_arms_alike_does_not_widen_the_interval():
     seconds = [[1.0, 5.0, 2.0, 40.0], [3.0, 1.0, 1.0, 9.0]]
-    results = Results(bench({"none": [[2 * x for x in seed] for seed in seconds], "darts": seconds}))
+    results = BenchResults(bench({"none": [[2 * x for x in seed] for seed in seconds], "darts": seconds}))
     found = results.speed_up("darts", "none").overall
     assert (found.value, found.low, found.high) == pytest.approx((2.0, 2.0, 2.0))
 
 
 def test_only_steps_that_both_have_are_compared():
     """A bench that was interrupted, and an arm that was added later."""
-    results = Results(bench({"none": [[4.0, 2.0, 100.0], [8.0]], "darts": [[2.0, 1.0]]}))
+    results = BenchResults(bench({"none": [[4.0, 2.0, 100.0], [8.0]], "darts": [[2.0, 1.0]]}))
     assert results.speed_up("darts", "none").by_seed == {0: 2.0}
 
 
 def test_one_pair_has_a_value_and_no_interval():
-    found = Results(bench({"none": [[3.0]], "darts": [[2.0]]})).speed_up("darts", "none")
+    found = BenchResults(bench({"none": [[3.0]], "darts": [[2.0]]})).speed_up("darts", "none")
     assert found.overall.value == 1.5
     assert math.isnan(found.overall.low)
     assert format(found, ".2f") == "1.50"
 
 
 def test_one_seed_has_the_interval_of_its_steps():
-    found = Results(bench({"none": [[3.0, 4.0, 5.0, 3.0]], "darts": [[2.0, 2.0, 2.0, 2.0]]})).speed_up("darts", "none")
+    found = BenchResults(bench({"none": [[3.0, 4.0, 5.0, 3.0]], "darts": [[2.0, 2.0, 2.0, 2.0]]})).speed_up(
+        "darts", "none"
+    )
     assert found.overall.low < 15 / 8 < found.overall.high
 
 
@@ -133,16 +134,16 @@ STEPS = {"none": [[1.0] * 6, [1.0] * 6], "darts": [[0.5] * 6, [0.25] * 6]}
 
 def test_accuracy_at_the_end_and_over_the_last_third():
     """Validations after 0, 2, 4 and 6 steps; the last third begins at 5."""
-    results = Results(bench(STEPS, {"none": [[0.1, 0.3, 0.2, 0.4], [0.1, 0.3, 0.2, 0.6]]}, every=2))
+    results = BenchResults(bench(STEPS, {"none": [[0.1, 0.3, 0.2, 0.4], [0.1, 0.3, 0.2, 0.6]]}, every=2))
     assert results.accuracy("none") == pytest.approx(0.5)
     assert results.accuracy("none", last=True) == pytest.approx(0.5)
-    results = Results(bench({"none": [[1.0] * 3]}, {"none": [[0.1, 0.3, 0.2, 0.4]]}))
+    results = BenchResults(bench({"none": [[1.0] * 3]}, {"none": [[0.1, 0.3, 0.2, 0.4]]}))
     assert (results.accuracy("none"), results.accuracy("none", last=True)) == (0.4, 0.4)
 
 
 def test_gain_is_paired_by_seed():
     accuracies = {"none": [[0.1, 0.4], [0.1, 0.8]], "darts": [[0.1, 0.5], [0.1, 0.9]]}
-    found = Results(bench(STEPS, accuracies, every=6)).accuracy_gain("darts", "none")
+    found = BenchResults(bench(STEPS, accuracies, every=6)).accuracy_gain("darts", "none")
     assert found.overall.value == pytest.approx(0.1)
     assert (found.overall.low, found.overall.high) == pytest.approx((0.1, 0.1))
     assert found.by_seed == pytest.approx({0: 0.1, 1: 0.1})
@@ -152,7 +153,7 @@ def test_gain_by_prompts_has_the_interval_of_prompts():
     """The two arms differ on one prompt of four."""
     arms = {"none": (1.0, 0.0, 0.0, 1.0), "darts": (1.0, 0.0, 1.0, 1.0)}
     records = [validation(arm, 0, 6, float(np.mean(by)), prompt_accuracy=by) for arm, by in arms.items()]
-    found = Results([*bench(STEPS), *records]).accuracy_gain("darts", "none").overall
+    found = BenchResults([*bench(STEPS), *records]).accuracy_gain("darts", "none").overall
     assert found.value == 0.25
     assert 0 == found.low < 0.25 < found.high
 
@@ -160,7 +161,7 @@ def test_gain_by_prompts_has_the_interval_of_prompts():
 def test_gain_where_prompts_are_not_the_same_is_that_of_the_means():
     arms = {"none": (1.0, 0.0), "darts": (1.0, 0.0, 1.0, 1.0)}
     records = [validation(arm, 0, 6, float(np.mean(by)), prompt_accuracy=by) for arm, by in arms.items()]
-    found = Results([*bench(STEPS), *records]).accuracy_gain("darts", "none").overall
+    found = BenchResults([*bench(STEPS), *records]).accuracy_gain("darts", "none").overall
     assert found.value == 0.25
     assert math.isnan(found.low)
 
@@ -168,7 +169,7 @@ def test_gain_where_prompts_are_not_the_same_is_that_of_the_means():
 @pytest.mark.parametrize("unknown", [None, math.nan])
 def test_an_accuracy_that_is_not_known_is_left_out(unknown):
     accuracies = {"none": [[0.1, 0.4]], "darts": [[0.1, unknown]]}
-    results = Results(bench(STEPS, accuracies, every=6))
+    results = BenchResults(bench(STEPS, accuracies, every=6))
     assert results.accuracy("darts") == 0.1
     assert math.isnan(results.accuracy_gain("darts", "none").overall.value), "both are the initial actor at step 0"
     assert math.isnan(results.accuracy_gain("darts", "none", last=True).overall.value)
@@ -178,7 +179,7 @@ def test_a_seed_that_has_only_begun_is_not_of_the_end():
     """Its only validation is that of the initial actor, which all arms share."""
     steps = {arm: [*some, [1.0]] for arm, some in STEPS.items()}
     accuracies = {"none": [[0.1, 0.4], [0.1, 0.8], [0.1]], "darts": [[0.1, 0.5], [0.1, 0.9], [0.1]]}
-    results = Results(bench(steps, accuracies, every=6))
+    results = BenchResults(bench(steps, accuracies, every=6))
     assert results.accuracy("none") == pytest.approx(0.6)
     assert results.accuracy_gain("darts", "none").by_seed == pytest.approx({0: 0.1, 1: 0.1})
 
@@ -209,20 +210,20 @@ def test_gain_by_prompts_covers_the_truth_with_any_number_of_seeds(monkeypatch, 
 
 def test_time_to_an_accuracy_is_the_steps_own_until_the_first_that_has_it():
     accuracies = {"darts": [[0.1, 0.5, 0.3, 0.6], [0.1, 0.2, 0.5, 0.5]]}
-    results = Results(bench(STEPS, accuracies, every=2))
+    results = BenchResults(bench(STEPS, accuracies, every=2))
     assert results.time_to("darts", 0.5).seconds == {0: 1.0, 1: 1.0}  # 2 x 0.5, 4 x 0.25
     assert results.time_to("darts", 0.6).seconds == {0: 3.0, 1: math.inf}
     assert results.time_to("darts", 0.1).seconds == {0: 0.0, 1: 0.0}
 
 
 def test_time_of_an_arm_that_never_gets_there():
-    results = Results(bench(STEPS, {"darts": [[0.1, 0.2], [0.1, 0.3]]}, every=6))
+    results = BenchResults(bench(STEPS, {"darts": [[0.1, 0.2], [0.1, 0.3]]}, every=6))
     assert str(results.time_to("darts", 0.9)) == "-"
 
 
 def test_time_is_unknown_where_a_step_is_missing():
     records = [record for record in bench(STEPS) if record.step != 3]
-    results = Results([*records, validation("darts", 0, 2, 0.5), validation("darts", 1, 4, 0.5)])
+    results = BenchResults([*records, validation("darts", 0, 2, 0.5), validation("darts", 1, 4, 0.5)])
     assert results.time_to("darts", 0.5).seconds == {0: 1.0, 1: math.inf}
 
 
@@ -242,5 +243,5 @@ def test_reached(seconds, said):
 
 
 def test_the_target_is_the_bases_accuracy_over_the_last_third():
-    results = Results(bench(STEPS, {"none": [[0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.3, 0.6]]}, every=2))
+    results = BenchResults(bench(STEPS, {"none": [[0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.3, 0.6]]}, every=2))
     assert results.target("none") == pytest.approx(0.5)

@@ -1,4 +1,4 @@
-"""The pure parts of the benchmarks: what they compare with, how runs are paired, what the tables say."""
+"""The pure parts of the benches: what they compare with, how runs are paired, what the tables say."""
 
 import json
 import subprocess
@@ -9,22 +9,21 @@ import numpy as np
 import pytest
 
 from darts.allocation import allocate as darts_allocate
-from darts.bench import allocate, overhead
-from darts.bench import budgets as rollouts
-from darts.bench import harness as common
-from darts.config import DartsConfig
+from darts.bench import allocate, budgets, overhead
+from darts.bench.command import BENCHES
+from darts.config import ConfigError, DartsConfig
 from darts.planning import RolloutPlanner
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("script", ["allocate", "overhead", "overlap", "actor", "budgets"])
-def test_help_shows_the_contract(script):
-    command = [sys.executable, "-m", f"darts.bench.{script}", "--help"]
+@pytest.mark.parametrize("name", ["", *BENCHES])
+def test_help_shows_the_contract(name):
+    command = [sys.executable, "-m", "darts.bench", *name.split(), "--help"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
     assert "Contract" in run.stdout
-    assert "--out FILE" in run.stdout
+    assert "--out" in run.stdout
 
 
 # --- allocate --------------------------------------------------------------------------------------------------------
@@ -43,7 +42,7 @@ def test_the_greedy_loop_allocates_as_darts_does(prompts, mean):
 def test_allocation_is_measured_with_every_repetition_in_the_file(tmp_path, capsys):
     out = tmp_path / "new" / "a.json"
     arguments = ["--prompts", "3", "40", "--repetitions=4", f"--out={out}"]
-    assert allocate.main(arguments) == 0
+    assert allocate.BENCH.main(arguments) == 0
     written = json.loads(out.read_text())
     assert written["settings"]["prompts"] == [3, 40]
     assert {"date", "commit", "cores", "processor", "python"} <= written["machine"].keys()
@@ -82,7 +81,7 @@ def test_the_synthetic_rollout_is_one_that_early_stop_could_leave():
 
 
 def test_overhead_at_scale_times_every_part(capsys):
-    assert overhead.main(["--prompts", "32", "--history=64", "--repetitions=1"]) == 0
+    assert overhead.BENCH.main(["--prompts", "32", "--history=64", "--repetitions=1"]) == 0
     (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 32 |")]
     assert row.startswith("| 32 | 384 |")
     assert all(float(cell) > 0 for cell in row.split("|")[4:-1])
@@ -101,32 +100,37 @@ def own(seconds, step=10.0):
 def test_overhead_of_runs_is_the_share_of_each_step(tmp_path, capsys):
     for name, seconds in (("good", [0.05, 0.06, 0.4]), ("bad", [0.2, 0.2, 0.05])):
         write_trace(tmp_path / name / "darts.jsonl", enumerate(map(own, seconds), 1))
-    assert overhead.main(["--prompts", "--runs", str(tmp_path / "good")]) == 0
+    assert overhead.BENCH.main(["--prompts", "--runs", str(tmp_path / "good")]) == 0
     assert f"| {tmp_path / 'good'} | 3 | 0.060 | 10.00 | 0.60% | 4.00% |" in capsys.readouterr().out
-    assert overhead.main(["--prompts", "--runs", str(tmp_path / "good"), str(tmp_path / "bad")]) == 1
+    assert overhead.BENCH.main(["--prompts", "--runs", str(tmp_path / "good"), str(tmp_path / "bad")]) == 1
 
 
 def test_a_run_without_the_metric_is_named(tmp_path):
     write_trace(tmp_path / "darts.jsonl", [(1, {"timing_s/step": 3.0})])
-    with pytest.raises(ValueError, match="no step of the trace has both"):
+    with pytest.raises(ConfigError, match="no step of the trace has both"):
         overhead.of_run(tmp_path)
 
 
 def test_of_a_trace_what_a_resume_replaced_and_a_cut_line_do_not_count(tmp_path):
     path = tmp_path / "darts.jsonl"
-    write_trace(path, [(1, {"x": 1}), (2, {"x": 2}), (3, {"x": 3}), (2, {"x": 4})])
+    write_trace(path, [(1, own(0.1)), (2, own(0.2)), (3, own(0.3)), (2, own(0.4))])
     with path.open("a") as file:
         file.write('{"version": 1, "st')
-    assert common.trace_metrics(tmp_path) == {1: {"x": 1}, 2: {"x": 4}}
+    assert overhead.of_run(tmp_path)["own_s"] == [0.1, 0.4]
 
 
-# --- rollouts --------------------------------------------------------------------------------------------------------
+def test_a_run_without_a_trace_is_refused_in_one_line(tmp_path, capsys):
+    assert overhead.BENCH.main(["--prompts", "--runs", str(tmp_path)]) == 1
+    assert "must hold one darts.jsonl" in capsys.readouterr().err
+
+
+# --- budgets ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_arms_launch_equally_many_and_saturate_as_named():
     saturated = {}
-    for arm in rollouts.ALLOCATIONS:
-        darts = rollouts.settings(arm, 3, "deadline", 16)
+    for arm in budgets.ALLOCATIONS:
+        darts = budgets.settings(arm, 3, "deadline", 16)
         planner = RolloutPlanner(ema_weight=0.3, response_length=256)
         planner.steps = 1
         for key, longest in zip("abcd", (10, 20, 40, 400), strict=True):
@@ -136,20 +140,20 @@ def test_the_arms_launch_equally_many_and_saturate_as_named():
         assert darts.seed == 3
         assert darts.selection.long_wait == "deadline"
         saturated[arm] = sum(darts.group_rules(budget).num_long == 0 for budget in plan.budgets.tolist())
-    assert saturated == {rollouts.UNIFORM: 0, rollouts.HALF: 2, rollouts.ADAPTIVE: 2}
+    assert saturated == {budgets.UNIFORM: 0, budgets.HALF: 2, budgets.ADAPTIVE: 2}
 
 
 def test_every_epoch_has_the_pool_once_in_another_order():
     questions = [f"q{n}" for n in range(100)]
-    steps = list(rollouts.batches(questions, pool=8, prompts=4, steps=5, seed=1))
+    steps = list(budgets.batches(questions, pool=8, prompts=4, steps=5, seed=1))
     assert [epoch for epoch, _ in steps] == [0, 0, 1, 1, 2]
     first, second = steps[0][1] + steps[1][1], steps[2][1] + steps[3][1]
     assert sorted(first) == sorted(second)
     assert len(set(first)) == 8
     assert first != second
     assert set(steps[4][1]) <= set(first)
-    assert steps == list(rollouts.batches(questions, pool=8, prompts=4, steps=5, seed=1))
-    other = [some for _, some in rollouts.batches(questions, pool=8, prompts=4, steps=2, seed=2)]
+    assert steps == list(budgets.batches(questions, pool=8, prompts=4, steps=5, seed=1))
+    other = [some for _, some in budgets.batches(questions, pool=8, prompts=4, steps=2, seed=2)]
     assert sorted(other[0] + other[1]) != sorted(first)
 
 
@@ -168,30 +172,29 @@ def test_the_last_steps_seconds_are_those_of_the_same_arm_and_seed():
         rollout("a", 0, 1.0), rollout("b", 0, 2.0), rollout("b", 1, 4.0), rollout("a", 1, 3.0),
         rollout("a", 0, 5.0, seed=1), rollout("a", 1, 6.0, seed=1),
     ]  # fmt: skip
-    assert [record["last_s"] for record in rollouts.with_last(records)] == [None, None, 2.0, 1.0, None, 5.0]
+    assert [record["last_s"] for record in budgets.with_last(records)] == [None, None, 2.0, 1.0, None, 5.0]
 
 
 def test_the_error_of_a_forecast_is_relative_and_leaves_out_what_was_not_forecast():
     records = [rollout("a", step, 2.0, refined_s=forecast) for step, forecast in enumerate([None, 1.0, 2.2, 3.0])]
-    assert rollouts.error(records, "refined_s") == pytest.approx(0.5)
-    assert np.isnan(rollouts.error(records[:1], "refined_s"))
+    assert budgets.error(records, "refined_s") == pytest.approx(0.5)
+    assert np.isnan(budgets.error(records[:1], "refined_s"))
 
 
 def test_the_tables_are_of_known_prompts_and_pair_the_arms():
-    records = [rollout(rollouts.UNIFORM, step, 9.0 if step < 2 else 2.0) for step in range(4)]
-    records += [rollout(rollouts.ADAPTIVE, step, 1.0, tokens=90) for step in range(4)]
-    text = rollouts.tables(records)
+    records = [rollout(budgets.UNIFORM, step, 9.0 if step < 2 else 2.0) for step in range(4)]
+    records += [rollout(budgets.ADAPTIVE, step, 1.0, tokens=90) for step in range(4)]
+    text = budgets.tables(records)
     assert "| uniform | 4.0 | 1 | 200 | 1 | 120 | 7.5 | 9.0 | 6 of 40 | 50% | 8 to 12 | 0.25 |" in text
     assert "| adaptive | 2.0 | 0.50 [0.50, 0.50] | 180 | 0.90 [0.90, 0.90] |" in text
     assert "| uniform | 2 | 0.0% | 50.0% | 175.0% |" in text
     assert "| adaptive | 2 | 0.0% | 50.0% | 0.0% |" in text
     assert "| all | 4 |" in text
     with pytest.raises(ValueError, match="adaptive"):
-        rollouts.tables(records[:-1])
-    assert "no prompt was known" in rollouts.tables(records[:2])
+        budgets.tables(records[:-1])
+    assert "no prompt was known" in budgets.tables(records[:2])
 
 
 def test_a_pool_that_does_not_divide_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        rollouts.main(["--pool", "30"])
-    assert "--pool 30: must be a multiple of --prompts 8" in capsys.readouterr().err
+    assert budgets.BENCH.main(["--pool", "30"]) == 2
+    assert "--pool=30: must be a multiple of --prompts 8" in capsys.readouterr().err

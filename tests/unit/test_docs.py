@@ -118,7 +118,7 @@ def test_every_command_is_understood(command, tmp_path, monkeypatch):
         (".venv/bin/python -m darts.nothing", "no such module"),
         (".venv/bin/python -m darts.simulation replay lengths.csv --fast", "--fast"),
         (".venv/bin/python -m darts.bench --arms nothing", "nothing"),
-        (".venv/bin/python -m darts.bench.allocate --fast", "--fast"),
+        (".venv/bin/python -m darts.bench allocate --fast", "--fast"),
         ("make coffee", "coffee"),
         ("COMMAND='bash scripts/nothing.sh' sbatch --nodes=4 scripts/slurm/ray.sbatch", "no such script"),
         ("SPEED=fast COMMAND='make help' sbatch --nodes=4 scripts/slurm/ray.sbatch", "SPEED"),

@@ -60,7 +60,7 @@ def decoded_by_groups(lengths: list[list[int]], darts: DartsConfig, limit: int) 
     return decoded
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.lists(st.integers(1, 12), min_size=3, max_size=6), min_size=1, max_size=4),
     st.sampled_from(["eager", "exact", "off"]),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from darts import history
@@ -256,7 +256,6 @@ def recount(updates, weight, recent):
     st.integers(1, 7),
     st.sets(st.integers(0, 13)),
 )
-@settings(deadline=None)
 def test_history_is_what_a_recount_gives_also_when_resumed_from_json(updates, weight, recent, resumes):
     past = LengthHistory(weight, recent)
     for step, (key, observation) in enumerate(updates):
@@ -275,7 +274,6 @@ def test_history_is_what_a_recount_gives_also_when_resumed_from_json(updates, we
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcdef"), observations()), max_size=10), st.integers(0, 10))
-@settings(deadline=None)
 def test_a_resumed_history_goes_on_with_the_same_floats(updates, resume_at):
     past, resumed = LengthHistory(recent=2), LengthHistory(recent=2)
     for step, (key, observation) in enumerate(updates):

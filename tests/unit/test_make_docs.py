@@ -1,4 +1,4 @@
-"""docs/configuration.md and the block `darts:` are what scripts/make_docs.py makes of the definitions."""
+"""docs/configuration.md, the block `darts:` and the tables of docs/results.md are what scripts/make_docs.py makes."""
 
 import re
 import subprocess
@@ -13,29 +13,44 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "make_docs.py"
 PAGE = ROOT / "docs" / "configuration.md"
 BASE = ROOT / "configs" / "darts_base.yaml"
+RESULTS = ROOT / "docs" / "results.md"
+DOCUMENTS = sorted((ROOT / "docs" / "results").glob("*.json"))
 
 
 def run(*options: str, script: Path = SCRIPT) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True, timeout=60)
 
 
-def test_both_files_are_up_to_date():
+def test_all_files_are_up_to_date():
     result = run("--check")
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("changed", [PAGE, BASE], ids=["page", "yaml"])
-@pytest.mark.parametrize(("word", "other"), [("[lambda]", "[mu]"), ("1.25", "1.5")], ids=["help", "default"])
-def test_a_file_that_differs_is_found(tmp_path, changed, word, other):
-    copies = {path: tmp_path / path.relative_to(ROOT) for path in (SCRIPT, PAGE, BASE)}
+def test_most_tables_of_measurements_are_made():
+    page = RESULTS.read_text()
+    assert page.count("<!-- table: ") == page.count("<!-- /table -->") == 20
+    assert set(re.findall(r"<!-- table: (\S+) ", page)) == {path.stem for path in DOCUMENTS}
+
+
+def test_files_that_differ_are_found(tmp_path):
+    copies = {path: tmp_path / path.relative_to(ROOT) for path in (SCRIPT, PAGE, BASE, RESULTS, *DOCUMENTS)}
     for path, copy in copies.items():
-        copy.parent.mkdir()
+        copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text(path.read_text())
-    assert word in changed.read_text()
-    copies[changed].write_text(changed.read_text().replace(word, other))
+    changes = {
+        PAGE: [("[lambda]", "[mu]"), ("`1.25`", "`1.5`")],
+        BASE: [("[lambda]", "[mu]"), ("1.25", "1.5")],
+        RESULTS: [("| none | 90 | 2.59 | 2.66 | 1 |", "| none | 90 | 2.59 | 2.67 | 1 |"), ("| 48.4 |", "| 48.5 |")],
+    }
+    for changed, words in changes.items():
+        text = changed.read_text()
+        for old, new in words:
+            assert old in text
+            text = text.replace(old, new)
+        copies[changed].write_text(text)
     result = run("--check", script=copies[SCRIPT])
     assert result.returncode == 1
-    assert f"{changed.name}: differs" in result.stdout
+    assert result.stdout.count(": differs") == 3
     assert run(script=copies[SCRIPT]).returncode == 0
     assert all(copy.read_text() == path.read_text() for path, copy in copies.items())
 

@@ -90,7 +90,7 @@ class Ranks:
         return {key: tokens for done in self.done for key, tokens in done.items()}
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     seed=st.integers(0, 1 << 32),
     num_ranks=st.integers(1, 4),

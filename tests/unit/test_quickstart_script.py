@@ -14,7 +14,7 @@ PYTHON = """#!/bin/bash
 case "$*" in
   -c*) echo cpu ;;
   *main_darts*) mkdir -p hydra; echo "$STUB" > hydra/config.yaml; eval "$STUB" ;;
-  *darts.summary*) echo "Summary of the run" ;;
+  *darts.report.summary*) echo "Summary of the run" ;;
 esac
 """
 TRAIN = """

@@ -11,12 +11,11 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from darts.evidence.figures import Missing
+from darts.evidence.figures import Missing, draw_all
 from darts.evidence.trace import find_file
 from darts.metrics import METRICS
 from darts.report import figures as report_figures
 from darts.report import run as report_run
-from darts.report.figures import draw
 from darts.report.page import main, summary
 from darts.report.run import first_and_last, read_run
 
@@ -154,7 +153,12 @@ def test_reward_of_the_pool_is_unknown_where_one_that_ended_was_not_scored(tmp_p
 
 
 def test_correlation_of_predicted_and_observed(tmp_path):
-    prompts = {"std": [1.0, 2.0, 3.0, None], "observed_std": [2.0, 1.0, 3.0, 9.0], "budget": [1] * 4}
+    prompts = {
+        "key": list("abcd"),
+        "std": [1.0, 2.0, 3.0, None],
+        "observed_std": [2.0, 1.0, 3.0, 9.0],
+        "budget": [1] * 4,
+    }
     block = prompts | {"length": [[5]] * 4, "fate": ["k"] * 4}
     computed = read(tmp_path, [step(1, block)])
     logged = read(tmp_path, [step(1, block), step(2, block, darts__history__std_correlation=0.9)])
@@ -367,7 +371,7 @@ def test_missing_figures_are_named_with_the_reason(tmp_path, capsys):
 
 @pytest.mark.parametrize("options", [{"steps": 1}, {"steps": 120}, {"steps": 12, "history": False, "pool": False}])
 def test_all_sizes_can_be_drawn(tmp_path, options):
-    drawn = {some.name: some for some in draw(read(tmp_path, fake_steps(**options)))}
+    drawn = {some.name: some for some in draw_all(report_figures.FIGURES, read(tmp_path, fake_steps(**options)))}
     assert [name for name, figure in drawn.items() if figure.png is None] == (["cost"] if "history" in options else [])
     assert "running means" not in drawn["time"].caption
     assert ("running means" in drawn["lengths"].caption) == (options["steps"] == 120)
@@ -433,7 +437,7 @@ def test_histogram_of_first_and_last(tmp_path):
 def test_many_candidates_are_held_as_evenly_spaced_ranks(tmp_path):
     rng = np.random.default_rng(0)
     length = rng.lognormal(6, 0.8, 5000).astype(int)
-    block = {"budget": [5000], "length": [length.tolist()], "fate": ["k" * 5000]}
+    block = {"key": ["a"], "budget": [5000], "length": [length.tolist()], "fate": ["k" * 5000]}
     rollout = read(tmp_path, [step(1, block)]).steps[0].rollout
     assert len(rollout.lengths) == report_run.MAX_LENGTHS
     assert rollout.lengths.mean() == pytest.approx(length.mean(), rel=0.01)

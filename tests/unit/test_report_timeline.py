@@ -8,13 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from darts.evidence.figures import Missing
+from darts.evidence.figures import Missing, draw_all
 from darts.evidence.trace import INSIDE_STEP, MOST, timeline_columns
 from darts.messages import ActorCall
 from darts.metrics import METRICS
 from darts.report import figures as report_figures
 from darts.report import timeline as report_timeline
-from darts.report.figures import draw
 from darts.report.page import main, summary
 from darts.report.run import OVERLAP, read_run
 from darts.report.timeline import EXPOSED, HIDDEN, hidden_and_exposed, overlap_sentence, phases_after
@@ -93,6 +92,22 @@ def test_of_two_the_faster_and_of_one_that(tmp_path):
     assert report_timeline._timeline(alone)[1].startswith("Step 1 is the last with a timeline. ")
 
 
+def test_a_step_can_be_asked_for(tmp_path, capsys):
+    steps = [step(n, timeline(seconds=n), timing_s__step=5.0) for n in (1, 2, 3, 4)]
+    path = write(tmp_path / "darts.jsonl", [*steps, step(5, timing_s__step=5.0)])
+    run = read_run(path, 2)
+    assert (run.timeline.step.number, run.timeline.seconds) == (2, 2.0)
+    figure, caption = report_timeline._timeline(run)
+    assert caption.startswith("Step 2 was asked for. ")
+    assert figure.get_suptitle().startswith("Step 2: ")
+    assert main([str(tmp_path), "--step", "2"]) == 0
+    assert "Step 2 was asked for." in (tmp_path / "report" / "index.html").read_text()
+    for number in ("5", "6"):
+        assert main([str(tmp_path), "--step", number]) == 2
+        said = f"--step {number}: must be a step with a timeline and a time, but the trace has 4 of them, 1 to 4"
+        assert said in capsys.readouterr().err
+
+
 def test_a_step_that_a_resume_replaced_is_not_shown(tmp_path):
     first = [step(n, timeline(seconds=n), timing_s__step=5.0) for n in (1, 2, 3)]
     again = [step(n, timeline(seconds=10.0 * n), timing_s__step=5.0) for n in (2, 3)]
@@ -159,7 +174,7 @@ def test_phases_that_were_not_measured_are_not_there(tmp_path):
     assert phases_after(some, 12.1) == [("adv", 12.1, 0.0)]  # the clocks differ
     bare = read(tmp_path, [step(1, timeline(seconds=12.0), timing_s__step=12.0)])
     assert phases_after(bare.steps[0], 12.0) == []
-    assert draw(bare, report_timeline.FIGURES)[0].png is not None
+    assert draw_all(report_timeline.FIGURES, bare)[0].png is not None
 
 
 def test_what_is_hidden_and_what_is_exposed(tmp_path):
@@ -250,7 +265,8 @@ def test_what_is_not_healthy_is_said(tmp_path):
 
 
 def test_columns_and_lines_of_many_steps_are_means(tmp_path):
-    drawn = draw(read(tmp_path, [step(n, **OVERLAPPED) for n in range(1, 121)]), report_timeline.FIGURES)[1]
+    run = read(tmp_path, [step(n, **OVERLAPPED) for n in range(1, 121)])
+    drawn = draw_all(report_timeline.FIGURES, run)[1]
     assert "Bold lines are running means over 7 steps" in drawn.caption
     assert "Columns are means of up to 2 steps." in drawn.caption
 

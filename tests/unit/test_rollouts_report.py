@@ -1,14 +1,18 @@
-"""What the rollout benchmark makes of its records: pairing, ratios, and which groups may be compared."""
+"""The harness of the benches, and what that of rollouts makes of its records: which groups may be compared."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 
+from darts.bench import harness
 from darts.bench import rollouts_report as report
-from darts.bench.harness import rotated
-from darts.bench.rollouts import arguments, summary
+from darts.bench.harness import arms_of, paired, rotated
+from darts.bench.rollouts import BENCH
+from darts.config import ConfigError
 from darts.evidence import statistics
+from darts.evidence.tables import Check
 
 
 def stream(arm, repetition, speed, requests=32):
@@ -22,7 +26,8 @@ def rollout(arm, batch, seconds=1.0, lengths=((10, 20, 30),), aborted=((False,) 
     return {
         "arm": arm, "seed": seed, "batch": batch, "seconds": seconds, "tail_s": 0.1, "after_s": 0.05, "launched": 3,
         "aborted": sum(map(sum, aborted)), "tokens": 60, "tokens_kept": 30, "tokens_after": 3, "kept_mean": 15.0,
-        "cpu_s": {"engine": seconds / 2, "driver": seconds / 10}, "lengths": lengths, "aborted_by_candidate": aborted,
+        "cpu_engine_s": seconds / 2, "cpu_server_s": 0.0,
+        "cpu_worker_s": 0.0, "cpu_driver_s": seconds / 10, "lengths": lengths, "aborted_by_candidate": aborted,
         "kept": kept,
     }  # fmt: skip
 
@@ -30,7 +35,7 @@ def rollout(arm, batch, seconds=1.0, lengths=((10, 20, 30),), aborted=((False,) 
 def routed(arm, repetition, seconds, computed, requests):
     return {
         "arm": arm, "limit": 32, "repetition": repetition, "seconds": seconds, "cached_share": 1 - computed / 1000,
-        "computed_tokens": computed, "prompt_tokens": 1000, "requests_by_server": requests,
+        "computed_tokens": computed, "prompt_tokens": 1000, "imbalance": max(requests) / 48,
     }  # fmt: skip
 
 
@@ -40,16 +45,16 @@ def routed(arm, repetition, seconds, computed, requests):
 def test_values_come_in_the_order_of_their_pairs_however_the_arms_took_turns():
     records = [rollout("a", 1, 3.0), rollout("b", 0, 1.0), rollout("b", 1, 4.0), rollout("a", 0, 2.0)]
     by = report.PAIRED_BY["early-stop"]
-    assert report.paired(records, "a", "seconds", by).tolist() == [2.0, 3.0]
-    assert report.paired(records, "b", "seconds", by).tolist() == [1.0, 4.0]
-    assert report.arms_of(records) == ["a", "b"]
+    assert paired(records, "a", "seconds", by).tolist() == [2.0, 3.0]
+    assert paired(records, "b", "seconds", by).tolist() == [1.0, 4.0]
+    assert arms_of(records) == ["a", "b"]
 
 
 @pytest.mark.parametrize("left_over", [[], [rollout("a", 0), rollout("a", 0)]])
 def test_a_repetition_that_is_missing_or_there_twice_is_refused(left_over):
     records = [rollout("b", 0), rollout("b", 1), rollout("a", 1), *left_over]
     with pytest.raises(ValueError, match="arm 'a'"):
-        report.paired(records, "a", "seconds", report.PAIRED_BY["early-stop"])
+        paired(records, "a", "seconds", report.PAIRED_BY["early-stop"])
 
 
 def test_a_speed_up_is_the_ratio_of_totals_and_its_interval_that_of_the_pairs():
@@ -60,7 +65,7 @@ def test_a_speed_up_is_the_ratio_of_totals_and_its_interval_that_of_the_pairs():
         for batch, seconds in enumerate(speeds)
         for arm, factor in (("slow", 2.0), ("fast", 1.0))
     ]
-    found = report.speed_up(records, "fast", "slow", report.PAIRED_BY["early-stop"])
+    found = harness.ratio(records, "slow", "fast", report.PAIRED_BY["early-stop"])
     assert (found.value, found.low, found.high) == pytest.approx((2.0, 2.0, 2.0))
 
 
@@ -80,12 +85,12 @@ def test_the_interval_of_a_ratio_covers_the_truth_as_often_as_it_says():
 def test_streaming_is_compared_within_each_repetition():
     records = [stream(report.PLAIN, n, 1000.0 * (n + 1)) for n in range(5)]
     records += [stream("chunk 256", n, 980.0 * (n + 1)) for n in range(5)]
-    found = report.streaming_ratio(records, "chunk 256")
+    found = harness.ratio(records, report.PLAIN, "chunk 256", report.PAIRED_BY["streaming"])
     assert (found.value, found.low, found.high) == pytest.approx((0.98, 0.98, 0.98))
     assert [check.passed for check in report.streaming_checks(records)] == [True]
-    slow = [record | {"tokens_per_s": 0.9 * record["tokens_per_s"]} for record in records[5:]]
+    slow = [record | {"seconds": record["seconds"] / 0.9} for record in records[5:]]
     assert [check.passed for check in report.streaming_checks(records[:5] + slow)] == [False]
-    table = report.streaming_table(records).splitlines()
+    table = report.tables({"streaming": records}).splitlines()
     assert table[2] == "| 32 | plain | 5 | 3,000 | 1 | 0 |"
     assert table[3] == "| 32 | chunk 256 | 5 | 2,940 | 0.980 [0.980, 0.980] | 4 |"
 
@@ -139,12 +144,11 @@ def test_a_group_whose_responses_differ_says_nothing_about_the_decision():
 
 def test_the_tables_of_early_stop():
     records = early_stop_records(exact_kept=((0, 1),))
-    table = report.early_stop_table(records).splitlines()
+    table, overhead, note = (part.splitlines() for part in report.tables({"early-stop": records}).split("\n\n"))
     assert table[2].startswith("| plain n=M | 1.500 | 60.0 | 1 | 2,400 | 1,200 | 0 of 120 | 120 (5.00%) | 0.100 | 15.0")
     assert table[-1].startswith("| shortest exact | 1.000 | 40.0 | 1.50 [1.50, 1.50] |")
-    assert "1.000 of 40 groups" in report.early_stop_note(records)
-    overhead = report.overhead_table(records).splitlines()
-    assert overhead[2] == "| plain n=M | 1 | 0.50 | 0.033 | 0.50 | 0.10 |"
+    assert "1.000 of 40 groups" in note[0]
+    assert overhead[2] == "| plain n=M | 1 | 0.50 | 0.033 | 0.50 | 0.00 | 0.00 | 0.10 |"
     assert overhead[-1].startswith("| shortest exact | 1.50 [1.50, 1.50] | 0.50 |")
 
 
@@ -154,19 +158,27 @@ def test_the_tables_of_early_stop():
 def test_routing_reports_prefill_balance_and_time():
     records = [routed(report.BALANCED, n, 2.0, 400, [48, 48]) for n in range(3)]
     records += [routed(report.GROUP, n, 1.6, 250, [72, 24]) for n in range(3)]
-    table = report.routing_table(records).splitlines()
+    table = report.tables({"routing": records}).splitlines()
     assert table[2] == "| 32 | balanced | 0.600 | 400 of 1,000 | 1.00 | 2.000 | 1 |"
     assert table[3] == "| 32 | group | 0.750 | 250 of 1,000 | 1.50 | 1.600 | 1.25 [1.25, 1.25] |"
 
 
-def test_a_summary_has_what_was_run():
-    text, checks = summary({"routing": [routed(report.BALANCED, 0, 2.0, 400, [48, 48])]})
-    assert "prefix cached" in text
-    assert "tokens/s" not in text
-    assert checks == []
-    text, checks = summary({"early-stop": early_stop_records(exact_kept=((0, 1),))})
+def test_tables_and_checks_are_of_what_was_run():
+    results = {"routing": [routed(report.BALANCED, 0, 2.0, 400, [48, 48])]}
+    assert "prefix cached" in report.tables(results)
+    assert "tokens/s" not in report.tables(results)
+    assert report.checks(results) == []
+    checks = report.checks({"early-stop": early_stop_records(exact_kept=((0, 1),))})
     assert len(checks) == 2
     assert not any(math.isnan(check.value) for check in checks)
+
+
+def test_quick_is_small_unless_told_otherwise():
+    assert BENCH.parse(["--quick"]).batches < BENCH.parse([]).batches
+    assert BENCH.parse(["--quick", "--batches", "7"]).batches == 7
+
+
+# --- turns -----------------------------------------------------------------------------------------------------------
 
 
 def test_every_arm_stands_at_every_place_once_in_a_round():
@@ -174,6 +186,60 @@ def test_every_arm_stands_at_every_place_once_in_a_round():
     assert [sorted(place) for place in zip(*turns, strict=True)] == [["a", "b", "c"]] * 3
 
 
-def test_quick_is_small_unless_told_otherwise():
-    assert arguments(["--quick"]).batches < arguments([]).batches
-    assert arguments(["--quick", "--batches", "7"]).batches == 7
+def test_arms_take_turns_and_the_first_of_each_size_only_warms_up():
+    measured = []
+
+    def measure(arm, size, repetition):
+        measured.append((arm, size, repetition))
+        return {"seconds": float(len(measured))}
+
+    records = harness.take_turns(harness.repetitions(1, size=[3, 5]), ["b", "a"], measure)
+    assert measured == [
+        ("b", 3, -1), ("a", 3, -1), ("a", 3, 0), ("b", 3, 0), ("b", 5, -1), ("a", 5, -1), ("a", 5, 0), ("b", 5, 0)
+    ]  # fmt: skip
+    assert [(record["arm"], record["size"], record["seconds"]) for record in records] == [
+        ("b", 3, 4.0), ("b", 5, 8.0), ("a", 3, 3.0), ("a", 5, 7.0)
+    ]  # fmt: skip
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def bench_of(measure, passed=True):
+    check = Check(name="enough", value=1.0, low=1.0 if passed else 2.0, high=3.0)
+    options = {"--size": (3, "of it")}
+    return harness.Bench(
+        name="some",
+        about="Contract.",
+        options=options,
+        measure=measure,
+        tables=lambda records: "table",
+        checks=lambda records: [check],
+    )
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_bench_leaves_a_document_and_its_checks_decide(tmp_path, capsys, passed):
+    def measure(options, save):
+        save(records=[1])
+        return [options.size]
+
+    assert bench_of(measure, passed).main(["--size", "4", "--out", str(tmp_path / "a.json")]) == (0 if passed else 1)
+    written = json.loads((tmp_path / "a.json").read_text())
+    assert written["command"][:5] == ["python", "-m", "darts.bench", "some", "--size"]
+    assert (written["settings"]["size"], written["records"]) == (4, [4])
+    assert written["checks"][0].startswith("pass" if passed else "FAIL")
+    assert {"date", "commit", "cores"} <= written["machine"].keys()
+    assert "table" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ConfigError("--size", 3, "must be 4.", "say 4."), 2), (harness.BenchError("the engine is gone"), 1)],
+)
+def test_a_bench_that_is_refused_or_fails_says_so_in_one_line(capsys, error, code):
+    def measure(options, save):
+        raise error
+
+    assert bench_of(measure).main([]) == code
+    assert capsys.readouterr().err == f"[darts] {error}\n"

@@ -133,7 +133,6 @@ def test_an_engine_that_is_empty_for_a_while_goes_on():
 # --- against the cost model ------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.integers(1, 60), min_size=1, max_size=40),
     st.integers(1, 4),
@@ -259,7 +258,7 @@ def rollouts(draw):
     return lengths, truncated, budgets, some, fleet(draw(st.integers(1, 3)), draw(st.integers(1, 8))), order, harvest
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(rollouts())
 def test_it_is_what_a_simulator_without_events_gives(case):
     lengths, truncated, budgets, some, some_fleet, order, harvest = case
@@ -277,7 +276,7 @@ def test_it_is_what_a_simulator_without_events_gives(case):
         assert kept.sum() == (2 if prompt in outcome.complete else 0)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(rollouts(), st.floats(0.1, 30.0))
 def test_late_aborts_change_times_but_no_rule(case, abort_s):
     lengths, truncated, budgets, some, some_fleet, order, harvest = case
@@ -290,7 +289,7 @@ def test_late_aborts_change_times_but_no_rule(case, abort_s):
     assert (outcome.length <= lengths).all()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(rollouts())
 def test_exact_keeps_what_a_run_without_stops_keeps(case):
     lengths, truncated, budgets, _, some_fleet, order, _ = case

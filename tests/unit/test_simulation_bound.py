@@ -15,7 +15,7 @@ def curves():
     return st.lists(st.floats(0.1, 4.0), min_size=4, max_size=4).map(lambda s: LatencyCurve([1, 2, 3, 5], s))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(curves(), st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(1, 2), st.integers(1, 3))
 def test_no_assignment_to_engines_in_any_order_is_faster(curve, lengths, engines, slots):
     best = min(
@@ -29,7 +29,7 @@ def test_no_assignment_to_engines_in_any_order_is_faster(curve, lengths, engines
     assert bound >= max(lengths) * curve(1) * (1 - 1e-9)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.integers(1, 9), min_size=5, max_size=5), st.integers(1, 4), curves())
 def test_no_choice_of_candidates_is_faster_than_the_shortest(lengths, num_keep, curve):
     throughput = Throughput(curve, 2, 3)
@@ -38,7 +38,7 @@ def test_no_choice_of_candidates_is_faster_than_the_shortest(lengths, num_keep, 
         assert bound <= throughput.least_seconds(chosen) * (1 + 1e-9)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.lists(st.integers(1, 30), min_size=2, max_size=2), min_size=6, max_size=6), curves())
 def test_no_batches_are_faster_than_the_oracles_own(kept, curve):
     throughput, kept = Throughput(curve, 2, 2), np.array(kept)

@@ -10,12 +10,11 @@ import pytest
 
 from darts.config import STRATEGIES
 from darts.simulation import SimulationError
-from darts.simulation.bench_records import read_bench
 from darts.simulation.command import main
 from darts.simulation.curves import BUILTIN, load_curve
 from darts.simulation.options import block_of
 from darts.simulation.search import flags
-from darts.simulation.validation import kendall, spearman
+from darts.simulation.validation import kendall, read_bench, spearman
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = ROOT / "darts/simulation/data/rollout_lengths.csv.gz"
@@ -110,8 +109,11 @@ def test_validate_compares_with_what_was_measured(trace, tmp_path, capsys):
     arms = {"fewer": {"strategy": "darts", "darts": {"allocation": {"mode": "off"}}}}
     bench.write_text(json.dumps({"records": records, "arms": arms}))
     fewer = read_bench(bench)[1]
-    assert (fewer.name, fewer.block) == ("fewer", {"enable": True, "strategy": "darts", "allocation": {"mode": "off"}})
-    assert fewer.step_s.tolist() == [4.0, 4.01, 4.02]
+    assert (fewer.arm.name, fewer.arm.block) == (
+        "fewer",
+        {"enable": True, "strategy": "darts", "allocation": {"mode": "off"}},
+    )
+    assert fewer.step_s == [4.0, 4.01, 4.02]
     assert main(["validate", str(trace), "--bench", str(bench), "--gpus", "4", "--steps", "3"]) == 0
     printed = capsys.readouterr().out
     assert "| fewer | 3 | 4.010 |" in printed
@@ -180,9 +182,9 @@ def test_a_benchmark_as_columns(tmp_path):
     config = {"darts": {"selection": {"mode": "dual_end"}}}
     bench.write_text(json.dumps({"steps": columns, "arms": arms, "config": config}))
     none, long = read_bench(bench)
-    assert none.block == {"selection": {"mode": "dual_end"}, "enable": True, "strategy": "none"}
-    assert long.block["selection"] == {"mode": "dual_end", "num_long": 2}
-    assert (long.block["overlap"], long.rollout_s.tolist()) == ({"mode": "token"}, [0.5])
+    assert none.arm.block == {"selection": {"mode": "dual_end"}, "enable": True, "strategy": "none"}
+    assert long.arm.block["selection"] == {"mode": "dual_end", "num_long": 2}
+    assert (long.arm.block["overlap"], long.rollout_s) == ({"mode": "token"}, [0.5])
 
 
 def test_rank_agreement():

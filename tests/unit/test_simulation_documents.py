@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from darts.simulation import SimulationError, comparison, documents, validation
+from darts.evidence.documents import DocumentError
+from darts.simulation import comparison, documents, validation
 from darts.simulation.command import main
 
 
@@ -42,13 +43,34 @@ def test_a_validation_can_be_told_again(trace, tmp_path, capsys):
     assert opened["verdict"] == validation.verdict(rows)
 
 
+def test_tables_of_a_document_are_told_as_markdown(trace, tmp_path, capsys):
+    path = tmp_path / "replay.json"
+    words = ["replay", trace, "--gpus", 2, 4, "--steps", 3, "--group-size", 4, "--strategy", "darts", "--json", path]
+    printed = ran(capsys, *words)
+    assert ran(capsys, "table", path) in printed
+    one = ran(capsys, "table", path, "--gpus", 4)
+    assert ("| 4 | darts |" in one, "| 2 | darts |" in one) == (True, False)
+    speed_ups = ran(capsys, "table", path, "--name", "speed-ups").splitlines()
+    assert speed_ups[0] == "| strategy | 2 GPUs | 4 GPUs |"
+    assert speed_ups[2] == "| none | 1 | 1 |"
+    assert [row.split(" | ")[0] for row in speed_ups[3:]] == ["| darts", "| oracle", "| oracle, own batches"]
+    assert "| oracle | 100% | 100% |" in ran(capsys, "table", path, "--name", "gaps")
+    for wrong in (["--name", "verdict"], ["--gpus", 8], ["--fast"]):
+        assert main(["table", str(path), *map(str, wrong)]) == 2
+        assert capsys.readouterr().err.startswith("no simulation: ")
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
         (None, "cannot be read"),
         ("{", "cannot be read"),
         ("[]", "is no document of python -m darts.simulation"),
-        ('{"format": "darts.simulation", "version": 1, "kind": "plot"}', "is no document"),
+        (
+            '{"format": "darts.simulation", "version": 2, "kind": "plan"}',
+            "is no document of python -m darts.simulation",
+        ),
+        ('{"format": "darts.simulation", "version": 1, "kind": "plot"}', "is no document of one of replay, plan"),
         ('{"format": "darts.simulation", "version": 1, "kind": "plan", "rows": [{}]}', "not those of a plan"),
     ],
 )
@@ -56,6 +78,6 @@ def test_what_is_no_document_is_named(tmp_path, text, told):
     path = tmp_path / "x.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(SimulationError, match=told) as error:
+    with pytest.raises(DocumentError, match=told) as error:
         documents.load(path)
     assert str(path) in str(error.value)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from darts.config import STRATEGIES, ConfigError
+from darts.evidence.trace import TracedStep
 from darts.latency import LatencyCurve, makespan
 from darts.selection import select
 from darts.simulation import SimulationError, shaping
@@ -17,9 +18,10 @@ from darts.simulation import rollout as rollout_module
 from darts.simulation.cluster import Cluster
 from darts.simulation.comparison import compare, markdown
 from darts.simulation.costs import StepCosts, fit, line
+from darts.simulation.documents import row_to_dict
 from darts.simulation.draws import Dataset
 from darts.simulation.replay import Arm, Setting, replay, width
-from darts.simulation.run_trace import RunStep, read_trace
+from darts.simulation.run_trace import read_trace
 from darts.simulation.trace import LengthTrace, PromptLengths
 from darts.strategy import Darts, strategy_class
 
@@ -275,9 +277,13 @@ def run_step(number, lengths, gen, tokens_s, **metrics):
     known = {"gen": gen, "old_log_prob": 0.5 + 0.01 * tokens_s, "update_actor": 1 + 0.02 * tokens_s}
     known |= {"update_weights": 0.25}
     known |= {"step": sum(known.values()) + 0.125}
-    return RunStep(
+    return TracedStep(
         number=number,
         line=number,
+        offset=0,
+        std=np.full(2, np.nan),
+        observed_std=np.zeros(2),
+        has_timeline=False,
         metrics={f"timing_s/{name}": value for name, value in (known | metrics).items()},
         keys=["a", "b"],
         lengths=[np.array(some) for some in lengths],
@@ -376,7 +382,7 @@ def test_a_comparison_by_hand():
     assert keep.bubble == pytest.approx(1 - 27 / 54)
     assert (oracle.kept, own.bound_s) == (13, 4.0)
     assert "| 1 | stop | 4.0 | 2.25 [2.25, 2.25] | 4.0 | 4.0 | 100% |" in markdown(rows)
-    json.dumps([row.to_dict() for row in rows], allow_nan=False)
+    json.dumps([row_to_dict(row) for row in rows], allow_nan=False)
 
 
 def test_strategies_that_choose_their_prompts_are_measured_by_the_oracle_that_does():

@@ -6,8 +6,9 @@ import json
 import numpy as np
 import pytest
 
+from darts.evidence.trace import TraceError, read_steps
 from darts.simulation import SimulationError
-from darts.simulation.run_trace import read_run, read_trace
+from darts.simulation.run_trace import read_trace
 from darts.simulation.trace import read_csv
 
 HEADER = "step,prompt,candidate,reward,response_length\n"
@@ -71,7 +72,7 @@ def test_a_bad_csv_file_is_one_error_with_file_and_line(tmp_path, text, told):
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(SimulationError, match="cannot be read"):
         read_trace(tmp_path / "nothing.csv")
-    with pytest.raises(SimulationError, match="cannot be read"):
+    with pytest.raises(TraceError, match=r"nothing.jsonl: cannot be read \(No such file or directory\); give"):
         read_trace(tmp_path / "nothing.jsonl")
     with pytest.raises(SimulationError, match="is a folder; give the CSV file"):
         read_trace(tmp_path)
@@ -114,11 +115,11 @@ def test_a_run(tmp_path):
         (1, "p1", [30, 40]),
     ]
     assert list(trace.notes) == [
-        "line 4, the last, was cut off and is left out",
-        "2 steps were repeated or undone by a resume; what replaced them counts",
+        "Line 4, the last, was cut off (a killed run?) and is left out",
+        "Repeated or undone by a resume: 2 steps; only what replaced them counts",
         "2 of 6 candidates were lost by servers and are dropped",
     ]
-    (step,), _ = read_run(path)
+    (step,), _ = read_steps(path, lambda step: step)
     assert (step.number, step.line, step.metrics["timing_s/gen"]) == (1, 3, 2.0)
     whole = read_trace(run_of(tmp_path, line(2, [[5, 6], [7, 8]], ["kd", "ft"], reward=[[1, None], [0.5, 0]])))
     assert whole.prompts[1].truncated.tolist() == [True, True]
@@ -176,22 +177,35 @@ def test_where_nothing_is_known_an_aborted_candidate_counts_with_what_it_had(tmp
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("{\n", "line 1: Expecting"),
-        ("[]\n", "line 1: is no object"),
-        ("{}\n", "line 1: lacks 'version'"),
-        (line(1, [[1]], ["k"], version=2), "line 1: version=2, must be 1"),
-        (line(1, [[1, 2]], ["k"]), "line 1: key, length, fate and reward are not of the same prompts"),
-        (line(1, [[1]], ["q"]), "line 1: fate='q' is not of 'kfdtax'"),
-        (line(1, [[5]], ["k"]) + line(2, [[-3]], ["k"]), "line 2: length=-3, must be a whole number"),
-        (line(1, [[1.5]], ["k"]), "line 1: length=1.5"),
-        (line(1, [[0]], ["k"]), "line 1: length=.0. with fate='k': whole responses have at least 1 token"),
+        ("{\n", "line 1: must be JSON, but Expecting"),
+        ("[]\n", "line 1: must be a step"),
+        ("{}\n", r"line 1: must be a step, but KeyError\('version'\)"),
+        (line(1, [[1]], ["k"], version=2), "line 1: version=2: must be 1"),
+        (
+            line(1, [[1, 2]], ["k"]),
+            "but key, length, fate and reward are not of the same prompts",
+        ),
+        (line(1, [[1]], ["q"]), "line 1: must be a step, but fate='q' is not of 'kfdtax'"),
+        (
+            line(1, [[5]], ["k"]) + line(2, [[-3]], ["k"]),
+            "line 2: must be a step, but length=-3 with fate",
+        ),
+        (line(1, [[1.5]], ["k"]), "line 1: must be a step, but length=1.5"),
+        (
+            line(1, [[0]], ["k"]),
+            r"but length=0 with fate=.k., must be a whole number of tokens in \[1, ",
+        ),
+        (
+            line(1, [[-1]], ["a"]),
+            r"but length=-1 with fate=.a., must be a whole number of tokens in \[0, ",
+        ),
         (line(1, [], [], rollout=None), "line 1: no step has a rollout with a whole response"),
-        ("", "line 1: holds no whole step"),
+        ("", "must hold a whole step"),
     ],
 )
 def test_a_bad_run_is_one_error_with_file_and_line(tmp_path, text, told):
     path = run_of(tmp_path, text)
-    with pytest.raises(SimulationError, match=told) as raised:
+    with pytest.raises((SimulationError, TraceError), match=told) as raised:
         read_trace(path)
     assert str(raised.value).startswith(str(path))
     assert "\n" not in str(raised.value)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from darts.config import STRATEGIES
 from darts.report.summary import main, read_steps, summarise, weight_change
 
 STEP = {
@@ -30,7 +31,7 @@ STEP = {
 def run(tmp_path):
     """A folder as the quickstart leaves it: metrics of two steps and two validations, two models, a configuration."""
 
-    def make(moved: float = 0.1, step=STEP, saturating: bool = True, allocation=None, **changes: float):
+    def make(moved: float = 0.1, step=STEP, saturating: bool = True, allocation=None, strategy="darts", **changes):
         first = {"response_length/mean": 32.0, "critic/score/mean": 0.4} | step | changes
         lines = [
             {"val-core/x/acc/mean@1": 0.5},
@@ -51,7 +52,7 @@ def run(tmp_path):
         allocation = allocation or (saturated if saturating else {})
         config = {
             "actor_rollout_ref": {"model": {"path": str(tmp_path / "before")}, "rollout": {"n": 8}},
-            "darts": {"allocation": allocation},
+            "darts": {"strategy": strategy, "allocation": allocation},
         }
         (tmp_path / "hydra" / ".hydra" / "config.yaml").write_text(json.dumps(config))
         return [str(tmp_path)]
@@ -98,6 +99,23 @@ def test_adaptive_budgets_have_to_differ_once_prompts_are_known(run, capsys):
     spread = same | known | {"darts/allocation/budget_min": 8.0, "darts/history/std_correlation": 0.5}
     assert main(run(allocation=adaptive, **spread)) == 0
     assert "8 to 11 candidates; predicted std correlates by 0.50 with observed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_strategies_are_asked_only_for_what_their_rules_promise(run, capsys, strategy):
+    """With the quickstart's block and known prompts; none but `darts` gives prompts different budgets."""
+    asked = {"darts": ["no candidate was dropped", "no budgets differed by more than one"]}
+    asked |= {"shortest_k": asked["darts"][:1], "tail_batching": asked["darts"][:1]}
+    idle = {"darts/candidates/dropped": 0.0, "darts/group/saturated_share": 0.0, "darts/history/known_share": 1.0}
+    idle |= {"darts/allocation/budget_min": 10.0, "darts/allocation/budget_max": 10.0}
+    adaptive = {"mode": "adaptive", "mean_candidates": 10.5, "high": 12}
+    main(run(strategy=strategy, allocation=adaptive, **idle))
+    assert capsys.readouterr().err.splitlines() == [f"FAILED: {problem}" for problem in asked.get(strategy, [])]
+
+
+@pytest.mark.parametrize("allocation", [{"mode": "off"}, {"mode": "uniform", "mean_candidates": 8}])
+def test_a_run_that_launches_m_candidates_is_not_asked_to_drop_one(run, allocation):
+    assert main(run(allocation=allocation, **{"darts/candidates/dropped": 0.0})) == 0
 
 
 def test_a_run_of_plain_verl_is_summarised_and_asked_only_whether_it_learnt(run, capsys):

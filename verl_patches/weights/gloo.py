@@ -36,7 +36,7 @@ from verl.checkpoint_engine.base import (
 )
 from verl.workers.rollout.utils import ensure_async_iterator
 
-from verl_patches.weights.limits import POLL_S, TIMEOUT_S
+from verl_patches.weights.watch import POLL_S, TIMEOUT_S
 
 SENDER = 0
 OUTSIDE = -1
@@ -52,14 +52,12 @@ class WeightTransferError(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """What a worker is and has before an update, e.g. `Member(address="10.0.0.1", port=4321, group="3f2a", rank=0,
-    world_size=3)`; address and port are those of the sender's store."""
+    """What a worker is and has before an update, e.g. `Member(address="10.0.0.1", port=4321, group=("3f2a", 0, 3))`;
+    address and port are those of the sender's store, the group has its name, the worker's rank, and the size."""
 
     address: str | None
     port: int | None
-    group: str | None
-    rank: int | None
-    world_size: int | None
+    group: tuple[str, int, int] | None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -103,9 +101,7 @@ class GlooCheckpointEngine(CheckpointEngine):
         return Member(
             address=own_address() if self._store else None,
             port=self._store.port if self._store else None,
-            group=group.name if group else None,
-            rank=group.rank if group else None,
-            world_size=group.world_size if group else None,
+            group=(group.name, group.rank, group.world_size) if group else None,
         )
 
     @classmethod
@@ -113,19 +109,18 @@ class GlooCheckpointEngine(CheckpointEngine):
         cls, actor_wg_world_size: int, rollout_world_size: int, metadata: list[Member]
     ) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
         """Arguments of `init_process_group`: the group that all members are in already, or a new one."""
-        sender, receivers = metadata[0], metadata[actor_wg_world_size:]
-        world_size = 1 + rollout_world_size
-        ranks = [SENDER] + [OUTSIDE] * (actor_wg_world_size - 1) + list(range(1, world_size))
-        as_before = [(sender.group, rank, world_size) for rank in ranks]
-        known = sender.group is not None and [(m.group, m.rank, m.world_size) for m in metadata] == as_before
-        name = sender.group if known else uuid4().hex
+        assert len(metadata) == actor_wg_world_size + rollout_world_size, f"{len(metadata)=} {rollout_world_size=}"
+        sender, world_size = metadata[0], 1 + rollout_world_size
+        actor_ranks, server_ranks = [SENDER] + [OUTSIDE] * (actor_wg_world_size - 1), list(range(1, world_size))
+        name = sender.group[0] if sender.group else None
+        if [member.group for member in metadata] != [(name, rank, world_size) for rank in actor_ranks + server_ranks]:
+            name = uuid4().hex
+        shared = {"world_size": world_size, "group": name, "address": sender.address, "port": sender.port}
 
         def arguments(ranks: list[int]) -> dict[str, list[Any]]:
-            shared = {"world_size": world_size, "group": name, "address": sender.address, "port": sender.port}
             return {"rank": ranks} | {key: [value] * len(ranks) for key, value in shared.items()}
 
-        assert len(receivers) == rollout_world_size, f"{len(receivers)=} {rollout_world_size=}"
-        return arguments(ranks[:actor_wg_world_size]), arguments(ranks[actor_wg_world_size:])
+        return arguments(actor_ranks), arguments(server_ranks)
 
     def init_process_group(self, rank: int, world_size: int, group: str, address: str, port: int) -> None:
         """Joins the group, unless this worker is in it already."""
@@ -135,15 +130,15 @@ class GlooCheckpointEngine(CheckpointEngine):
         if rank == OUTSIDE:
             self._group = Group(name=group, rank=rank, world_size=world_size)
             return
-        store = self._store
-        if store is None:
-            store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=self._limit)
-        own = dist.PrefixStore(group, store)
+        store = dist.PrefixStore(
+            group,
+            self._store or dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=self._limit),
+        )
         options = dist.ProcessGroupGloo._Options()
         options._timeout = self._limit
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=own_address())]
-        gloo = dist.ProcessGroupGloo(own, rank, world_size, options)
-        self._group = Group(name=group, rank=rank, world_size=world_size, store=own, gloo=gloo)
+        gloo = dist.ProcessGroupGloo(store, rank, world_size, options)
+        self._group = Group(name=group, rank=rank, world_size=world_size, store=store, gloo=gloo)
 
     def finalize(self) -> None:
         """Nothing: buffers live as long as an update, the group until its members change."""
@@ -156,10 +151,11 @@ class GlooCheckpointEngine(CheckpointEngine):
             async for _ in ensure_async_iterator(weights):
                 pass
             return
-        with self._others_are_told():
+        with self._failing_together():
             bucket = torch.empty(self.bucket_size, dtype=torch.uint8)
             metas, length = [], 0
-            async for meta, chunk in split_weight_chunks(_plain(weights), self.bucket_size):
+            with_bytes = ((name, weight.detach().contiguous()) async for name, weight in ensure_async_iterator(weights))
+            async for meta, chunk in split_weight_chunks(with_bytes, self.bucket_size):
                 offset = -(-length // ALIGNMENT) * ALIGNMENT
                 if offset + meta.chunk_size > self.bucket_size:
                     await self._send_bucket(metas, bucket[:length], is_last=False)
@@ -171,7 +167,7 @@ class GlooCheckpointEngine(CheckpointEngine):
 
     async def receive_weights(self, global_steps: int | None = None) -> AsyncGenerator[tuple[str, torch.Tensor], None]:
         """Yields the weights as they were sent, on the CPU."""
-        with self._others_are_told():
+        with self._failing_together():
             async for name, weight in merge_weight_chunks(self._receive_chunks(), self.bucket_size):
                 yield name, weight
 
@@ -223,7 +219,7 @@ class GlooCheckpointEngine(CheckpointEngine):
             raise WeightTransferError(f"the weight update failed in another process: {cause}")
 
     @contextmanager
-    def _others_are_told(self) -> Iterator[None]:
+    def _failing_together(self) -> Iterator[None]:
         """What ends an update early here ends it everywhere; the group is not used again."""
         try:
             yield
@@ -238,12 +234,6 @@ class GlooCheckpointEngine(CheckpointEngine):
             except RuntimeError:  # the store's process is gone, and with it who would listen
                 pass
             raise
-
-
-async def _plain(weights: Iterator[tuple[str, torch.Tensor]]) -> AsyncIterator[tuple[str, torch.Tensor]]:
-    """Weights whose bytes can be looked at."""
-    async for name, weight in ensure_async_iterator(weights):
-        yield name, weight.detach().contiguous()
 
 
 def own_address() -> str:

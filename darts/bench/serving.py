@@ -1,31 +1,38 @@
 """Measured rollouts: one `DartsAgentLoopManager` with one agent-loop worker over real servers, and no trainer.
 
-Contract: `Bench.rollout` runs one rollout of DARTS's own manager, worker, client and servers with the settings it is
-given, over emptied prefix caches, and returns what was measured. Nothing is scored: there is no reward worker. What is
-added to the real classes only watches, or sets sampling parameters that no configuration can vary between rollouts.
+Contract: `RolloutBench.rollout` runs one rollout of DARTS's own manager, worker, client and servers with the settings
+it is given, over emptied prefix caches, and returns what was measured. Nothing is scored: there is no reward worker.
+What is added to the real classes only watches, or sets sampling parameters that no configuration can vary between
+rollouts.
 """
 
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
 import numpy as np
 import psutil
+import pyarrow.parquet
 import ray
 from omegaconf import DictConfig
 from verl.protocol import DataProto
 from verl.workers.rollout.router import GlobalRequestLoadBalancer
 
 from darts.config import DartsConfig
-from darts.engines.start import engine_processes, process_of
+from darts.engines.start import engine_config, engine_processes, process_of, start_servers
+from darts.evidence.documents import finite
+from darts.planning import RolloutPlanner
 from darts.pool import CandidatePool
-from darts.rollout.client import current_listener
+from darts.rollout.client import RequestListener, current_listener
 from darts.rollout.manager import DartsAgentLoopManager
 from darts.rollout.worker import DartsAgentLoopWorker
+from darts.testbed import assets_dir
+from verl_patches.vllm_stream_server import StreamingReplica
 
 SAMPLING = "bench_sampling"
 """Column of a batch: sampling parameters of a prompt's candidates."""
@@ -39,7 +46,7 @@ class CountingBalancer(GlobalRequestLoadBalancer):
         self._counts: Counter[str] = Counter()
 
     def acquire_server(self, request_id: str) -> tuple[str, Any]:
-        """As verl's."""
+        """verl's choice, which is counted."""
         server_id, server = super().acquire_server(request_id)
         self._counts[server_id] += 1
         return server_id, server
@@ -64,50 +71,60 @@ class SamplingManager(DartsAgentLoopManager):
     agent_loop_workers_class = ray.remote(SamplingWorker)
 
 
+FIGURES = {
+    "seconds": "darts/rollout/seconds",
+    "tail_s": "darts/rollout/tail_s",
+    "launched": "darts/candidates/launched",
+    "aborted": "darts/candidates/aborted",
+    "tokens": "darts/tokens/generated",
+    "tokens_kept": "darts/tokens/kept",
+    "tokens_after": "darts/early_stop/tokens_after",
+    "chunks": "darts/streaming/chunks",
+    "kept_mean": "darts/length/kept_mean",
+    "pool_mean": "darts/length/pool_mean",
+    "arrival_disagreement": "darts/selection/arrival_disagreement",
+    "cached_share": "darts/rollout/prefix_cached_share",
+    "saturated_share": "darts/group/saturated_share",
+    "budget_min": "darts/allocation/budget_min",
+    "budget_max": "darts/allocation/budget_max",
+    "known_share": "darts/history/known_share",
+    "std_correlation": "darts/history/std_correlation",
+    "refined_s": "darts/latency/predicted_s",
+    "overhead_s": "darts/latency/overhead_s",
+}
+"""What a record has of the rollout's metrics; None where there is none."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
+class MeasuredRollout:
     """One rollout."""
 
-    metrics: dict[str, float]
-    """As `darts.metrics.rollout_metrics` gives them."""
+    metrics: dict[str, float]  # `darts.metrics.rollout_metrics`, and those of the planner
     pool: CandidatePool
-    after_s: float
-    """From the end of the last request to the batch being there."""
-    cpu_s: dict[str, float]
-    """CPU seconds of the engines, of the servers' front ends, of the agent-loop worker, and of this process."""
+    after_s: float  # from the end of the last request to the batch being there
+    cpu_s: dict[str, float]  # of the engines, of the servers' front ends, of the agent-loop worker, of this process
 
     def record(self) -> dict[str, Any]:
-        """The figures of a benchmark's report, ready for JSON; lists have an entry per prompt."""
-        metrics = self.metrics
-        groups = [np.flatnonzero(self.pool.prompt == prompt) for prompt in np.unique(self.pool.prompt)]
-        return {
-            "seconds": metrics["darts/rollout/seconds"],
-            "tail_s": metrics["darts/rollout/tail_s"],
+        """The figures of a bench's tables, ready for JSON; lists have an entry per prompt."""
+        pool = self.pool
+        groups = [np.flatnonzero(pool.prompt == prompt) for prompt in np.unique(pool.prompt)]
+        return {name: finite(self.metrics.get(key)) for name, key in FIGURES.items()} | {
             "after_s": self.after_s,
-            "cpu_s": self.cpu_s,
-            "launched": int(metrics["darts/candidates/launched"]),
-            "aborted": int(metrics["darts/candidates/aborted"]),
-            "tokens": int(metrics["darts/tokens/generated"]),
-            "tokens_kept": int(metrics["darts/tokens/kept"]),
-            "tokens_after": int(metrics["darts/early_stop/tokens_after"]),
-            "chunks": int(metrics["darts/streaming/chunks"]),
-            "kept_mean": metrics["darts/length/kept_mean"],
-            "arrival_disagreement": metrics["darts/selection/arrival_disagreement"],
-            "cached_share": metrics["darts/rollout/prefix_cached_share"],
-            "prompt_tokens": int(self.pool.prompt_tokens.sum()),
-            "computed_tokens": int((self.pool.prompt_tokens - self.pool.cached_tokens).sum()),
-            "lengths": [self.pool.length[rows].tolist() for rows in groups],
-            "aborted_by_candidate": [self.pool.aborted[rows].tolist() for rows in groups],
-            "kept": [self.pool.candidate[rows][self.pool.kept[rows]].tolist() for rows in groups],
+            **{f"cpu_{name}_s": seconds for name, seconds in self.cpu_s.items()},
+            "prompt_tokens": int(pool.prompt_tokens.sum()),
+            "computed_tokens": int((pool.prompt_tokens - pool.cached_tokens).sum()),
+            "lengths": [pool.length[rows].tolist() for rows in groups],
+            "aborted_by_candidate": [pool.aborted[rows].tolist() for rows in groups],
+            "kept": [pool.candidate[rows][pool.kept[rows]].tolist() for rows in groups],
         }
 
 
-class Bench:
+class RolloutBench:
     """A manager over running servers.
 
     Args:
-        servers: What `darts.engines.start.start_servers` gives.
-        config: The servers' configuration; its block `darts:` is not used by `rollout`.
+        servers: what `darts.engines.start.start_servers` gives.
+        config: the servers' configuration; its block `darts:` is not used by `rollout`.
     """
 
     def __init__(self, servers: Any, config: DictConfig) -> None:
@@ -121,30 +138,37 @@ class Bench:
         }
 
     def rollout(
-        self, darts: DartsConfig, questions: Sequence[str], step: int, sampling: Mapping[str, Any] | None = None
-    ) -> Measured:
+        self,
+        darts: DartsConfig,
+        questions: Sequence[str],
+        step: int,
+        sampling: Mapping[str, Any] | None = None,
+        planner: RolloutPlanner | None = None,
+    ) -> MeasuredRollout:
         """Runs one rollout.
 
         Args:
-            darts: Its settings; `group_size` is M.
-            questions: The user's message of each prompt.
-            step: What candidates' seeds are made of besides `darts.seed` and their numbers.
-            sampling: Sampling parameters that all candidates get on top of the configuration's.
+            darts: its settings; `group_size` is M.
+            questions: the user's message of each prompt.
+            step: what candidates' seeds are made of besides `darts.seed` and their numbers.
+            sampling: sampling parameters that all candidates get on top of the configuration's.
+            planner: plans it, instead of the one that planned the rollout before.
         """
         manager = self._manager
+        manager.planner = planner or manager.planner
         manager.begin_round(darts)
         ray.get([server.clear_kv_cache.remote() for server in self._servers], timeout=60)
         batch = batch_of(questions, darts.group_size, step, sampling or {})
         before = self._cpu_seconds()
         output = manager.generate_sequences(batch)
-        ended, after = time.time(), self._cpu_seconds()
+        ended_at, after = time.time(), self._cpu_seconds()
         if len(output) != darts.group_size * len(questions):
             raise RuntimeError(f"{len(output)} rows for {len(questions)} prompts and M={darts.group_size}.")
         rollout = manager.pop_rollout()
-        return Measured(
+        return MeasuredRollout(
             metrics=rollout.metrics,
             pool=rollout.pool,
-            after_s=ended - float(rollout.pool.ended_at.max()),
+            after_s=ended_at - float(rollout.pool.ended_at.max()),
             cpu_s={name: after[name] - before[name] for name in after},
         )
 
@@ -160,8 +184,31 @@ class Bench:
         }
 
 
+@contextmanager
+def serving(*overrides: str, replicas: int = 1, **limits: int | None) -> Iterator[tuple[Any, RolloutBench]]:
+    """Servers that run, and a bench on them.
+
+    Args:
+        overrides: of the configuration.
+        replicas: servers; several are behind a `CountingBalancer`.
+        limits: `response_length` and `max_model_len` of `engine_config`.
+    """
+    config = engine_config(*overrides, replicas=replicas, **limits)
+    several = {} if replicas == 1 else {"start_rank": 1, "load_balancer_class": CountingBalancer}
+    with start_servers(config, StreamingReplica, **several) as servers:
+        bench = RolloutBench(servers, config)
+        yield servers, bench
+        bench.close()
+
+
+def train_questions(testbed: str) -> list[str]:
+    """The testbed's train prompts, in their order."""
+    rows = pyarrow.parquet.read_table(assets_dir(testbed) / "train.parquet", columns=["prompt"]).to_pylist()
+    return [row["prompt"][0]["content"] for row in rows]
+
+
 def batch_of(questions: Sequence[str], group_size: int, step: int, sampling: Mapping[str, Any]) -> DataProto:
-    """A batch as verl's trainer hands it to the manager: each prompt `group_size` times, with a new uid."""
+    """The batch that verl's trainer hands to the manager: each prompt `group_size` times, with a new uid."""
 
     def column(values: list[Any]) -> np.ndarray:
         array = np.empty(len(values), dtype=object)
@@ -183,25 +230,17 @@ def batch_of(questions: Sequence[str], group_size: int, step: int, sampling: Map
 # --- one server, without a manager ------------------------------------------------------------------------------------
 
 
-class ChunkCounter:
+class ChunkCounter(RequestListener):
     """Listens to one request, as a candidate does, and counts."""
 
-    routing_key = None
-    over = False
+    routing_key, over = None, False
 
     def __init__(self, chunk_tokens: int) -> None:
-        self.chunk_tokens = chunk_tokens
-        self.chunks = 0
-
-    def opened(self, request: Any) -> None:
-        """Nothing to do."""
+        self.chunk_tokens, self.chunks = chunk_tokens, 0
 
     def grew(self, request: Any, chunk: Any, latency: float) -> None:
         """One more chunk."""
         self.chunks += 1
-
-    def dropped(self, request: Any) -> None:
-        """Nothing to do."""
 
     def closed(self, request: Any, output: Any, finish_reason: str) -> bool:
         """The request is all there is, so whether to go on does not matter."""
@@ -223,13 +262,9 @@ async def stream_once(client: Any, requests: int, tokens: int, chunk: int | None
         return len(output.token_ids)
 
     start = time.monotonic()
-    lengths = await asyncio.gather(*[asyncio.create_task(one(number)) for number in range(requests)])
+    lengths = await asyncio.gather(*map(one, range(requests)))  # in tasks, each with a listener of its own
     seconds = time.monotonic() - start
     if set(lengths) != {tokens}:
         raise RuntimeError(f"responses of {sorted(set(lengths))} tokens; {tokens} were asked for.")
-    return {
-        "seconds": seconds,
-        "tokens": sum(lengths),
-        "tokens_per_s": sum(lengths) / seconds,
-        "chunks": sum(listener.chunks for listener in listeners),
-    }
+    chunks, generated = sum(listener.chunks for listener in listeners), sum(lengths)
+    return {"seconds": seconds, "tokens": generated, "tokens_per_s": generated / seconds, "chunks": chunks}

@@ -1,8 +1,0 @@
-"""What commands say."""
-
-import time
-
-
-def say(line: str) -> None:
-    """A progress line."""
-    print(f"[{time.strftime('%H:%M:%S')}] {line}", flush=True)

@@ -1,0 +1,35 @@
+"""The logger `darts`: every line that a run says begins with `[darts]`.
+
+Contract: importing this module sets the logger up, once per process, those of Ray included. It hands nothing to the
+root logger, so that no line comes twice. Refusals and errors go to stderr, all else to stdout, each line at once.
+`DARTS_LOG_LEVEL` says from which level on. Modules below this one ask for `logging.getLogger("darts")`.
+"""
+
+import logging
+import os
+import sys
+import time
+
+
+class LineHandler(logging.Handler):
+    """Writes lines to what `sys.stdout` and `sys.stderr` are at that moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Upstream: `logging.Handler.emit`."""
+        stream = sys.stderr if record.levelno >= logging.ERROR else sys.stdout
+        try:
+            stream.write(f"[darts] {self.format(record)}\n")
+            stream.flush()
+        except Exception:
+            self.handleError(record)
+
+
+logger = logging.getLogger("darts")
+logger.handlers = [LineHandler()]
+logger.propagate = False
+logger.setLevel(os.environ.get("DARTS_LOG_LEVEL", "INFO").upper())
+
+
+def say(line: str) -> None:
+    """Logs how far a long command is, with the time."""
+    logger.info(f"{time.strftime('%H:%M:%S')} {line}")

@@ -11,6 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
+from compositions import composed
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
@@ -30,13 +31,6 @@ PLATFORMS = sorted(path.stem for path in (CONFIG_DIR / "platform").glob("*.yaml"
 
 
 PATHS = ("actor_rollout_ref.model.path", "data.train_files", "data.val_files")
-
-
-def composed(name: str, *overrides: str):
-    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-        config = compose(name, overrides=list(overrides))
-    OmegaConf.resolve(config)
-    return config
 
 
 def trainable(*overrides: str):

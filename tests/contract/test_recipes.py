@@ -7,8 +7,8 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
+import compositions
 import pytest
-from hydra import compose, initialize_config_dir
 from jobs import ROOT
 from omegaconf import DictConfig, OmegaConf
 from verl.checkpoint_engine import CheckpointEngineRegistry
@@ -16,7 +16,6 @@ from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import validate_config
 
 import recipe.darts.main_darts  # noqa: F401  (registers the resolver that configurations use)
-from darts import CONFIG_DIR
 from darts.checks.cluster import Pools, pools
 from darts.checks.placement import choose_backend
 from darts.checks.run import check_run
@@ -73,10 +72,7 @@ def launch(tmp_path_factory):
 
 def composed(arguments: tuple[str, ...]) -> DictConfig:
     assert arguments[:2] == ("-m", "recipe.darts.main_darts")
-    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-        config = compose("darts_trainer", overrides=list(arguments[2:]))
-    OmegaConf.resolve(config)
-    return config
+    return compositions.composed("darts_trainer", *arguments[2:])
 
 
 def checked(arguments: tuple[str, ...]) -> DictConfig:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from scripted_rounds import M, Rows, load_script, make_cluster, make_trainer, rows_of, take_records
+from scripted_rounds import M, Rows, load_script, make_trainer, rows_of, take_records
 from verl.experimental.separation.ray_trainer import SeparateRayPPOTrainer
 
 from darts.bench.arms import Arm
@@ -45,10 +45,9 @@ class CountingActor:
 
 
 @pytest.fixture(scope="module")
-def cluster(local_ray, make_config):
-    return make_cluster(
-        make_config("actor_rollout_ref.rollout.agent.num_workers=2", f"data.train_batch_size={PROMPTS}")
-    )
+def cluster(scripted, make_config):
+    config = make_config("actor_rollout_ref.rollout.agent.num_workers=2", f"data.train_batch_size={PROMPTS}")
+    return scripted.manager(config), scripted.servers, config
 
 
 @pytest.fixture

@@ -374,7 +374,7 @@ def test_the_command_refuses_in_one_line_before_ray_starts_from_any_directory(tm
     result = subprocess.run(
         [sys.executable, "-m", "recipe.darts.main_darts", "--config-name", "quickstart", "darts.selection.num_long=8",
          "hydra.run.dir=."],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        cwd=tmp_path, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert result.returncode == 2
     lines = [line for line in result.stderr.splitlines() if line.startswith("[darts]")]

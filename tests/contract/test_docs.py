@@ -45,7 +45,7 @@ def arguments_of(tmp_path):
             done = subprocess.run(
                 ["bash", str(ROOT / words[1]), *given],
                 env=inherited | {"PYTHON": str(stub)} | FILES | environment,
-                cwd=tmp_path, capture_output=True, text=True, timeout=30,
+                cwd=tmp_path, capture_output=True, text=True, timeout=300,
             )  # fmt: skip
             assert done.returncode == 0, done.stderr
             return out.read_text().split("\0")[2:-1]

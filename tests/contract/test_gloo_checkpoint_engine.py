@@ -1,6 +1,5 @@
 """Weights over gloo between real processes: the bytes, the group, and what happens when a side fails."""
 
-
 import pytest
 import torch
 import weight_transfer as wt

@@ -246,7 +246,7 @@ def test_the_command_refuses_what_verl_refuses_in_one_line_too(tmp_path):
     result = subprocess.run(
         [sys.executable, "-m", "recipe.darts.main_darts", "--config-name", "quickstart", "hydra.run.dir=.",
          "actor_rollout_ref.rollout.temperature=0"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        cwd=tmp_path, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert result.returncode == 2
     assert "Traceback" not in result.stderr

@@ -40,7 +40,7 @@ def test_early_stop(bench, server):
     text, checks = rollouts.summary({"early-stop": records})
     assert all(check.passed for check in checks), checks
     assert all(arm in text for arm in by_arm)
-    EngineState.wait_idle(server, limit_s=1)
+    EngineState.wait_idle(server)
 
 
 def test_streaming(engine, server):

@@ -50,10 +50,10 @@ class Run:
         if strategy != "sorted":  # which switches it off
             trainer.config.trainer.balance_batch = False  # so that the order of rows can be seen
 
-    def step(self, held=lambda launched: lambda row, candidate: False) -> SimpleNamespace:
+    def step(self, held=lambda launched: lambda place, candidate: False) -> SimpleNamespace:
         """One rollout and update; what the servers served, and what was trained on.
 
-        `held(launched)(row, candidate)`: whether a candidate never ends by itself.
+        `held(launched)(place, candidate)`: whether a candidate never ends by itself.
         """
         trainer = self.trainer
         trainer.global_steps += 1
@@ -113,7 +113,7 @@ def test_darts_stops_saturated_groups_and_keeps_the_longest_of_the_others(start)
     block = {"allocation": {"mode": "uniform", "mean_candidates": 5.5, "high": 6}, "streaming": {"chunk_tokens": 1}}
     budgets = [6, 6, 5, 5]
     # Lengths are 1, 2, 3, 4, 5, 1 more than the row's: of a saturated group the last two are too long.
-    step = start("darts", **block).step(lambda launched: lambda row, c: row in launched[:2] and c in (3, 4))
+    step = start("darts", **block).step(lambda launched: lambda place, c: budgets[place] == 6 and c in (3, 4))
     kept = Counter(prompt for prompt, *_ in step.rows)
     assert set(kept.values()) == {M}
     for place, (row, budget) in enumerate(zip(step.launched, budgets, strict=True)):
@@ -129,8 +129,8 @@ def test_darts_stops_saturated_groups_and_keeps_the_longest_of_the_others(start)
 
 def test_a_short_round_of_tail_batching_keeps_the_first_to_finish_and_stops_the_rest(start):
     def held(launched):
-        slowest = max(launched, key=lambda row: row % 13)
-        return lambda row, candidate: row == slowest or candidate == 4
+        slowest = max(range(len(launched)), key=lambda place: launched[place] % 13)
+        return lambda place, candidate: place == slowest or candidate == M
 
     step = start("tail_batching").step(held)
     assert len(step.launched) == 5
@@ -165,8 +165,8 @@ def test_long_rounds_of_tail_batching_race_nobody(start):
 
 def test_sorted_trains_from_short_to_long_and_begins_again_what_is_unfinished(start):
     def all_but_the_shortest(launched):
-        shortest = sorted(launched, key=lambda row: row % 13)[:PROMPTS]
-        return lambda row, candidate: row not in shortest
+        shortest = sorted(range(len(launched)), key=lambda place: launched[place] % 13)[:PROMPTS]
+        return lambda place, candidate: place not in shortest
 
     run = start("sorted", sorted={"prompts": 3})
     first, second, third, fourth = (run.step(all_but_the_shortest) for _ in range(4))

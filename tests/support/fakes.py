@@ -148,9 +148,9 @@ class ScriptedServer:
         return output
 
     async def forget(self) -> None:
-        """The script is empty again, nothing is released, and nothing was cancelled."""
+        """As it began: an empty script, nothing released, nothing served."""
         self.script = Script(self.script.end_token)
-        self._released, self.cancelled = False, 0
+        self.served, self.aborts, self.cancelled, self._released = [], [], 0, False
 
     async def load(self, turns: dict[int, list[Turn]], default: Turn | None = None) -> None:
         self._released = False

@@ -74,12 +74,12 @@ def load_script(
     step: int,
     token_ms: float,
     length: Callable[[int, int], int] = length_of,
-    held: Callable[[int, int], bool] = lambda row, candidate: False,
+    held: Callable[[int, int], bool] = lambda place, candidate: False,
 ) -> None:
     """The lengths of all that candidates of a step may become, and which of them never end by themselves."""
     turns = {
         candidate_seed(0, step, place, candidate): [
-            Turn(length(row, candidate), delay=length(row, candidate) * token_ms / 1000, held=held(row, candidate))
+            Turn(length(row, candidate), delay=length(row, candidate) * token_ms / 1000, held=held(place, candidate))
         ]
         for place, row in enumerate(launched)
         for candidate in range(2 * M)

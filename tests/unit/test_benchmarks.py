@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize("script", ["allocate", "overhead", "overlap", "actor", "budgets"])
 def test_help_shows_the_contract(script):
     command = [sys.executable, "-m", f"darts.bench.{script}", "--help"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
     assert "Contract" in run.stdout
     assert "--out FILE" in run.stdout

@@ -16,7 +16,7 @@ BASE = ROOT / "configs" / "darts_base.yaml"
 
 
 def run(*options: str, script: Path = SCRIPT) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True, timeout=600)
 
 
 def test_both_files_are_up_to_date():

@@ -217,9 +217,9 @@ def _reduce_facts(
         address = _ask(ranks, rank_names, "the start of the processes", limit_s, "address")[0]
         _ask(ranks, rank_names, "joining the group", limit_s, "join", address, members, backend, limit_s)
         node_scope = [("node", "within nodes")] if len(nodes) > 1 and max(map(len, members)) > 1 else []
-        for which, scope_text in [*node_scope, ("all", "across nodes" if len(nodes) > 1 else "within the node")]:
-            rank_results = _ask(ranks, rank_names, f"all-reduce {scope_text}", limit_s, "reduce", which, MIB[backend])
-            sizes = [len(ranks) for ranks in members for _ in ranks] if which == "node" else [total_gpus] * total_gpus
+        for scope, scope_text in [*node_scope, ("all", "across nodes" if len(nodes) > 1 else "within the node")]:
+            rank_results = _ask(ranks, rank_names, f"all-reduce {scope_text}", limit_s, "reduce", scope, MIB[backend])
+            sizes = [len(ranks) for ranks in members for _ in ranks] if scope == "node" else [total_gpus] * total_gpus
             yield judge_reduce(scope_text, rank_names, rank_results, sizes, backend)
     except NoAnswer as error:
         yield Fact("all-reduce", FAILED, str(error), NETWORK)

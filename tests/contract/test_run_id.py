@@ -69,7 +69,7 @@ def test_where_vllm_does_not_load_the_plugin_runs_have_no_name(monkeypatch):
 
 def test_nothing_heavy_is_imported():
     code = "import sys, verl_patches.weights.run_id; assert not {'ray', 'torch', 'verl', 'vllm'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
 
 
 def test_upstream_is_what_it_was_written_for():

@@ -26,8 +26,9 @@ from darts.latency import LatencyCurve, StepTimes
 from darts.planning import RolloutPlanner
 from darts.rollout.manager import DartsAgentLoopManager
 from darts.strategy import Bypass, Darts, Sorted
-from darts.training import trainer as trainer_module
-from darts.training.trainer import RayDartsTrainer, progress_line, short_to_long
+from darts.training import cost_model
+from darts.training.lines import banner, progress_line
+from darts.training.trainer import RayDartsTrainer, short_to_long
 
 
 @pytest.fixture
@@ -167,25 +168,24 @@ def test_it_refuses_to_start_if_the_plugin_is_not_active(monkeypatch):
         RayDartsTrainer(OmegaConf.create({}))
 
 
-def test_the_banner_says_what_is_on(trainer):
-    trainer.config = OmegaConf.create(
+def test_the_banner_says_what_is_on():
+    config = OmegaConf.create(
         {
             "algorithm": {"rollout_correction": {"bypass_mode": False}},
             "reward": {"reward_model": {"enable": False}},
             "actor_rollout_ref": {"actor": {"strategy": "fsdp2"}},
         }
     )
-    trainer.darts = DartsConfig.from_block({"allocation": {"mode": "uniform", "mean_candidates": 10.5, "high": 11}}, 8)
-    assert "plugin active: M=8 of 10.5 candidates (uniform, 8 to 11)" in trainer.banner()
-    assert "K=7 shortest and L=1 longest" in trainer.banner()
-    assert trainer.banner().endswith("; log-probs after generation")
-    trainer.config.algorithm.rollout_correction.bypass_mode = True
-    assert "; log-probs after generation (with algorithm.rollout_correction.bypass_mode=True" in trainer.banner()
-    trainer.darts = DartsConfig.from_block({"overlap": {"mode": "token"}}, 8)
-    trainer._log_probs = SimpleNamespace(session=SimpleNamespace(cache_tokens=12_000))
-    assert trainer.banner().endswith("during generation (overlap token, prefixes of up to 12,000 tokens on a rank)")
-    trainer.darts = DartsConfig.from_block({"enable": False}, 8)
-    assert trainer.banner() == "plugin active, darts.enable=false: plain verl"
+    darts = DartsConfig.from_block({"allocation": {"mode": "uniform", "mean_candidates": 10.5, "high": 11}}, 8)
+    assert "plugin active: M=8 of 10.5 candidates (uniform, 8 to 11)" in banner(config, darts)
+    assert "K=7 shortest and L=1 longest" in banner(config, darts)
+    assert banner(config, darts).endswith("; log-probs after generation")
+    config.algorithm.rollout_correction.bypass_mode = True
+    assert "; log-probs after generation (with algorithm.rollout_correction.bypass_mode=True" in banner(config, darts)
+    line = banner(config, DartsConfig.from_block({"overlap": {"mode": "token"}}, 8), cache_tokens=12_000)
+    assert line.endswith("during generation (overlap token, prefixes of up to 12,000 tokens on a rank)")
+    off = DartsConfig.from_block({"enable": False}, 8)
+    assert banner(config, off) == "plugin active, darts.enable=false: plain verl"
 
 
 def test_a_progress_line_leaves_out_what_was_not_measured():
@@ -204,7 +204,7 @@ def test_the_manager_is_the_one_that_the_configuration_names():
     from darts.checks.run import MANAGER
 
     assert f"{DartsAgentLoopManager.__module__}.{DartsAgentLoopManager.__qualname__}" == MANAGER
-    assert trainer_module.RayDartsTrainer.__mro__.index(SeparateRayPPOTrainer) == 1
+    assert RayDartsTrainer.__mro__.index(SeparateRayPPOTrainer) == 1
 
 
 # --- state and cost model --------------------------------------------------------------------------------------------
@@ -329,8 +329,8 @@ def profiling(trainer, tmp_path, monkeypatch):
     async def engine_device(server):
         return "a device"
 
-    monkeypatch.setattr(trainer_module, "profile_servers", profile_servers)
-    monkeypatch.setattr(trainer_module, "engine_device", engine_device)
+    monkeypatch.setattr(cost_model, "profile_servers", profile_servers)
+    monkeypatch.setattr(cost_model, "engine_device", engine_device)
 
     def start(cost=None, **darts):
         trainer.darts = DartsConfig.from_block(darts, 8)
@@ -340,7 +340,7 @@ def profiling(trainer, tmp_path, monkeypatch):
         return trainer.planner.cost
 
     trainer.start = start
-    trainer.engine = trainer_module.engine_of(trainer.config)
+    trainer.engine = cost_model.engine_of(trainer.config)
     return trainer
 
 
@@ -407,7 +407,7 @@ def test_settings_that_leave_nothing_to_measure_are_a_warning(profiling, monkeyp
     async def too_short(*arguments, **options):
         raise ValueError("tokens=8: 80 tokens do not fit into max_model_len=70.")
 
-    monkeypatch.setattr(trainer_module, "profile_servers", too_short)
+    monkeypatch.setattr(cost_model, "profile_servers", too_short)
     with pytest.warns(UserWarning, match=r"do not fit .* the mean number of candidates is 12"):
         assert profiling.start() is None
 

@@ -323,7 +323,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("a run <&>")
     write(folder / "logs" / "darts.jsonl", fake_steps(40, resumes=[(20, 15)], gaps=True))
     command = [sys.executable, "-m", "darts.report", str(folder)]
-    return folder / "logs" / "report", subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return folder / "logs" / "report", subprocess.run(command, capture_output=True, text=True, timeout=1200)
 
 
 def test_command_says_where_the_page_is(made):

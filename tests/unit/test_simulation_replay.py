@@ -428,7 +428,11 @@ def seconds_of(prompts, steps, **cluster):
 
 
 def test_a_small_replay_is_fast():
-    assert seconds_of(64, 10) < 3
+    """9,600 candidates, against 20 million additions: half of their time when written."""
+    began = time.process_time()
+    sum(range(20_000_000))
+    additions = time.process_time() - began
+    assert seconds_of(64, 10) < 5 * additions
 
 
 @pytest.mark.slow
@@ -437,4 +441,3 @@ def test_a_candidate_of_1024_prompts_takes_no_longer_than_one_of_64():
     pairs = [(seconds_of(64, 128), seconds_of(1024, 8)) for _ in range(3)]
     small, large = (min(seconds) for seconds in zip(*pairs, strict=True))
     assert large < 1.5 * small
-    assert large < 5

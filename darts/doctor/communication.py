@@ -194,8 +194,9 @@ def _reduce_facts(
     nodes = [node for node in nodes if _gpus(node)]
     total_gpus, free_gpus = sum(map(_gpus, nodes)), int(ray.available_resources().get("GPU", 0))
     if free_gpus < total_gpus or total_gpus == 0:
-        end_fix, none = "end what runs on the cluster, then repeat", "start Ray where GPUs are (ray start --num-gpus=8)"
-        fix = end_fix if total_gpus else none
+        fix = "end what runs on the cluster, then repeat"
+        if total_gpus == 0:
+            fix = "start Ray where GPUs are (ray start --num-gpus=8)"
         yield Fact("all-reduce", FAILED, f"{free_gpus} of {total_gpus} GPUs are free in Ray", fix)
         return
     if total_gpus == 1:

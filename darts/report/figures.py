@@ -15,20 +15,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from darts.evidence.figures import (
-    BLACK,
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PHASES,
-    PINK,
-    RED,
-    SKY,
-    STEPS,
-    Missing,
-    dress,
-)
+from darts.evidence.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PHASES, PINK, RED, SKY, STEPS, Missing, dress
 from darts.evidence.trace import INSIDE_STEP
 from darts.report.run import UTILITY, Array, Run, RunStep, first_and_last, tenths
 

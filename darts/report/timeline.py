@@ -218,7 +218,4 @@ def overlap_sentence(run: Run) -> str:
     return text.strip()
 
 
-FIGURES: Figures = {
-    "timeline": ("Timeline of a step", _timeline),
-    "overlap": ("Log-probs under the rollout", _overlap),
-}
+FIGURES: Figures = {"timeline": ("Timeline of a step", _timeline), "overlap": ("Log-probs under the rollout", _overlap)}

@@ -24,6 +24,11 @@ LIMITS = {"names share": 70.0, "docstrings": 0.0, "class names": 0.0}
 TERMS = {term + end for term in ("budget", "candidate", "group", "prompt", "response", "rollout") for end in ("", "s")}
 """The field's words for what DARTS handles. They are names as they are, and do not count as names of one word."""
 NESTED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+BINDERS = {
+    ast.Name: "id", ast.arg: "arg", ast.ExceptHandler: "name", ast.MatchAs: "name", ast.MatchStar: "name",
+    ast.MatchMapping: "rest",
+}  # fmt: skip
+"""The nodes that may bind a name, and where they have it."""
 PREPOSITION = re.compile(r"\s*(Of|As|With)\b")
 
 
@@ -64,18 +69,10 @@ def bound_names(outer_function: ast.AST) -> dict[str, int]:
     node_queue = list(ast.iter_child_nodes(outer_function))
     while node_queue:
         node = node_queue.pop()
-        name = None
+        name = getattr(node, BINDERS.get(type(node), ""), None)
         if isinstance(node, ast.Global | ast.Nonlocal):
             declared.update(node.names)
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            name = node.id
-        elif isinstance(node, ast.arg):
-            name = node.arg
-        elif isinstance(node, ast.ExceptHandler | ast.MatchAs | ast.MatchStar):
-            name = node.name
-        elif isinstance(node, ast.MatchMapping):
-            name = node.rest
-        if name is not None:
+        elif name is not None and isinstance(getattr(node, "ctx", ast.Store()), ast.Store):
             name_lines[name] = getattr(node, "lineno", 0)
         if not isinstance(node, NESTED):
             node_queue += ast.iter_child_nodes(node)

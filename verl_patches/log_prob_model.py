@@ -108,16 +108,13 @@ class LogProbModel:
     def __init__(self, worker: TrainingWorker, output_names: dict[str, str], *, adapter: bool = True) -> None:
         """`output_names`: results by verl's names of the model's outputs, as {"log_probs": "old_log_probs"}."""
         self.worker = worker
+        self.engine: FSDPEngineWithLMHead = worker.engine
         self.names = output_names
         self.adapter = adapter
         self.geometry: Geometry | None = None
         self._refusal: str | None = None
         self._images_checked = False
         self._images_refusal: str | None = None
-
-    @property
-    def engine(self) -> FSDPEngineWithLMHead:
-        return self.worker.engine
 
     @property
     def _text_config(self) -> PretrainedConfig:

@@ -173,6 +173,7 @@ class PrefixBatch:
         num_rows, num_new = len(inputs), int(self.lengths.max())  # n
         tokens_before = np.array([prefix.tokens for prefix in prefixes])  # [rows], P_b
 
+        # 1. Tokens, positions and mask: a row's columns are its prefix, right-aligned, and its new tokens after it.
         column = np.arange(num_new)[None]  # [1, n]
         padded_ids = np.zeros((num_rows, num_new), dtype=np.int64)
         padded_ids[column < self.lengths[:, None]] = np.concatenate(inputs)
@@ -184,6 +185,7 @@ class PrefixBatch:
         self.attention_mask = torch.from_numpy(seen_mask.astype(np.int64)).to(device)  # [rows, P + n]
         self.labels = torch.from_numpy(np.concatenate(labels).astype(np.int64)).to(device)  # [sum of n_b]
 
+        # 2. The cache: what the prefixes hold, and room for the new tokens.
         self.cache = DynamicCache()
         if geometry is None:
             if self.prefix:

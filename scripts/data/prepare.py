@@ -139,9 +139,11 @@ class _Parser(argparse.ArgumentParser):
 
 def command(name: str, description: str, train: Part, val: Part) -> Command:
     """What a script runs: it takes the arguments and returns the exit code."""
-    return lambda arguments=None: run(
-        make_parser(name, description, train.hub, val.hub).parse_args(arguments), train, val
-    )
+
+    def main(arguments: Sequence[str] | None = None) -> int:
+        return run(make_parser(name, description, train.hub, val.hub).parse_args(arguments), train, val)
+
+    return main
 
 
 def make_parser(name: str, description: str, train_hub: str, val_hub: str) -> argparse.ArgumentParser:
@@ -221,21 +223,23 @@ def _short(shown_value: object) -> str:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _is_text(arrow_type: pa.DataType) -> bool:
-    return pa.types.is_string(arrow_type) or pa.types.is_large_string(arrow_type)
-
-
-def _is_list_of(found: pa.DataType, member_names: set[str]) -> bool:
-    if not (pa.types.is_list(found) or pa.types.is_large_list(found)) or not pa.types.is_struct(found.value_type):
-        return False
-    return member_names <= {struct_member.name for struct_member in found.value_type}
-
-
-KINDS: dict[str, tuple[str, Callable[[pa.DataType], bool]]] = {
-    "text": ("text", _is_text),
-    "messages": ("a list of {role, content}", lambda found: _is_list_of(found, {"role", "content"})),
-    "images": ("a list of images", lambda found: _is_list_of(found, {"bytes", "path"})),
+KINDS: dict[str, tuple[str, set[str]]] = {
+    "text": ("text", set()),
+    "messages": ("a list of {role, content}", {"role", "content"}),
+    "images": ("a list of images", {"bytes", "path"}),
 }
+"""What a column may be, in words, and the members of the records that it is a list of."""
+
+
+def _is_of_kind(column_type: pa.DataType, member_names: set[str]) -> bool:
+    if not member_names:
+        return pa.types.is_string(column_type) or pa.types.is_large_string(column_type)
+    is_list = pa.types.is_list(column_type) or pa.types.is_large_list(column_type)
+    return (
+        is_list
+        and pa.types.is_struct(column_type.value_type)
+        and member_names <= {member.name for member in column_type.value_type}
+    )
 
 
 def pick(splits: Mapping[str, datasets.Dataset], file_part: Part, option: str, source_name: str) -> Source:
@@ -261,7 +265,7 @@ def pick(splits: Mapping[str, datasets.Dataset], file_part: Part, option: str, s
 
 
 def _check_column(split_rows: datasets.Dataset, path: str, column_kind: str, place_words: str, file_part: Part) -> None:
-    kind_words, is_kind = KINDS[column_kind]
+    kind_words, member_names = KINDS[column_kind]
     arrow_schema = split_rows.features.arrow_schema
     column_type: pa.DataType = pa.struct(list(arrow_schema))
     for name in path.split("."):
@@ -271,7 +275,7 @@ def _check_column(split_rows: datasets.Dataset, path: str, column_kind: str, pla
                 f"{place_words}: column {path!r} is missing among {column_names}; pass a copy of {file_part.hub}."
             )
         column_type = column_type.field(name).type
-    if not is_kind(column_type):
+    if not _is_of_kind(column_type, member_names):
         shown_type = _short(column_type)
         raise InputError(
             f"{place_words}: column {path!r} is {shown_type}, must be {kind_words}; pass a copy of {file_part.hub}."

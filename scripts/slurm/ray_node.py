@@ -107,6 +107,7 @@ def main() -> int:
         nonlocal end_asked
         end_asked = True
 
+    # 1. Ray starts; a head that can be reached writes its address.
     signal.signal(signal.SIGTERM, on_signal)
     options.temp.mkdir(parents=True, exist_ok=True)
     users_lock = (options.temp / ".users").open("w")  # virtual nodes on one machine share the folder
@@ -123,6 +124,7 @@ def main() -> int:
             partial_file.replace(options.head)
             address_written = True
         end_asked = end_asked or input_has_ended(0.2)
+    # 2. Ray ends in order, or by force.
     if ray_process.poll() is None:
         ray_process.terminate()
         try:
@@ -130,6 +132,7 @@ def main() -> int:
         except subprocess.TimeoutExpired:
             ray_process.kill()
             ray_process.wait()
+    # 3. Its logs stay, its folder does not.
     keep_logs(options.temp, options.logs / f"ray-{options.name}")
     with contextlib.suppress(BlockingIOError):  # another node uses it
         fcntl.flock(users_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -70,10 +70,6 @@ class Group:
     store: dist.Store | None = field(default=None, repr=False)  # None outside of the group
     gloo: dist.ProcessGroupGloo | None = field(default=None, repr=False)
 
-    def cause(self) -> str | None:
-        """What another member says about its failure."""
-        return self.store.get(FAILED).decode() if self.store.check([FAILED]) else None
-
 
 @CheckpointEngineRegistry.register("gloo")
 class GlooCheckpointEngine(CheckpointEngine):
@@ -211,8 +207,10 @@ class GlooCheckpointEngine(CheckpointEngine):
         return tensor
 
     def _raise_cause(self) -> None:
+        """Raises what another member says about its failure."""
+        store = self._group.store
         try:
-            failure_cause = self._group.cause()
+            failure_cause = store.get(FAILED).decode() if store.check([FAILED]) else None
         except RuntimeError as error:
             raise WeightTransferError("actor rank 0, which sends the weights, is gone") from error
         if failure_cause is not None:

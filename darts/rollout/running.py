@@ -94,19 +94,19 @@ class RunningCandidate:
     def closed(self, request: OpenRequest, output: TokenOutput, finish_reason: str) -> bool:
         """A turn has ended. Returns whether the agent loop goes on."""
         del self.requests[request.request_id]
-        tokens = len(output.token_ids)
-        self.generated += tokens
+        num_tokens = len(output.token_ids)
+        self.generated += num_tokens
         self.finish_reason = finish_reason
-        if (version := output.extra_fields.get("global_steps")) is not None:
-            self.weights.add(int(version))
+        if (weights_version := output.extra_fields.get("global_steps")) is not None:
+            self.weights.add(int(weights_version))
         self.cached_tokens += output.extra_fields.get("num_cached_tokens") or 0
         if self._aborted_at is not None:
             self.stop_seconds = time.monotonic() - self._aborted_at
             # The request's own decoding rate tells how much of it came after the decision.
-            rate = tokens / (time.monotonic() - request.opened_at)
-            known = self._tokens_then.get(request.request_id, 0)
-            self.tokens_after += min(round(rate * self.stop_seconds), tokens - known)
-        elif not self.over and (finish_reason == "abort" or tokens == 0):
+            decoding_rate = num_tokens / (time.monotonic() - request.opened_at)
+            known_tokens = self._tokens_then.get(request.request_id, 0)
+            self.tokens_after += min(round(decoding_rate * self.stop_seconds), num_tokens - known_tokens)
+        elif not self.over and (finish_reason == "abort" or num_tokens == 0):
             self.lose(self.generated)
         self._leave_other_branches()
         return not self.over
@@ -182,28 +182,28 @@ class RunningGroup:
         self._decided = asyncio.Event()
 
     def progress(self, index: int, length: int) -> None:
-        """As `CandidateGroup.progress`; who loses is aborted. So are the losers of the next four."""
+        """Forwards `CandidateGroup.progress`, and aborts who loses by it; so do the next four."""
         self._act(self.machine.progress(index, length))
 
     def finish(self, index: int, length: int, truncated: bool) -> None:
-        """As `CandidateGroup.finish`."""
+        """Forwards `CandidateGroup.finish`."""
         self._act(self.machine.finish(index, length, truncated))
 
     def stop(self, index: int, length: int) -> None:
-        """As `CandidateGroup.stop`."""
+        """Forwards `CandidateGroup.stop`."""
         self._act(self.machine.stop(index, length))
 
     def lose(self, index: int, length: int) -> None:
-        """As `CandidateGroup.lose`."""
+        """Forwards `CandidateGroup.lose`."""
         self._act(self.machine.lose(index, length))
         self._tell_dropped([index])
 
     def deadline(self) -> None:
-        """As `CandidateGroup.deadline`."""
+        """Forwards `CandidateGroup.deadline`."""
         self._act(self.machine.deadline())
 
     def abandon(self) -> list[OpenRequest]:
-        """As `CandidateGroup.abandon`: the rollout ends without this group, unless it is complete.
+        """Forwards `CandidateGroup.abandon`: the rollout ends without this group, unless it is complete.
 
         Returns:
             Its requests, for the caller to stop.
@@ -223,15 +223,15 @@ class RunningGroup:
 
     def pool(self) -> CandidatePool:
         """The group's candidates, for metrics."""
-        group, everyone = self.machine, range(len(self.candidates))
-        places = {index: place for place, index in enumerate(group.arrival)}
+        group, candidate_indices = self.machine, range(len(self.candidates))
+        arrival_places = {index: arrival_place for arrival_place, index in enumerate(group.arrival)}
         return CandidatePool.of(
-            [len(everyone)],
+            [len(candidate_indices)],
             prompt=self.prompt,
             length=group.lengths,
             state=[state.value for state in group.states],
-            kept=[group.complete and group.keeps(index) for index in everyone],
-            arrival=[places.get(index, -1) for index in everyone],
+            kept=[group.complete and group.keeps(index) for index in candidate_indices],
+            arrival=[arrival_places.get(index, -1) for index in candidate_indices],
             num_long=group.rules.num_long,
             saturated=self.saturated,
             **{name: [getattr(candidate, name) for candidate in self.candidates] for name in MEASURED},

@@ -232,8 +232,8 @@ class DartsAgentLoopManager(AgentLoopManager):
         joined_rows = DataProto.concat([rows_by_uid[uid] for uid in wanted if uid in rows_by_uid])
         if not np.array_equal(joined_rows.non_tensor_batch["uid"], np.repeat(wanted, size)):
             raise RuntimeError(
-                f"the rollout returned {len(joined_rows)} rows that are not {size} for each of {len(wanted)} prompts in "
-                "their order; this is a bug in darts.rollout."
+                f"the rollout returned {len(joined_rows)} rows that are not {size} for each of {len(wanted)} prompts "
+                "in their order; this is a bug in darts.rollout."
             )
         timing = self._performance_metrics([metrics_by_uid[uid] for uid in wanted], joined_rows)
         joined_rows.meta_info = {"timing": timing, **outputs[0].meta_info}
@@ -344,9 +344,9 @@ class DartsAgentLoopManager(AgentLoopManager):
         logger.info(f"rollout: {num_finished}/{num_launched} candidates finished, {len(waiting_uids)} prompts wait")
         if is_expired:
             raise TimeoutError(
-                f"darts.timeout_s={self.rules.timeout_s:g}: the rollout did not end in this time. "
-                f"{len(waiting_uids)} prompts are not complete, uids {_first_of(waiting_uids)}. Raise darts.timeout_s if responses may take "
-                "this long, else look at the rollout servers' logs."
+                f"darts.timeout_s={self.rules.timeout_s:g}: the rollout did not end in this time. {len(waiting_uids)} "
+                f"prompts are not complete, uids {_first_of(waiting_uids)}. Raise darts.timeout_s if responses may "
+                "take this long, else look at the rollout servers' logs."
             )
 
 

@@ -95,37 +95,37 @@ REASONS = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
-    check, differs = parser.parse_args().check, False
-    for path, make in ((BASE, base), (PAGE, page), (RESULTS, results_page)):
-        text = make()
-        same = path.exists() and path.read_text() == text
-        differs |= not same
-        if not check:
+    only_check, any_differs = parser.parse_args().check, False
+    for path, make_text in ((BASE, base), (PAGE, page), (RESULTS, results_page)):
+        text = make_text()
+        is_same = path.exists() and path.read_text() == text
+        any_differs |= not is_same
+        if not only_check:
             path.write_text(text)
-        verdict = "up to date" if same else "differs: run scripts/make_docs.py" if check else "written"
+        verdict = "up to date" if is_same else "differs: run scripts/make_docs.py" if only_check else "written"
         print(f"{path.name}: {verdict}")
-    return int(check and differs)
+    return int(only_check and any_differs)
 
 
 def base() -> str:
     """The whole darts_base.yaml: as it is, but for the block `darts:`."""
-    block = "\n".join(["darts:", *yaml_lines(DartsConfig, "  ")[1:]]) + "\n\n"
-    return re.sub(r"^darts:\n(?: .*\n|\n)*", lambda _: block, BASE.read_text(), flags=re.M)
+    darts_block = "\n".join(["darts:", *yaml_lines(DartsConfig, "  ")[1:]]) + "\n\n"
+    return re.sub(r"^darts:\n(?: .*\n|\n)*", lambda _: darts_block, BASE.read_text(), flags=re.M)
 
 
 def yaml_lines(kind: Any, indent: str) -> list[str]:
     """The keys of a block, each below its help."""
-    lines = []
+    block_lines = []
     for name, info in keys_of(kind).items():
         section = SECTIONS.get(name) if kind is DartsConfig else None
         if section:
-            words, value, inner = " ".join(section.__doc__.split()), "", yaml_lines(section, indent + "  ")
+            help_words, value, inner_lines = " ".join(section.__doc__.split()), "", yaml_lines(section, indent + "  ")
         else:
-            words, value, inner = help_of(info), f" {default_of(info)}", []
-        lines += [""] if kind is DartsConfig else []
-        lines += textwrap.wrap(words, WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
-        lines += [f"{indent}{name}:{value}", *inner]
-    return lines
+            help_words, value, inner_lines = help_of(info), f" {default_of(info)}", []
+        block_lines += [""] if kind is DartsConfig else []
+        block_lines += textwrap.wrap(help_words, WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+        block_lines += [f"{indent}{name}:{value}", *inner_lines]
+    return block_lines
 
 
 def page() -> str:
@@ -138,9 +138,9 @@ def page() -> str:
             rows += [row(f"darts.{name}.{part}", definition) for part, definition in keys_of(SECTIONS[name]).items()]
         else:
             rows.append(row(f"darts.{name}", info))
-    verls = [f"| `{key}` | `{shown(value)}` | {REASONS[key]} |" for key, value in leaves(verls_keys)]
-    variables = "".join(f"| `{name}` | {reader} | {meaning} |\n" for name, reader, meaning in VARIABLES)
-    return HEAD + "\n".join(rows) + "\n" + VERLS + "\n".join(verls) + "\n" + ENVIRONMENT + variables
+    verl_rows = [f"| `{key}` | `{shown(value)}` | {REASONS[key]} |" for key, value in leaves(verls_keys)]
+    variable_rows = "".join(f"| `{name}` | {reader} | {meaning} |\n" for name, reader, meaning in VARIABLES)
+    return HEAD + "\n".join(rows) + "\n" + VERLS + "\n".join(verl_rows) + "\n" + ENVIRONMENT + variable_rows
 
 
 def row(key: str, info: FieldInfo) -> str:
@@ -155,11 +155,11 @@ def default_of(info: FieldInfo) -> str:
 
 def leaves(tree: dict[str, Any], path: str = "") -> list[tuple[str, Any]]:
     """Every key with its value, by its dotted path."""
-    found = []
+    found_leaves = []
     for name, value in tree.items():
         key = f"{path}.{name}" if path else name
-        found += leaves(value, key) if isinstance(value, dict) else [(key, value)]
-    return found
+        found_leaves += leaves(value, key) if isinstance(value, dict) else [(key, value)]
+    return found_leaves
 
 
 def results_page() -> str:
@@ -169,12 +169,12 @@ def results_page() -> str:
 
 def measured(file: str, name: str, chosen: str | None) -> str:
     """A table of a committed document, of the arms or the numbers of GPUs that are chosen."""
-    path = ROOT / "docs" / "results" / f"{file}.json"
-    choices = chosen.split(", ") if chosen else []
+    document_path = ROOT / "docs" / "results" / f"{file}.json"
+    chosen_names = chosen.split(", ") if chosen else []
     if name not in BENCH_TABLES:
-        return documents.tell(path, name, [int(gpus) for gpus in choices])
-    _, results = report.load(path)
-    results.arms = choices or results.arms
+        return documents.tell(document_path, name, [int(gpus) for gpus in chosen_names])
+    _, results = report.load(document_path)
+    results.arms = chosen_names or results.arms
     return BENCH_TABLES[name](results)
 
 

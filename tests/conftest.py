@@ -1,7 +1,7 @@
 """Tiers: the folder of a test is its tier; tiers run in order, cheapest first; slow tests run with --full only.
 
-With `-n 2` they run in two lanes, the dearest first, so that the cheap ones fill what is left. A tier that shares a Ray,
-engines or ranks stays in one lane, and the e2e tier too, so that never two whole runs need memory at once.
+With `-n 2` they run in two lanes, the dearest first, so that the cheap ones fill what is left. A tier that shares a
+Ray, engines or ranks stays in one lane, and so does the e2e tier: two whole runs never need memory at once.
 """
 
 from __future__ import annotations

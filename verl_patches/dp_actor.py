@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,11 +86,11 @@ class RankSession:
         self._ref: LogProbModel | None = None
         if ref is not None or lora:
             self._ref = LogProbModel(ref or actor, {"log_probs": "ref_log_prob"}, adapter=ref is not None)
-        self._images = ImageRows()
+        self._images_refused = False
         self._forget(None)
 
     def open(self, settings: StepSettings) -> RankAbility:
-        """As `OverlappedActorWorker.overlap_open`."""
+        """See `OverlappedActorWorker.overlap_open`."""
         if settings.mode not in ("sequence", "token"):
             raise ValueError(f"mode={settings.mode!r} is neither 'sequence' nor 'token'")
         if settings.with_reference and self._ref is None:
@@ -99,42 +99,46 @@ class RankSession:
         self._actor.names = NAMES | ({"sum_pi_squared": "sum_pi_squared"} if settings.sum_pi_squared else {})
         self._models = [self._actor, *([self._ref] if settings.with_reference else [])]
         self._each_engine(get_device_name())
+        bytes_per_token = 0
         if settings.mode == "token":
-            for model in self._models:
-                self._refusal = self._refusal or model.refusal()
-        able = settings.mode == "token" and self._refusal is None
-        free, total = get_torch_device().mem_get_info()
-        unused = get_torch_device().memory_reserved() - get_torch_device().memory_allocated()
+            self._refusal = next(filter(None, (model.refusal() for model in self._models)), None)
+            if self._refusal is None:
+                bytes_per_token = sum(model.geometry.bytes_per_token for model in self._models)
+        device = get_torch_device()
+        free_bytes, device_bytes = device.mem_get_info()
         return RankAbility(
             refusal=self._refusal,
-            bytes_per_token=sum(model.geometry.bytes_per_token for model in self._models) if able else 0,
-            device_bytes=total,
-            free_bytes=free + unused,
+            bytes_per_token=bytes_per_token,
+            device_bytes=device_bytes,
+            free_bytes=free_bytes + device.memory_reserved() - device.memory_allocated(),
             gathered_bytes=max(model.gathered_bytes for model in self._models),
             optimizer_bytes=self._actor.optimizer_bytes,
         )
 
     def extend(self, call: RankCall) -> RankReport:
-        """As `OverlappedActorWorker.overlap_extend`."""
+        """See `OverlappedActorWorker.overlap_extend`."""
         began = time.time()
+        # 1. One exchange tells each rank what company it owes the others, and whether the call is refused.
         refusal, extras = self._check(call), []
         if refusal is None:
             refusal, extras = fetch_extras(call.whole)
-        unseen = sum(len(row.token_ids) > (row.start == 0) for row in call.growing)  # rows with something to forward
-        # One exchange tells each rank what company it owes the others, and whether the call is refused.
+        num_unseen = sum(len(row.token_ids) > (row.start == 0) for row in call.growing)  # with something to forward
         refused, any_whole, any_unseen, layers = self._most(
-            refusal is not None, len(call.whole), unseen, layers_of(extras)
+            refusal is not None, len(call.whole), num_unseen, layers_of(extras)
         )
         if refused:
             raise RuntimeError(refusal or "another rank has refused this call")
 
+        # 2. What is dropped or begins anew makes room, then the rows are admitted.
         self._number += 1
         for key in (*call.drop, *(row.key for row in (*call.whole, *call.growing) if not row.start)):
             self._drop(key)
-        whole_rows, extras = self._images.usable(self._models, call.whole, extras, layers)
+        whole_rows, extras = self._usable(call.whole, extras, layers)
         whole = [self._admit(row) for row in whole_rows]
         growing = [self._admit(row) for row in call.growing]
-        tokens = sum(len(row.token_ids) for row in whole_rows) + sum(len(work.inputs) for work in growing)
+        num_tokens = sum(len(row.token_ids) for row in whole_rows) + sum(len(work.inputs) for work in growing)
+
+        # 3. The forwards, in which all ranks take part.
         if any_whole:
             sequences = [row.token_ids for row in whole_rows] or [COMPANY]
             self._forward_whole(whole, sequences, completed(sequences, extras, layers))
@@ -146,27 +150,24 @@ class RankSession:
                 work.sequence.prefixes = []
         self._peak_bytes = max(self._peak_bytes, self.cache_bytes)
         return RankReport(
-            began=began,
-            ended=time.time(),
-            tokens=tokens,
-            cache_bytes=self.cache_bytes,
+            began=began, ended=time.time(), tokens=num_tokens, cache_bytes=self.cache_bytes,
             peak_cache_bytes=self._peak_bytes,
-        )
+        )  # fmt: skip
 
     def collect(self, step: int, keys: list[SequenceKey]) -> RankResults:
-        """As `OverlappedActorWorker.overlap_collect`."""
+        """See `OverlappedActorWorker.overlap_collect`."""
         self._check_step(step)
+        names = [name for model in self._models for name in model.names.values()]
+        nothing = [np.empty(0, dtype=np.float32)]
         values = {}
         for key in keys:
             sequence = self._sequences.get(key)
             if sequence is not None and sequence.finished:
-                empty = [np.empty(0, dtype=np.float32)]
-                names = [name for model in self._models for name in model.names.values()]
-                values[key] = {name: np.concatenate(empty + sequence.values.get(name, [])) for name in names}
+                values[key] = {name: np.concatenate(nothing + sequence.values.get(name, [])) for name in names}
         return RankResults(values=values, mfu=self._mfu())
 
     def clear(self, step: int) -> None:
-        """As `OverlappedActorWorker.overlap_clear`."""
+        """See `OverlappedActorWorker.overlap_clear`."""
         if self._settings is None:
             return
         self._check_step(step)
@@ -176,7 +177,7 @@ class RankSession:
 
     @property
     def cache_bytes(self) -> int:
-        """Of all prefixes."""
+        """The bytes of all prefixes."""
         return sum(prefix.nbytes for sequence in self._sequences.values() for prefix in sequence.prefixes)
 
     def _forget(self, settings: StepSettings | None) -> None:
@@ -187,7 +188,7 @@ class RankSession:
         self._number = 0  # of the next call
         self._peak_bytes = 0
         self._busy_s = 0.0  # of the actor's forwards
-        self._gone: list[int] = []  # forwarded tokens of dropped sequences
+        self._dropped_lengths: list[int] = []  # forwarded tokens of dropped sequences
         self._image_patches: list[int] = []  # of each image that was forwarded
 
     def _each_engine(self, device: str) -> None:
@@ -196,18 +197,19 @@ class RankSession:
             if engine.is_param_offload_enabled:
                 engine.to(device, model=True, optimizer=False, grad=False)
 
-    def _other_step(self, step: int) -> str:
-        opened = None if self._settings is None else self._settings.step
-        return f"a call of step {step} came, the actor is open for step {opened}"
+    def _other_step(self, step: int) -> str | None:
+        """Why a call of this step is refused; None: it is not."""
+        open_step = None if self._settings is None else self._settings.step
+        return None if step == open_step else f"a call of step {step} came, the actor is open for step {open_step}"
 
     def _check_step(self, step: int) -> None:
-        if self._settings is None or step != self._settings.step:
-            raise RuntimeError(self._other_step(step))
+        if (refusal := self._other_step(step)) is not None:
+            raise RuntimeError(refusal)
 
     def _check(self, call: RankCall) -> str | None:
         """Why the call is refused; nothing is changed by then. None: it is not."""
-        if self._settings is None or call.step != self._settings.step:
-            return self._other_step(call.step)
+        if (refusal := self._other_step(call.step)) is not None:
+            return refusal
         if call.number != self._number:
             return f"call {call.number} of step {call.step} came, call {self._number} is next"
         if call.growing and (self._settings.mode != "token" or self._refusal is not None):
@@ -221,7 +223,7 @@ class RankSession:
                 return f"{row.key} is a whole row with start={row.start}, last={row.last}"
         dropped = set(call.drop)
         for row in rows:
-            known = self._sequences.get(row.key) if row.key not in dropped else None
+            known = None if row.key in dropped else self._sequences.get(row.key)
             if row.start and (known is None or known.finished or known.known != row.start):
                 state = "unknown" if known is None else "finished" if known.finished else f"at {known.known} tokens"
                 return f"{row.key} continues at token {row.start}, but here it is {state}"
@@ -234,7 +236,7 @@ class RankSession:
     def _drop(self, key: SequenceKey) -> None:
         sequence = self._sequences.pop(key, None)
         if sequence is not None and sequence.forwarded:
-            self._gone.append(sequence.forwarded)
+            self._dropped_lengths.append(sequence.forwarded)
 
     def _admit(self, row: Row) -> _Work:
         """Takes a row's tokens."""
@@ -243,10 +245,24 @@ class RankSession:
             self._sequences[row.key] = _Sequence(prompt_tokens=row.prompt_tokens, prefixes=prefixes)
         sequence = self._sequences[row.key]
         begin = max(0, sequence.prompt_tokens - sequence.forwarded - 1)
-        tokens = np.concatenate((sequence.tail, row.token_ids)).astype(np.int64)
+        token_ids = np.concatenate((sequence.tail, row.token_ids)).astype(np.int64)
         sequence.known += len(row.token_ids)
-        sequence.tail = tokens[-1:]
-        return _Work(sequence=sequence, inputs=tokens[:-1], labels=tokens[1:], begin=begin, last=row.last)
+        sequence.tail = token_ids[-1:]
+        return _Work(sequence=sequence, inputs=token_ids[:-1], labels=token_ids[1:], begin=begin, last=row.last)
+
+    def _usable(
+        self, rows: list[Row], extras: list[Extras | None], layers: int
+    ) -> tuple[list[Row], list[Extras | None]]:
+        """The rows that the models can forward, and their extras. Runs collectives, where `layers` is not 0."""
+        reasons = [model.images_refusal(layers) for model in self._models] if layers else []
+        reason = next(filter(None, reasons), None)
+        if reason is None:
+            return rows, extras
+        if not self._images_refused and torch.distributed.get_rank() == 0:
+            warnings.warn(f"overlap: responses with images are computed after generation, since {reason}", stacklevel=2)
+        self._images_refused = True
+        text_only = [at for at, extra in enumerate(extras) if extra is None or not extra.multi_modal_inputs]
+        return [rows[at] for at in text_only], [extras[at] for at in text_only]
 
     def _most(self, *counts: int) -> list[int]:
         """The largest of each number over all ranks, also those that share sequences (Ulysses): each may refuse."""
@@ -256,9 +272,9 @@ class RankSession:
 
     def _forward_whole(self, whole: list[_Work], sequences: list[np.ndarray], extras: list[Extras]) -> None:
         """One forward of each model; sequences without works are company. Extras are of all sequences or of none."""
-        for one in extras:
-            if (lengths := one.multi_modal_inputs.get("images_seqlens")) is not None:
-                self._image_patches += lengths.tolist()
+        for extra in extras:
+            if (image_lengths := extra.multi_modal_inputs.get("images_seqlens")) is not None:
+                self._image_patches += image_lengths.tolist()
         for model in self._models:
             with self._timed(model):
                 output = model.whole(sequences, self._settings.temperature, extras)
@@ -273,11 +289,9 @@ class RankSession:
         """One forward of each model; without works it is company."""
         for number, model in enumerate(self._models):
             prefixes = [work.sequence.prefixes[number] for work in works]
+            inputs, labels = [work.inputs for work in works], [work.labels for work in works]
             with self._timed(model):
-                if works:
-                    batch = model.batch(prefixes, [work.inputs for work in works], [work.labels for work in works])
-                else:
-                    batch = model.batch([Prefix()], [COMPANY], [COMPANY])
+                batch = model.batch(prefixes or [Prefix()], inputs or [COMPANY], labels or [COMPANY])
                 output = model.growing(batch, self._settings.temperature).cpu().numpy()
             batch.keep([at for at, work in enumerate(works) if not work.last])
             self._peak_bytes = max(self._peak_bytes, self.cache_bytes + batch.nbytes)
@@ -300,9 +314,9 @@ class RankSession:
             self._busy_s += time.perf_counter() - began
 
     def _mfu(self) -> float:
-        """Of the actor's forwards, of this rank. Attention's part is right for pieces too: the squares telescope."""
+        """The MFU of the actor's forwards on this rank. Attention's part is right for pieces too: squares telescope."""
         counter = self._actor_worker.flops_counter
-        lengths = self._gone + [sequence.forwarded for sequence in self._sequences.values() if sequence.forwarded]
+        lengths = self._dropped_lengths + [s.forwarded for s in self._sequences.values() if s.forwarded]
         if counter is None or not lengths or not self._busy_s:
             return 0.0
         estimated, promised = counter.estimate_flops(lengths, self._busy_s, images_seqlens=self._image_patches)
@@ -310,14 +324,14 @@ class RankSession:
 
 
 def _for_each_rank(worker_group: WorkerGroup, *args: Any, **kwargs: Any) -> tuple[tuple, dict[str, Any]]:
-    """verl's dispatch by data-parallel rank, of lists that are split already; other arguments go to all ranks."""
-    mapping = _ranks_of(worker_group)
-    size = max(mapping) + 1
-    values = [value if isinstance(value, list) else [value] * size for value in (*args, *kwargs.values())]
+    """Dispatches lists that are split by data-parallel rank already, through verl; the rest goes to all ranks."""
+    rank_of = _ranks_of(worker_group)
+    num_ranks = max(rank_of) + 1
+    values = [value if isinstance(value, list) else [value] * num_ranks for value in (*args, *kwargs.values())]
     for value in values:
-        if len(value) != size:
-            raise ValueError(f"{len(value)} arguments came for {size} data-parallel ranks, one each is needed")
-    values, _ = dispatch_nd_compute(mapping, size, worker_group, *values)
+        if len(value) != num_ranks:
+            raise ValueError(f"{len(value)} arguments came for {num_ranks} data-parallel ranks, one each is needed")
+    values, _ = dispatch_nd_compute(rank_of, num_ranks, worker_group, *values)
     return values[: len(args)], dict(zip(kwargs, values[len(args) :], strict=True))
 
 
@@ -325,8 +339,8 @@ def _of_each_rank(worker_group: WorkerGroup, output: list[Any]) -> list[Any]:
     """Those that verl would collect, in data-parallel order, and then those of all other ranks, which may fail too."""
     if MESH not in worker_group._collect_info:
         worker_group._collect_info[MESH] = worker_group._query_collect_info(MESH)
-    collected, mapping = worker_group._collect_info[MESH], _ranks_of(worker_group)
-    return [output[at] for at in sorted(range(len(output)), key=lambda at: (not collected[at], mapping[at]))]
+    collected, rank_of = worker_group._collect_info[MESH], _ranks_of(worker_group)
+    return [output[at] for at in sorted(range(len(output)), key=lambda at: (not collected[at], rank_of[at]))]
 
 
 def _ranks_of(worker_group: WorkerGroup) -> list[int]:
@@ -346,7 +360,7 @@ class OverlappedActorWorker(PlacedActorWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
-        """As upstream, with engines that can continue prefixes, and forwards without images."""
+        """Builds upstream's engines, those that can continue prefixes, and lets them run without images."""
         register_engine()
         super().init_model()
         patch_forward_without_images()
@@ -382,24 +396,3 @@ class OverlappedActorWorker(PlacedActorWorker):
         if self._overlap is None:
             raise RuntimeError("a call came before overlap_open")
         return self._overlap
-
-
-class ImageRows:
-    """Takes rows with images out where the models cannot run them."""
-
-    def __init__(self) -> None:
-        self._said = False
-
-    def usable(
-        self, models: Sequence[LogProbModel], rows: list[Row], extras: list[Extras | None], layers: int
-    ) -> tuple[list[Row], list[Extras | None]]:
-        """Rows that are forwarded, and their extras. Runs collectives, where `layers` is not 0."""
-        reasons = [model.images_refusal(layers) for model in models] if layers else []
-        reason = next(filter(None, reasons), None)
-        if reason is None:
-            return rows, extras
-        if not self._said and torch.distributed.get_rank() == 0:
-            warnings.warn(f"overlap: responses with images are computed after generation, since {reason}", stacklevel=2)
-        self._said = True
-        kept = [at for at, one in enumerate(extras) if one is None or not one.multi_modal_inputs]
-        return [rows[at] for at in kept], [extras[at] for at in kept]

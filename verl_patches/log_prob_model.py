@@ -121,7 +121,7 @@ class LogProbModel:
 
     @property
     def gathered_bytes(self) -> int:
-        """Of what FSDP gathers at once: the embeddings and two layers, or everything. An estimate; 0 for the actor
+        """An estimate of what FSDP gathers at once: the embeddings and two layers, or everything. 0 for the actor
         without its adapter."""
         if not self.adapter:
             return 0
@@ -137,7 +137,7 @@ class LogProbModel:
 
     @property
     def optimizer_bytes(self) -> int:
-        """Of the state that the optimizer will make with its first step, on the device: two moments of each trained
+        """The state that the optimizer will make with its first step, on the device: two moments of each trained
         parameter, as Adam's. 0 once it is there, where it is offloaded, and for a reference."""
         engine = self.engine
         optimizer = getattr(engine, "optimizer", None)
@@ -153,9 +153,10 @@ class LogProbModel:
     def whole(
         self, sequences: Sequence[np.ndarray], temperature: float, extras: Sequence[Extras] = ()
     ) -> np.ndarray | None:
-        """Outputs for complete sequences through verl's own `infer_batch`, in one micro-batch; float32 [outputs, sum of
-        tokens], where each token's are those of its successor. None on a rank whose outputs verl does not use. `extras`
-        are of all sequences, as values and with equally many layers, or of none.
+        """Outputs for complete sequences through verl's own `infer_batch`, in one micro-batch.
+
+        They are float32 [outputs, sum of tokens], where each token's are those of its successor; None on a rank whose
+        outputs verl does not use. `extras` are of all sequences, as values and with equally many layers, or of none.
         """
         data = jagged_rows(sequences, extras)
         tu.assign_non_tensor(
@@ -173,22 +174,17 @@ class LogProbModel:
         """
         if not self._images_checked and torch.distributed.get_world_size() > 1:
             self._images_checked = True
-            named = self.engine.module.named_modules()
-            units = {
-                name: module for name, module in named if isinstance(module, FullyShardedDataParallel | FSDPModule)
-            }
-            entered: set[str] = set()
-            hooks = [
-                module.register_forward_pre_hook(lambda *_, name=name: entered.add(name))
-                for name, module in units.items()
-            ]
+            hooks, missed = [], set()
+            for name, module in self.engine.module.named_modules():
+                if isinstance(module, FullyShardedDataParallel | FSDPModule):
+                    missed.add(name)
+                    hooks.append(module.register_forward_pre_hook(lambda *_, name=name: missed.discard(name)))
             self.whole([np.zeros(2, dtype=np.int64)], 1.0, [text_extras(2, layers)])
             for hook in hooks:
                 hook.remove()
-            missed = sorted(units.keys() - entered)
             if missed:
-                kind = type(plain_model(self.engine.module)).__name__
-                self._images_refusal = f"a forward of {kind} without images leaves out {missed[0]}"
+                model_name = type(plain_model(self.engine.module)).__name__
+                self._images_refusal = f"a forward of {model_name} without images leaves out {min(missed)}"
         return self._images_refusal
 
     def growing(self, batch: PrefixBatch, temperature: float) -> torch.Tensor:
@@ -252,27 +248,30 @@ class LogProbModel:
         return None
 
     def _check(self) -> str | None:
-        """Runs two sequences as a whole, together and alone, and in pieces. The mean difference of the pieces must be
-        within what rounding explains: that of the two ways to run them as a whole, and the precision of the numbers."""
+        """Runs two sequences as a whole, together and alone, and in pieces.
+
+        The mean difference of the pieces must be within what rounding explains: that of the two ways to run them as a
+        whole, and the precision of the numbers.
+        """
         random = np.random.default_rng(0)
         vocabulary = plain_model(self.engine.module).config.get_text_config(decoder=True).vocab_size
         sequences = [random.integers(0, vocabulary, sum(pieces) + 1) for pieces in CHECKED_PIECES]
-        together = self.whole(sequences, 1.0)
-        alone = [self.whole([tokens], 1.0) for tokens in sequences]
+        ends = np.cumsum([len(tokens) for tokens in sequences])
+        # Log-probs, one row after the other; the last token of a row has no successor.
+        together = np.delete(self.whole(sequences, 1.0)[0], ends - 1)
+        alone = np.concatenate([self.whole([tokens], 1.0)[0, :-1] for tokens in sequences])
+        reason = None
         try:
-            pieces = self._in_pieces(sequences)
-            reason = None
+            in_pieces = np.concatenate([outputs[0] for outputs in self._in_pieces(sequences)])
         except Exception as error:  # all ranks run the same tokens and fail alike
-            pieces, reason = [], f"continuing a prefix failed: {error!r}"
-        if reason is None:
-            cut = np.cumsum([len(tokens) for tokens in sequences])[:-1]
-            parts = zip(np.split(together, cut, axis=1), alone, pieces, strict=True)
-            rows = [(a[0, :-1], b[0, :-1], c[0]) for a, b, c in parts]  # log-probs; the last token has no successor
-            a, b, c = (np.concatenate(column) for column in zip(*rows, strict=True))
-            noise, off = float(np.abs(a - b).mean()), float(np.abs(c - (a + b) / 2).mean())
-            allowed = 1e-4 + 4 * noise + torch.finfo(self.engine._autocast_dtype).eps * float(np.abs(a).mean())
-            if not off <= allowed:
-                reason = f"log-probs in pieces are off by {off:.3g} nats on average, allowed are {allowed:.3g}"
+            reason = f"continuing a prefix failed: {error!r}"
+        else:
+            noise = float(np.abs(together - alone).mean())
+            difference = float(np.abs(in_pieces - (together + alone) / 2).mean())
+            precision = torch.finfo(self.engine._autocast_dtype).eps
+            allowed = 1e-4 + 4 * noise + precision * float(np.abs(together).mean())
+            if not difference <= allowed:
+                reason = f"log-probs in pieces are off by {difference:.3g} nats on average, allowed are {allowed:.3g}"
         failed = torch.tensor(float(reason is not None), device=get_device_name())
         torch.distributed.all_reduce(failed, op=torch.distributed.ReduceOp.MAX)
         if failed.item() and reason is None:
@@ -281,9 +280,8 @@ class LogProbModel:
 
     def _in_pieces(self, sequences: list[np.ndarray]) -> list[np.ndarray]:
         """float32 [outputs, tokens - 1] of each sequence; learns the geometry on the way."""
-        device = get_device_id()
         first = [tokens[: pieces[0]] for tokens, pieces in zip(sequences, CHECKED_PIECES, strict=True)]
-        batch = PrefixBatch(None, [Prefix() for _ in first], first, first, device)
+        batch = self.batch([Prefix() for _ in first], first, first)  # without a geometry yet
         self.growing(batch, 1.0)
         layers = plain_model(self.engine.module).config.get_text_config(decoder=True).num_hidden_layers
         self.geometry = Geometry.of(batch.cache, layers, int(batch.lengths.max()))
@@ -291,11 +289,11 @@ class LogProbModel:
         prefixes = [Prefix() for _ in sequences]
         results: list[list[np.ndarray]] = [[] for _ in sequences]
         for lengths in zip(*CHECKED_PIECES, strict=True):
-            starts = [prefix.tokens for prefix in prefixes]
-            spans = list(zip(sequences, starts, lengths, strict=True))
-            inputs = [tokens[start : start + length] for tokens, start, length in spans]
-            labels = [tokens[start + 1 : start + length + 1] for tokens, start, length in spans]
-            batch = self.batch(prefixes, inputs, labels)
+            pieces = [  # the inputs, and the token that follows
+                tokens[prefix.tokens : prefix.tokens + length + 1]
+                for tokens, prefix, length in zip(sequences, prefixes, lengths, strict=True)
+            ]
+            batch = self.batch(prefixes, [tokens[:-1] for tokens in pieces], [tokens[1:] for tokens in pieces])
             for result, values in zip(results, batch.split(self.growing(batch, 1.0).cpu().numpy()), strict=True):
                 result.append(values)
             batch.keep(range(len(sequences)))
@@ -303,7 +301,8 @@ class LogProbModel:
 
 
 def jagged_rows(sequences: Sequence[np.ndarray], extras: Sequence[Extras] = ()) -> TensorDict:
-    """As `verl.workers.utils.padding.left_right_2_no_padding` gives them; arguments as of `LogProbModel.whole`."""
+    """Rows as `verl.workers.utils.padding.left_right_2_no_padding` gives them; for the arguments see
+    `LogProbModel.whole`."""
     lengths = torch.tensor([len(tokens) for tokens in sequences])
     offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     tokens = torch.from_numpy(np.concatenate(sequences).astype(np.int64))

@@ -120,22 +120,22 @@ def measure(options: argparse.Namespace, save: Save) -> list[dict[str, Any]]:
     from verl_patches.device import is_cpu_only
 
     dtype = options.dtype or ("fp32" if is_cpu_only() else "bf16")
-    worker = build(options.shape, dtype, options)
+    actor_worker = build(options.shape, dtype, options)
     say(f"{options.shape} in {dtype} is ready")
     steps = itertools.count(1)
-    size = (options.rows, options.prompt + options.response)
+    token_shape = (options.rows, options.prompt + options.response)
 
     def once(arm: str, repeat: int) -> dict[str, Any]:
-        random = np.random.default_rng([options.seed, repeat + 1])
-        tokens = random.integers(0, SHAPES[options.shape]["vocab_size"], size).astype(np.int32)
-        model = {"shape": options.shape, "dtype": dtype}
-        return model | forward(worker, arm, next(steps), tokens, options)
+        random_source = np.random.default_rng([options.seed, repeat + 1])
+        token_table = random_source.integers(0, SHAPES[options.shape]["vocab_size"], token_shape).astype(np.int32)
+        model_facts = {"shape": options.shape, "dtype": dtype}
+        return model_facts | forward(actor_worker, arm, next(steps), token_table, options)
 
-    def settle(found: dict[str, dict[str, Any]]) -> None:
-        log_probs = {arm: record.pop("log_probs") for arm, record in found.items()}
-        for arm, record in found.items():
-            record["difference"] = float(np.abs(log_probs[arm] - log_probs[WHOLE]).mean())
-            record["tokens_of_whole"] = found[WHOLE]["tokens"]
+    def settle(found_records: dict[str, dict[str, Any]]) -> None:
+        log_probs = {arm_name: flat_record.pop("log_probs") for arm_name, flat_record in found_records.items()}
+        for arm_name, flat_record in found_records.items():
+            flat_record["difference"] = float(np.abs(log_probs[arm_name] - log_probs[WHOLE]).mean())
+            flat_record["tokens_of_whole"] = found_records[WHOLE]["tokens"]
 
     return harness.take_turns(harness.repetitions(options.repeats, "repeat"), ARMS, once, settle)
 
@@ -149,9 +149,9 @@ COLUMNS: harness.Columns = (
 )
 
 
-def tables(records: Sequence[FlatRecord]) -> str:
+def tables(flat_records: Sequence[FlatRecord]) -> str:
     """Means and ratios over the repetitions."""
-    return harness.arms_table(records, COLUMNS, ("repeat",), WHOLE)
+    return harness.arms_table(flat_records, COLUMNS, ("repeat",), WHOLE)
 
 
 def checks(records: Sequence[FlatRecord]) -> list[Check]:

@@ -33,27 +33,27 @@ SIGMA = 0.6
 TARGET_PROMPTS, TARGET_MS = 100_000, 50.0
 
 
-def greedy(weights: NDArray[np.float64], total: int, low: int, high: int) -> NDArray[np.int64]:
+def greedy(weights: NDArray[np.float64], total_budget: int, low: int, high: int) -> NDArray[np.int64]:
     """What `allocate` gives, one candidate at a time."""
     budgets = [low] * len(weights)
-    falls = [(-weight / (low * (low + 1)), prompt) for prompt, weight in enumerate(weights.tolist())]
-    heapq.heapify(falls)
-    for _ in range(total - low * len(weights)):
-        prompt = falls[0][1]
+    marginal_falls = [(-weight / (low * (low + 1)), prompt) for prompt, weight in enumerate(weights.tolist())]
+    heapq.heapify(marginal_falls)
+    for _ in range(total_budget - low * len(weights)):
+        prompt = marginal_falls[0][1]
         budgets[prompt] += 1
-        count = budgets[prompt]
-        if count < high:
-            heapq.heapreplace(falls, (-float(weights[prompt]) / (count * (count + 1)), prompt))
+        prompt_budget = budgets[prompt]
+        if prompt_budget < high:
+            heapq.heapreplace(marginal_falls, (-float(weights[prompt]) / (prompt_budget * (prompt_budget + 1)), prompt))
         else:
-            heapq.heappop(falls)
+            heapq.heappop(marginal_falls)
     return np.array(budgets, dtype=np.int64)
 
 
-def scan(num_prompts: int, low: int, high: int, cost_weight: float = 1.0, **terms: Any) -> int:
+def scan(num_prompts: int, low: int, high: int, cost_weight: float = 1.0, **cost_terms: Any) -> int:
     """The total that `optimal_total` gives, by trying all."""
-    totals = np.arange(low * num_prompts, high * num_prompts + 1)
-    gain, cost = expected(totals / num_prompts, low, high, **terms)
-    return int(totals[np.argmax(gain - cost_weight * cost)])
+    all_totals = np.arange(low * num_prompts, high * num_prompts + 1)
+    expected_gain, expected_cost = expected(all_totals / num_prompts, low, high, **cost_terms)
+    return int(all_totals[np.argmax(expected_gain - cost_weight * expected_cost)])
 
 
 def problem(options: argparse.Namespace, prompts: int, repetition: int) -> dict[str, Callable[[], Any]]:
@@ -76,24 +76,24 @@ def problem(options: argparse.Namespace, prompts: int, repetition: int) -> dict[
 def measure(options: argparse.Namespace, save: Save) -> list[dict[str, Any]]:
     """A record for each size, repetition and arm; equal answers are asserted."""
 
-    def once(arm: str, prompts: int, repetition: int) -> dict[str, Any]:
-        seconds, answer = harness.seconds_of(problem(options, prompts, repetition + 1)[arm])
-        return {"seconds": seconds, "answer": answer}
+    def once(arm_name: str, prompts: int, repetition: int) -> dict[str, Any]:
+        part_seconds, call_answer = harness.seconds_of(problem(options, prompts, repetition + 1)[arm_name])
+        return {"seconds": part_seconds, "answer": call_answer}
 
-    def settle(found: dict[str, dict[str, Any]]) -> None:
-        answers = {arm: record.pop("answer") for arm, record in found.items()}
+    def settle(found_records: dict[str, dict[str, Any]]) -> None:
+        arm_answers = {arm: record.pop("answer") for arm, record in found_records.items()}
         for arm, plain in PAIRS:
-            if not np.array_equal(answers[arm], answers[plain]):
-                raise harness.BenchError(f"{found[arm]['prompts']} prompts: {arm} and {plain} differ.")
+            if not np.array_equal(arm_answers[arm], arm_answers[plain]):
+                raise harness.BenchError(f"{found_records[arm]['prompts']} prompts: {arm} and {plain} differ.")
 
-    places = harness.repetitions(options.repetitions, prompts=options.prompts)
-    return harness.take_turns(places, [ALLOCATE, GREEDY, OPTIMAL, SCAN], once, settle)
+    turn_places = harness.repetitions(options.repetitions, prompts=options.prompts)
+    return harness.take_turns(turn_places, [ALLOCATE, GREEDY, OPTIMAL, SCAN], once, settle)
 
 
-def figures_of(records: Sequence[FlatRecord], prompts: int, arm: str, plain: str) -> harness.ArmFigures:
+def figures_of(flat_records: Sequence[FlatRecord], prompts: int, arm_name: str, plain_arm: str) -> harness.ArmFigures:
     """The figures of one function for this number of prompts."""
-    records = [record for record in records if record["prompts"] == prompts]
-    return harness.ArmFigures(arm=arm, base=plain, pair_by=("prompts", "repetition"), records=records)
+    flat_records = [flat_record for flat_record in flat_records if flat_record["prompts"] == prompts]
+    return harness.ArmFigures(arm=arm_name, base=plain_arm, pair_by=("prompts", "repetition"), records=flat_records)
 
 
 def tables(records: Sequence[FlatRecord]) -> str:
@@ -107,13 +107,13 @@ def tables(records: Sequence[FlatRecord]) -> str:
     return table(["function", "prompts", "ms, median", "plain", "ms, median", "over plain"], rows)
 
 
-def checks(records: Sequence[FlatRecord]) -> list[Check]:
+def checks(flat_records: Sequence[FlatRecord]) -> list[Check]:
     """The target, where it was tried."""
-    most = max(record["prompts"] for record in records)
-    if most < TARGET_PROMPTS:
+    most_prompts = max(flat_record["prompts"] for flat_record in flat_records)
+    if most_prompts < TARGET_PROMPTS:
         return []
-    value = 1000 * figures_of(records, most, ALLOCATE, GREEDY).median("seconds")
-    return [Check(name=f"ms of {ALLOCATE} for {most:,} prompts", value=value, low=0, high=TARGET_MS)]
+    checked_value = 1000 * figures_of(flat_records, most_prompts, ALLOCATE, GREEDY).median("seconds")
+    return [Check(name=f"ms of {ALLOCATE} for {most_prompts:,} prompts", value=checked_value, low=0, high=TARGET_MS)]
 
 
 BENCH = Bench(

@@ -33,31 +33,31 @@ class BenchArm:
     bypass: bool = False  # with verl's `BYPASS_MODE`: the one setting outside of `darts:` that arms may differ in
     about: str = ""  # what it shows, for people
 
-    def block(self, darts: Mapping[str, Any] | None) -> dict[str, Any]:
-        """The block `darts:` of this arm; `darts` is that of the configuration, and stays as it is."""
-        made = copy.deepcopy(dict(darts or {})) | {"enable": True, "strategy": self.strategy}
-        changes = dict(self.changes) | ({} if self.overlap is None else {"overlap.mode": self.overlap})
-        for path, value in changes.items():
-            *sections, last = path.split(".")
-            where = made
-            for section in sections:
-                if not isinstance(where.get(section), dict):
-                    where[section] = {}
-                where = where[section]
-            where[last] = value
-        return made
+    def block(self, darts_block: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The block `darts:` of this arm; `darts_block` is that of the configuration, and stays as it is."""
+        made_block = copy.deepcopy(dict(darts_block or {})) | {"enable": True, "strategy": self.strategy}
+        changed_settings = dict(self.changes) | ({} if self.overlap is None else {"overlap.mode": self.overlap})
+        for setting_path, setting_value in changed_settings.items():
+            *section_names, last_key = setting_path.split(".")
+            inner_block = made_block
+            for section_name in section_names:
+                if not isinstance(inner_block.get(section_name), dict):
+                    inner_block[section_name] = {}
+                inner_block = inner_block[section_name]
+            inner_block[last_key] = setting_value
+        return made_block
 
-    def config(self, darts: Mapping[str, Any] | None, group_size: int) -> DartsConfig:
+    def config(self, darts_block: Mapping[str, Any] | None, group_size: int) -> DartsConfig:
         """The settings of this arm.
 
         Raises:
             ConfigError: its changes do not fit the configuration.
         """
-        settings = DartsConfig.from_block(self.block(darts), group_size)
-        if self.bypass and settings.overlap.mode != "off":
-            rule = f"there are no log-probs to overlap (darts.overlap.mode={settings.overlap.mode})."
-            raise ConfigError(BYPASS_MODE, True, rule, "choose one of the two.")
-        return settings
+        arm_settings = DartsConfig.from_block(self.block(darts_block), group_size)
+        if self.bypass and arm_settings.overlap.mode != "off":
+            broken_rule = f"there are no log-probs to overlap (darts.overlap.mode={arm_settings.overlap.mode})."
+            raise ConfigError(BYPASS_MODE, True, broken_rule, "choose one of the two.")
+        return arm_settings
 
 
 def _arm(name: str, strategy: str, about: str, **given: Any) -> BenchArm:
@@ -67,11 +67,11 @@ def _arm(name: str, strategy: str, about: str, **given: Any) -> BenchArm:
     return BenchArm(name=name, strategy=strategy, changes=changes, about=about, **fields)
 
 
-def _deadline(name: str, about: str, **fields: Any) -> BenchArm:
+def _deadline(arm_name: str, arm_about: str, **arm_fields: Any) -> BenchArm:
     """1.5 M candidates for every prompt, one longest of those that end before the deadline."""
-    return _arm(name, "darts", about, allocation__mode="uniform", allocation__mean_candidates=None,
+    return _arm(arm_name, "darts", arm_about, allocation__mode="uniform", allocation__mean_candidates=None,
                 allocation__low=None, allocation__high=None, selection__mode="dual_end",
-                selection__long_wait="deadline", **fields)  # fmt: skip
+                selection__long_wait="deadline", **arm_fields)  # fmt: skip
 
 
 NONE = _arm("none", "none", "plain verl", overlap="off")
@@ -127,8 +127,8 @@ FAST = (
 )  # fmt: skip
 
 
-def _distinct(arms: Iterable[BenchArm]) -> tuple[BenchArm, ...]:
-    return tuple({arm.name: arm for arm in arms}.values())
+def _distinct(bench_arms: Iterable[BenchArm]) -> tuple[BenchArm, ...]:
+    return tuple({bench_arm.name: bench_arm for bench_arm in bench_arms}.values())
 
 
 PRESETS: dict[str, tuple[BenchArm, ...]] = {
@@ -170,7 +170,7 @@ def chosen(names: Sequence[str], written: Sequence[str] = ()) -> tuple[BenchArm,
     return tuple(found.values())
 
 
-def parse_arm(line: str) -> BenchArm:
+def parse_arm(arm_line: str) -> BenchArm:
     """An arm from the command line.
 
     Example:
@@ -180,42 +180,42 @@ def parse_arm(line: str) -> BenchArm:
     Raises:
         ConfigError: not of this form, an unknown strategy or key, or a key that is given twice.
     """
-    name, equals, rest = line.partition("=")
-    strategy, *settings = (part.strip() for part in rest.split(","))
+    name, equals, line_rest = arm_line.partition("=")
+    strategy, *arm_settings = (line_part.strip() for line_part in line_rest.split(","))
     if not (name.strip() and equals and strategy):
-        raise ConfigError("--arm", line, "needs a name and a strategy.", f"write {FORM}")
+        raise ConfigError("--arm", arm_line, "needs a name and a strategy.", f"write {FORM}")
     if strategy not in STRATEGIES and "." not in strategy.strip("."):
-        rule = f"strategy {strategy!r} must be one of {', '.join(STRATEGIES)}, or package.module.Class."
-        raise ConfigError("--arm", line, rule, "choose one of them.")
-    changes: dict[str, Any] = {}
+        broken_rule = f"strategy {strategy!r} must be one of {', '.join(STRATEGIES)}, or package.module.Class."
+        raise ConfigError("--arm", arm_line, broken_rule, "choose one of them.")
+    changed_settings: dict[str, Any] = {}
     bypass = False
-    for setting in settings:
-        path, equals, value = setting.partition("=")
-        if path == BYPASS_MODE and value.lower() in ("true", "false"):
-            bypass = value.lower() == "true"
+    for setting in arm_settings:
+        setting_path, equals, setting_value = setting.partition("=")
+        if setting_path == BYPASS_MODE and setting_value.lower() in ("true", "false"):
+            bypass = setting_value.lower() == "true"
             continue
-        if not (path.startswith("darts.") and equals):
-            rule = f"{setting!r} is not darts.KEY=VALUE, nor {BYPASS_MODE}=true."
-            raise ConfigError("--arm", line, rule, f"write {FORM}")
-        path = path.removeprefix("darts.")
-        refusal = (
-            "is given twice" if path in changes
-            else "is the word behind the arm's name" if path == "strategy"
-            else "is shared by all arms: set it by --override" if path.startswith(SHARED)
+        if not (setting_path.startswith("darts.") and equals):
+            broken_rule = f"{setting!r} is not darts.KEY=VALUE, nor {BYPASS_MODE}=true."
+            raise ConfigError("--arm", arm_line, broken_rule, f"write {FORM}")
+        setting_path = setting_path.removeprefix("darts.")
+        refusal_text = (
+            "is given twice" if setting_path in changed_settings
+            else "is the word behind the arm's name" if setting_path == "strategy"
+            else "is shared by all arms: set it by --override" if setting_path.startswith(SHARED)
             else None
         )  # fmt: skip
-        if refusal is not None:
-            raise ConfigError("--arm", line, f"darts.{path} {refusal}.", "remove it.")
-        changes[path] = _value(value)
-    overlap = changes.pop("overlap.mode", None)
-    arm = BenchArm(name=name.strip(), strategy=strategy, changes=changes, overlap=overlap, bypass=bypass)
+        if refusal_text is not None:
+            raise ConfigError("--arm", arm_line, f"darts.{setting_path} {refusal_text}.", "remove it.")
+        changed_settings[setting_path] = _value(setting_value)
+    overlap = changed_settings.pop("overlap.mode", None)
+    arm = BenchArm(name=name.strip(), strategy=strategy, changes=changed_settings, overlap=overlap, bypass=bypass)
     refuse_unknown_keys(arm.block({}))
     return arm
 
 
-def _value(text: str) -> Any:
+def _value(value_text: str) -> Any:
     """What the text is in JSON, else the text itself."""
     try:
-        return json.loads(text)
+        return json.loads(value_text)
     except ValueError:
-        return text
+        return value_text

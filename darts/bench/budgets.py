@@ -49,7 +49,7 @@ PREDICTORS = {"refined_s": "refined model", "unrefined_s": "model as measured", 
 
 def settings(arm: str, seed: int, wait: str, chunk_tokens: int) -> DartsConfig:
     """The settings of an arm."""
-    block = {
+    settings_block = {
         "allocation": ALLOCATIONS[arm] | {"low": GROUP_SIZE, "mean_candidates": MEAN},
         "selection": {"long_wait": wait},
         "early_stop": "eager",
@@ -58,20 +58,20 @@ def settings(arm: str, seed: int, wait: str, chunk_tokens: int) -> DartsConfig:
         "timeout_s": 300,
         "progress_s": 0,
     }
-    return DartsConfig.from_block(block, group_size=GROUP_SIZE)
+    return DartsConfig.from_block(settings_block, group_size=GROUP_SIZE)
 
 
 def batches(
     questions: Sequence[str], pool: int, prompts: int, steps: int, seed: int
 ) -> Iterator[tuple[int, list[str]]]:
     """Epoch and prompts of each step of a seed: its pool in a new order in every epoch."""
-    rng = np.random.default_rng(seed)
-    order, epoch_steps = rng.choice(len(questions), pool, replace=False), pool // prompts
-    for step in range(steps):
-        if step % epoch_steps == 0:
-            order = rng.permutation(order)
-        chosen = order[step % epoch_steps * prompts :][:prompts]
-        yield step // epoch_steps, [questions[number] for number in chosen]
+    random_source = np.random.default_rng(seed)
+    pool_order, epoch_steps = random_source.choice(len(questions), pool, replace=False), pool // prompts
+    for step_number in range(steps):
+        if step_number % epoch_steps == 0:
+            pool_order = random_source.permutation(pool_order)
+        chosen_numbers = pool_order[step_number % epoch_steps * prompts :][:prompts]
+        yield step_number // epoch_steps, [questions[question_number] for question_number in chosen_numbers]
 
 
 class ShadowedPlanner:
@@ -84,37 +84,37 @@ class ShadowedPlanner:
     Args:
         darts: the arm's settings, with a mean number of candidates: the shadow's budgets must not depend on its cost
             model.
-        curve: of the engine, as measured.
+        latency_curve: of the engine, as measured.
         config: the servers'.
     """
 
-    def __init__(self, darts: DartsConfig, curve: LatencyCurve, config: DictConfig) -> None:
+    def __init__(self, darts: DartsConfig, latency_curve: LatencyCurve, config: DictConfig) -> None:
         self._darts = darts
         self._unrefined = dataclasses.replace(darts, latency=dataclasses.replace(darts.latency, refine=False))
-        self._planner, self._shadow = (_planner(darts, curve, config) for _ in range(2))
+        self._planner, self._shadow = (_planner(darts, latency_curve, config) for _ in range(2))
 
     def rollout(self, bench: Any, questions: Sequence[str], step: int) -> dict[str, Any]:
         """One rollout of a `RolloutBench`, as a record."""
-        keys = [prompt_key([{"role": "user", "content": question}]) for question in questions]
-        plan = self._shadow.plan(keys, self._unrefined)
-        measured = bench.rollout(self._darts, questions, step, planner=self._planner)
-        if not np.array_equal(np.bincount(measured.pool.prompt, minlength=len(keys)), plan.budgets):
-            raise RuntimeError(f"step {step}: the shadow's budgets {plan.budgets.tolist()} are not the rollout's.")
-        record = measured.record()
-        self._shadow.observe(plan, self._unrefined, measured.pool, record["seconds"], StepTimes())
-        return record | {"unrefined_s": plan.predicted_s}
+        prompt_keys = [prompt_key([{"role": "user", "content": question}]) for question in questions]
+        seed_plan = self._shadow.plan(prompt_keys, self._unrefined)
+        measured_rollout = bench.rollout(self._darts, questions, step, planner=self._planner)
+        if not np.array_equal(np.bincount(measured_rollout.pool.prompt, minlength=len(prompt_keys)), seed_plan.budgets):
+            raise RuntimeError(f"step {step}: the shadow's budgets {seed_plan.budgets.tolist()} are not the rollout's.")
+        flat_record = measured_rollout.record()
+        self._shadow.observe(seed_plan, self._unrefined, measured_rollout.pool, flat_record["seconds"], StepTimes())
+        return flat_record | {"unrefined_s": seed_plan.predicted_s}
 
 
-def _planner(darts: DartsConfig, curve: LatencyCurve, config: DictConfig) -> RolloutPlanner:
+def _planner(darts_config: DartsConfig, latency_curve: LatencyCurve, config: DictConfig) -> RolloutPlanner:
     """The planner that the manager would make."""
     rollout = config.actor_rollout_ref.rollout
-    planner = RolloutPlanner(
-        ema_weight=darts.allocation.ema_weight,
+    arm_planner = RolloutPlanner(
+        ema_weight=darts_config.allocation.ema_weight,
         response_length=rollout.response_length,
         max_running=rollout.max_num_seqs,
     )
-    planner.cost = CostModel(curve, "measured by the benchmark")
-    return planner
+    arm_planner.cost = CostModel(latency_curve, "measured by the benchmark")
+    return arm_planner
 
 
 def measure(options: argparse.Namespace, save: Save) -> list[dict[str, Any]]:
@@ -185,19 +185,19 @@ COLUMNS: harness.Columns = (
 def forecast_table(records: Sequence[FlatRecord]) -> str:
     """Errors of the forecasts by arm, of records with `last_s`."""
     by_arm = {arm: [record for record in records if record["arm"] == arm] for arm in harness.arms_of(records)}
-    rows = [
-        [arm, len(own), *(f"{error(own, predictor):.1%}" for predictor in PREDICTORS)]
-        for arm, own in (by_arm | {"all": records}).items()
+    table_rows = [
+        [arm, len(arm_records), *(f"{error(arm_records, predictor_key):.1%}" for predictor_key in PREDICTORS)]
+        for arm, arm_records in (by_arm | {"all": records}).items()
     ]
-    return table(["median error of the forecast", "rollouts", *PREDICTORS.values()], rows)
+    return table(["median error of the forecast", "rollouts", *PREDICTORS.values()], table_rows)
 
 
-def tables(records: Sequence[FlatRecord]) -> str:
+def tables(flat_records: Sequence[FlatRecord]) -> str:
     """Both, of the steps from the second epoch on."""
-    known = [record for record in with_last(records) if record["epoch"] > 0]
-    if not known:
+    known_records = [flat_record for flat_record in with_last(flat_records) if flat_record["epoch"] > 0]
+    if not known_records:
         return "no step of a second epoch: no prompt was known"
-    return f"{harness.arms_table(known, COLUMNS, ('seed', 'step'), UNIFORM)}\n\n{forecast_table(known)}"
+    return f"{harness.arms_table(known_records, COLUMNS, ('seed', 'step'), UNIFORM)}\n\n{forecast_table(known_records)}"
 
 
 BENCH = Bench(

@@ -60,8 +60,8 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def options_of(given: Sequence[str]) -> argparse.Namespace:
-    """The options, with `--quick` worked in; and `given`, and the `plan` that they make.
+def options_of(given_arguments: Sequence[str]) -> argparse.Namespace:
+    """The options, with `--quick` worked in; with `given`, as it was, and the `plan` that they make.
 
     Raises:
         ConfigError: arms that do not exist, or cannot be.
@@ -70,24 +70,24 @@ def options_of(given: Sequence[str]) -> argparse.Namespace:
 
     parser = make_parser("", __doc__)
     add_options(parser, OPTIONS)
-    if "--quick" in given:
+    if "--quick" in given_arguments:
         parser.set_defaults(seeds=1, steps=6, validate_every=3)
-    options = parser.parse_args(list(given))
-    for name, least in (("seeds", 1), ("steps", 1), ("validate_every", 0)):
-        if getattr(options, name) < least:
-            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {least}")
-    platform = ["platform=gpu"] if options.config_dir == CONFIG_DIR and not is_cpu_only() else []
-    testbed = [] if options.testbed is None else [f"testbed={options.testbed}"]
-    presets = options.arms or ["quick" if options.quick else "strategies"]
-    options.given, options.out = list(given), options.out.resolve()
+    options = parser.parse_args(list(given_arguments))
+    for name, least_value in (("seeds", 1), ("steps", 1), ("validate_every", 0)):
+        if getattr(options, name) < least_value:
+            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {least_value}")
+    platform_override = ["platform=gpu"] if options.config_dir == CONFIG_DIR and not is_cpu_only() else []
+    testbed_override = [] if options.testbed is None else [f"testbed={options.testbed}"]
+    preset_names = options.arms or ["quick" if options.quick else "strategies"]
+    options.given, options.out = list(given_arguments), options.out.resolve()
     options.plan = BenchPlan(
-        arms=list(chosen(presets, options.arm)),
+        arms=list(chosen(preset_names, options.arm)),
         seeds=options.seeds,
         steps=options.steps,
         validate_every=options.validate_every,
         config_name=options.config_name,
         config_dir=str(options.config_dir.resolve()),
-        overrides=[*platform, *testbed, *options.override],
+        overrides=[*platform_override, *testbed_override, *options.override],
     )
     return options
 
@@ -121,21 +121,21 @@ def report(options: argparse.Namespace) -> str:
     """
     from darts.bench.figures import write
 
-    found: list[Record] = Records(options.out / RECORDS).read()
-    if not found:
+    bench_records: list[Record] = Records(options.out / RECORDS).read()
+    if not bench_records:
         raise ConfigError("--out", str(options.out), "has no records of a bench.", "run it without --report-only.")
-    plan = BenchPlan.load(options.out)
-    results = BenchResults(found, [arm.name for arm in plan.arms], plan.steps)
-    opened = document(
+    bench_plan = BenchPlan.load(options.out)
+    results = BenchResults(bench_records, [arm.name for arm in bench_plan.arms], bench_plan.steps)
+    bench_document = document(
         results,
-        arms=[asdict(arm) for arm in plan.arms],
-        settings={"command": ["python", "-m", "darts.bench", *options.given], "overrides": plan.overrides}
-        | {name: getattr(plan, name) for name in ("seeds", "steps", "validate_every", "config_name")},
+        arms=[asdict(arm) for arm in bench_plan.arms],
+        settings={"command": ["python", "-m", "darts.bench", *options.given], "overrides": bench_plan.overrides}
+        | {name: getattr(bench_plan, name) for name in ("seeds", "steps", "validate_every", "config_name")},
         config=_read(options.out / CONFIG),
         machine=_read(options.out / MACHINE),
         target=options.target,
     )
-    documents.save(options.out / DOCUMENT, opened)
+    documents.save(options.out / DOCUMENT, bench_document)
     tables = text(results, BASE, options.target)
     (options.out / TABLE).write_text(tables + "\n")
     write(results, options.out)
@@ -204,44 +204,44 @@ def _prepare(options: argparse.Namespace, composed: Any) -> None:
     _note_machine(options.out / MACHINE)
 
 
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(config_value: Any, leaf_path: str = "") -> Iterator[tuple[str, Any]]:
     """What is in a configuration, by dotted path."""
-    if isinstance(value, dict) and value:
-        for key, one in value.items():
-            yield from _leaves(one, f"{path}.{key}" if path else str(key))
+    if isinstance(config_value, dict) and config_value:
+        for leaf_key, leaf_value in config_value.items():
+            yield from _leaves(leaf_value, f"{leaf_path}.{leaf_key}" if leaf_path else str(leaf_key))
     else:
-        yield path, value
+        yield leaf_path, config_value
 
 
-def _note_machine(path: Path) -> None:
+def _note_machine(file_path: Path) -> None:
     """Keeps what the bench began on; commits of a later start are added."""
-    here = machine()
-    there = _read(path) or here | {"commits": []}
-    if here["commit"] not in there["commits"]:
-        there["commits"].append(here["commit"])
-    path.write_text(json.dumps(there) + "\n")
+    machine_here = machine()
+    machine_there = _read(file_path) or machine_here | {"commits": []}
+    if machine_here["commit"] not in machine_there["commits"]:
+        machine_there["commits"].append(machine_here["commit"])
+    file_path.write_text(json.dumps(machine_there) + "\n")
 
 
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.exists() else {}
+def _read(file_path: Path) -> Any:
+    return json.loads(file_path.read_text()) if file_path.exists() else {}
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs what is missing, and reports; the exit code."""
-    began = time.monotonic()
+    started_at = time.monotonic()
     if not options.report_only:
-        composed = _composed(options)
-        with _locked(options.out / LOCK) as lock:
-            _prepare(options, composed)
-            run_trainer(options.plan, options.out, 60 * options.silence, lock=lock)
+        composed_block = _composed(options)
+        with _locked(options.out / LOCK) as lock_file:
+            _prepare(options, composed_block)
+            run_trainer(options.plan, options.out, 60 * options.silence, lock=lock_file)
     logger.info(f"\n\n{report(options)}\n")
-    say(f"done in {(time.monotonic() - began) / 60:.0f} min; tables, figures and {DOCUMENT} are in {options.out}")
+    say(f"done in {(time.monotonic() - started_at) / 60:.0f} min; tables, figures and {DOCUMENT} are in {options.out}")
     return 0
 
 
-def main(given: Sequence[str] | None = None) -> int:
+def main(given_arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-    arguments = list(sys.argv[1:] if given is None else given)
-    if arguments and arguments[0] in BENCHES:
-        return importlib.import_module(f"darts.bench.{arguments[0]}").BENCH.main(arguments[1:])
-    return exit_code(lambda: run(options_of(arguments)))
+    command_arguments = list(sys.argv[1:] if given_arguments is None else given_arguments)
+    if command_arguments and command_arguments[0] in BENCHES:
+        return importlib.import_module(f"darts.bench.{command_arguments[0]}").BENCH.main(command_arguments[1:])
+    return exit_code(lambda: run(options_of(command_arguments)))

@@ -33,24 +33,24 @@ MOST_BANDS = 8
 """Arms; with more there are no bands."""
 
 
-def write(results: BenchResults, folder: Path, base: str = BASE) -> list[Drawn]:
+def write(bench_results: BenchResults, bench_folder: Path, base_arm: str = BASE) -> list[Drawn]:
     """Draws into the folder, as `seconds.png` and so on; returns what was drawn."""
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn = draw_all(FIGURES, results, base)
-    for figure in drawn:
-        if figure.png is not None:
-            (folder / f"{figure.name}.png").write_bytes(figure.png)
-    return drawn
+    bench_folder.mkdir(parents=True, exist_ok=True)
+    drawn_figures = draw_all(FIGURES, bench_results, base_arm)
+    for bench_figure in drawn_figures:
+        if bench_figure.png is not None:
+            (bench_folder / f"{bench_figure.name}.png").write_bytes(bench_figure.png)
+    return drawn_figures
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def smoothed(values: Array) -> Array:
+def smoothed(seed_values: Array) -> Array:
     """Running means along the last axis, over the known values of `SMOOTH` neighbours, fewer at the ends."""
-    reach = SMOOTH // 2
-    columns = [values[..., max(n - reach, 0) : n + reach + 1] for n in range(values.shape[-1])]
-    return np.stack([known_mean(column) for column in columns], axis=-1)
+    window_reach = SMOOTH // 2
+    columns = [seed_values[..., max(n - window_reach, 0) : n + window_reach + 1] for n in range(seed_values.shape[-1])]
+    return np.stack([known_mean(window_column) for window_column in columns], axis=-1)
 
 
 def _line(axes: Axes, results: BenchResults, arm: str, key: str, smooth: bool = True, x: Array | None = None) -> None:
@@ -79,47 +79,47 @@ def _panels(results: BenchResults, titles: Sequence[str], **shared: bool) -> tup
     return figure, figure.subplots(1, len(titles), **shared)
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
+def _legend(bench_figure: Figure, panel_axes: Axes) -> None:
     """One legend for all panels, below them."""
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6))
+    line_handles, line_labels = panel_axes.get_legend_handles_labels()
+    bench_figure.legend(line_handles, line_labels, loc="outside lower center", ncols=min(len(line_labels), 6))
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
-def _seconds(results: BenchResults, base: str) -> tuple[Figure, str]:
-    panels = {"Step": "step_s", "Of which rollout": "rollout_s"}
-    figure, grid = _panels(results, list(panels))
-    for axes, (title, key) in zip(grid, panels.items(), strict=True):
-        for arm in results.arms:
-            _line(axes, results, arm, key)
-        dress(axes, title, "seconds")
-        axes.set_ylim(bottom=0)
-    _legend(figure, grid[0])
-    return figure, (
-        f"An arm wins where its line is below that of {base}, and shapes lengths where it falls. Running means over "
-        f"{SMOOTH} steps of the mean over seeds; bands: lowest to highest seed."
+def _seconds(bench_results: BenchResults, base_arm: str) -> tuple[Figure, str]:
+    panel_titles = {"Step": "step_s", "Of which rollout": "rollout_s"}
+    bench_figure, all_axes = _panels(bench_results, list(panel_titles))
+    for panel_axes, (panel_title, field_name) in zip(all_axes, panel_titles.items(), strict=True):
+        for arm_name in bench_results.arms:
+            _line(panel_axes, bench_results, arm_name, field_name)
+        dress(panel_axes, panel_title, "seconds")
+        panel_axes.set_ylim(bottom=0)
+    _legend(bench_figure, all_axes[0])
+    return bench_figure, (
+        f"An arm wins where its line is below that of {base_arm}, and shapes lengths where it falls. Running means "
+        f"over {SMOOTH} steps of the mean over seeds; bands: lowest to highest seed."
     )
 
 
 def _accuracy(results: BenchResults, base: str) -> tuple[Figure, str]:
     if not any(results.validations(arm) for arm in results.arms):
         raise Missing("no validation has been measured.")
-    figure, (left, right) = _panels(results, ["steps", "time"], sharey=True)
+    bench_figure, (left, right) = _panels(results, ["steps", "time"], sharey=True)
     for arm in results.arms:
         _line(left, results, arm, "accuracy", smooth=False)
         steps = results.by_seed(arm, "accuracy")[0].astype(int).tolist()
-        seconds = [[results.seconds_at(arm, seed, step) for seed in results.seeds] for step in steps]
-        _line(right, results, arm, "accuracy", smooth=False, x=known_mean(np.array(seconds)))
-    goal = results.target(base)
-    if math.isfinite(goal):
+        training_seconds = [[results.seconds_at(arm, seed, step) for seed in results.seeds] for step in steps]
+        _line(right, results, arm, "accuracy", smooth=False, x=known_mean(np.array(training_seconds)))
+    goal_accuracy = results.target(base)
+    if math.isfinite(goal_accuracy):
         for axes in (left, right):
-            axes.axhline(goal, color=GREY, linewidth=1, linestyle=":")
+            axes.axhline(goal_accuracy, color=GREY, linewidth=1, linestyle=":")
     dress(left, "Against steps", "validation accuracy")
     dress(right, "Against time", "", x="seconds of training (steps alone, mean over seeds)")
-    _legend(figure, left)
-    return figure, (
+    _legend(bench_figure, left)
+    return bench_figure, (
         f"Left, an arm learns as much from a step as {base} where the lines agree; right, it gets there earlier where "
         f"its line is further left. Dotted: {base} over the last third. Bands: lowest to highest seed."
     )
@@ -129,22 +129,22 @@ def _tradeoff(results: BenchResults, base: str) -> tuple[Figure, str]:
     arms = [arm for arm in results.arms if arm != base and results.steps(arm) and results.validations(arm)]
     if not (arms and results.steps(base) and results.validations(base)):
         raise Missing(f"needs steps and validations of {base} and of another arm.")
-    figure = Figure(figsize=(11, 5.5))
-    axes = figure.subplots()
+    bench_figure = Figure(figsize=(11, 5.5))
+    axes = bench_figure.subplots()
     axes.axhline(0, color=GREY, linewidth=1, linestyle=":")
     axes.axvline(1, color=GREY, linewidth=1, linestyle=":")
     for arm in arms:
-        number = results.arms.index(arm)
+        arm_number = results.arms.index(arm)
         speed = results.speed_up(arm, base, last=True).overall
-        gain = results.accuracy_gain(arm, base, last=True).overall
-        color, marker = COLORS[number % len(COLORS)], MARKERS[number % 5]
-        axes.plot([speed.low, speed.high], [gain.value] * 2, color=color, linewidth=1, alpha=0.5)
-        axes.plot([speed.value] * 2, [gain.low, gain.high], color=color, linewidth=1, alpha=0.5)
-        axes.plot(speed.value, gain.value, marker=marker, color=color, linestyle="", markersize=8)
-        axes.annotate(arm, (speed.value, gain.value), xytext=(7, 5), textcoords="offset points", fontsize=10)
+        accuracy_gain = results.accuracy_gain(arm, base, last=True).overall
+        arm_color, arm_marker = COLORS[arm_number % len(COLORS)], MARKERS[arm_number % 5]
+        axes.plot([speed.low, speed.high], [accuracy_gain.value] * 2, color=arm_color, linewidth=1, alpha=0.5)
+        axes.plot([speed.value] * 2, [accuracy_gain.low, accuracy_gain.high], color=arm_color, linewidth=1, alpha=0.5)
+        axes.plot(speed.value, accuracy_gain.value, marker=arm_marker, color=arm_color, linestyle="", markersize=8)
+        axes.annotate(arm, (speed.value, accuracy_gain.value), xytext=(7, 5), textcoords="offset points", fontsize=10)
     axes.margins(x=0.12)
     dress(axes, "What a strategy wins and costs", f"accuracy minus that of {base}", x=f"times as fast as {base}")
-    return figure, (
+    return bench_figure, (
         f"Over the last third; {base} is where the dotted lines cross, better is up and right. Lines: 95 % intervals, "
         "which an arm needs to have above the dotted line to be called better."
     )

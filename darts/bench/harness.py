@@ -60,28 +60,28 @@ class Bench:
     checks: Callable[[Records], list[Check]] = lambda records: []
     quick: Mapping[str, Any] = field(default_factory=dict)  # defaults with `--quick`; without any there is none
 
-    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+    def parse(self, command_arguments: Sequence[str]) -> argparse.Namespace:
         """The options, with `--quick` worked in."""
         parser = make_parser(self.name, self.about)
         parser.add_argument("--out", type=Path, metavar="FILE", help="where all figures go as JSON (default: nowhere)")
         if self.quick:
             parser.add_argument("--quick", action="store_true", help="few and small repetitions, to try it out")
         add_options(parser, self.options)
-        if "--quick" in arguments:
+        if "--quick" in command_arguments:
             parser.set_defaults(**self.quick)
-        return parser.parse_args(list(arguments))
+        return parser.parse_args(list(command_arguments))
 
-    def main(self, arguments: Sequence[str]) -> int:
+    def main(self, command_arguments: Sequence[str]) -> int:
         """Measures, prints tables and checks; the exit code."""
-        options = self.parse(arguments)
-        return exit_code(lambda: self._run(options, arguments))
+        bench_options = self.parse(command_arguments)
+        return exit_code(lambda: self._run(bench_options, command_arguments))
 
     def _run(self, options: argparse.Namespace, arguments: Sequence[str]) -> int:
         command = ["python", "-m", "darts.bench", self.name, *arguments]
         document = {"command": command, "settings": vars(options), "machine": machine()}  # before there is load
 
-        def save(**parts: Any) -> None:
-            document.update(parts)
+        def save(**made_parts: Any) -> None:
+            document.update(made_parts)
             if options.out is not None:
                 documents.save(options.out, document)
 
@@ -92,38 +92,38 @@ class Bench:
         return 0 if all(check.passed for check in made) else 1
 
 
-def make_parser(name: str, about: str) -> argparse.ArgumentParser:
+def make_parser(bench_name: str, help_text: str) -> argparse.ArgumentParser:
     """A command line whose help is a contract."""
-    program = f"python -m darts.bench {name}".strip()
+    program_name = f"python -m darts.bench {bench_name}".strip()
     return argparse.ArgumentParser(
-        prog=program, description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program_name, description=help_text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 
-def add_options(parser: argparse.ArgumentParser, options: Mapping[str, tuple[Any, ...]]) -> None:
+def add_options(parser: argparse.ArgumentParser, option_table: Mapping[str, tuple[Any, ...]]) -> None:
     """Adds options by name: default, help, and maybe more of `add_argument`; the default's type is the value's.
 
     Example:
         >>> add_options(parser, {"--prompts": (8, "of a rollout"), "--requests": ([32, 96], "at once")})
     """
-    for name, (default, about, *more) in options.items():
-        settings: dict[str, Any] = {"default": default, "help": f"{about} (default: %(default)s)"}
-        if isinstance(default, bool):
-            settings["action"] = "store_true"
-        elif isinstance(default, list) and default:
-            settings |= {"nargs": "+", "type": type(default[0])}
-        elif isinstance(default, int | float | Path):
-            settings["type"] = type(default)
-        parser.add_argument(name, **settings | dict(*more))
+    for option_name, (default_value, help_text, *more_settings) in option_table.items():
+        option_settings: dict[str, Any] = {"default": default_value, "help": f"{help_text} (default: %(default)s)"}
+        if isinstance(default_value, bool):
+            option_settings["action"] = "store_true"
+        elif isinstance(default_value, list) and default_value:
+            option_settings |= {"nargs": "+", "type": type(default_value[0])}
+        elif isinstance(default_value, int | float | Path):
+            option_settings["type"] = type(default_value)
+        parser.add_argument(option_name, **option_settings | dict(*more_settings))
 
 
-def exit_code(body: Callable[[], int]) -> int:
+def exit_code(command_body: Callable[[], int]) -> int:
     """What the body returns; or 2 where it refuses, 1 where it fails, with one line."""
     try:
-        return body()
-    except (ConfigError, BenchError, TraceError) as error:
-        logger.error(error)
-        return 2 if isinstance(error, ConfigError) else 1
+        return command_body()
+    except (ConfigError, BenchError, TraceError) as caught_error:
+        logger.error(caught_error)
+        return 2 if isinstance(caught_error, ConfigError) else 1
 
 
 def machine() -> dict[str, Any]:
@@ -133,31 +133,31 @@ def machine() -> dict[str, Any]:
 
 def set_environment() -> None:
     """Gives this process and its children one thread each, unless the environment says otherwise."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    for variable_name, variable_value in ENVIRONMENT.items():
+        os.environ.setdefault(variable_name, variable_value)
 
 
 # --- turns -----------------------------------------------------------------------------------------------------------
 
 
-def rotated(arms: Sequence[ArmName], turn: int) -> list[ArmName]:
+def rotated(arm_names: Sequence[ArmName], turn_number: int) -> list[ArmName]:
     """The arms in this turn's order."""
-    start = turn % len(arms)
-    return [*arms[start:], *arms[:start]]
+    first_place = turn_number % len(arm_names)
+    return [*arm_names[first_place:], *arm_names[:first_place]]
 
 
-def repetitions(count: int, name: str = "repetition", **axes: Iterable[Any]) -> Iterator[dict[str, Any]]:
+def repetitions(count: int, key_name: str = "repetition", **axes: Iterable[Any]) -> Iterator[dict[str, Any]]:
     """The places of all combinations of the axes: for each, one that warms up (-1), and `count` that count."""
-    for values in product(*axes.values()):
-        for number in range(-1, count):
-            yield {**dict(zip(axes, values, strict=True)), name: number}
+    for axis_values in product(*axes.values()):
+        for repetition_number in range(-1, count):
+            yield {**dict(zip(axes, axis_values, strict=True)), key_name: repetition_number}
 
 
 def take_turns(
     places: Iterable[Place],
     arms: Sequence[str],
-    measure: Callable[..., Mapping[str, Any]],
-    settle: Callable[[dict[str, dict[str, Any]]], None] | None = None,
+    measure_arm: Callable[..., Mapping[str, Any]],
+    settle_place: Callable[[dict[str, dict[str, Any]]], None] | None = None,
     shown: str = "seconds",
 ) -> list[dict[str, Any]]:
     """Measures every arm at every place.
@@ -165,8 +165,8 @@ def take_turns(
     Args:
         places: keys by which the arms' records are paired; a place with a negative number only warms up.
         arms: names.
-        measure: is called with the arm, and the place's keys by name; gives the figures.
-        settle: gets a place's records by arm, and may change them.
+        measure_arm: is called with the arm, and the place's keys by name; gives the figures.
+        settle_place: gets a place's records by arm, and may change them.
         shown: figure of the line that each place gets.
 
     Returns:
@@ -174,9 +174,9 @@ def take_turns(
     """
     records = []
     for turn, place in enumerate(places):
-        found = {arm: {"arm": arm, **place, **measure(arm, **place)} for arm in rotated(arms, turn)}
-        if settle is not None:
-            settle(found)
+        found = {arm: {"arm": arm, **place, **measure_arm(arm, **place)} for arm in rotated(arms, turn)}
+        if settle_place is not None:
+            settle_place(found)
         where = ", ".join(f"{key} {value}" for key, value in place.items())
         say(f"{where}, {shown}: " + ", ".join(f"{arm} {found[arm][shown]:,.4g}" for arm in arms))
         if not any(isinstance(value, int) and value < 0 for value in place.values()):
@@ -184,19 +184,19 @@ def take_turns(
     return sorted(records, key=lambda record: arms.index(record["arm"]))
 
 
-def seconds_of(call: Callable[[], Any]) -> tuple[float, Any]:
+def seconds_of(timed_call: Callable[[], Any]) -> tuple[float, Any]:
     """How long a call takes, and what it returns."""
-    start = time.perf_counter()
-    answer = call()
-    return time.perf_counter() - start, answer
+    started_at = time.perf_counter()
+    call_answer = timed_call()
+    return time.perf_counter() - started_at, call_answer
 
 
 # --- figures and tables ----------------------------------------------------------------------------------------------
 
 
-def arms_of(records: Iterable[FlatRecord]) -> list[str]:
+def arms_of(flat_records: Iterable[FlatRecord]) -> list[str]:
     """The arms in the order in which they first occur."""
-    return list(dict.fromkeys(record["arm"] for record in records))
+    return list(dict.fromkeys(flat_record["arm"] for flat_record in flat_records))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,28 +214,28 @@ class ArmFigures:
     @property
     def own(self) -> list[FlatRecord]:
         """The arm's records."""
-        return [record for record in self.records if record["arm"] == self.arm]
+        return [flat_record for flat_record in self.records if flat_record["arm"] == self.arm]
 
     def known(self, key: str) -> Array:
         """The values of `key` where there is one."""
         return np.array([record[key] for record in self.own if record.get(key) is not None], dtype=float)
 
-    def total(self, key: str) -> float:
+    def total(self, figure_key: str) -> float:
         """The sum; 0 without any."""
-        return float(self.known(key).sum())
+        return float(self.known(figure_key).sum())
 
-    def mean(self, key: str) -> float:
+    def mean(self, figure_key: str) -> float:
         """The mean; NaN without any."""
-        values = self.known(key)
-        return float(values.mean()) if len(values) else float("nan")
+        known_values = self.known(figure_key)
+        return float(known_values.mean()) if len(known_values) else float("nan")
 
-    def median(self, key: str) -> float:
+    def median(self, figure_key: str) -> float:
         """The median."""
-        return float(np.median(self.known(key)))
+        return float(np.median(self.known(figure_key)))
 
-    def over(self, key: str, form: str = ".2f") -> str:
+    def over(self, key: str, number_format: str = ".2f") -> str:
         """The total of `key` over the base's, with its interval; 1 for the base."""
-        return self._over(self.arm, self.base, key, form)
+        return self._over(self.arm, self.base, key, number_format)
 
     def speed_up(self, key: str = "seconds", form: str = ".2f") -> str:
         """The base's total of `key` over the arm's."""
@@ -246,8 +246,8 @@ class ArmFigures:
 
     def share(self, part: str, whole: str) -> Estimate:
         """The arm's total of `part` over that of `whole`."""
-        above, below = (paired(self.records, self.arm, key, self.pair_by) for key in (part, whole))
-        return statistics.ratio(above, below, np.random.default_rng(0))
+        part_values, whole_values = (paired(self.records, self.arm, key, self.pair_by) for key in (part, whole))
+        return statistics.ratio(part_values, whole_values, np.random.default_rng(0))
 
 
 Columns = Sequence[tuple[str, Callable[[ArmFigures], object]]]
@@ -278,16 +278,16 @@ def paired(records: Sequence[FlatRecord], arm: str, key: str, pair_by: Sequence[
     Raises:
         ValueError: the arm lacks a pair that another arm has, or has one twice.
     """
-    pairs = sorted({tuple(record[name] for name in pair_by) for record in records})
-    own = {tuple(record[name] for name in pair_by): record for record in records if record["arm"] == arm}
-    if len(own) != sum(record["arm"] == arm for record in records) or sorted(own) != pairs:
-        raise ValueError(f"arm {arm!r}: {len(own)} different repetitions, but there are {len(pairs)}.")
-    return np.array([own[pair][key] for pair in pairs], dtype=float)
+    pair_keys = sorted({tuple(record[name] for name in pair_by) for record in records})
+    arm_records = {tuple(record[name] for name in pair_by): record for record in records if record["arm"] == arm}
+    if len(arm_records) != sum(record["arm"] == arm for record in records) or sorted(arm_records) != pair_keys:
+        raise ValueError(f"arm {arm!r}: {len(arm_records)} different repetitions, but there are {len(pair_keys)}.")
+    return np.array([arm_records[pair_key][key] for pair_key in pair_keys], dtype=float)
 
 
 def ratio(
-    records: Sequence[FlatRecord], above: str, below: str, pair_by: Sequence[str], key: str = "seconds"
+    records: Sequence[FlatRecord], above_arm: str, below_arm: str, pair_by: Sequence[str], key: str = "seconds"
 ) -> Estimate:
     """The total of `key` of one arm over that of another."""
-    values = (paired(records, arm, key, pair_by) for arm in (above, below))
-    return statistics.ratio(*values, np.random.default_rng(0))
+    arm_values = (paired(records, arm, key, pair_by) for arm in (above_arm, below_arm))
+    return statistics.ratio(*arm_values, np.random.default_rng(0))

@@ -88,22 +88,22 @@ def _follow(child: subprocess.Popen, plan: BenchPlan, folder: Path, silence_s: f
                 _tell_round(steps[-num_arms:], complete, total, began)
 
 
-def _tell_round(steps: Sequence[StepRecord], complete: int, total: int, began: tuple[int, float]) -> None:
-    seconds = ", ".join(f"{step.arm} {step.step_s:.2f}" for step in sorted(steps, key=lambda step: step.arm))
-    round_s = (time.monotonic() - began[1]) / max(complete - began[0], 1)
-    minutes = (total - complete) * round_s / 60
+def _tell_round(steps: Sequence[StepRecord], complete: int, total_rounds: int, begun_at: tuple[int, float]) -> None:
+    arm_seconds = ", ".join(f"{step.arm} {step.step_s:.2f}" for step in sorted(steps, key=lambda step: step.arm))
+    round_s = (time.monotonic() - begun_at[1]) / max(complete - begun_at[0], 1)
+    minutes = (total_rounds - complete) * round_s / 60
     say(
-        f"round {complete}/{total} (seed {steps[-1].seed}, step {steps[-1].step}), about {minutes:.0f} min left; "
-        f"seconds: {seconds}"
+        f"round {complete}/{total_rounds} (seed {steps[-1].seed}, step {steps[-1].step}), about {minutes:.0f} min "
+        f"left; seconds: {arm_seconds}"
     )
 
 
-def _end(child: subprocess.Popen) -> None:
+def _end(trainer_process: subprocess.Popen) -> None:
     """Ends the run and all that it started."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        if child.poll() is None:
-            os.killpg(child.pid, number)
+    for signal_number in (signal.SIGTERM, signal.SIGKILL):
+        if trainer_process.poll() is None:
+            os.killpg(trainer_process.pid, signal_number)
             try:
-                child.wait(timeout=30)
+                trainer_process.wait(timeout=30)
             except subprocess.TimeoutExpired:
                 continue

@@ -48,14 +48,14 @@ OWN = ("keys", "plan", "observe", "metrics")
 PARTS = (*OWN, "trace", "state")
 
 
-def planner_of(keys: Sequence[str], rng: np.random.Generator) -> RolloutPlanner:
+def planner_of(prompt_keys: Sequence[str], rng: np.random.Generator) -> RolloutPlanner:
     """A planner that has observed all the keys, and has a cost model."""
     planner = RolloutPlanner(ema_weight=0.3, response_length=LIMIT, num_engines=ENGINES, max_running=MAX_RUNNING)
-    medians = rng.lognormal(np.log(MEDIAN_LENGTH), BETWEEN, len(keys))
-    for key, lengths in zip(
-        keys, rng.lognormal(np.log(medians)[:, None], WITHIN, (len(keys), GROUP_SIZE)), strict=True
+    length_medians = rng.lognormal(np.log(MEDIAN_LENGTH), BETWEEN, len(prompt_keys))
+    for key, response_lengths in zip(
+        prompt_keys, rng.lognormal(np.log(length_medians)[:, None], WITHIN, (len(prompt_keys), GROUP_SIZE)), strict=True
     ):
-        planner.history.update(key, np.ceil(lengths), np.zeros(GROUP_SIZE, dtype=bool))
+        planner.history.update(key, np.ceil(response_lengths), np.zeros(GROUP_SIZE, dtype=bool))
     planner.cost, planner.steps = CostModel(CURVE, "benchmark"), 1
     return planner
 
@@ -169,16 +169,16 @@ def runs_table(records: Sequence[FlatRecord]) -> str:
     return table(["run", "steps", "own s, median", "step s, median", "share, median", "share, worst"], rows)
 
 
-def measure(options: argparse.Namespace, save: Save) -> dict[str, list[dict[str, Any]]]:
+def measure(bench_options: argparse.Namespace, save_parts: Save) -> dict[str, list[dict[str, Any]]]:
     """The runs' records, and those at scale."""
-    runs = [of_run(run) for run in options.runs]
-    return {"scale": at_scale(options), "runs": runs}
+    run_records = [of_run(run_folder) for run_folder in bench_options.runs]
+    return {"scale": at_scale(bench_options), "runs": run_records}
 
 
 def tables(records: Mapping[str, Sequence[FlatRecord]]) -> str:
     """Both tables, as far as there is something."""
-    made = ((scale_table, records["scale"]), (runs_table, records["runs"]))
-    return "\n\n".join(make(some) for make, some in made if some)
+    table_makers = ((scale_table, records["scale"]), (runs_table, records["runs"]))
+    return "\n\n".join(make(chosen_records) for make, chosen_records in table_makers if chosen_records)
 
 
 def checks(records: Mapping[str, Sequence[FlatRecord]]) -> list[Check]:

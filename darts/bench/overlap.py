@@ -46,21 +46,21 @@ Batch = tuple[str, list[list[int]]]
 """Workload, and response lengths by prompt and candidate."""
 
 
-def lengths_of(workload: str, options: argparse.Namespace, rng: np.random.Generator) -> list[list[int]]:
+def lengths_of(workload: str, bench_options: argparse.Namespace, random_source: np.random.Generator) -> list[list[int]]:
     """Response lengths of a batch, by prompt and candidate."""
-    shape = (options.prompts, options.candidates)
+    batch_shape = (bench_options.prompts, bench_options.candidates)
     if workload == EQUAL:
-        return np.full(shape, options.limit).tolist()
-    medians = options.median * np.exp(rng.normal(0, BETWEEN, (options.prompts, 1)))
-    drawn = np.ceil(medians * np.exp(rng.normal(0, WITHIN, shape)))
-    return np.clip(drawn, 2, options.limit).astype(int).tolist()
+        return np.full(batch_shape, bench_options.limit).tolist()
+    prompt_medians = bench_options.median * np.exp(random_source.normal(0, BETWEEN, (bench_options.prompts, 1)))
+    drawn_lengths = np.ceil(prompt_medians * np.exp(random_source.normal(0, WITHIN, batch_shape)))
+    return np.clip(drawn_lengths, 2, bench_options.limit).astype(int).tolist()
 
 
-def batches_of(options: argparse.Namespace) -> list[Batch]:
+def batches_of(bench_options: argparse.Namespace) -> list[Batch]:
     """All batches in their order."""
-    rng = np.random.default_rng(options.seed)
-    planned = [*[TAIL] * options.batches, *[EQUAL] * options.equal_batches]
-    return [(workload, lengths_of(workload, options, rng)) for workload in planned]
+    random_source = np.random.default_rng(bench_options.seed)
+    planned_workloads = [*[TAIL] * bench_options.batches, *[EQUAL] * bench_options.equal_batches]
+    return [(workload, lengths_of(workload, bench_options, random_source)) for workload in planned_workloads]
 
 
 def overrides(folder: Path, options: argparse.Namespace, platform: str) -> list[str]:

@@ -51,28 +51,28 @@ HIDDEN_COLUMNS: harness.Columns = (
 
 def with_sums(records: Sequence[FlatRecord]) -> list[dict[str, Any]]:
     """The records, with the seconds that the tables are made of."""
-    sums = []
+    summed_records = []
     for record in records:
-        waited, hidden = record["old_log_prob_s"] + record["ref_s"], record.get("hidden_s", 0.0)
-        sums.append({**record, "waited_s": waited, "hidden_s": hidden, "computed_s": hidden + waited})
-    return sums
+        waited_s, hidden_s = record["old_log_prob_s"] + record["ref_s"], record.get("hidden_s", 0.0)
+        summed_records.append({**record, "waited_s": waited_s, "hidden_s": hidden_s, "computed_s": hidden_s + waited_s})
+    return summed_records
 
 
-def by_workload(records: Sequence[FlatRecord]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def by_workload(flat_records: Sequence[FlatRecord]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """The workloads, each with its records."""
-    for workload in dict.fromkeys(record["workload"] for record in records):
-        yield workload, with_sums([record for record in records if record["workload"] == workload])
+    for workload in dict.fromkeys(flat_record["workload"] for flat_record in flat_records):
+        yield workload, with_sums([flat_record for flat_record in flat_records if flat_record["workload"] == workload])
 
 
-def hidden_share(records: Sequence[FlatRecord], arm: str) -> Estimate:
+def hidden_share(flat_records: Sequence[FlatRecord], arm_name: str) -> Estimate:
     """The arm's hidden seconds over all that were computed."""
-    return ArmFigures(arm=arm, base=OFF, pair_by=PAIR_BY, records=records).share("hidden_s", "computed_s")
+    return ArmFigures(arm=arm_name, base=OFF, pair_by=PAIR_BY, records=flat_records).share("hidden_s", "computed_s")
 
 
-def not_exposed(records: Sequence[FlatRecord], arm: str) -> Estimate:
+def not_exposed(flat_records: Sequence[FlatRecord], arm_name: str) -> Estimate:
     """1 minus the arm's exposed seconds over those of `off`."""
-    exposed = harness.ratio(records, arm, OFF, PAIR_BY, "waited_s")
-    return Estimate(value=1 - exposed.value, low=1 - exposed.high, high=1 - exposed.low)
+    exposed_ratio = harness.ratio(flat_records, arm_name, OFF, PAIR_BY, "waited_s")
+    return Estimate(value=1 - exposed_ratio.value, low=1 - exposed_ratio.high, high=1 - exposed_ratio.low)
 
 
 def note(records: Sequence[FlatRecord]) -> str:
@@ -90,14 +90,14 @@ def note(records: Sequence[FlatRecord]) -> str:
     )
 
 
-def tables(records: Sequence[FlatRecord]) -> str:
+def tables(flat_records: Sequence[FlatRecord]) -> str:
     """All, for each workload."""
-    parts = []
-    for workload, some in by_workload(records):
-        steps = harness.arms_table(some, STEP_COLUMNS, PAIR_BY, OFF)
-        hidden = harness.arms_table(some, HIDDEN_COLUMNS, PAIR_BY, OFF, arms=OVERLAPPED)
-        parts += [workload, steps, hidden, note(some)]
-    return "\n\n".join(parts)
+    made_parts = []
+    for workload, workload_records in by_workload(flat_records):
+        steps_table = harness.arms_table(workload_records, STEP_COLUMNS, PAIR_BY, OFF)
+        hidden_s = harness.arms_table(workload_records, HIDDEN_COLUMNS, PAIR_BY, OFF, arms=OVERLAPPED)
+        made_parts += [workload, steps_table, hidden_s, note(workload_records)]
+    return "\n\n".join(made_parts)
 
 
 def equal_lengths(records: Sequence[FlatRecord]) -> float:

@@ -45,8 +45,8 @@ class ScriptedWorker(DartsAgentLoopWorker):
     """The agent-loop worker, with responses as long as the prompt's row says."""
 
     async def _run_agent_loop(self, sampling_params: dict[str, Any], trajectory: dict[str, Any], **kwargs: Any) -> Any:
-        length = int(kwargs["extra_info"]["lengths"][int(kwargs[CANDIDATE])])
-        sampling_params |= {"min_tokens": length - 1, "logit_bias": {self.tokenizer.eos_token_id: CERTAIN}}
+        response_length = int(kwargs["extra_info"]["lengths"][int(kwargs[CANDIDATE])])
+        sampling_params |= {"min_tokens": response_length - 1, "logit_bias": {self.tokenizer.eos_token_id: CERTAIN}}
         return await super()._run_agent_loop(sampling_params, trajectory, **kwargs)
 
 
@@ -75,7 +75,7 @@ class OverlapTrainer(ArmsTrainer):
         self._first, self._compared = None if place == 0 else self._first, {}
         super()._take_turn(arm, place, seed, step)
         pool = self._rollout.pool
-        figures = {
+        step_figures = {
             "arm": arm.name,
             "step": step,
             "ref_s": float(self.timing_raw.get("ref", 0.0)),
@@ -83,8 +83,8 @@ class OverlapTrainer(ArmsTrainer):
             **{key.removeprefix(OVERLAP): float(value) for key, value in self.metrics.items() if OVERLAP in key},
             **self._compared,
         }
-        with (self._folder / FIGURES).open("a") as file:
-            file.write(json.dumps(figures) + "\n")
+        with (self._folder / FIGURES).open("a") as figures_file:
+            figures_file.write(json.dumps(step_figures) + "\n")
 
     def _fit_compute_log_prob(self, batch: DataProto) -> DataProto:
         """Upstream's phase; what was computed is compared with what the round's first arm to do so computed."""
@@ -117,12 +117,12 @@ def old_log_probs(batch: DataProto) -> LogProbs:
     return found
 
 
-def pin(processes: Iterable[psutil.Process], core: int) -> None:
+def pin(pinned_processes: Iterable[psutil.Process], core_number: int) -> None:
     """Keeps processes, with the threads that they have and will have, on one core."""
-    for process in processes:
-        for thread in process.threads():
+    for pinned_process in pinned_processes:
+        for process_thread in pinned_process.threads():
             with contextlib.suppress(ProcessLookupError):  # it has ended
-                os.sched_setaffinity(thread.id, {core})
+                os.sched_setaffinity(process_thread.id, {core_number})
 
 
 if __name__ == "__main__":

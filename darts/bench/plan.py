@@ -61,20 +61,20 @@ class BenchPlan:
         (folder / PLAN).write_text(json.dumps(plan, indent=1) + "\n")
 
     @classmethod
-    def load(cls, folder: Path) -> "BenchPlan":
+    def load(cls, bench_folder: Path) -> "BenchPlan":
         """What `save` wrote."""
-        plan = json.loads((folder / PLAN).read_text())
-        return cls(**plan | {"arms": [BenchArm(**arm) for arm in plan["arms"]]})
+        plan_values = json.loads((bench_folder / PLAN).read_text())
+        return cls(**plan_values | {"arms": [BenchArm(**bench_arm) for bench_arm in plan_values["arms"]]})
 
     def turns(self) -> Iterator[Turn]:
         """All rounds in their order."""
         yield from ((seed, step) for seed in range(self.seeds) for step in range(1, self.steps + 1))
 
-    def validates(self, step: int) -> bool:
+    def validates(self, step_number: int) -> bool:
         """Whether the arms are validated after this step."""
-        return self.validate_every > 0 and (step % self.validate_every == 0 or step == self.steps)
+        return self.validate_every > 0 and (step_number % self.validate_every == 0 or step_number == self.steps)
 
-    def compose(self, folder: Path) -> DictConfig:
+    def compose(self, bench_folder: Path) -> DictConfig:
         """The configuration of the run, whose results go to the folder."""
         from hydra import compose, initialize_config_dir
 
@@ -82,8 +82,8 @@ class BenchPlan:
         from darts.testbed import register_resolver
 
         register_resolver()
-        run = [f"trainer.total_training_steps={self.steps}", f"trainer.default_local_dir={folder}"]
+        run_overrides = [f"trainer.total_training_steps={self.steps}", f"trainer.default_local_dir={bench_folder}"]
         with initialize_config_dir(self.config_dir, version_base=None):
-            config = compose(self.config_name, overrides=[*self.overrides, *OF_A_BENCH, *run])
-        settle_paths(config)
-        return config
+            composed_config = compose(self.config_name, overrides=[*self.overrides, *OF_A_BENCH, *run_overrides])
+        settle_paths(composed_config)
+        return composed_config

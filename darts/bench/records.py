@@ -123,9 +123,9 @@ def step_record(
         swap_s: as of the record.
     """
     prompts = np.unique(pool.prompt)
-    order = range(len(prompts)) if launch_order is None else launch_order
-    launched = np.concatenate([pool.length[pool.prompt == prompts[place]] for place in order])
-    used = slot_steps(in_turns(launched, num_engines), max_running)
+    launch_places = range(len(prompts)) if launch_order is None else launch_order
+    launched = np.concatenate([pool.length[pool.prompt == prompts[place]] for place in launch_places])
+    used_slots = slot_steps(in_turns(launched, num_engines), max_running)
     kept = pool.kept
     return StepRecord(
         arm=arm,
@@ -138,9 +138,9 @@ def step_record(
         aborted=int(pool.aborted.sum()),
         tokens_generated=int(pool.length.sum()),
         tokens_kept=int(pool.length[kept].sum()),
-        slots=used.slots,
-        slot_steps=used.whole,
-        idle_slot_steps=used.idle,
+        slots=used_slots.slots,
+        slot_steps=used_slots.whole,
+        idle_slot_steps=used_slots.idle,
         **_lengths("kept", pool.length[kept]),
         **_lengths("pool", pool.length),
         reward_kept=_mean(pool.reward[kept]),
@@ -153,14 +153,14 @@ def step_record(
 class Records:
     """The JSONL file of a bench, in its order."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, records_path: Path) -> None:
+        self._path = records_path
 
-    def append(self, record: Record) -> None:
+    def append(self, bench_record: Record) -> None:
         """Writes a record behind the others."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a") as file:
-            file.write(_line(record))
+        with self._path.open("a") as records_file:
+            records_file.write(_line(bench_record))
 
     def read(self) -> list[Record]:
         """All records; none where there is no file. A last line that was cut off does not count.
@@ -169,10 +169,10 @@ class Records:
             RecordError: a line that is no record; with file and number.
         """
         try:
-            lines = self._path.read_text().split("\n")[:-1]
+            file_lines = self._path.read_text().split("\n")[:-1]
         except FileNotFoundError:
             return []
-        return [self._parsed(number, line) for number, line in enumerate(lines, 1)]
+        return [self._parsed(line_number, record_line) for line_number, record_line in enumerate(file_lines, 1)]
 
     def keep(self, is_complete: Callable[[int, int], bool]) -> list[Record]:
         """Removes the records of rounds that are not complete, and what was cut off; returns the others.
@@ -183,32 +183,32 @@ class Records:
         if not self._path.exists():
             return []
         drop_cut_line(self._path)
-        found = self.read()
-        kept = [record for record in found if is_complete(record.seed, max(record.step, 1))]
-        if len(kept) != len(found):
-            draft = self._path.with_suffix(".new")
-            draft.write_text("".join(map(_line, kept)))
-            draft.replace(self._path)
+        read_records = self.read()
+        kept = [record for record in read_records if is_complete(record.seed, max(record.step, 1))]
+        if len(kept) != len(read_records):
+            draft_path = self._path.with_suffix(".new")
+            draft_path.write_text("".join(map(_line, kept)))
+            draft_path.replace(self._path)
         return kept
 
-    def _parsed(self, number: int, line: str) -> Record:
+    def _parsed(self, line_number: int, record_line: str) -> Record:
         try:
-            return JSON.validate_json(line)
-        except ValidationError as cause:
-            first = cause.errors(include_url=False)[0]
-            place = "".join(f"{part}: " for part in first["loc"])
-            raise RecordError(f"{self._path}:{number}: {place}{first['msg']}") from cause
+            return JSON.validate_json(record_line)
+        except ValidationError as caught_error:
+            first_error = caught_error.errors(include_url=False)[0]
+            error_place = "".join(f"{place_part}: " for place_part in first_error["loc"])
+            raise RecordError(f"{self._path}:{line_number}: {error_place}{first_error['msg']}") from caught_error
 
 
-def _line(record: Record) -> str:
-    return JSON.dump_json(record).decode() + "\n"
+def _line(bench_record: Record) -> str:
+    return JSON.dump_json(bench_record).decode() + "\n"
 
 
 def table_of(records: Iterable[Record]) -> dict[str, list[Any]]:
     """Records of one kind by column, for a document; numbers to six digits, null where there is none."""
     records = list(records)
-    names = [field.name for field in fields(records[0]) if field.name != "kind"] if records else []
-    return {name: [_short(getattr(record, name)) for record in records] for name in names}
+    field_names = [field.name for field in fields(records[0]) if field.name != "kind"] if records else []
+    return {name: [_short(getattr(record, name)) for record in records] for name in field_names}
 
 
 def records_of(kind: type[Record], columns: Mapping[str, Sequence[Any]]) -> list[Record]:
@@ -220,22 +220,22 @@ def records_of(kind: type[Record], columns: Mapping[str, Sequence[Any]]) -> list
     return [kind(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
 
 
-def _lengths(which: str, lengths: NDArray[np.int64]) -> dict[str, float]:
+def _lengths(length_kind: str, token_lengths: NDArray[np.int64]) -> dict[str, float]:
     return {
-        f"{which}_mean": float(lengths.mean()),
-        f"{which}_p99": float(np.percentile(lengths, 99)),
-        f"{which}_max": float(lengths.max()),
+        f"{length_kind}_mean": float(token_lengths.mean()),
+        f"{length_kind}_p99": float(np.percentile(token_lengths, 99)),
+        f"{length_kind}_max": float(token_lengths.max()),
     }
 
 
-def _mean(values: NDArray[np.float64]) -> float | None:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else None
+def _mean(all_values: NDArray[np.float64]) -> float | None:
+    known_values = all_values[~np.isnan(all_values)]
+    return float(known_values.mean()) if len(known_values) else None
 
 
-def _short(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_short(one) for one in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return value
+def _short(field_value: Any) -> Any:
+    if isinstance(field_value, tuple):
+        return [_short(item_value) for item_value in field_value]
+    if isinstance(field_value, float):
+        return float(f"{field_value:.6g}") if math.isfinite(field_value) else None
+    return field_value

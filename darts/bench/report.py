@@ -28,21 +28,22 @@ BASE = "none"
 
 def time_table(results: BenchResults, base: str = BASE) -> str:
     """Seconds of a step, of its phases, and how many times faster than the base."""
-    rows = []
+    table_rows = []
     for arm in results.arms:
-        speeds = [_speed_up(results, arm, base, last) for last in (False, True)]
-        phases = ("rollout_s", "old_log_prob_s", "update_s", "weights_s", "other_s")
-        rows.append([
+        speed_ups = [_speed_up(results, arm, base, last) for last in (False, True)]
+        phase_names = ("rollout_s", "old_log_prob_s", "update_s", "weights_s", "other_s")
+        table_rows.append([
             arm, len(results.steps(arm)), number(results.median(arm, "step_s")), number(results.mean(arm, "step_s")),
-            speeds[0], number(results.median(arm, "step_s", last=True)), number(results.mean(arm, "step_s", last=True)),
-            speeds[1], _by_seed(results.speed_up(arm, base, last=True)) if arm != base else "-",
-            *(number(results.mean(arm, phase)) for phase in phases),
+            speed_ups[0], number(results.median(arm, "step_s", last=True)),
+            number(results.mean(arm, "step_s", last=True)), speed_ups[1],
+            _by_seed(results.speed_up(arm, base, last=True)) if arm != base else "-",
+            *(number(results.mean(arm, phase_name)) for phase_name in phase_names),
         ])  # fmt: skip
-    columns = [
+    column_titles = [
         "arm", "steps", "s a step, median", "mean", f"speed-up over {base}", "last third: median", "mean",
         f"speed-up over {base}", "by seed", "rollout s", "old log-probs s", "update s", "weights s", "other s",
     ]  # fmt: skip
-    return table(columns, rows)
+    return table(column_titles, table_rows)
 
 
 def work_table(results: BenchResults) -> str:
@@ -137,28 +138,28 @@ def notes(results: BenchResults, base: str = BASE, target: float | None = None) 
 
 def text(results: BenchResults, base: str = BASE, target: float | None = None) -> str:
     """All tables with their notes."""
-    parts = [time_table(results, base), work_table(results), learning_table(results, base, target)]
-    return "\n\n".join([*parts, "\n".join(f"- {note}" for note in notes(results, base, target))])
+    made_tables = [time_table(results, base), work_table(results), learning_table(results, base, target)]
+    return "\n\n".join([*made_tables, "\n".join(f"- {note_line}" for note_line in notes(results, base, target))])
 
 
-def _at_end(results: BenchResults, arm: str) -> str:
+def _at_end(bench_results: BenchResults, arm_name: str) -> str:
     """The queue after each seed's last step."""
-    last = {one.seed: one.queue for one in results.steps(arm)}
-    return ", ".join(map(str, last.values())) or "-"
+    queues = {bench_record.seed: bench_record.queue for bench_record in bench_results.steps(arm_name)}
+    return ", ".join(map(str, queues.values())) or "-"
 
 
-def _speed_up(results: BenchResults, arm: str, base: str, last: bool) -> str:
-    if arm == base:
-        return "1" if results.steps(arm) else "-"
-    return format(results.speed_up(arm, base, last), ".2f")
+def _speed_up(bench_results: BenchResults, arm_name: str, base_arm: str, last_third: bool) -> str:
+    if arm_name == base_arm:
+        return "1" if bench_results.steps(arm_name) else "-"
+    return format(bench_results.speed_up(arm_name, base_arm, last_third), ".2f")
 
 
-def _by_seed(value: ArmComparison) -> str:
-    return ", ".join(number(one, ".2f") for one in value.by_seed.values()) or "-"
+def _by_seed(comparison: ArmComparison) -> str:
+    return ", ".join(number(seed_ratio, ".2f") for seed_ratio in comparison.by_seed.values()) or "-"
 
 
-def _reached(results: BenchResults, arm: str, goal: float) -> str:
-    return "-" if math.isnan(goal) else str(results.time_to(arm, goal))
+def _reached(bench_results: BenchResults, arm_name: str, goal_accuracy: float) -> str:
+    return "-" if math.isnan(goal_accuracy) else str(bench_results.time_to(arm_name, goal_accuracy))
 
 
 # --- the document ----------------------------------------------------------------------------------------------------
@@ -166,34 +167,34 @@ def _reached(results: BenchResults, arm: str, goal: float) -> str:
 
 def summary(results: BenchResults, base: str = BASE, target: float | None = None) -> dict[str, dict[str, Any]]:
     """The tables' figures, by arm; null where there is none."""
-    goal = results.target(base) if target is None else target
-    totals = ("tokens_generated", "tokens_kept", "tokens_dropped")
-    found = {}
+    goal_accuracy = results.target(base) if target is None else target
+    total_keys = ("tokens_generated", "tokens_kept", "tokens_dropped")
+    arm_figures = {}
     for arm in results.arms:
-        figures: dict[str, float | ArmComparison] = {key: results.total(arm, key) for key in totals} | {
-            f"{key}_{name}{'_last_third' if last else ''}": getattr(results, name)(arm, key, last)
+        summary_figures: dict[str, float | ArmComparison] = {key: results.total(arm, key) for key in total_keys} | {
+            f"{key}_{name}{'_last_third' if last_third else ''}": getattr(results, name)(arm, key, last_third)
             for key in ("step_s", "rollout_s")
             for name in ("median", "mean")
-            for last in (False, True)
+            for last_third in (False, True)
         }
-        for part, last in (("", False), ("_last_third", True)):
-            figures[f"speed_up{part}"] = results.speed_up(arm, base, last)
-            figures[f"accuracy{part}"] = results.accuracy(arm, last)
-            figures[f"accuracy_gain{part}"] = results.accuracy_gain(arm, base, last)
-        figures |= {
+        for third_suffix, last_third in (("", False), ("_last_third", True)):
+            summary_figures[f"speed_up{third_suffix}"] = results.speed_up(arm, base, last_third)
+            summary_figures[f"accuracy{third_suffix}"] = results.accuracy(arm, last_third)
+            summary_figures[f"accuracy_gain{third_suffix}"] = results.accuracy_gain(arm, base, last_third)
+        summary_figures |= {
             "rollout_speed_up": results.ratio(arm, base, "rollout_s"),
             "useful_tokens_per_s": results.useful_per_s(arm),
             "bubble_ratio": results.bubble_ratio(arm),
             "kept_length_last_third": results.mean(arm, "kept_mean", last=True),
             "swap_s_mean": results.mean(arm, "swap_s"),
         }
-        reached = results.time_to(arm, goal).seconds
-        found[arm] = {
+        reached_seconds = results.time_to(arm, goal_accuracy).seconds
+        arm_figures[arm] = {
             "steps": len(results.steps(arm)),
-            **{key: _plain(value) for key, value in figures.items()},
-            "seconds_to_target": {seed: _plain(seconds) for seed, seconds in reached.items()},
+            **{key: _plain(figure_value) for key, figure_value in summary_figures.items()},
+            "seconds_to_target": {seed: _plain(seed_seconds) for seed, seed_seconds in reached_seconds.items()},
         }
-    return found
+    return arm_figures
 
 
 def document(
@@ -229,7 +230,7 @@ def document(
         "planned_steps": results.num_steps,
         "summary": summary(results, base, target),
         "steps": table_of(step for arm in results.arms for step in results.steps(arm)),
-        "validations": table_of(one for arm in results.arms for one in results.validations(arm)),
+        "validations": table_of(bench_record for arm in results.arms for bench_record in results.validations(arm)),
         "config": dict(config),
     }
 

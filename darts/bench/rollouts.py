@@ -34,49 +34,49 @@ NOTHING_ELSE = 1 << 20
 """A chunk size that no response reaches."""
 
 
-def streaming(servers: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
+def streaming(running_servers: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Runs the experiment on a running server."""
     from darts.bench.serving import stream_once
     from darts.rollout.client import DartsServerClient
 
-    client = DartsServerClient.of(servers.get_client())
-    log_probs = servers.config.actor_rollout_ref.rollout.calculate_log_probs
-    arms = {report.PLAIN: None} | {f"chunk {chunk}": chunk for chunk in CHUNKS}
+    server_client = DartsServerClient.of(running_servers.get_client())
+    log_probs = running_servers.config.actor_rollout_ref.rollout.calculate_log_probs
+    arms = {report.PLAIN: None} | {f"chunk {chunk_size}": chunk_size for chunk_size in CHUNKS}
 
-    def once(arm: str, requests: int, repetition: int) -> dict[str, Any]:
-        tokens = options.tokens if repetition >= 0 else options.tokens // 8
-        return runner.run(stream_once(client, requests, tokens, arms[arm], log_probs))
+    def once(arm_name: str, requests: int, repetition: int) -> dict[str, Any]:
+        request_tokens = options.tokens if repetition >= 0 else options.tokens // 8
+        return runner.run(stream_once(server_client, requests, request_tokens, arms[arm_name], log_probs))
 
-    places = harness.repetitions(options.repetitions, requests=options.requests)
+    turn_places = harness.repetitions(options.repetitions, requests=options.requests)
     with asyncio.Runner() as runner:
-        return harness.take_turns(places, list(arms), once, shown="tokens_per_s")
+        return harness.take_turns(turn_places, list(arms), once, shown="tokens_per_s")
 
 
 def early_stop_arms(group_size: int, candidates: int, chunk_tokens: int) -> dict[str, Callable[[int], DartsConfig]]:
     """The settings of each arm, by the seed."""
 
     def settings(size: int = group_size, mode: str = "off", chunk: int = NOTHING_ELSE, **changes: Any) -> Any:
-        block = {
+        settings_block = {
             "allocation": {"mode": mode, "mean_candidates": max(size, candidates), "high": candidates + 1},
             "streaming": {"chunk_tokens": chunk},
             "early_stop": "off",
             "progress_s": 0,
             "timeout_s": 300,
         }
-        config = DartsConfig.from_block(block | changes, group_size=size)
-        return lambda seed: dataclasses.replace(config, seed=seed)
+        darts_config = DartsConfig.from_block(settings_block | changes, group_size=size)
+        return lambda seed_number: dataclasses.replace(darts_config, seed=seed_number)
 
-    redundant = {"mode": "uniform", "chunk": chunk_tokens}
-    shortest = redundant | {"selection": {"mode": "shortest_only"}}
-    dual = {"mode": "dual_end", "num_long": 1}
+    redundant_arm = {"mode": "uniform", "chunk": chunk_tokens}
+    shortest_arm = redundant_arm | {"selection": {"mode": "shortest_only"}}
+    dual_end = {"mode": "dual_end", "num_long": 1}
     return {
         report.PLAIN_M: settings(),
         f"plain n={candidates}": settings(size=candidates),
-        report.OFF: settings(**shortest),
-        report.EAGER: settings(**shortest, early_stop="eager"),
-        report.EXACT: settings(**shortest, early_stop="exact"),
-        "dual all": settings(**redundant, selection=dual | {"long_wait": "all"}),
-        "dual deadline": settings(**redundant, selection=dual | {"long_wait": "deadline"}),
+        report.OFF: settings(**shortest_arm),
+        report.EAGER: settings(**shortest_arm, early_stop="eager"),
+        report.EXACT: settings(**shortest_arm, early_stop="exact"),
+        "dual all": settings(**redundant_arm, selection=dual_end | {"long_wait": "all"}),
+        "dual deadline": settings(**redundant_arm, selection=dual_end | {"long_wait": "deadline"}),
     }
 
 
@@ -88,12 +88,14 @@ def early_stop(bench: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
     arms = early_stop_arms(options.group_size, options.candidates, options.chunk_tokens)
 
     def once(arm: str, seed: int, batch: int) -> dict[str, Any]:
-        first = (seed * options.batches + batch) * options.prompts
-        prompts = [questions[(first + number) % len(questions)] for number in range(options.prompts)]
+        first_question = (seed * options.batches + batch) * options.prompts
+        prompts = [
+            questions[(first_question + question_number) % len(questions)] for question_number in range(options.prompts)
+        ]
         return bench.rollout(arms[arm](seed), prompts, step=batch % options.batches).record()
 
-    places = harness.repetitions(options.batches, "batch", seed=range(options.seeds))
-    return harness.take_turns(places, list(arms), once)
+    turn_places = harness.repetitions(options.batches, "batch", seed=range(options.seeds))
+    return harness.take_turns(turn_places, list(arms), once)
 
 
 def routing(servers: Any, bench: Any, options: argparse.Namespace) -> list[dict[str, Any]]:

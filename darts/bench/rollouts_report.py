@@ -89,44 +89,44 @@ def tables(results: Mapping[str, Sequence[FlatRecord]]) -> str:
     return "\n\n".join(parts)
 
 
-def checks(results: Mapping[str, Sequence[FlatRecord]]) -> list[Check]:
+def checks(experiment_records: Mapping[str, Sequence[FlatRecord]]) -> list[Check]:
     """The bounds of the experiments that were run."""
-    made = streaming_checks(results[STREAMING]) if STREAMING in results else []
-    return made + (early_stop_checks(results[EARLY_STOP]) if EARLY_STOP in results else [])
+    made_checks = streaming_checks(experiment_records[STREAMING]) if STREAMING in experiment_records else []
+    return made_checks + (early_stop_checks(experiment_records[EARLY_STOP]) if EARLY_STOP in experiment_records else [])
 
 
-def streaming_checks(records: Sequence[FlatRecord], chunk: int = 256) -> list[Check]:
+def streaming_checks(flat_records: Sequence[FlatRecord], chunk_tokens: int = 256) -> list[Check]:
     """The aim: streaming in chunks of 256 costs at most 3 % of the throughput."""
-    made = []
-    for requests in sorted({record["requests"] for record in records}):
-        some = [record for record in records if record["requests"] == requests]
-        value = harness.ratio(some, PLAIN, f"chunk {chunk}", PAIRED_BY[STREAMING]).value
-        name = f"tokens/s with chunks of {chunk} over plain, {requests} requests"
-        made.append(Check(name=name, value=value, low=STREAMING_TARGET, high=math.inf))
-    return made
+    made_checks = []
+    for requests in sorted({flat_record["requests"] for flat_record in flat_records}):
+        chosen_records = [flat_record for flat_record in flat_records if flat_record["requests"] == requests]
+        speed_ratio = harness.ratio(chosen_records, PLAIN, f"chunk {chunk_tokens}", PAIRED_BY[STREAMING]).value
+        check_name = f"tokens/s with chunks of {chunk_tokens} over plain, {requests} requests"
+        made_checks.append(Check(name=check_name, value=speed_ratio, low=STREAMING_TARGET, high=math.inf))
+    return made_checks
 
 
-def repeated_groups(records: Sequence[FlatRecord], arm: str, other: str) -> Array:
+def repeated_groups(records: Sequence[FlatRecord], arm: str, other_arm: str) -> Array:
     """Which groups had the same responses in two arms, as far as both ran; shape (pairs, prompts).
 
     Equal seeds should see to it. But the engine computes a sequence in a batch with others, and which ones changes the
     last bits of its log-probs: now and then another token is drawn. Such a group says nothing about the decision.
     """
-    first, second = _of_arm(records, arm), _of_arm(records, other)
-    same = np.zeros((len(first), len(first[0]["lengths"])), dtype=bool)
-    for pair, prompt in np.ndindex(same.shape):
+    first_records, second = _of_arm(records, arm), _of_arm(records, other_arm)
+    same_responses = np.zeros((len(first_records), len(first_records[0]["lengths"])), dtype=bool)
+    for pair, prompt in np.ndindex(same_responses.shape):
         a, b = (
             (np.array(record["lengths"][prompt]), np.array(record["aborted_by_candidate"][prompt], dtype=bool))
-            for record in (first[pair], second[pair])
+            for record in (first_records[pair], second[pair])
         )
-        same[pair, prompt] = _agree(a, b)
-    return same
+        same_responses[pair, prompt] = _agree(a, b)
+    return same_responses
 
 
-def kept_agree(records: Sequence[FlatRecord], arm: str, other: str) -> Array:
+def kept_agree(flat_records: Sequence[FlatRecord], arm_name: str, other_arm: str) -> Array:
     """In which groups two arms kept the same candidates; shape (pairs, prompts)."""
-    rows = zip(_of_arm(records, arm), _of_arm(records, other), strict=True)
-    return np.array([[a == b for a, b in zip(x["kept"], y["kept"], strict=True)] for x, y in rows])
+    record_pairs = zip(_of_arm(flat_records, arm_name), _of_arm(flat_records, other_arm), strict=True)
+    return np.array([[a == b for a, b in zip(x["kept"], y["kept"], strict=True)] for x, y in record_pairs])
 
 
 def early_stop_checks(records: Sequence[FlatRecord]) -> list[Check]:
@@ -141,24 +141,24 @@ def early_stop_checks(records: Sequence[FlatRecord]) -> list[Check]:
 
 def early_stop_note(records: Sequence[FlatRecord]) -> str:
     """How often eager decides otherwise than exact."""
-    repeated, agree = repeated_groups(records, EAGER, EXACT), kept_agree(records, EAGER, EXACT)
+    same, agree = repeated_groups(records, EAGER, EXACT), kept_agree(records, EAGER, EXACT)
     return (
-        f"eager keeps what exact keeps in {agree.mean():.3f} of {agree.size} groups, in {agree[repeated].mean():.3f} "
-        f"of the {repeated.sum()} with the same responses"
+        f"eager keeps what exact keeps in {agree.mean():.3f} of {agree.size} groups, in {agree[same].mean():.3f} "
+        f"of the {same.sum()} with the same responses"
     )
 
 
 def _of_arm(records: Sequence[FlatRecord], arm: str) -> list[FlatRecord]:
-    own = [record for record in records if record["arm"] == arm]
-    return sorted(own, key=lambda record: tuple(record[name] for name in PAIRED_BY["early-stop"]))
+    arm_records = [record for record in records if record["arm"] == arm]
+    return sorted(arm_records, key=lambda record: tuple(record[name] for name in PAIRED_BY["early-stop"]))
 
 
-def _agree(first: tuple[Array, Array], second: tuple[Array, Array]) -> bool:
+def _agree(first_group: tuple[Array, Array], second_group: tuple[Array, Array]) -> bool:
     """Whether lengths can belong to the same responses; of an aborted one, its length is a lower bound."""
-    (a, a_aborted), (b, b_aborted) = first, second
-    fits = np.where(
+    (a, a_aborted), (b, b_aborted) = first_group, second_group
+    lengths_fit = np.where(
         a_aborted,
         b_aborted | (a <= b),
         np.where(b_aborted, b <= a, a == b),
     )
-    return bool(fits.all())
+    return bool(lengths_fit.all())

@@ -47,14 +47,14 @@ class CountingBalancer(GlobalRequestLoadBalancer):
 
     def acquire_server(self, request_id: str) -> tuple[str, Any]:
         """verl's choice, which is counted."""
-        server_id, server = super().acquire_server(request_id)
+        server_id, server_handle = super().acquire_server(request_id)
         self._counts[server_id] += 1
-        return server_id, server
+        return server_id, server_handle
 
     def take_counts(self) -> list[int]:
         """Requests of each server since the last call."""
-        counts, self._counts = self._counts, Counter()
-        return [counts[server_id] for server_id in self._servers]
+        request_counts, self._counts = self._counts, Counter()
+        return [request_counts[server_id] for server_id in self._servers]
 
 
 class SamplingWorker(DartsAgentLoopWorker):
@@ -113,9 +113,9 @@ class MeasuredRollout:
             **{f"cpu_{name}_s": seconds for name, seconds in self.cpu_s.items()},
             "prompt_tokens": int(pool.prompt_tokens.sum()),
             "computed_tokens": int((pool.prompt_tokens - pool.cached_tokens).sum()),
-            "lengths": [pool.length[rows].tolist() for rows in groups],
-            "aborted_by_candidate": [pool.aborted[rows].tolist() for rows in groups],
-            "kept": [pool.candidate[rows][pool.kept[rows]].tolist() for rows in groups],
+            "lengths": [pool.length[group_rows].tolist() for group_rows in groups],
+            "aborted_by_candidate": [pool.aborted[group_rows].tolist() for group_rows in groups],
+            "kept": [pool.candidate[group_rows][pool.kept[group_rows]].tolist() for group_rows in groups],
         }
 
 
@@ -154,33 +154,33 @@ class RolloutBench:
             sampling: sampling parameters that all candidates get on top of the configuration's.
             planner: plans it, instead of the one that planned the rollout before.
         """
-        manager = self._manager
-        manager.planner = planner or manager.planner
-        manager.begin_round(darts)
-        ray.get([server.clear_kv_cache.remote() for server in self._servers], timeout=60)
-        batch = batch_of(questions, darts.group_size, step, sampling or {})
-        before = self._cpu_seconds()
-        output = manager.generate_sequences(batch)
-        ended_at, after = time.time(), self._cpu_seconds()
-        if len(output) != darts.group_size * len(questions):
-            raise RuntimeError(f"{len(output)} rows for {len(questions)} prompts and M={darts.group_size}.")
-        rollout = manager.pop_rollout()
+        rollout_manager = self._manager
+        rollout_manager.planner = planner or rollout_manager.planner
+        rollout_manager.begin_round(darts)
+        ray.get([server_handle.clear_kv_cache.remote() for server_handle in self._servers], timeout=60)
+        prompt_batch = batch_of(questions, darts.group_size, step, sampling or {})
+        cpu_before = self._cpu_seconds()
+        kept_rows = rollout_manager.generate_sequences(prompt_batch)
+        ended_at, cpu_after = time.time(), self._cpu_seconds()
+        if len(kept_rows) != darts.group_size * len(questions):
+            raise RuntimeError(f"{len(kept_rows)} rows for {len(questions)} prompts and M={darts.group_size}.")
+        rollout = rollout_manager.pop_rollout()
         return MeasuredRollout(
             metrics=rollout.metrics,
             pool=rollout.pool,
             after_s=ended_at - float(rollout.pool.ended_at.max()),
-            cpu_s={name: after[name] - before[name] for name in after},
+            cpu_s={role_name: cpu_after[role_name] - cpu_before[role_name] for role_name in cpu_after},
         )
 
     def close(self) -> None:
         """Ends the agent-loop worker."""
-        for worker in self._manager.agent_loop_workers:
-            ray.kill(worker)
+        for loop_worker in self._manager.agent_loop_workers:
+            ray.kill(loop_worker)
 
     def _cpu_seconds(self) -> dict[str, float]:
         return {
-            name: sum(sum(process.cpu_times()[:2]) for process in processes)
-            for name, processes in self._processes.items()
+            role_name: sum(sum(role_process.cpu_times()[:2]) for role_process in role_processes)
+            for role_name, role_processes in self._processes.items()
         }
 
 
@@ -193,32 +193,32 @@ def serving(*overrides: str, replicas: int = 1, **limits: int | None) -> Iterato
         replicas: servers; several are behind a `CountingBalancer`.
         limits: `response_length` and `max_model_len` of `engine_config`.
     """
-    config = engine_config(*overrides, replicas=replicas, **limits)
-    several = {} if replicas == 1 else {"start_rank": 1, "load_balancer_class": CountingBalancer}
-    with start_servers(config, StreamingReplica, **several) as servers:
-        bench = RolloutBench(servers, config)
-        yield servers, bench
-        bench.close()
+    engine_settings = engine_config(*overrides, replicas=replicas, **limits)
+    several_servers = {} if replicas == 1 else {"start_rank": 1, "load_balancer_class": CountingBalancer}
+    with start_servers(engine_settings, StreamingReplica, **several_servers) as servers:
+        rollout_bench = RolloutBench(servers, engine_settings)
+        yield servers, rollout_bench
+        rollout_bench.close()
 
 
 def train_questions(testbed: str) -> list[str]:
     """The testbed's train prompts, in their order."""
-    rows = pyarrow.parquet.read_table(assets_dir(testbed) / "train.parquet", columns=["prompt"]).to_pylist()
-    return [row["prompt"][0]["content"] for row in rows]
+    prompt_rows = pyarrow.parquet.read_table(assets_dir(testbed) / "train.parquet", columns=["prompt"]).to_pylist()
+    return [prompt_row["prompt"][0]["content"] for prompt_row in prompt_rows]
 
 
 def batch_of(questions: Sequence[str], group_size: int, step: int, sampling: Mapping[str, Any]) -> DataProto:
     """The batch that verl's trainer hands to the manager: each prompt `group_size` times, with a new uid."""
 
-    def column(values: list[Any]) -> np.ndarray:
-        array = np.empty(len(values), dtype=object)
-        array[:] = values
-        return np.repeat(array, group_size)
+    def column(prompt_values: list[Any]) -> np.ndarray:
+        object_array = np.empty(len(prompt_values), dtype=object)
+        object_array[:] = prompt_values
+        return np.repeat(object_array, group_size)
 
     return DataProto.from_dict(
         tensors={},
         non_tensors={
-            "raw_prompt": column([[{"role": "user", "content": question}] for question in questions]),
+            "raw_prompt": column([[{"role": "user", "content": user_message}] for user_message in questions]),
             "uid": column([uuid4().hex for _ in questions]),
             "index": np.repeat(np.arange(len(questions)), group_size),
             SAMPLING: column([dict(sampling) for _ in questions]),

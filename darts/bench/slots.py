@@ -61,10 +61,10 @@ def slot_steps(engines: Sequence[Sequence[int] | NDArray[np.int64]], max_running
     )
 
 
-def in_turns(lengths: NDArray[np.int64], num_engines: int) -> list[NDArray[np.int64]]:
+def in_turns(token_lengths: NDArray[np.int64], num_engines: int) -> list[NDArray[np.int64]]:
     """The candidates of each engine where they are dealt out one by one, as `darts.forecast` and `routing=balanced` do.
 
     Args:
-        lengths: in the order of launch.
+        token_lengths: in the order of launch.
     """
-    return [lengths[engine::num_engines] for engine in range(num_engines)]
+    return [token_lengths[engine_number::num_engines] for engine_number in range(num_engines)]

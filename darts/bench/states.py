@@ -54,37 +54,37 @@ class ArmStates:
     """The states of a bench's arms.
 
     Args:
-        folder: is made; may hold the states of a bench that was interrupted.
-        arms: names.
+        states_folder: is made; may hold the states of a bench that was interrupted.
+        arm_names: names.
         actor: as it is to begin with, where the folder is new.
 
     Raises:
         StatesError: names that cannot be told apart as folders, or a folder of other arms.
     """
 
-    def __init__(self, folder: Path, arms: Sequence[str], actor: Actor) -> None:
-        self._folder = folder
+    def __init__(self, states_folder: Path, arm_names: Sequence[str], actor: Actor) -> None:
+        self._folder = states_folder
         self._actor = actor
-        self._names = {arm: folder_name(arm) for arm in arms}
-        if len({name.lower() for name in self._names.values()}) != len(arms):
-            raise StatesError(f"arms={list(arms)}: need folders of their own, not {list(self._names.values())}.")
-        if not (folder / POSITION).exists():
-            self._keep_actor(folder / "initial", step=0)
-            documents.save(folder / POSITION, {"arms": list(arms), "seed": None, "step": 0})
-        position = self._read(folder / POSITION)
-        if position.get("arms") != list(arms):
+        self._names = {arm_name: folder_name(arm_name) for arm_name in arm_names}
+        if len({name.lower() for name in self._names.values()}) != len(arm_names):
+            raise StatesError(f"arms={list(arm_names)}: need folders of their own, not {list(self._names.values())}.")
+        if not (states_folder / POSITION).exists():
+            self._keep_actor(states_folder / "initial", step=0)
+            documents.save(states_folder / POSITION, {"arms": list(arm_names), "seed": None, "step": 0})
+        last_position = self._read(states_folder / POSITION)
+        if last_position.get("arms") != list(arm_names):
             raise StatesError(
-                f"{folder}: has states of the arms {', '.join(position.get('arms', []))}; this bench has "
-                f"{', '.join(arms)}. Choose another folder, or remove it."
+                f"{states_folder}: has states of the arms {', '.join(last_position.get('arms', []))}; this bench has "
+                f"{', '.join(arm_names)}. Choose another folder, or remove it."
             )
-        self._seed: int | None = position["seed"]
-        self._step: int = position["step"]
+        self._seed: int | None = last_position["seed"]
+        self._step: int = last_position["step"]
 
     def is_complete(self, seed: int, step: int) -> bool:
         """Whether this round is behind us; seeds come in increasing order."""
         return self._seed is not None and (seed, step) <= (self._seed, self._step)
 
-    def load(self, arm: str, seed: int, step: int) -> Any:
+    def load(self, arm_name: str, seed: int, step: int) -> Any:
         """Gives the actor the weights and optimizer with which the arm begins this step.
 
         Returns:
@@ -101,20 +101,20 @@ class ArmStates:
                 f"{self._folder}: has the states after step {self._step} of seed {self._seed}, from which step {step} "
                 f"of seed {seed} cannot go on."
             )
-        where = self._place(arm, seed, step - 1)
-        self._actor.load_checkpoint(str(where / "actor"), None, False)
-        return self._read(where / TOLD)
+        state_folder = self._place(arm_name, seed, step - 1)
+        self._actor.load_checkpoint(str(state_folder / "actor"), None, False)
+        return self._read(state_folder / TOLD)
 
-    def save(self, arm: str, seed: int, step: int, told: Any) -> None:
+    def save(self, arm_name: str, seed: int, step: int, arm_state: Any) -> None:
         """Keeps what the arm's step has made of the actor.
 
         Args:
-            told: all else that the arm's next step depends on, for JSON.
+            arm_state: all else that the arm's next step depends on, for JSON.
         """
-        where = self._place(arm, seed, step)
-        shutil.rmtree(where, ignore_errors=True)  # of a round that was interrupted
-        self._keep_actor(where / "actor", step)
-        documents.save(where / TOLD, told)
+        state_folder = self._place(arm_name, seed, step)
+        shutil.rmtree(state_folder, ignore_errors=True)  # of a round that was interrupted
+        self._keep_actor(state_folder / "actor", step)
+        documents.save(state_folder / TOLD, arm_state)
 
     def complete(self, seed: int, step: int) -> None:
         """Every arm has had its turn: from now on this is the round that is gone on with."""
@@ -124,15 +124,15 @@ class ArmStates:
             if round_ != self._round(seed, step):
                 shutil.rmtree(round_, ignore_errors=True)
 
-    def _keep_actor(self, where: Path, step: int) -> None:
-        where.mkdir(parents=True, exist_ok=True)
-        self._actor.save_checkpoint(str(where), None, step, None)  # None: verl removes none of the others
+    def _keep_actor(self, state_folder: Path, step: int) -> None:
+        state_folder.mkdir(parents=True, exist_ok=True)
+        self._actor.save_checkpoint(str(state_folder), None, step, None)  # None: verl removes none of the others
 
     def _round(self, seed: int, step: int) -> Path:
         return self._folder / f"seed{seed}-step{step}"
 
-    def _place(self, arm: str, seed: int, step: int) -> Path:
-        return self._round(seed, step) / self._names[arm]
+    def _place(self, arm_name: str, seed: int, step: int) -> Path:
+        return self._round(seed, step) / self._names[arm_name]
 
     @staticmethod
     def _read(path: Path) -> Any:
@@ -142,11 +142,11 @@ class ArmStates:
             raise StatesError(f"{path}: cannot be read ({cause}); the bench cannot go on from this folder.") from cause
 
 
-def folder_name(arm: str) -> str:
+def folder_name(arm_name: str) -> str:
     """An arm's name as that of a folder.
 
     Example:
         >>> folder_name("+ streaming")
         '+_streaming'
     """
-    return re.sub(r"[^A-Za-z0-9+.-]", "_", arm)
+    return re.sub(r"[^A-Za-z0-9+.-]", "_", arm_name)

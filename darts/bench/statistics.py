@@ -55,7 +55,7 @@ class Reached:
     @property
     def count(self) -> int:
         """Seeds that reached it."""
-        return sum(math.isfinite(seconds) for seconds in self.seconds.values())
+        return sum(math.isfinite(seed_seconds) for seed_seconds in self.seconds.values())
 
     @property
     def median(self) -> float:
@@ -81,15 +81,15 @@ class BenchResults:
     def __init__(self, records: Iterable[Record], arms: Sequence[str] | None = None, steps: int | None = None) -> None:
         self._steps: dict[str, dict[tuple[int, int], StepRecord]] = {}
         self._validations: dict[str, dict[tuple[int, int], ValidationRecord]] = {}
-        found: dict[str, None] = {}
-        for record in records:
-            found[record.arm] = None
-            kind = self._steps if isinstance(record, StepRecord) else self._validations
-            kind.setdefault(record.arm, {})[record.seed, record.step] = record  # type: ignore[assignment]
-        self.arms = list(found) if arms is None else list(arms)
-        pairs = [pair for of_arm in self._steps.values() for pair in of_arm]
-        self.seeds = sorted({seed for seed, _ in pairs})
-        self.num_steps = max((step for _, step in pairs), default=0) if steps is None else steps
+        found_arms: dict[str, None] = {}
+        for bench_record in records:
+            found_arms[bench_record.arm] = None
+            records_by_arm = self._steps if isinstance(bench_record, StepRecord) else self._validations
+            records_by_arm.setdefault(bench_record.arm, {})[bench_record.seed, bench_record.step] = bench_record  # type: ignore[assignment]
+        self.arms = list(found_arms) if arms is None else list(arms)
+        seed_steps = [seed_step for of_arm in self._steps.values() for seed_step in of_arm]
+        self.seeds = sorted({seed_number for seed_number, _ in seed_steps})
+        self.num_steps = max((step_number for _, step_number in seed_steps), default=0) if steps is None else steps
 
     @property
     def last_from(self) -> int:
@@ -109,32 +109,32 @@ class BenchResults:
 
     # --- of one arm --------------------------------------------------------------------------------------------------
 
-    def values(self, arm: str, key: str, last: bool = False) -> Array:
+    def values(self, arm: str, key: str, last_third: bool = False) -> Array:
         """A field of an arm's steps, where it is known."""
-        found = np.array([getattr(record, key) for record in self.steps(arm, last)], dtype=float)
-        return found[~np.isnan(found)]
+        found_values = np.array([getattr(record, key) for record in self.steps(arm, last_third)], dtype=float)
+        return found_values[~np.isnan(found_values)]
 
-    def mean(self, arm: str, key: str, last: bool = False) -> float:
+    def mean(self, arm_name: str, field_name: str, last: bool = False) -> float:
         """The mean of a field over steps."""
-        return _or_nan(np.mean, self.values(arm, key, last))
+        return _or_nan(np.mean, self.values(arm_name, field_name, last))
 
-    def median(self, arm: str, key: str, last: bool = False) -> float:
+    def median(self, arm_name: str, field_name: str, last: bool = False) -> float:
         """The median of a field over steps."""
-        return _or_nan(np.median, self.values(arm, key, last))
+        return _or_nan(np.median, self.values(arm_name, field_name, last))
 
-    def total(self, arm: str, key: str) -> float:
+    def total(self, arm_name: str, field_name: str) -> float:
         """Over steps; 0 without any."""
-        return float(self.values(arm, key).sum())
+        return float(self.values(arm_name, field_name).sum())
 
-    def bubble_ratio(self, arm: str) -> float:
+    def bubble_ratio(self, arm_name: str) -> float:
         """Idle over all slot-steps; see `darts.bench.slots`."""
-        whole = self.total(arm, "slot_steps")
-        return self.total(arm, "idle_slot_steps") / whole if whole else math.nan
+        slot_steps = self.total(arm_name, "slot_steps")
+        return self.total(arm_name, "idle_slot_steps") / slot_steps if slot_steps else math.nan
 
-    def useful_per_s(self, arm: str) -> float:
+    def useful_per_s(self, arm_name: str) -> float:
         """Kept tokens per second of rollout."""
-        seconds = self.total(arm, "rollout_s")
-        return self.total(arm, "tokens_kept") / seconds if seconds else math.nan
+        rollout_s = self.total(arm_name, "rollout_s")
+        return self.total(arm_name, "tokens_kept") / rollout_s if rollout_s else math.nan
 
     def by_seed(self, arm: str, key: str) -> tuple[Array, Array]:
         """The steps [n] that have a field (of steps, or else of validations), and its values [seeds, n], maybe NaN."""
@@ -184,9 +184,9 @@ class BenchResults:
             rows.setdefault(pair[0], []).append((getattr(other[pair], key), getattr(own[pair], key)))
         return compared(rows)
 
-    def speed_up(self, arm: str, base: str, last: bool = False) -> ArmComparison:
+    def speed_up(self, arm_name: str, base_arm: str, last: bool = False) -> ArmComparison:
         """The base's seconds over the arm's."""
-        return self.ratio(arm, base, "step_s", last)
+        return self.ratio(arm_name, base_arm, "step_s", last)
 
     def accuracy_gain(self, arm: str, base: str, last: bool = False) -> ArmComparison:
         """The arm's accuracy minus the base's, after the last step that both validated; or over the last third."""
@@ -195,49 +195,49 @@ class BenchResults:
         pairs = {seed: [(own[seed, step], other[seed, step]) for step in steps] for seed, steps in found.items()}
         return difference(pairs)
 
-    def _at_end(self, validated: Sequence[tuple[int, int]], last: bool) -> dict[int, list[int]]:
+    def _at_end(self, validated_steps: Sequence[tuple[int, int]], last_third: bool) -> dict[int, list[int]]:
         """The steps of the last third of (seed, step), by seed; or the last step of all, where a seed has it."""
-        first = self.last_from if last else max((step for _, step in validated), default=0)
-        found: dict[int, list[int]] = {}
-        for seed, step in validated:
-            if step >= first:
-                found.setdefault(seed, []).append(step)
-        return found
+        first_step = self.last_from if last_third else max((step for _, step in validated_steps), default=0)
+        seed_steps: dict[int, list[int]] = {}
+        for seed, step in validated_steps:
+            if step >= first_step:
+                seed_steps.setdefault(seed, []).append(step)
+        return seed_steps
 
 
-def compared(rows: dict[int, list[tuple[float, float]]]) -> ArmComparison:
+def compared(seed_rows: dict[int, list[tuple[float, float]]]) -> ArmComparison:
     """The sum of the first numbers over the sum of the second, with an interval; see the module's contract.
 
     Args:
-        rows: by seed, pairs that belong together, in the order of steps.
+        seed_rows: by seed, pairs that belong together, in the order of steps.
     """
-    seeds = {seed: np.array(some, dtype=float) for seed, some in sorted(rows.items()) if some}
-    sums = {seed: some.sum(axis=0) for seed, some in seeds.items()}
-    by_seed = {seed: _over(*both) for seed, both in sums.items()}
-    value, drawn = _over(*sum(sums.values(), np.zeros(2))), None
-    if sum(len(some) for some in seeds.values()) > 1:
-        totals = _drawn_sums(list(seeds.values()), np.random.default_rng(0))
+    seeds = {seed: np.array(seed_array, dtype=float) for seed, seed_array in sorted(seed_rows.items()) if seed_array}
+    seed_sums = {seed: seed_array.sum(axis=0) for seed, seed_array in seeds.items()}
+    by_seed = {seed: _over(*both) for seed, both in seed_sums.items()}
+    total_ratio, drawn_values = _over(*sum(seed_sums.values(), np.zeros(2))), None
+    if sum(len(seed_array) for seed_array in seeds.values()) > 1:
+        drawn_totals = _drawn_sums(list(seeds.values()), np.random.default_rng(0))
         with np.errstate(divide="ignore", invalid="ignore"):
-            drawn = totals[:, 0] / totals[:, 1]
-    return _comparison(value, by_seed, drawn)
+            drawn_values = drawn_totals[:, 0] / drawn_totals[:, 1]
+    return _comparison(total_ratio, by_seed, drawn_values)
 
 
-def difference(pairs: dict[int, list[tuple[ValidationRecord, ValidationRecord]]]) -> ArmComparison:
+def difference(record_pairs: dict[int, list[tuple[ValidationRecord, ValidationRecord]]]) -> ArmComparison:
     """The mean over seeds of the first accuracy minus the second, with an interval; see the module's contract.
 
     Args:
-        pairs: by seed, of validations after the same steps.
+        record_pairs: by seed, of validations after the same steps.
     """
-    if not pairs:
+    if not record_pairs:
         return _comparison(math.nan, {}, None)
-    found = _differences(pairs)
-    by_seed = dict(zip(pairs, found.mean(axis=1).tolist(), strict=True))
-    (seeds, prompts), drawn = found.shape, None
-    if found.size > 1:
+    accuracy_gains = _differences(record_pairs)
+    by_seed = dict(zip(record_pairs, accuracy_gains.mean(axis=1).tolist(), strict=True))
+    (seeds, prompts), drawn_values = accuracy_gains.shape, None
+    if accuracy_gains.size > 1:
         rng = np.random.default_rng(0)
         weights = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=RESAMPLES) / prompts
-        drawn = (found[rng.integers(seeds, size=(RESAMPLES, seeds))].mean(axis=1) * weights).sum(axis=1)
-    return _comparison(float(found.mean()), by_seed, drawn)
+        drawn_values = (accuracy_gains[rng.integers(seeds, size=(RESAMPLES, seeds))].mean(axis=1) * weights).sum(axis=1)
+    return _comparison(float(accuracy_gains.mean()), by_seed, drawn_values)
 
 
 def _comparison(value: float, by_seed: dict[int, float], drawn: Array | None) -> ArmComparison:
@@ -265,8 +265,8 @@ def _differences(pairs: dict[int, list[tuple[ValidationRecord, ValidationRecord]
     sizes = {len(one.prompt_accuracy) for some in pairs.values() for pair in some for one in pair}
     by_prompt = len(sizes) == 1 and sizes != {0}
 
-    def accuracy(record: ValidationRecord) -> Array:
-        return np.array(record.prompt_accuracy if by_prompt else [record.accuracy])
+    def accuracy(bench_record: ValidationRecord) -> Array:
+        return np.array(bench_record.prompt_accuracy if by_prompt else [bench_record.accuracy])
 
     by_seed = [[accuracy(own) - accuracy(other) for own, other in some] for some in pairs.values()]
     return np.array([np.mean(some, axis=0) for some in by_seed])
@@ -274,14 +274,14 @@ def _differences(pairs: dict[int, list[tuple[ValidationRecord, ValidationRecord]
 
 def known_mean(values: Array) -> Array:
     """The means along the last axis of what is known; NaN where nothing is."""
-    known = np.isfinite(values)
-    count = known.sum(axis=-1)
-    return np.where(count > 0, np.where(known, values, 0).sum(axis=-1) / np.maximum(count, 1), math.nan)
+    is_known = np.isfinite(values)
+    row_count = is_known.sum(axis=-1)
+    return np.where(row_count > 0, np.where(is_known, values, 0).sum(axis=-1) / np.maximum(row_count, 1), math.nan)
 
 
-def _or_nan(function: Callable[[Array], float], values: Array) -> float:
-    return float(function(values)) if len(values) else math.nan
+def _or_nan(mean_function: Callable[[Array], float], known_values: Array) -> float:
+    return float(mean_function(known_values)) if len(known_values) else math.nan
 
 
-def _over(above: float, below: float) -> float:
-    return float(above / below) if below else math.nan
+def _over(sum_above: float, sum_below: float) -> float:
+    return float(sum_above / sum_below) if sum_below else math.nan

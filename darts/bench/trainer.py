@@ -83,23 +83,23 @@ class ArmsTrainer(RayDartsTrainer):
             if self._initial is None:
                 self._measure_once()
                 self._initial = self.planner.state_dict()
-                for arm in self._plan.arms:
-                    self._take_up(arm, seed, 1, None)
+                for bench_arm in self._plan.arms:
+                    self._take_up(bench_arm, seed, 1, None)
                     self._trace = Trace(None)
                     super().fit_step(self._rounds.next())
             if step == 1:
                 self._validate_initial(seed)
-            order = np.random.default_rng([seed, step]).permutation(len(self._plan.arms))
-            for place, arm in enumerate(order):
-                self._take_turn(self._plan.arms[arm], place, seed, step)
+            arm_order = np.random.default_rng([seed, step]).permutation(len(self._plan.arms))
+            for turn_place, arm_number in enumerate(arm_order):
+                self._take_turn(self._plan.arms[arm_number], turn_place, seed, step)
             self._states.complete(seed, step)
         self.is_last_step = (seed, step) == self.train_dataloader[-1]
 
     def _measure_once(self) -> None:
         """The engines' cost model, if an arm has a use for it."""
-        for settings in self._settings.values():
-            self.use_strategy(make_strategy(settings, self.config.data.train_batch_size))
-            self.darts = settings
+        for arm_settings in self._settings.values():
+            self.use_strategy(make_strategy(arm_settings, self.config.data.train_batch_size))
+            self.darts = arm_settings
             if self.strategy.rules.allocation.mode == "adaptive":
                 break
         self._set_cost_model()
@@ -108,26 +108,26 @@ class ArmsTrainer(RayDartsTrainer):
     def _validate_initial(self, seed: int) -> None:
         if self._plan.validate_every == 0:
             return
-        first = self._plan.arms[0]
+        first_arm = self._plan.arms[0]
         self.checkpoint_manager.sleep_replicas()
-        self._states.load(first.name, seed, 1)
+        self._states.load(first_arm.name, seed, 1)
         self.checkpoint_manager.update_weights(0)
-        found = self._validated(first.name, seed, 0)
-        for arm in self._plan.arms:
-            self._records.append(replace(found, arm=arm.name))
+        initial_record = self._validated(first_arm.name, seed, 0)
+        for bench_arm in self._plan.arms:
+            self._records.append(replace(initial_record, arm=bench_arm.name))
 
     def _take_turn(self, arm: BenchArm, place: int, seed: int, step: int) -> None:
         """One step of one arm."""
-        began = time.monotonic()
+        started_at = time.monotonic()
         self.checkpoint_manager.sleep_replicas()  # verl updates the weights of sleeping engines
-        told = self._states.load(arm.name, seed, step)
-        self._take_up(arm, seed, step, told)
+        arm_state = self._states.load(arm.name, seed, step)
+        self._take_up(arm, seed, step, arm_state)
         self.checkpoint_manager.update_weights(step - 1)
-        taken_up = time.monotonic() - began
+        taken_up = time.monotonic() - started_at
         super().fit_step(self._rounds.next())
-        rollout, metrics = self._rollout, self.metrics
-        validated = self._validated(arm.name, seed, step) if self._plan.validates(step) else None
-        began = time.monotonic()
+        rollout, step_metrics = self._rollout, self.metrics
+        validation_record = self._validated(arm.name, seed, step) if self._plan.validates(step) else None
+        started_at = time.monotonic()
         self.checkpoint_manager.sleep_replicas()  # as where verl saves: the actor needs the memory
         self._states.save(arm.name, seed, step, self._told())
         self._records.append(
@@ -136,33 +136,33 @@ class ArmsTrainer(RayDartsTrainer):
                 seed=seed,
                 step=step,
                 place=place,
-                metrics=metrics,
+                metrics=step_metrics,
                 pool=rollout.pool,
                 launch_order=rollout.plan.launch_order,
                 num_engines=self.planner.num_engines,
                 max_running=self.planner.max_running,
-                swap_s=taken_up + time.monotonic() - began,
+                swap_s=taken_up + time.monotonic() - started_at,
             )
         )
-        if validated is not None:
-            self._records.append(validated)
+        if validation_record is not None:
+            self._records.append(validation_record)
 
-    def _take_up(self, arm: BenchArm, seed: int, step: int, told: Any) -> None:
+    def _take_up(self, bench_arm: BenchArm, seed: int, step: int, arm_state: Any) -> None:
         """From now on the trainer is this arm's, after its last step."""
-        self.darts = self._settings[arm.name]
+        self.darts = self._settings[bench_arm.name]
         self._log_probs, self.async_rollout_manager.overlap = self._sessions[self.darts.overlap.mode]
         self.use_strategy(make_strategy(self.darts, self.config.data.train_batch_size))
-        bypass = self._bypass or arm.bypass or bool(self.strategy.overrides.get(BYPASS_MODE))
-        OmegaConf.update(self.config, BYPASS_MODE, bypass)
-        self.planner.load_state_dict(deepcopy(self._initial if told is None else told["planner"]))
+        bypass_mode = self._bypass or bench_arm.bypass or bool(self.strategy.overrides.get(BYPASS_MODE))
+        OmegaConf.update(self.config, BYPASS_MODE, bypass_mode)
+        self.planner.load_state_dict(deepcopy(self._initial if arm_state is None else arm_state["planner"]))
         if self.darts.latency.profile == "auto" and self.strategy.rules.allocation.mode != "adaptive":
             self.planner.cost = None  # as where the arm runs alone
-        data = OmegaConf.merge(self.config.data, {"seed": seed})
-        self._rounds = self.round_loader(self._data, create_rl_sampler(data, self._data.dataset))
-        if told is not None:
-            self.strategy.load_state_dict(told["strategy"])
-            self._rounds.go_to(told["position"])
-        self._trace = Trace(str(self._folder / TRACES / f"seed{seed}" / f"{arm.name}.jsonl"))
+        data_config = OmegaConf.merge(self.config.data, {"seed": seed})
+        self._rounds = self.round_loader(self._data, create_rl_sampler(data_config, self._data.dataset))
+        if arm_state is not None:
+            self.strategy.load_state_dict(arm_state["strategy"])
+            self._rounds.go_to(arm_state["position"])
+        self._trace = Trace(str(self._folder / TRACES / f"seed{seed}" / f"{bench_arm.name}.jsonl"))
         self.global_steps, self.epoch = step, self._rounds.epoch
 
     def _told(self) -> dict[str, Any]:
@@ -178,15 +178,15 @@ class ArmsTrainer(RayDartsTrainer):
         super()._fit_prepare_step()
         self.is_last_step = False
 
-    def _validated(self, arm: str, seed: int, step: int) -> ValidationRecord:
+    def _validated(self, arm_name: str, seed: int, step: int) -> ValidationRecord:
         """verl's validation, with the accuracy of each prompt."""
         self._lengths: list[int] = []
-        generate = self.async_rollout_manager.generate_sequences
+        generate_sequences = self.async_rollout_manager.generate_sequences
 
         def measured(prompts: DataProto) -> DataProto:
-            output = generate(prompts)
-            self._lengths += output.batch["response_mask"].sum(dim=-1).tolist()
-            return output
+            output_batch = generate_sequences(prompts)
+            self._lengths += output_batch.batch["response_mask"].sum(dim=-1).tolist()
+            return output_batch
 
         self.async_rollout_manager.generate_sequences = measured
         try:
@@ -194,7 +194,7 @@ class ArmsTrainer(RayDartsTrainer):
         finally:
             del self.async_rollout_manager.generate_sequences
         return ValidationRecord(
-            arm=arm,
+            arm=arm_name,
             seed=seed,
             step=step,
             accuracy=float(np.mean(self._accuracies)) if self._accuracies else None,
@@ -206,11 +206,11 @@ class ArmsTrainer(RayDartsTrainer):
         self, data_sources: Any, sample_uids: list[str], reward_extra_infos_dict: dict[str, list], sample_turns: Any
     ) -> dict[str, Any]:
         """Upstream's metrics; keeps the mean of `acc`, or of the reward without it, for each prompt in its order."""
-        found = reward_extra_infos_dict.get("acc") or reward_extra_infos_dict["reward"]
+        scores = reward_extra_infos_dict.get("acc") or reward_extra_infos_dict["reward"]
         by_prompt: dict[str, list[float]] = {}
-        for uid, value in zip(sample_uids, found, strict=True):
-            by_prompt.setdefault(uid, []).append(float(value))
-        self._accuracies = [float(np.mean(values)) for values in by_prompt.values()]
+        for sample_uid, response_value in zip(sample_uids, scores, strict=True):
+            by_prompt.setdefault(sample_uid, []).append(float(response_value))
+        self._accuracies = [float(np.mean(prompt_values)) for prompt_values in by_prompt.values()]
         return super()._val_metrics_update(data_sources, sample_uids, reward_extra_infos_dict, sample_turns)
 
 
@@ -224,13 +224,13 @@ class ArmsTaskRunner(DartsTaskRunner):
     def add_actor_rollout_worker(self, config: DictConfig) -> tuple[type, type]:
         """Upstream's worker; the actor can overlap if an arm wants it."""
         config = deepcopy(config)
-        for arm in BenchPlan.load(Path(config.trainer.default_local_dir)).arms:
-            if arm.overlap not in (None, "off"):
-                config.darts.overlap.mode = arm.overlap
+        for bench_arm in BenchPlan.load(Path(config.trainer.default_local_dir)).arms:
+            if bench_arm.overlap not in (None, "off"):
+                config.darts.overlap.mode = bench_arm.overlap
         return super().add_actor_rollout_worker(config)
 
 
-def train(folder: Path, task_runner: type[ArmsTaskRunner]) -> None:
+def train(bench_folder: Path, task_runner: type[ArmsTaskRunner]) -> None:
     """Runs the bench of this folder; the steps are those of `recipe.darts.main_darts.main`."""
     from verl.trainer.main_ppo import run_ppo
     from verl.utils.device import auto_set_device
@@ -240,7 +240,7 @@ def train(folder: Path, task_runner: type[ArmsTaskRunner]) -> None:
     from darts.checks.run import check_run
 
     verl_patches.register.assert_active()
-    config = BenchPlan.load(folder).compose(folder)
+    config = BenchPlan.load(bench_folder).compose(bench_folder)
     auto_set_device(config)
     OmegaConf.resolve(config)
     choose_backend(config)

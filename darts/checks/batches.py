@@ -50,24 +50,24 @@ def check_token_limits(config: DictConfig) -> None:
     longest = config.data.max_prompt_length + config.data.max_response_length
     if rollout.max_model_len:
         longest = min(longest, rollout.max_model_len)
-    bypass = OmegaConf.select(config, BYPASS_MODE, default=False)
-    limits = {
+    is_bypassed = OmegaConf.select(config, BYPASS_MODE, default=False)
+    token_limits = {
         f"{ACTOR}.ppo_max_token_len_per_gpu": (actor.use_dynamic_bsz, _ulysses(ACTOR, actor)),
-        f"{ROLLOUT}.log_prob_max_token_len_per_gpu": (rollout[DYNAMIC] and not bypass, _ulysses(ACTOR, actor)),
+        f"{ROLLOUT}.log_prob_max_token_len_per_gpu": (rollout[DYNAMIC] and not is_bypassed, _ulysses(ACTOR, actor)),
         f"{REFERENCE}.log_prob_max_token_len_per_gpu": (
             _uses_reference(config) and reference[DYNAMIC],
             _ulysses(REFERENCE, reference),
         ),
     }
-    for key, (applies, (_, ulysses)) in limits.items():
-        limit = OmegaConf.select(config, key)
-        if applies and limit and limit * ulysses < longest:
+    for key, (is_used, (_, ulysses)) in token_limits.items():
+        token_limit = OmegaConf.select(config, key)
+        if is_used and token_limit and token_limit * ulysses < longest:
             rule = (
                 f"times Ulysses {ulysses} must be at least {longest}, the longest prompt and response together: verl "
                 "would stop at the first that is longer."
             )
             fix = f"set {key}={-(-longest // ulysses)} or more, or lower data.max_response_length."
-            raise ConfigError(key, limit, rule, fix)
+            raise ConfigError(key, token_limit, rule, fix)
 
 
 def _ulysses(path: str, section: DictConfig) -> tuple[str, int]:
@@ -80,8 +80,8 @@ def _ulysses(path: str, section: DictConfig) -> tuple[str, int]:
 
 def _uses_reference(config: DictConfig) -> bool:
     """Whether there is a reference of its own; with an adapter it is the actor without it."""
-    kl = config.actor_rollout_ref.actor.use_kl_loss or config.algorithm.use_kl_in_reward
-    return bool(kl) and not has_adapter(config.actor_rollout_ref.model)
+    kl_used = config.actor_rollout_ref.actor.use_kl_loss or config.algorithm.use_kl_in_reward
+    return bool(kl_used) and not has_adapter(config.actor_rollout_ref.model)
 
 
 def _check_split(config: DictConfig, ranks: int, made_of: str) -> None:
@@ -106,9 +106,9 @@ def _check_split(config: DictConfig, ranks: int, made_of: str) -> None:
             )
             fix = f"set {key} to a multiple of {ranks}, or change the number of GPUs."
             raise ConfigError(key, prompts, rule, fix)
-        for micro_key, dynamic in micro_batches.items():
+        for micro_key, is_dynamic in micro_batches.items():
             micro_size, of_rank = OmegaConf.select(config, micro_key), responses // ranks
-            if micro_size and not dynamic and of_rank % micro_size:
+            if micro_size and not is_dynamic and of_rank % micro_size:
                 rule = (
                     f"must divide the {of_rank} responses of a training rank ({key}={prompts} times "
                     f"{ROLLOUT}.n={rollout.n}, between {ranks})."
@@ -119,14 +119,14 @@ def _check_split(config: DictConfig, ranks: int, made_of: str) -> None:
 def _check_megatron(config: DictConfig) -> None:
     """Parallel sizes divide the GPUs; Megatron says so once all workers have started."""
     sizes, num_gpus = config.actor_rollout_ref.actor.megatron, pools(config).train
-    pipeline = sizes.pipeline_model_parallel_size
-    tensor = sizes.tensor_model_parallel_size
-    experts = sizes.expert_model_parallel_size * (sizes.expert_tensor_parallel_size or tensor) * pipeline
-    products = {
-        "tensor_model_parallel_size": tensor * pipeline * sizes.context_parallel_size,
-        "expert_model_parallel_size": experts,
+    pipeline_size = sizes.pipeline_model_parallel_size
+    tensor_size = sizes.tensor_model_parallel_size
+    expert_gpus = sizes.expert_model_parallel_size * (sizes.expert_tensor_parallel_size or tensor_size) * pipeline_size
+    gpu_products = {
+        "tensor_model_parallel_size": tensor_size * pipeline_size * sizes.context_parallel_size,
+        "expert_model_parallel_size": expert_gpus,
     }
-    for name, product in products.items():
+    for name, product in gpu_products.items():
         if product < 1 or num_gpus % product:
             rule = (
                 f"a replica takes {product} GPUs (with pipeline, and context or expert-tensor parallel), which must "

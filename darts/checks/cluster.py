@@ -34,10 +34,10 @@ def is_disaggregated(config: DictConfig) -> bool:
 def pools(config: DictConfig) -> Pools:
     """The sizes that the configuration asks for."""
     trainer, rollout = config.trainer, config.actor_rollout_ref.rollout
-    train = trainer.nnodes * trainer.n_gpus_per_node
+    training_gpus = trainer.nnodes * trainer.n_gpus_per_node
     if not is_disaggregated(config):
-        return Pools(train=train, serve=train, separate=False)
-    return Pools(train=train, serve=rollout.nnodes * rollout.n_gpus_per_node, separate=True)
+        return Pools(train=training_gpus, serve=training_gpus, separate=False)
+    return Pools(train=training_gpus, serve=rollout.nnodes * rollout.n_gpus_per_node, separate=True)
 
 
 def check_cluster(config: DictConfig, others: int, nodes: Sequence[Node]) -> None:
@@ -51,20 +51,20 @@ def check_cluster(config: DictConfig, others: int, nodes: Sequence[Node]) -> Non
     Raises:
         ClusterTooSmall: it has not.
     """
-    have, trainer = pools(config), config.trainer
-    serve = have.serve if have.separate else 0
-    wanted, gpus = have.train + serve + others, [node.gpus for node in nodes]
+    asked_pools, trainer = pools(config), config.trainer
+    serve = asked_pools.serve if asked_pools.separate else 0
+    wanted, gpus = asked_pools.train + serve + others, [node.gpus for node in nodes]
     sizes = f"trainer.nnodes={trainer.nnodes} x n_gpus_per_node={trainer.n_gpus_per_node}"
     if sum(gpus) < wanted:
         more = f", {serve} serve (actor_rollout_ref.rollout.nnodes x n_gpus_per_node)" if serve else ""
         more += f", {others} are for reward and teacher models" if others else ""
         raise ClusterTooSmall(
-            f"{sizes}: the cluster has {sum(gpus):g} GPUs on {sum(map(bool, gpus))} nodes, but {have.train} "
+            f"{sizes}: the cluster has {sum(gpus):g} GPUs on {sum(map(bool, gpus))} nodes, but {asked_pools.train} "
             f"train{more}, {wanted} together. Fix: set RAY_ADDRESS to your cluster's, start Ray on more nodes, or ask "
             "for fewer GPUs; without a GPU add +platform=cpu (GPUs are logical there: ray_kwargs.ray_init.num_gpus)."
         )
     require_parts(gpus, trainer.n_gpus_per_node, trainer.nnodes, sizes, "are on nodes")
-    _check_processors(config, CPUS_PER_GPU * (have.train + others) + CPUS_PER_SERVING_GPU * serve, nodes, sizes)
+    _check_processors(config, CPUS_PER_GPU * (asked_pools.train + others) + CPUS_PER_SERVING_GPU * serve, nodes, sizes)
 
 
 def _check_processors(config: DictConfig, pooled: int, nodes: Sequence[Node], sizes: str) -> None:
@@ -72,14 +72,14 @@ def _check_processors(config: DictConfig, pooled: int, nodes: Sequence[Node], si
     trainer, reward = config.trainer, config.reward
     with_cpus = [min(node.gpus, node.cpus // CPUS_PER_GPU) for node in nodes]
     scored = reward.num_workers**2 if reward.reward_manager.name == "remote" else 0
-    wanted, cpus = pooled + scored, sum(node.cpus for node in nodes)
-    fits = sum(int(gpus // trainer.n_gpus_per_node) for gpus in with_cpus) >= trainer.nnodes
-    if fits and cpus >= wanted and sum(node.cpus for node in nodes if node.gpus) >= pooled:
+    wanted_cpus, known_cpus = pooled + scored, sum(node.cpus for node in nodes)
+    nodes_fit = sum(int(usable_gpus // trainer.n_gpus_per_node) for usable_gpus in with_cpus) >= trainer.nnodes
+    if nodes_fit and known_cpus >= wanted_cpus and sum(node.cpus for node in nodes if node.gpus) >= pooled:
         return
     more = f", the square of reward.num_workers={reward.num_workers} (reward_manager.name=remote)" if scored else ""
     raise ClusterTooSmall(
         f"{sizes}: verl reserves {CPUS_PER_GPU} CPUs with a GPU that trains, {CPUS_PER_SERVING_GPU} with one that only "
-        f"serves{more}, {wanted} together, and would wait for them for ever: the nodes have "
+        f"serves{more}, {wanted_cpus} together, and would wait for them for ever: the nodes have "
         f"{', '.join(f'{node.cpus:g}' for node in nodes)} CPUs. Fix: a larger allocation, or say what Ray shall count: "
         "ray start --num-cpus, else ray_kwargs.ray_init.num_cpus."
     )

@@ -33,9 +33,9 @@ def model_config(path: str) -> dict[str, Any]:
             from verl.utils.fs import copy_to_local
 
             path = copy_to_local(path)
-        file = Path(path).expanduser() / "config.json"
-        if file.parent.exists() or path.startswith(("/", "./", "../", "~")):
-            return dict(json.loads(file.read_text()))
+        config_file = Path(path).expanduser() / "config.json"
+        if config_file.parent.exists() or path.startswith(("/", "./", "../", "~")):
+            return dict(json.loads(config_file.read_text()))
         from transformers import PretrainedConfig
 
         return dict(PretrainedConfig.get_config_dict(path)[0])
@@ -48,11 +48,11 @@ def model_config(path: str) -> dict[str, Any]:
 def _settled(config: Any) -> Any:
     if not isinstance(config, dict):
         return config
-    kept = {key for key, value in config.items() if value is not None and key not in VOLATILE and key[:1] != "_"}
-    return {key: _settled(config[key]) for key in kept}
+    kept_keys = {key for key, value in config.items() if value is not None and key not in VOLATILE and key[:1] != "_"}
+    return {key: _settled(config[key]) for key in kept_keys}
 
 
 def vocabulary(config: dict[str, Any]) -> int:
     """Tokens of a model that has this config.json; 1000 where it does not say."""
-    blocks = [config, *(value for value in config.values() if isinstance(value, dict))]
-    return next((block["vocab_size"] for block in blocks if block.get("vocab_size")), 1000)
+    config_blocks = [config, *(value for value in config.values() if isinstance(value, dict))]
+    return next((config_block["vocab_size"] for config_block in config_blocks if config_block.get("vocab_size")), 1000)

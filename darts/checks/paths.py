@@ -36,8 +36,8 @@ def settle_paths(config: DictConfig) -> None:
 def _settled(path: str, key: str) -> str:
     if "://" in path or path in NO_PATHS:
         return path
-    absolute = Path(os.path.expanduser(path)).absolute()
-    return str(absolute) if key == MADE or absolute.exists() else path
+    absolute_path = Path(os.path.expanduser(path)).absolute()
+    return str(absolute_path) if key == MADE or absolute_path.exists() else path
 
 
 def check_paths(config: DictConfig) -> None:
@@ -47,8 +47,8 @@ def check_paths(config: DictConfig) -> None:
         ConfigError: see the module's contract.
     """
     data, model = config.data, config.actor_rollout_ref.model.path
-    files = {"data.train_files": data.train_files, "data.val_files": data.val_files, MODEL_KEY: model}
-    for key, value in files.items():
+    path_values = {"data.train_files": data.train_files, "data.val_files": data.val_files, MODEL_KEY: model}
+    for key, value in path_values.items():
         for path in [value] if isinstance(value, str) else value or []:
             on_a_hub = key == MODEL_KEY and path.count("/") < 2 and not path.startswith(("/", ".", "~"))
             if "://" in path or on_a_hub:

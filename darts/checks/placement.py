@@ -15,7 +15,7 @@ from darts.config import ConfigError
 from verl_patches.pools import server_size
 
 COLOCATED_BACKEND = "naive"
-OUR_BACKEND_MODULE = "verl_patches.weights.sync"
+OUR_BACKEND_MODULE = "verl_patches.weight_sync"
 BACKEND = f"{ROLLOUT}.checkpoint_engine.backend"
 GPU_BACKENDS = ("nccl", "nixl", "kimi_ckpt_engine", "mooncake", "delta_sharded")
 SEPARATE = "with darts.placement=disaggregated"
@@ -23,9 +23,9 @@ SEPARATE = "with darts.placement=disaggregated"
 
 def choose_backend(config: DictConfig) -> None:
     """Sets the checkpoint engine of a disaggregated run that names none: nccl, or gloo on a CPU."""
-    engine = config.actor_rollout_ref.rollout.checkpoint_engine
-    if is_disaggregated(config) and engine.backend == COLOCATED_BACKEND:
-        engine.backend = "gloo" if config.trainer.device == "cpu" else "nccl"
+    checkpoint_engine = config.actor_rollout_ref.rollout.checkpoint_engine
+    if is_disaggregated(config) and checkpoint_engine.backend == COLOCATED_BACKEND:
+        checkpoint_engine.backend = "gloo" if config.trainer.device == "cpu" else "nccl"
 
 
 def check_placement(config: DictConfig) -> None:
@@ -42,8 +42,8 @@ def check_placement(config: DictConfig) -> None:
 
 
 def _check_backend(config: DictConfig) -> None:
-    engine = config.actor_rollout_ref.rollout.checkpoint_engine
-    backend, module = engine.backend, engine.custom_backend_module
+    checkpoint_engine = config.actor_rollout_ref.rollout.checkpoint_engine
+    backend, backend_module = checkpoint_engine.backend, checkpoint_engine.custom_backend_module
     if not is_disaggregated(config):
         if backend != COLOCATED_BACKEND:
             rule = "carries weights to servers with GPUs of their own, but darts.placement=colocated."
@@ -58,28 +58,28 @@ def _check_backend(config: DictConfig) -> None:
     if on_cpu and backend in GPU_BACKENDS:
         rule = "needs GPUs, but trainer.device=cpu."
         raise ConfigError(BACKEND, backend, rule, f"set {BACKEND}=gloo, or leave it at naive.")
-    if backend == "gloo" and not module:
+    if backend == "gloo" and not backend_module:
         rule = "gloo is a backend of this plugin, which verl's workers import by this key."
         fix = f"set it to {OUR_BACKEND_MODULE}, as configs/darts_base.yaml does."
-        raise ConfigError(f"{ROLLOUT}.checkpoint_engine.custom_backend_module", module, rule, fix)
-    if module not in (None, OUR_BACKEND_MODULE):
+        raise ConfigError(f"{ROLLOUT}.checkpoint_engine.custom_backend_module", backend_module, rule, fix)
+    if backend_module not in (None, OUR_BACKEND_MODULE):
         return  # it may register what it likes
     from verl_patches.placement import why_unavailable  # imports verl's workers
 
-    reason = why_unavailable(backend)
-    if reason is not None:
-        cupy = "run scripts/setup.sh (its extra gpu has cupy), or " if "cupy" in reason else ""
-        fix = f"{cupy}set {BACKEND}=gloo (slower: over TCP and the CPU)."
-        raise ConfigError(BACKEND, backend, f"cannot be used here: {reason}.", fix)
+    backend_refusal = why_unavailable(backend)
+    if backend_refusal is not None:
+        cupy_fix = "run scripts/setup.sh (its extra gpu has cupy), or " if "cupy" in backend_refusal else ""
+        fix = f"{cupy_fix}set {BACKEND}=gloo (slower: over TCP and the CPU)."
+        raise ConfigError(BACKEND, backend, f"cannot be used here: {backend_refusal}.", fix)
 
 
 def _check_sizes(config: DictConfig) -> None:
-    serving = {ROLLOUT: "serve"} if is_disaggregated(config) else {}
-    for pool, does in (serving | {"trainer": "train"}).items():
-        for key in (f"{pool}.nnodes", f"{pool}.n_gpus_per_node"):
-            if (size := OmegaConf.select(config, key)) < 1:
-                rule = f"{pool}.nnodes x n_gpus_per_node GPUs {does}: at least 1 x 1."
-                raise ConfigError(key, size, rule, f"set {key}=1 or more.")
+    serving_pool = {ROLLOUT: "serve"} if is_disaggregated(config) else {}
+    for pool_key, pool_use in (serving_pool | {"trainer": "train"}).items():
+        for key in (f"{pool_key}.nnodes", f"{pool_key}.n_gpus_per_node"):
+            if (pool_size := OmegaConf.select(config, key)) < 1:
+                rule = f"{pool_key}.nnodes x n_gpus_per_node GPUs {pool_use}: at least 1 x 1."
+                raise ConfigError(key, pool_size, rule, f"set {key}=1 or more.")
 
 
 def has_adapter(model: DictConfig) -> bool:
@@ -94,11 +94,11 @@ def _check_separate(config: DictConfig) -> None:
         rule = f"pairs of prefill and decoding servers are not supported {SEPARATE}."
         key = f"{ROLLOUT}.disaggregation.enabled"
         raise ConfigError(key, True, rule, f"set {key}=False.")
-    merges = (model.get("lora") or {}).get("merge", False)
-    if has_adapter(model) and not merges:
+    adapter_merges = (model.get("lora") or {}).get("merge", False)
+    if has_adapter(model) and not adapter_merges:
         rule = f"{SEPARATE} verl 0.9.1 sends the base weights alone: servers would never get what the adapter learns."
         fix = f"set {MODEL}.lora.merge=True, or darts.placement=colocated."
-        raise ConfigError(f"{MODEL}.lora.merge", merges, rule, fix)
+        raise ConfigError(f"{MODEL}.lora.merge", adapter_merges, rule, fix)
 
 
 def _check_servers(config: DictConfig) -> None:
@@ -106,10 +106,10 @@ def _check_servers(config: DictConfig) -> None:
     if rollout.get("disaggregation", {}).get("enabled", False):
         return  # servers of several sizes
     tensor, data, pipeline = (rollout[f"{name}_parallel_size"] for name in ("tensor_model", "data", "pipeline_model"))
-    server, have, per_node = server_size(rollout), pools(config), rollout.n_gpus_per_node
-    if have.separate:
-        fits = per_node % server == 0 or (server % per_node == 0 and rollout.nnodes % (server // per_node) == 0)
-        where = (
+    server, asked_pools, per_node = server_size(rollout), pools(config), rollout.n_gpus_per_node
+    if asked_pools.separate:
+        servers_fit = per_node % server == 0 or (server % per_node == 0 and rollout.nnodes % (server // per_node) == 0)
+        pool_text = (
             f"the {rollout.nnodes} x {per_node} GPUs that serve ({ROLLOUT}.nnodes x n_gpus_per_node) evenly, whole "
             "nodes or whole parts of one"
         )
@@ -121,12 +121,12 @@ def _check_servers(config: DictConfig) -> None:
         fix = "leave it out, or set darts.placement=disaggregated."
         raise ConfigError(f"{ROLLOUT}.n_gpus_per_node", per_node, rule, fix)
     else:
-        fits = have.train % server == 0
-        where = f"the {have.train} GPUs (trainer.nnodes x n_gpus_per_node)"
-    if not fits:
+        servers_fit = asked_pools.train % server == 0
+        pool_text = f"the {asked_pools.train} GPUs (trainer.nnodes x n_gpus_per_node)"
+    if not servers_fit:
         rule = (
             f"a server takes {server} GPUs (tensor {tensor} x data {data} x pipeline {pipeline} parallel), and such "
-            f"servers do not fill {where}."
+            f"servers do not fill {pool_text}."
         )
         fix = "choose parallel sizes whose product divides the number of GPUs."
         raise ConfigError(f"{ROLLOUT}.tensor_model_parallel_size", tensor, rule, fix)

@@ -34,7 +34,7 @@ MOVED = {
     "darts.rollout.DartsAgentLoopManager": MANAGER,
     "darts.worker.DartsAgentLoopWorker": "darts.rollout.worker.DartsAgentLoopWorker",
     "darts.trainer.RayDartsTrainer": "darts.training.trainer.RayDartsTrainer",
-    "verl_patches.weight_sync": "verl_patches.weights.sync",
+    "verl_patches.gloo_checkpoint_engine": "verl_patches.weights.gloo",
 }
 """What a configuration may name, by the path that it once had."""
 
@@ -48,11 +48,11 @@ def darts_config(config: DictConfig) -> DartsConfig:
     if not isinstance(config.get("darts"), DictConfig):
         rule = "the block `darts:` is missing."
         raise ConfigError("darts", config.get("darts"), rule, "start from configs/darts_trainer.yaml.")
-    block: Any = OmegaConf.to_container(config.darts, resolve=True)
-    overlap = block.get("overlap") or {}
-    if isinstance(overlap, dict) and overlap.get("mode") in (None, "auto") and without_overlap(config):
-        block["overlap"] = overlap | {"mode": "off"}
-    return DartsConfig.from_block(block, group_size=config.actor_rollout_ref.rollout.n)
+    darts_block: Any = OmegaConf.to_container(config.darts, resolve=True)
+    overlap_block = darts_block.get("overlap") or {}
+    if isinstance(overlap_block, dict) and overlap_block.get("mode") in (None, "auto") and without_overlap(config):
+        darts_block["overlap"] = overlap_block | {"mode": "off"}
+    return DartsConfig.from_block(darts_block, group_size=config.actor_rollout_ref.rollout.n)
 
 
 def check_run(config: DictConfig) -> DartsConfig:
@@ -99,9 +99,9 @@ def check_run(config: DictConfig) -> DartsConfig:
         fix = "set darts.reward.pool=false, or give the reward model a pool of its own."
         raise ConfigError("darts.reward.pool", True, rule, fix)
     _check_strategy(config, darts)
-    reason = without_overlap(config) if darts.overlap.mode != "off" else None
-    if reason is not None:
-        raise ConfigError("darts.overlap.mode", darts.overlap.mode, *reason)
+    overlap_refusal = without_overlap(config) if darts.overlap.mode != "off" else None
+    if overlap_refusal is not None:
+        raise ConfigError("darts.overlap.mode", darts.overlap.mode, *overlap_refusal)
     latency_profile(config, darts)
     return darts
 
@@ -162,12 +162,12 @@ def latency_profile(config: DictConfig, darts: DartsConfig) -> LatencyProfile | 
     Raises:
         ConfigError: a file that cannot be read, or is of another model or tensor-parallel size.
     """
-    path = darts.latency.profile
-    if path in ("auto", "off"):
+    profile_path = darts.latency.profile
+    if profile_path in ("auto", "off"):
         return None
-    profile = LatencyProfile.load(path)
+    profile = LatencyProfile.load(profile_path)
     tensor_parallel = config.actor_rollout_ref.rollout.tensor_model_parallel_size
-    profile.require(path, model_id(config.actor_rollout_ref.model.path), tensor_parallel)
+    profile.require(profile_path, model_id(config.actor_rollout_ref.model.path), tensor_parallel)
     return profile
 
 
@@ -187,24 +187,24 @@ def check_memory(darts: DartsConfig, abilities: list[RankAbility], *, logit_byte
     if darts.placement != "colocated" or darts.overlap.mode == "off":
         return
     for ability in abilities:
-        cache = darts.overlap.kv_cache_gib if darts.overlap.mode == "token" and ability.refusal is None else 0.0
-        parts = {
+        cache_gib = darts.overlap.kv_cache_gib if darts.overlap.mode == "token" and ability.refusal is None else 0.0
+        size_parts = {
             "in use with the servers asleep": (ability.device_bytes - ability.free_bytes) / GIB,
             "the servers (rollout.gpu_memory_utilization)": server_share * ability.device_bytes / GIB,
             "gathered parameters": ability.gathered_bytes / GIB,
             "the optimizer's state, once there is one": ability.optimizer_bytes / GIB,
-            "prefixes (darts.overlap.kv_cache_gib)": cache,
+            "prefixes (darts.overlap.kv_cache_gib)": cache_gib,
             "logits of one forward": logit_bytes / GIB,
         }
-        needed, there = sum(parts.values()), ability.device_bytes / GIB
+        needed, there = sum(size_parts.values()), ability.device_bytes / GIB
         if needed > there:
-            listed = " + ".join(f"{name} {size:.1f}" for name, size in parts.items())
+            parts_text = " + ".join(f"{name} {size:.1f}" for name, size in size_parts.items())
             rule = f"actor and servers work at the same time, and need {needed:.1f} GiB of the device's {there:.1f}: "
             fix = (
                 f"lower {ROLLOUT}.gpu_memory_utilization or darts.overlap.kv_cache_gib, or set darts.overlap.mode=off, "
                 "or darts.placement=disaggregated."
             )
-            raise ConfigError("darts.overlap.mode", darts.overlap.mode, f"{rule}{listed}.", fix)
+            raise ConfigError("darts.overlap.mode", darts.overlap.mode, f"{rule}{parts_text}.", fix)
 
 
 def refuse_unknown_overrides(arguments: list[str]) -> None:
@@ -214,35 +214,35 @@ def refuse_unknown_overrides(arguments: list[str]) -> None:
         ConfigError: an unknown key.
     """
     for argument in arguments:
-        key, equals, value = argument.lstrip("+").partition("=")
-        if equals and key.startswith("darts."):
-            block: Any = value
+        key, has_value, value = argument.lstrip("+").partition("=")
+        if has_value and key.startswith("darts."):
+            override_block: Any = value
             for name in reversed(key.split(".")[1:]):
-                block = {name: block}
-            refuse_unknown_keys(block)
+                override_block = {name: override_block}
+            refuse_unknown_keys(override_block)
 
 
 def _check_strategy(config: DictConfig, darts: DartsConfig) -> None:
     """Checks what strategies need of verl's configuration."""
-    strategy, named = strategy_class(darts.strategy), f"darts.strategy={darts.strategy}"
-    bypass = strategy.overrides.get(BYPASS_MODE) or OmegaConf.select(config, BYPASS_MODE)
-    if bypass and not config.actor_rollout_ref.rollout.calculate_log_probs:
+    strategy_type, strategy_text = strategy_class(darts.strategy), f"darts.strategy={darts.strategy}"
+    is_bypassed = strategy_type.overrides.get(BYPASS_MODE) or OmegaConf.select(config, BYPASS_MODE)
+    if is_bypassed and not config.actor_rollout_ref.rollout.calculate_log_probs:
         key = f"{ROLLOUT}.calculate_log_probs"
         rule = f"{BYPASS_MODE} (set by itself, or by darts.strategy=bypass) trains with the servers' log-probs."
         raise ConfigError(key, False, rule, f"set {key}=True.")
-    for key in strategy.overrides:
+    for key in strategy_type.overrides:
         section = key.rpartition(".")[0]
         if not isinstance(OmegaConf.select(config, section), DictConfig):
-            raise ConfigError(section, None, f"{named} sets {key}.", f"leave {section} as verl has it.")
-    if not strategy.chooses_prompts:
+            raise ConfigError(section, None, f"{strategy_text} sets {key}.", f"leave {section} as verl has it.")
+    if not strategy_type.chooses_prompts:
         return
     if OmegaConf.select(config, "skip.rollout.enable", default=False):
-        rule = f"{named} decides during a rollout which prompts are trained on, so none can be replayed."
+        rule = f"{strategy_text} decides during a rollout which prompts are trained on, so none can be replayed."
         fix = "set skip.rollout.enable=False, or darts.strategy=darts."
         raise ConfigError("skip.rollout.enable", True, rule, fix)
     batch_size = config.data.get("gen_batch_size")
     if batch_size not in (None, config.data.train_batch_size):
-        rule = f"{named} decides how many prompts a rollout launches."
+        rule = f"{strategy_text} decides how many prompts a rollout launches."
         raise ConfigError("data.gen_batch_size", batch_size, rule, "set data.gen_batch_size=null.")
 
 
@@ -293,8 +293,8 @@ def check_model(config: DictConfig) -> None:
             f"+{ROLLOUT}.engine_kwargs.vllm.hf_overrides.max_position_embeddings to it."
         )
         raise ConfigError(f"{ROLLOUT}.max_model_len", max_model_len, rule, fix)
-    packs = actor.model.use_remove_padding and actor.actor.strategy in ("fsdp", "fsdp2")
-    if made_for.get("vision_config") and packs and find_spec("flash_attn") is None and not is_cpu_only():
+    packs_rows = actor.model.use_remove_padding and actor.actor.strategy in ("fsdp", "fsdp2")
+    if made_for.get("vision_config") and packs_rows and find_spec("flash_attn") is None and not is_cpu_only():
         rule = "verl packs the rows of vision models with flash-attn whatever attn_implementation says; it is missing."
         fix = "set it to False, with sdpa, or install flash-attn (docs/smoke.md)."
         raise ConfigError(f"{MODEL}.use_remove_padding", True, rule, fix)
@@ -304,9 +304,9 @@ def _check_attention(config: DictConfig) -> None:
     """The actor's attention is installed, and right for how an FSDP actor's rows are packed and split."""
     actor, model = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
     if actor.strategy == "megatron" and not is_cpu_only():
-        missing = [package for package in ("megatron", "flash_attn") if find_spec(package) is None]
-        if missing:
-            rule = f"needs {' and '.join(missing)}, not installed: verl would say so in every worker."
+        missing_packages = [package for package in ("megatron", "flash_attn") if find_spec(package) is None]
+        if missing_packages:
+            rule = f"needs {' and '.join(missing_packages)}, not installed: verl would say so in every worker."
             fix = "install what verl's Megatron engine needs (recipe/darts/README.md), or take model_engine=dp."
             raise ConfigError(f"{ACTOR}.strategy", "megatron", rule, fix)
     if actor.strategy not in ("fsdp", "fsdp2"):
@@ -314,8 +314,8 @@ def _check_attention(config: DictConfig) -> None:
     attention = model.override_config.get("attn_implementation", FLASH_ATTENTION)
     key = f"{MODEL}.override_config.attn_implementation"
     # transformers takes it from the package `kernels` too, which loads it from the hub.
-    installed = find_spec("flash_attn") is not None or find_spec("kernels") is not None
-    if attention == FLASH_ATTENTION and not installed and not is_cpu_only():
+    has_flash = find_spec("flash_attn") is not None or find_spec("kernels") is not None
+    if attention == FLASH_ATTENTION and not has_flash and not is_cpu_only():
         rule = "verl's default needs the package flash-attn, which is not installed."
         fix = f"install it (docs/smoke.md), or set +{key}=sdpa and Ulysses to 1: right, but slow when packed."
         raise ConfigError(key, attention, rule, fix)
@@ -332,10 +332,10 @@ def _check_attention(config: DictConfig) -> None:
 def _check_plain_rows(config: DictConfig) -> None:
     """Plain verl deals rows and not groups to the agent-loop workers, in equal parts."""
     rollout, prompts = config.actor_rollout_ref.rollout, config.data.train_batch_size
-    rows, num_workers = prompts * rollout.n, rollout.agent.num_workers
-    if rows % num_workers:
+    num_rows, num_workers = prompts * rollout.n, rollout.agent.num_workers
+    if num_rows % num_workers:
         rule = (
-            f"must divide the {rows} responses of a step (data.train_batch_size={prompts} times "
+            f"must divide the {num_rows} responses of a step (data.train_batch_size={prompts} times "
             f"{ROLLOUT}.n={rollout.n}), where plain verl generates."
         )
         fix = "choose a divisor, or another data.train_batch_size."
@@ -344,9 +344,9 @@ def _check_plain_rows(config: DictConfig) -> None:
 
 def _warn_of_legacy_rewards(config: DictConfig) -> None:
     """verl 0.9.1 still composes `reward_model.*`, and reads `reward.*` alone."""
-    legacy = OmegaConf.to_container(config.get("reward_model") or OmegaConf.create(), resolve=True)
-    given = [name for name, value in dict(legacy).items() if value is not None and not isinstance(value, dict)]
-    given += [name for name in ("reward_kwargs",) if legacy.get(name)]
+    legacy_block = OmegaConf.to_container(config.get("reward_model") or OmegaConf.create(), resolve=True)
+    given = [name for name, value in dict(legacy_block).items() if value is not None and not isinstance(value, dict)]
+    given += [name for name in ("reward_kwargs",) if legacy_block.get(name)]
     if given:
         warnings.warn(
             f"reward_model.{given[0]} is read by nothing in verl {VERL_VERSION}: write reward.* "
@@ -356,8 +356,8 @@ def _warn_of_legacy_rewards(config: DictConfig) -> None:
 
 
 def _check_verl_version() -> None:
-    installed = version("verl")
-    if installed != VERL_VERSION and os.environ.get(ALLOW_OTHER_VERL) != "1":
+    installed_version = version("verl")
+    if installed_version != VERL_VERSION and os.environ.get(ALLOW_OTHER_VERL) != "1":
         rule = f"this plugin is written and tested against verl {VERL_VERSION}."
         fix = f"install verl=={VERL_VERSION}, or set {ALLOW_OTHER_VERL}=1 to try (run scripts/test.sh first)."
-        raise ConfigError("verl", installed, rule, fix)
+        raise ConfigError("verl", installed_version, rule, fix)

@@ -16,6 +16,7 @@ import shutil
 import sys
 import sysconfig
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib import import_module
@@ -37,22 +38,21 @@ from darts.doctor.facts import (
     machine_facts,
     version_facts,
 )
-from darts.evidence.log import logger
+from darts.evidence.log import logger, refuse
 
 GROUPS = ("versions", "plugin", "device", "machine")
 PADDED = "or actor_rollout_ref.model.override_config.attn_implementation=sdpa with model.use_remove_padding=False"
 
 
-class _Parser(argparse.ArgumentParser):
+class DoctorParser(argparse.ArgumentParser):
     """Says in one line what is wrong."""
 
     def error(self, message: str) -> NoReturn:
-        logger.error(f"{' '.join(message.split())}; --help lists the options.")
-        sys.exit(2)
+        refuse(f"{' '.join(message.split())}; --help lists the options.")
 
 
 def _parse(given: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="python -m darts.doctor", description="What is there, and will it work?")
+    parser = DoctorParser(prog="python -m darts.doctor", description="What is there, and will it work?")
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="these facts alone")
     parser.add_argument(
         "--communication",
@@ -66,12 +66,13 @@ def _parse(given: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="the facts for machines; replaced if it exists")
     options = parser.parse_args(given)
-    if options.ranks is not None and not options.communication:
-        parser.error(f"--ranks {options.ranks}: only with --communication")
-    if options.ranks is not None and options.ranks < 2:
-        parser.error(f"--ranks {options.ranks}: must be at least 2, or there is nothing to communicate")
-    if options.ranks is not None and installed_for() == "gpu":
-        parser.error(f"--ranks {options.ranks}: with GPUs there is one process per GPU; leave it out")
+    if options.ranks is not None:
+        if not options.communication:
+            parser.error(f"--ranks {options.ranks}: only with --communication")
+        if options.ranks < 2:
+            parser.error(f"--ranks {options.ranks}: must be at least 2, or there is nothing to communicate")
+        if installed_for() == "gpu":
+            parser.error(f"--ranks {options.ranks}: with GPUs there is one process per GPU; leave it out")
     if not 1 <= options.limit_s < math.inf:
         parser.error(f"--limit-s {options.limit_s:g}: must be at least 1")
     if options.json is not None and not os.access(options.json.absolute().parent, os.W_OK):
@@ -84,23 +85,23 @@ def plugin_facts() -> Iterator[Fact]:
     try:
         import verl  # noqa: F401
 
-        loaded = "verl_patches.register" in sys.modules
+        was_loaded = "verl_patches.register" in sys.modules
         from verl_patches import register  # raises what verl logs at DEBUG only
 
-        state = register.assert_active()
+        plugin_state = register.assert_active()
     except Exception as error:
-        yield Fact(name="plugin in verl", status=FAILED, value=f"{type(error).__name__}: {error}", fix=SETUP)
+        yield Fact("plugin in verl", FAILED, f"{type(error).__name__}: {error}", SETUP)
     else:
         fix = "unset VERL_USE_EXTERNAL_PLUGINS, or name the plugin in it"
-        value = ", ".join(("active", *state.applied)) if loaded else "verl did not load it"
-        yield Fact(name="plugin in verl", status=OK if loaded else FAILED, value=value, fix="" if loaded else fix)
+        value = ", ".join(("active", *plugin_state.applied)) if was_loaded else "verl did not load it"
+        yield Fact("plugin in verl", OK if was_loaded else FAILED, value, fix="" if was_loaded else fix)
     points = [point for point in entry_points(group="vllm.general_plugins") if "verl_patches" in point.value]
-    allowed = os.environ.get("VLLM_PLUGINS")
+    allowed_plugins = os.environ.get("VLLM_PLUGINS")
     if not points:
-        yield Fact(name="plugin in vLLM", status=FAILED, value="no entry point 'vllm.general_plugins'", fix=SETUP)
-    elif allowed is not None and points[0].name not in allowed.split(","):
-        value = f"VLLM_PLUGINS={allowed} leaves it out"
-        yield Fact(name="plugin in vLLM", status=FAILED, value=value, fix=f"add {points[0].name} to it, or unset it")
+        yield Fact("plugin in vLLM", FAILED, "no entry point 'vllm.general_plugins'", SETUP)
+    elif allowed_plugins is not None and points[0].name not in allowed_plugins.split(","):
+        value = f"VLLM_PLUGINS={allowed_plugins} leaves it out"
+        yield Fact("plugin in vLLM", FAILED, value, f"add {points[0].name} to it, or unset it")
     else:
         yield _importable("plugin in vLLM", points[0].module, f"{points[0].name} ({points[0].value})", SETUP)
 
@@ -112,36 +113,36 @@ def device_facts(elsewhere: bool = False) -> Iterator[Fact]:
     from verl_patches.device import is_cpu_only
 
     if is_cpu_only():
-        yield Fact(name="device", status=OK, value="no GPU: platform=cpu, with logical GPUs; for tries, not for timing")
+        yield Fact("device", OK, "no GPU: platform=cpu, with logical GPUs; for tries, not for timing")
         return
-    seen, error = torch.cuda.device_count(), ""
+    seen_gpus, error_text = torch.cuda.device_count(), ""
     try:
         torch.cuda.init()
-    except (RuntimeError, AssertionError) as failure:
-        seen, error = 0, str(failure).splitlines()[0]
-    yield from judge_gpus(list_gpus(), seen, torch.version.cuda, error, elsewhere)
+    except (RuntimeError, AssertionError) as init_error:
+        seen_gpus, error_text = 0, str(init_error).splitlines()[0]
+    yield from judge_gpus(list_gpus(), seen_gpus, torch.version.cuda, error_text, elsewhere)
     if installed("flash-attn") is None:
         value = "missing: verl's default attention, flash_attention_2, cannot be loaded"
-        yield Fact(name="flash-attn", status=WARNING, value=value, fix=f"install it (docs/smoke.md), {PADDED}")
+        yield Fact("flash-attn", WARNING, value, f"install it (docs/smoke.md), {PADDED}")
     else:
         yield _importable("flash-attn", "flash_attn", str(installed("flash-attn")), "build it anew for this torch")
     cupy = "missing or broken: darts.placement=disaggregated cannot send weights"
     yield _importable("cupy", "cupy", cupy, SETUP, status=WARNING)
     if not (shutil.which("gcc") or shutil.which("clang") or os.environ.get("CC")):
-        yield Fact(name="C compiler", status=FAILED, value="none: Triton needs one", fix="install gcc, or set CC")
+        yield Fact("C compiler", FAILED, "none: Triton needs one", "install gcc, or set CC")
     yield judge_headers(sysconfig.get_paths()["include"], sysconfig.get_python_version())
     if not shutil.which("nvcc") and not os.environ.get("CUDA_HOME"):
         value = "missing: vLLM (FlashInfer) compiles some kernels when they are first used"
         fix = f"install CUDA {torch.version.cuda}'s nvcc if an engine asks for it"
-        yield Fact(name="nvcc", status=WARNING, value=value, fix=fix)
+        yield Fact("nvcc", WARNING, value, fix)
 
 
 def _importable(name: str, module: str, value: str, fix: str, status: str = FAILED) -> Fact:
     try:
-        found = import_module(module)
+        imported_module = import_module(module)
     except Exception as error:
-        return Fact(name=name, status=status, value=f"{value}: {type(error).__name__}: {error}", fix=fix)
-    return Fact(name=name, status=OK, value=getattr(found, "__version__", value))
+        return Fact(name, status, f"{value}: {type(error).__name__}: {error}", fix)
+    return Fact(name, OK, getattr(imported_module, "__version__", value))
 
 
 def _all_facts(options: argparse.Namespace) -> Iterator[Fact]:
@@ -162,14 +163,12 @@ def _all_facts(options: argparse.Namespace) -> Iterator[Fact]:
 def main(given: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     options = _parse(given)
-    start, facts = time.monotonic(), []
+    start_s, facts = time.monotonic(), []
     for fact in _all_facts(options):
         facts.append(fact)
         print(fact.line(), flush=True)
-    counts = {status: sum(fact.status == status for fact in facts) for status in (OK, WARNING, FAILED)}
-    summary = (
-        f"{counts[OK]} ok, {counts[WARNING]} warnings, {counts[FAILED]} failed, in {time.monotonic() - start:.0f} s"
-    )
+    counts, seconds = Counter(fact.status for fact in facts), time.monotonic() - start_s
+    summary = f"{counts[OK]} ok, {counts[WARNING]} warnings, {counts[FAILED]} failed, in {seconds:.0f} s"
     logger.info(f"doctor: {summary}")
     if options.json is not None:
         from darts.evidence.machine import machine

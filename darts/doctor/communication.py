@@ -48,9 +48,9 @@ class Rank:
     def address(self) -> tuple[str, int]:
         """Where the group can meet: this node, and a free port of it."""
         node = ray.util.get_node_ip_address()
-        with socket.socket() as free:
-            free.bind((node, 0))
-            return node, free.getsockname()[1]
+        with socket.socket() as free_socket:
+            free_socket.bind((node, 0))
+            return node, free_socket.getsockname()[1]
 
     def where(self) -> int:
         """How many collectives it has entered; answers while one of them waits."""
@@ -72,32 +72,32 @@ class Rank:
             device_id=self.device if backend == "nccl" else None,
         )
         groups = [dist.new_group(ranks) for ranks in nodes]
-        here = next(index for index, ranks in enumerate(nodes) if self.number in ranks)
+        node_index = next(each_index for each_index, ranks in enumerate(nodes) if self.number in ranks)
         self.groups = {
-            "node": (groups[here], nodes[here]),
+            "node": (groups[node_index], nodes[node_index]),
             "all": (dist.group.WORLD, [number for ranks in nodes for number in ranks]),
         }
 
-    def reduce(self, which: str, mib: int) -> tuple[float, float, float]:
+    def reduce(self, scope_name: str, mib: int) -> tuple[float, float, float]:
         """Sums each rank's number plus one; returns what is expected, how far the result is off, and seconds."""
         import torch
         import torch.distributed as dist
 
         self.entered += 1
-        group, ranks = self.groups[which]
-        wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
-        data = torch.full((mib * 2**18,), self.number + 1.0, device=self.device)
-        dist.all_reduce(data, group=group)
+        group, ranks = self.groups[scope_name]
+        wait_for_device = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
+        summed_data = torch.full((mib * 2**18,), self.number + 1.0, device=self.device)
+        dist.all_reduce(summed_data, group=group)
         expected = sum(ranks) + len(ranks)
-        off = (data - expected).abs().max().item()
-        data.zero_()
+        largest_error = (summed_data - expected).abs().max().item()
+        summed_data.zero_()
         dist.barrier(group=group)  # a rank that is late is not a slow network
-        wait()
-        start = time.monotonic()
+        wait_for_device()
+        start_s = time.monotonic()
         for _ in range(REPEATS):
-            dist.all_reduce(data, group=group)
-        wait()
-        return expected, off, (time.monotonic() - start) / REPEATS
+            dist.all_reduce(summed_data, group=group)
+        wait_for_device()
+        return expected, largest_error, (time.monotonic() - start_s) / REPEATS
 
 
 # --- the cluster -----------------------------------------------------------------------------------------------------
@@ -121,29 +121,29 @@ def communication_facts(logical: int, limit_s: float, rank_class: type[Rank] = R
             yield from _reduce_facts(nodes, backend, limit_s, rank_class)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         fix = "is it the address of a head node (ray start --head) with the same Ray, RAY_AUTH_MODE and token?"
-        yield Fact(name="Ray", status=FAILED, value=" ".join(str(error).split()), fix=fix)
+        yield Fact("Ray", FAILED, " ".join(str(error).split()), fix)
 
 
 @contextmanager
 def _cluster(num_gpus: int | None, limit_s: float) -> Iterator[None]:
     """The cluster of RAY_ADDRESS, or a local one; `num_gpus` None: those that Ray finds."""
-    address = os.environ.get("RAY_ADDRESS", "")
-    host, _, port = address.rpartition(":")
+    ray_address = os.environ.get("RAY_ADDRESS", "")
+    host, _, port = ray_address.rpartition(":")
     if port.isdigit():
         try:
             socket.create_connection((host, int(port)), timeout=limit_s).close()
         except OSError as error:
-            raise OSError(f"RAY_ADDRESS={address}: {error}") from error
-    local = {"include_dashboard": False, "num_gpus": num_gpus, "num_cpus": 16 if num_gpus else None}
-    joining = address not in ("", "local")
-    ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **({} if joining else local))
+            raise OSError(f"RAY_ADDRESS={ray_address}: {error}") from error
+    local_options = {"include_dashboard": False, "num_gpus": num_gpus, "num_cpus": 16 if num_gpus else None}
+    joining = ray_address not in ("", "local")
+    ray.init(ray_address or "local", log_to_driver=False, logging_level="ERROR", **({} if joining else local_options))
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def _name(node: Mapping[str, Any]) -> str:
+def _address(node: Mapping[str, Any]) -> str:
     return node["NodeManagerAddress"]
 
 
@@ -161,28 +161,28 @@ def _look() -> tuple[dict[str, str], list[Fact]]:
 
 def _node_facts(nodes: list[Mapping[str, Any]], limit_s: float) -> Iterator[Fact]:
     """Which nodes, with the same versions everywhere, and what is not ok there."""
-    listed = ", ".join(f"{_name(node)} {_gpus(node)}" for node in nodes)
-    yield Fact(name="nodes", status=OK, value=f"{len(nodes)}, with GPUs: {listed}")
-    task = ray.remote(num_cpus=0, max_retries=0)(_look)
-    asked = [task.options(scheduling_strategy=_on(node)).remote() for node in nodes]
-    done, _ = ray.wait(asked, num_returns=len(asked), timeout=limit_s)
-    for node, reference in zip(nodes, asked, strict=True):
-        name = f"node {_name(node)}"
-        if reference not in done:
+    node_list = ", ".join(f"{_address(node)} {_gpus(node)}" for node in nodes)
+    yield Fact("nodes", OK, f"{len(nodes)}, with GPUs: {node_list}")
+    look_task = ray.remote(num_cpus=0, max_retries=0)(_look)
+    asked_refs = [look_task.options(scheduling_strategy=_on(node)).remote() for node in nodes]
+    done_refs, _ = ray.wait(asked_refs, num_returns=len(asked_refs), timeout=limit_s)
+    for node, reference in zip(nodes, asked_refs, strict=True):
+        name = f"node {_address(node)}"
+        if reference not in done_refs:
             ray.cancel(reference, force=True)
             fix = "look at Ray's logs there; the first process of a slow disk takes long: --limit-s 300"
-            yield Fact(name=name, status=FAILED, value=f"did not answer within {limit_s:g} s", fix=fix)
+            yield Fact(name, FAILED, f"did not answer within {limit_s:g} s", fix)
             continue
         answer, error = _answer(reference)
         if error:
             fix = f"the same folder and environment on every node: {SETUP}"
-            yield Fact(name=name, status=FAILED, value=error, fix=fix)
+            yield Fact(name, FAILED, error, fix)
             continue
-        found, facts = answer
-        yield judge_same(_name(node), versions(), found)
+        found_versions, facts = answer
+        yield judge_same(_address(node), versions(), found_versions)
         if len(nodes) > 1:
             for fact in worst(facts):
-                yield Fact(name=name, status=fact.status, value=f"{fact.name} {fact.value}", fix=fact.fix)
+                yield Fact(name, fact.status, f"{fact.name} {fact.value}", fact.fix)
 
 
 # --- all-reduce ------------------------------------------------------------------------------------------------------
@@ -192,57 +192,54 @@ def _reduce_facts(
     nodes: list[Mapping[str, Any]], backend: str, limit_s: float, rank_class: type[Rank]
 ) -> Iterator[Fact]:
     nodes = [node for node in nodes if _gpus(node)]
-    total, free = sum(map(_gpus, nodes)), int(ray.available_resources().get("GPU", 0))
-    if free < total or total == 0:
-        fix = (
-            "end what runs on the cluster, then repeat"
-            if total
-            else "start Ray where GPUs are (ray start --num-gpus=8)"
-        )
-        yield Fact(name="all-reduce", status=FAILED, value=f"{free} of {total} GPUs are free in Ray", fix=fix)
+    total_gpus, free_gpus = sum(map(_gpus, nodes)), int(ray.available_resources().get("GPU", 0))
+    if free_gpus < total_gpus or total_gpus == 0:
+        end_fix, none = "end what runs on the cluster, then repeat", "start Ray where GPUs are (ray start --num-gpus=8)"
+        fix = end_fix if total_gpus else none
+        yield Fact("all-reduce", FAILED, f"{free_gpus} of {total_gpus} GPUs are free in Ray", fix)
         return
-    if total == 1:
-        yield Fact(name="all-reduce", status=OK, value="one GPU: nothing to communicate with")
+    if total_gpus == 1:
+        yield Fact("all-reduce", OK, "one GPU: nothing to communicate with")
         return
-    members, places = [], []  # the ranks of each node; the node of each rank
+    members, rank_nodes = [], []  # the ranks of each node; the node of each rank
     for node in nodes:
-        members.append(list(range(len(places), len(places) + _gpus(node))))
-        places += [node] * _gpus(node)
-    actor = ray.remote(num_cpus=0, num_gpus=1, max_concurrency=2, max_restarts=0)(rank_class)
+        members.append(list(range(len(rank_nodes), len(rank_nodes) + _gpus(node))))
+        rank_nodes += [node] * _gpus(node)
+    rank_actor = ray.remote(num_cpus=0, num_gpus=1, max_concurrency=2, max_restarts=0)(rank_class)
     # Otherwise NCCL's watchdog would end a process that has waited too long, before it can say so.
     environment = {"env_vars": {"TORCH_NCCL_BLOCKING_WAIT": "1", "OMP_NUM_THREADS": "1"}}
     ranks = [
-        actor.options(scheduling_strategy=_on(node), runtime_env=environment).remote(number)
-        for number, node in enumerate(places)
+        rank_actor.options(scheduling_strategy=_on(node), runtime_env=environment).remote(number)
+        for number, node in enumerate(rank_nodes)
     ]
-    names = [f"rank {number} ({_name(node)})" for number, node in enumerate(places)]
+    rank_names = [f"rank {number} ({_address(node)})" for number, node in enumerate(rank_nodes)]
     try:
-        address = _ask(ranks, names, "the start of the processes", limit_s, "address")[0]
-        _ask(ranks, names, "joining the group", limit_s, "join", address, members, backend, limit_s)
-        where = [("node", "within nodes")] if len(nodes) > 1 and max(map(len, members)) > 1 else []
-        for which, place in [*where, ("all", "across nodes" if len(nodes) > 1 else "within the node")]:
-            found = _ask(ranks, names, f"all-reduce {place}", limit_s, "reduce", which, MIB[backend])
-            sizes = [len(ranks) for ranks in members for _ in ranks] if which == "node" else [total] * total
-            yield judge_reduce(place, names, found, sizes, backend)
+        address = _ask(ranks, rank_names, "the start of the processes", limit_s, "address")[0]
+        _ask(ranks, rank_names, "joining the group", limit_s, "join", address, members, backend, limit_s)
+        node_scope = [("node", "within nodes")] if len(nodes) > 1 and max(map(len, members)) > 1 else []
+        for which, scope_text in [*node_scope, ("all", "across nodes" if len(nodes) > 1 else "within the node")]:
+            rank_results = _ask(ranks, rank_names, f"all-reduce {scope_text}", limit_s, "reduce", which, MIB[backend])
+            sizes = [len(ranks) for ranks in members for _ in ranks] if which == "node" else [total_gpus] * total_gpus
+            yield judge_reduce(scope_text, rank_names, rank_results, sizes, backend)
     except NoAnswer as error:
-        yield Fact(name="all-reduce", status=FAILED, value=str(error), fix=NETWORK)
+        yield Fact("all-reduce", FAILED, str(error), NETWORK)
     finally:
         for rank in ranks:
             ray.kill(rank)
 
 
-def _ask(ranks: list[Any], names: list[str], what: str, limit_s: float, method: str, *args: Any) -> list[Any]:
+def _ask(ranks: list[Any], rank_names: list[str], call_text: str, limit_s: float, method: str, *args: Any) -> list[Any]:
     """The answers of all ranks; raises `NoAnswer`."""
     asked = [getattr(rank, method).remote(*args) for rank in ranks]
     _, waiting = ray.wait(asked, num_returns=len(asked), timeout=limit_s + GRACE_S)  # torch's own limit comes first
     if waiting:
-        silent = [asked.index(reference) for reference in waiting]
-        raise NoAnswer(f"{what}: {_blame(ranks, names, silent)} did not answer within {limit_s:g} s")
-    answers = [_answer(reference) for reference in asked]
-    failed = [f"{name}: {error}" for name, (_, error) in zip(names, answers, strict=True) if error]
-    if failed:
-        raise NoAnswer(f"{what}: {'; '.join(failed[:3])}{' ...' if len(failed) > 3 else ''}")
-    return [answer for answer, _ in answers]
+        silent_ranks = [asked.index(reference) for reference in waiting]
+        raise NoAnswer(f"{call_text}: {_blame(ranks, rank_names, silent_ranks)} did not answer within {limit_s:g} s")
+    rank_answers = [_answer(reference) for reference in asked]
+    failed_ranks = [f"{name}: {error}" for name, (_, error) in zip(rank_names, rank_answers, strict=True) if error]
+    if failed_ranks:
+        raise NoAnswer(f"{call_text}: {'; '.join(failed_ranks[:3])}{' ...' if len(failed_ranks) > 3 else ''}")
+    return [answer for answer, _ in rank_answers]
 
 
 def _answer(reference: Any) -> tuple[Any, str]:
@@ -250,14 +247,14 @@ def _answer(reference: Any) -> tuple[Any, str]:
     try:
         return ray.get(reference), ""
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return None, lines[-1] if lines else type(error).__name__
+        error_lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return None, error_lines[-1] if error_lines else type(error).__name__
 
 
-def _blame(ranks: list[Any], names: list[str], silent: list[int]) -> str:
-    """Of the ranks that have not answered, those that keep the others waiting."""
-    asked = {number: ranks[number].where.remote() for number in silent}
+def _blame(ranks: list[Any], rank_names: list[str], silent_ranks: list[int]) -> str:
+    """The ranks that keep the others waiting, among those that have not answered."""
+    asked = {number: ranks[number].where.remote() for number in silent_ranks}
     done, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=GRACE_S)
     entered = {number: (_answer(reference)[0] or 0) if reference in done else 0 for number, reference in asked.items()}
-    behind = [number for number in silent if entered[number] < max(entered.values())] or silent
-    return ", ".join(names[number] for number in behind)
+    ranks_behind = [number for number in silent_ranks if entered[number] < max(entered.values())] or silent_ranks
+    return ", ".join(rank_names[number] for number in ranks_behind)

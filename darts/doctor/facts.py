@@ -35,9 +35,9 @@ NETWORK = (
 QUERY = ("name", "memory.total", "memory.used", "driver_version")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Fact:
-    """One line, e.g. `Fact(name="verl", status="ok", value="0.9.1")`."""
+    """One line, e.g. `Fact("verl", OK, "0.9.1")`."""
 
     name: str
     status: str
@@ -72,55 +72,55 @@ def distributions(extra: str) -> tuple[str, ...]:
 
 
 def versions() -> dict[str, str]:
-    """Of everything that must be the same on all nodes."""
+    """The versions that must be the same on all nodes."""
     found = {name: installed(name) or "missing" for name in distributions(installed_for())}
     return {"python": platform.python_version(), **found}
 
 
 def wanted(extra: str) -> dict[str, SpecifierSet]:
     """What the project asks for with an extra, and verl with the extras that the project names."""
-    found: dict[str, SpecifierSet] = {}
-    todo, seen = [(OURS, ""), (OURS, extra), ("verl", "")], set()
-    while todo:
-        owner, chosen = pair = todo.pop()
-        if pair in seen or installed(owner) is None:
+    found_specs: dict[str, SpecifierSet] = {}
+    to_visit, visited_pairs = [(OURS, ""), (OURS, extra), ("verl", "")], set()
+    while to_visit:
+        package_name, extra_name = package_extra = to_visit.pop()
+        if package_extra in visited_pairs or installed(package_name) is None:
             continue
-        seen.add(pair)
-        for line in map(Requirement, distribution(owner).requires or ()):
-            if line.marker is None or line.marker.evaluate({"extra": chosen}):
-                found[line.name] = found.get(line.name, SpecifierSet()) & line.specifier
-                todo += [(line.name, name) for name in line.extras if line.name in (OURS, "verl")]
-    return found
+        visited_pairs.add(package_extra)
+        for line in map(Requirement, distribution(package_name).requires or ()):
+            if line.marker is None or line.marker.evaluate({"extra": extra_name}):
+                found_specs[line.name] = found_specs.get(line.name, SpecifierSet()) & line.specifier
+                to_visit += [(line.name, name) for name in line.extras if line.name in (OURS, "verl")]
+    return found_specs
 
 
-def judge_version(name: str, found: str | None, asked: SpecifierSet | None, other_verl: bool = False) -> Fact:
+def judge_version(name: str, found: str | None, asked_versions: SpecifierSet | None, other_verl: bool = False) -> Fact:
     """`other_verl`: the user tries another verl on purpose."""
     if found is None:
-        return Fact(name=name, status=FAILED, value="missing", fix=SETUP)
-    if asked is None or asked.contains(found, prereleases=True):
-        return Fact(name=name, status=OK, value=found)
-    value = f"{found}, but {asked} is asked for"
+        return Fact(name, FAILED, "missing", SETUP)
+    if asked_versions is None or asked_versions.contains(found, prereleases=True):
+        return Fact(name, OK, found)
+    value = f"{found}, but {asked_versions} is asked for"
     if name == "verl" and not other_verl:
-        return Fact(name=name, status=FAILED, value=value, fix=f"{SETUP}, or DARTS_ALLOW_OTHER_VERL=1 to try")
-    return Fact(name=name, status=WARNING, value=f"{value}: not tried together", fix=SETUP)
+        return Fact(name, FAILED, value, f"{SETUP}, or DARTS_ALLOW_OTHER_VERL=1 to try")
+    return Fact(name, WARNING, f"{value}: not tried together", SETUP)
 
 
 def version_facts() -> Iterator[Fact]:
     """Fast: reads metadata alone."""
     extra = installed_for()
     asked = wanted(extra)
-    yield Fact(name="python", status=OK, value=platform.python_version())
+    yield Fact("python", OK, platform.python_version())
     for name in distributions(extra):
         yield judge_version(name, installed(name), asked.get(name), os.environ.get("DARTS_ALLOW_OTHER_VERL") == "1")
-    yield Fact(name="installed for", status=OK, value=extra)
+    yield Fact("installed for", OK, extra)
 
 
 def judge_same(node: str, here: Mapping[str, str], there: Mapping[str, str]) -> Fact:
     """The versions of a node against those of the machine that the command runs on."""
     other = [f"{name} {there.get(name)} (here {value})" for name, value in here.items() if there.get(name) != value]
     if not other:
-        return Fact(name=f"versions {node}", status=OK, value="the same as here")
-    return Fact(name=f"versions {node}", status=FAILED, value=", ".join(other), fix=f"{SETUP} on that node")
+        return Fact(f"versions {node}", OK, "the same as here")
+    return Fact(f"versions {node}", FAILED, ", ".join(other), f"{SETUP} on that node")
 
 
 # --- machine ---------------------------------------------------------------------------------------------------------
@@ -128,62 +128,58 @@ def judge_same(node: str, here: Mapping[str, str], there: Mapping[str, str]) -> 
 
 def judge_disk(path: str, free: int, total: int, use: str) -> Fact:
     """Free and total bytes of the disk below `path`."""
-    fact = {"name": f"disk {use}", "value": f"{free / GIB:.0f} of {total / GIB:.0f} GiB free at {path}"}
+    name, value = f"disk {use}", f"{free / GIB:.0f} of {total / GIB:.0f} GiB free at {path}"
     if free < GIB:
-        return Fact(**fact, status=FAILED, fix="free some, or take another disk")
+        return Fact(name, FAILED, value, "free some, or take another disk")
     if free < 20 * GIB or free < 0.05 * total:
         fix = "free some: checkpoints are large, and Ray stops spilling objects when a disk is 95 % full"
-        return Fact(**fact, status=WARNING, fix=fix)
-    return Fact(**fact, status=OK)
+        return Fact(name, WARNING, value, fix)
+    return Fact(name, OK, value)
 
 
 def judge_shared_memory(free: int, memory: int) -> Fact:
     """Ray's object store wants 30 % of the memory there, and takes a disk where less than 10 GB are."""
-    fact = {"name": "/dev/shm", "value": f"{free / GIB:.1f} GiB free"}
+    value = f"{free / GIB:.1f} GiB free"
     if free < GIB:
-        value = fact["value"] + ": NCCL, vLLM's processes and weight updates share memory there"
-        return Fact(name="/dev/shm", value=value, status=FAILED, fix=SHARED_MEMORY)
+        value += ": NCCL, vLLM's processes and weight updates share memory there"
+        return Fact("/dev/shm", FAILED, value, SHARED_MEMORY)
     if free < min(0.3 * memory, 1e10):
-        value = fact["value"] + ": Ray's object store goes to disk"
-        return Fact(name="/dev/shm", value=value, status=WARNING, fix=SHARED_MEMORY)
-    return Fact(**fact, status=OK)
+        return Fact("/dev/shm", WARNING, f"{value}: Ray's object store goes to disk", SHARED_MEMORY)
+    return Fact("/dev/shm", OK, value)
 
 
 def judge_open_files(soft: int, hard: int, joins: bool) -> Fact:
     """A Ray that the run starts raises the soft limit itself, to 65,536 at most; `ray start`, whose Ray it joins, does
     not."""
-    unlimited = (resource.RLIM_INFINITY,)
-    raised = 65536 if hard in unlimited else min(hard, 65536)
-    reached = 65536 if soft in unlimited else soft if joins else max(soft, raised)
-    value = f"soft {soft}, hard {'unlimited' if hard in unlimited else hard}"
-    if reached < 8192:
-        where = " in the shell that calls `ray start`" if joins else ""
-        fix = f"ulimit -n 65536{where} (every request is a socket)"
-        return Fact(name="ulimit -n", status=WARNING, value=value, fix=fix)
-    return Fact(name="ulimit -n", status=OK, value=value)
+    soft_limit, hard_limit = (math.inf if limit == resource.RLIM_INFINITY else limit for limit in (soft, hard))
+    reached_limit = soft_limit if joins else max(soft_limit, min(hard_limit, 65536))
+    value = f"soft {soft}, hard {'unlimited' if hard_limit == math.inf else hard}"
+    if reached_limit >= 8192:
+        return Fact("ulimit -n", OK, value)
+    where_text = " in the shell that calls `ray start`" if joins else ""
+    return Fact("ulimit -n", WARNING, value, f"ulimit -n 65536{where_text} (every request is a socket)")
 
 
 def judge_headers(include: str, version: str) -> Fact:
-    """Python's own, which Triton compiles kernels against."""
+    """Triton compiles kernels against Python's own headers."""
     if (Path(include) / "Python.h").exists():
-        return Fact(name="Python headers", status=OK, value=include)
+        return Fact("Python headers", OK, include)
     fix = f"install python{version}-dev, or name a Python that has them in DARTS_PYTHON for {SETUP}"
-    return Fact(name="Python headers", status=FAILED, value=f"not in {include}: Triton cannot compile", fix=fix)
+    return Fact("Python headers", FAILED, f"not in {include}: Triton cannot compile", fix)
 
 
 def machine_facts() -> Iterator[Fact]:
     """Cores, memory, disks, shared memory, open files."""
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    cores = len(os.sched_getaffinity(0))
-    yield Fact(name="machine", status=OK, value=f"{cores} cores, {pages / GIB:.0f} GiB of memory")
-    for use, path in (("here", os.getcwd()), ("Ray", os.environ.get("RAY_TMPDIR", "/tmp"))):
-        usage = shutil.disk_usage(path) if Path(path).is_dir() else None
-        if usage is None:
-            yield Fact(name=f"disk {use}", status=FAILED, value=f"{path} is no folder", fix=f"mkdir -p {path}")
+    total_memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    yield Fact("machine", OK, f"{len(os.sched_getaffinity(0))} cores, {total_memory / GIB:.0f} GiB of memory")
+    for disk_use, path in (("here", os.getcwd()), ("Ray", os.environ.get("RAY_TMPDIR", "/tmp"))):
+        if Path(path).is_dir():
+            usage = shutil.disk_usage(path)
+            yield judge_disk(path, usage.free, usage.total, disk_use)
         else:
-            yield judge_disk(path, usage.free, usage.total, use)
-    shared = Path("/dev/shm")
-    yield judge_shared_memory(shutil.disk_usage(shared).free if shared.is_dir() else 0, pages)
+            yield Fact(f"disk {disk_use}", FAILED, f"{path} is no folder", f"mkdir -p {path}")
+    shared_memory = Path("/dev/shm")
+    yield judge_shared_memory(shutil.disk_usage(shared_memory).free if shared_memory.is_dir() else 0, total_memory)
     joins = os.environ.get("RAY_ADDRESS", "local") != "local"
     yield judge_open_files(*resource.getrlimit(resource.RLIMIT_NOFILE), joins=joins)
 
@@ -193,7 +189,7 @@ def machine_facts() -> Iterator[Fact]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """As `nvidia-smi` lists it, MiB."""
+    """One GPU of `nvidia-smi`, MiB."""
 
     name: str
     total: float
@@ -202,8 +198,8 @@ class Gpu:
 
 
 def parse_gpus(text: str) -> list[Gpu]:
-    """From `nvidia-smi --query-gpu=name,memory.total,memory.used,driver_version --format=csv,noheader,nounits`."""
-    rows = [[field.strip() for field in row] for row in csv.reader(text.splitlines()) if row]
+    """The GPUs in what `nvidia-smi --query-gpu=... --format=csv,noheader,nounits` writes for `QUERY`."""
+    rows = [[field.strip() for field in row] for row in csv.reader(text.splitlines())]
     return [
         Gpu(name=name, total=_mib(total), used=_mib(used), driver=driver)
         for name, total, used, driver in (row for row in rows if len(row) == len(QUERY))
@@ -229,27 +225,27 @@ def list_gpus(limit_s: float = 30) -> list[Gpu] | str:
         return "nvidia-smi answers in an unknown way"
 
 
-def judge_gpus(gpus: list[Gpu] | str, seen: int, cuda: str | None, error: str, elsewhere: bool) -> Iterator[Fact]:
-    """`seen`: by torch, which was made for `cuda`. `elsewhere`: GPUs of a cluster will be looked at too."""
+def judge_gpus(gpus: list[Gpu] | str, seen_gpus: int, cuda: str | None, error: str, elsewhere: bool) -> Iterator[Fact]:
+    """`seen_gpus`: by torch, which was made for `cuda`. `elsewhere`: GPUs of a cluster will be looked at too."""
     if isinstance(gpus, str) or not gpus:
         reason = gpus if isinstance(gpus, str) else "nvidia-smi lists none"
         status, fix = (WARNING, "") if elsewhere else (FAILED, "run it on a node with GPUs (Slurm: inside the job)")
-        yield Fact(name="GPUs", status=status, value=f"none here: {reason}", fix=fix)
+        yield Fact("GPUs", status, f"none here: {reason}", fix)
         return
-    kinds = ", ".join(
+    gpu_kinds = ", ".join(
         f"{sum(gpu.name == name for gpu in gpus)} x {name} {total / 1024:.0f} GiB"
         for name, total in dict.fromkeys((gpu.name, gpu.total) for gpu in gpus)
     )
-    yield Fact(name="GPUs", status=OK, value=f"{kinds}, driver {gpus[0].driver}, torch for CUDA {cuda}")
-    if seen == 0:
+    yield Fact("GPUs", OK, f"{gpu_kinds}, driver {gpus[0].driver}, torch for CUDA {cuda}")
+    if seen_gpus == 0:
         fix = f"a driver for CUDA {cuda}; is CUDA_VISIBLE_DEVICES empty?"
-        yield Fact(name="GPUs of torch", status=FAILED, value=error or "torch sees none", fix=fix)
-    elif seen < len(gpus):
-        yield Fact(name="GPUs of torch", status=WARNING, value=f"{seen} of {len(gpus)} (CUDA_VISIBLE_DEVICES)")
+        yield Fact("GPUs of torch", FAILED, error or "torch sees none", fix)
+    elif seen_gpus < len(gpus):
+        yield Fact("GPUs of torch", WARNING, f"{seen_gpus} of {len(gpus)} (CUDA_VISIBLE_DEVICES)")
     busy = [f"GPU {index} {gpu.used / 1024:.1f} GiB" for index, gpu in enumerate(gpus) if gpu.used > 0.05 * gpu.total]
     if busy:
         fix = "end what uses them (nvidia-smi), or lower rollout.gpu_memory_utilization"
-        yield Fact(name="memory of GPUs", status=WARNING, value=f"in use: {', '.join(busy)}", fix=fix)
+        yield Fact("memory of GPUs", WARNING, f"in use: {', '.join(busy)}", fix)
 
 
 def worst(facts: Iterable[Fact]) -> list[Fact]:
@@ -266,22 +262,22 @@ def judge_reduce(
     """All sums right, and how fast: bytes over seconds, times 2 (n - 1) / n as for a ring; the slowest rank counts.
 
     Args:
-        place: Which ranks took part.
-        names: Of the ranks.
-        found: What `Rank.reduce` returned, by rank.
-        sizes: Ranks in the group of each rank; 1 is left out.
+        place: which ranks took part.
+        names: of the ranks.
+        found: what `Rank.reduce` returned, by rank.
+        sizes: ranks in the group of each rank; 1 is left out.
         backend: nccl or gloo.
     """
-    wrong = [name for name, (_, off, _) in zip(names, found, strict=True) if off != 0]
-    if wrong:
+    wrong_ranks = [name for name, (_, sum_error, _) in zip(names, found, strict=True) if sum_error != 0]
+    if wrong_ranks:
         fix = "an all-reduce must be exact here: GPU, NVLink or driver are broken on these; leave their nodes out"
-        return Fact(name=f"all-reduce {place}", status=FAILED, value=f"wrong sums on {', '.join(wrong)}", fix=fix)
-    speeds = [
+        return Fact(f"all-reduce {place}", FAILED, f"wrong sums on {', '.join(wrong_ranks)}", fix)
+    rank_speeds = [
         MIB[backend] * 2**20 / seconds * 2 * (size - 1) / size / 1e9
         for (*_, seconds), size in zip(found, sizes, strict=True)
         if size > 1
     ]
-    value = f"{len(speeds)} ranks, sums right, {min(speeds):.2f} GB/s ({backend}, {MIB[backend]} MiB)"
-    slow = backend == "nccl" and min(speeds) < SLOW_GB_S
-    status, fix = (WARNING, f"slow for GPUs; {NETWORK}") if slow else (OK, "")
-    return Fact(name=f"all-reduce {place}", status=status, value=value, fix=fix)
+    value = f"{len(rank_speeds)} ranks, sums right, {min(rank_speeds):.2f} GB/s ({backend}, {MIB[backend]} MiB)"
+    is_slow = backend == "nccl" and min(rank_speeds) < SLOW_GB_S
+    status, fix = (WARNING, f"slow for GPUs; {NETWORK}") if is_slow else (OK, "")
+    return Fact(f"all-reduce {place}", status, value, fix)

@@ -26,7 +26,7 @@ from darts.evidence.log import logger
 from darts.evidence.profile import KEY, LatencyProfile
 
 
-class _Parser(argparse.ArgumentParser):
+class _ProfileParser(argparse.ArgumentParser):
     """Says in one line what is wrong."""
 
     def error(self, message: str) -> NoReturn:
@@ -34,7 +34,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(given: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(
+    parser = _ProfileParser(
         prog="python -m darts.engines",
         description="Measures how long a decoding step of a rollout engine takes, by the number of running sequences, "
         "and writes the file that darts.latency.profile=FILE reads. Starts one engine, as a training run with this "
@@ -48,10 +48,10 @@ def _parse(given: Sequence[str] | None) -> argparse.Namespace:
     add("--config-name", default="quickstart", help="e.g. darts_trainer (default: %(default)s)")
     add("--config-dir", type=Path, metavar="DIR", help="where it lies (default: the project's configs)")
     add("--largest", type=int, metavar="N", help="largest batch size (default: rollout.max_num_seqs)")
-    fitting = f"default: {TOKENS}, or what fits into the context"
-    add("--tokens", type=int, metavar="N", help=f"steps to be timed ({fitting})")
-    longest = f"default: the longest prompt, at most {MOST_PROMPT_TOKENS}"
-    add("--prompt-tokens", type=int, metavar="N", help=longest)
+    fitting_default = f"default: {TOKENS}, or what fits into the context"
+    add("--tokens", type=int, metavar="N", help=f"steps to be timed ({fitting_default})")
+    longest_default = f"default: the longest prompt, at most {MOST_PROMPT_TOKENS}"
+    add("--prompt-tokens", type=int, metavar="N", help=longest_default)
     add("--limit-s", type=float, default=180.0, metavar="S", help="for the measurement (default: %(default)s)")
     add("--verbose", action="store_true", help="show what the engine logs")
     options = parser.parse_intermixed_args(given)
@@ -108,12 +108,12 @@ def main(given: Sequence[str] | None = None) -> int:
     from darts.engines.start import gpus_per_engine, local_ray, start_servers
     from verl_patches.vllm_stream_server import StreamingReplica
 
-    start = time.monotonic()
+    start_s = time.monotonic()
     model, num_gpus = config.actor_rollout_ref.model.path, gpus_per_engine(config)
     logger.info(f"starting one engine of {model}, which takes a minute or more ...")
-    environment = get_ppo_ray_runtime_env(config)["env_vars"]
-    with local_ray(num_gpus, environment, options.verbose), start_servers(config, StreamingReplica) as manager:
-        logger.info(f"it runs after {time.monotonic() - start:.0f} s; measuring for at most {options.limit_s:g} s")
+    ray_environment = get_ppo_ray_runtime_env(config)["env_vars"]
+    with local_ray(num_gpus, ray_environment, options.verbose), start_servers(config, StreamingReplica) as manager:
+        logger.info(f"it runs after {time.monotonic() - start_s:.0f} s; measuring for at most {options.limit_s:g} s")
         try:
             profile = asyncio.run(
                 profile_servers(
@@ -132,20 +132,20 @@ def main(given: Sequence[str] | None = None) -> int:
     profile.save(options.out)
     print(table(profile))
     logger.info(
-        f"written to {options.out} after {time.monotonic() - start:.0f} s; use it by {KEY}={options.out.absolute()}"
+        f"written to {options.out} after {time.monotonic() - start_s:.0f} s; use it by {KEY}={options.out.absolute()}"
     )
     return 0
 
 
 def table(profile: LatencyProfile) -> str:
     """A profile for people."""
-    lines = [
+    table_lines = [
         f"\n{profile.model} on {profile.device}, tensor parallel {profile.tensor_parallel}",
         f"{'sequences':>9}  {'ms per step':>11}  {'tokens/s':>9}",
     ]
-    for size, seconds in zip(profile.batch_sizes, profile.seconds, strict=True):
-        lines.append(f"{size:9d}  {seconds * 1e3:11.3f}  {size / seconds:9,.0f}")
-    return "\n".join(lines) + "\n"
+    for batch_size, seconds in zip(profile.batch_sizes, profile.seconds, strict=True):
+        table_lines.append(f"{batch_size:9d}  {seconds * 1e3:11.3f}  {batch_size / seconds:9,.0f}")
+    return "\n".join(table_lines) + "\n"
 
 
 def _refuse(message: str) -> NoReturn:

@@ -42,7 +42,7 @@ STOP_S = 30.0
 """Seconds in which a server must have ended aborted requests."""
 
 DRAWS = random.Random()
-"""Of its own: whether engines were measured shall not show in anything that is drawn later."""
+"""A generator apart: whether engines were measured shall not show in anything that is drawn later."""
 
 Say = Callable[[str], None]
 
@@ -103,23 +103,23 @@ class Workload:
             raise ValueError(f"prompt_tokens={prompt}: must be at least 1.")
         context = rollout.max_model_len
         if tokens is None:
-            room = TOKENS if context is None else (context - prompt - MARGIN) * CHUNKS // (CHUNKS + 2)
-            tokens = max(min(TOKENS, room), CHUNKS)
+            context_room = TOKENS if context is None else (context - prompt - MARGIN) * CHUNKS // (CHUNKS + 2)
+            tokens = max(min(TOKENS, context_room), CHUNKS)
         if tokens < CHUNKS:
             raise ValueError(f"tokens={tokens}: must be at least {CHUNKS}.")
         # Before all of a batch decode, the first to do so have made some tokens, and two chunks are not timed.
-        needed = tokens + 2 * tokens // CHUNKS + MARGIN
-        if context is not None and prompt + needed > context:
+        needed_tokens = tokens + 2 * tokens // CHUNKS + MARGIN
+        if context is not None and prompt + needed_tokens > context:
             raise ValueError(
-                f"prompt_tokens={prompt}, tokens={tokens}: {prompt + needed} tokens do not fit into "
+                f"prompt_tokens={prompt}, tokens={tokens}: {prompt + needed_tokens} tokens do not fit into "
                 f"max_model_len={context}."
             )
-        sizes = [1 << n for n in range(top.bit_length()) if 1 << n <= top]
+        batch_sizes = [1 << power for power in range(top.bit_length()) if 1 << power <= top]
         return cls(
-            batch_sizes=tuple(sizes if sizes[-1] == top else [*sizes, top]),
+            batch_sizes=tuple(batch_sizes if batch_sizes[-1] == top else [*batch_sizes, top]),
             tokens=tokens,
             prompt_tokens=prompt,
-            max_tokens=min(4 * needed + 256, sys.maxsize if context is None else context - prompt),
+            max_tokens=min(4 * needed_tokens + 256, sys.maxsize if context is None else context - prompt),
             vocabulary=vocabulary,
             engines_per_server=rollout.data_parallel_size,
             sampling={
@@ -137,10 +137,10 @@ class Workload:
         if self.sampling["seeded"]:
             sampling["seed"] = DRAWS.getrandbits(31)
         # From the middle of the vocabulary: special tokens stand at its ends.
-        low, high = self.vocabulary // 4, self.vocabulary // 2
+        low_token, high_token = self.vocabulary // 4, self.vocabulary // 2
         return {
             "request_id": uuid4().hex,
-            "prompt_ids": DRAWS.choices(range(low, high), k=self.prompt_tokens),
+            "prompt_ids": DRAWS.choices(range(low_token, high_token), k=self.prompt_tokens),
             "sampling_params": sampling | {"ignore_eos": True, "max_tokens": self.max_tokens},
             "chunk_tokens": max(self.tokens // CHUNKS, 1),
         }
@@ -175,14 +175,14 @@ async def profile_servers(
         raise ValueError("servers=[]: there must be at least one.")
     if not limit_s > 0:
         raise ValueError(f"limit_s={limit_s}: must be positive.")
-    end = time.monotonic() + limit_s
+    end_s = time.monotonic() + limit_s
     try:
         rollout = await asyncio.wait_for(_result(servers[0].get_rollout_config.remote()), limit_s)
         device = await asyncio.wait_for(engine_device(servers[0]), limit_s)
     except asyncio.TimeoutError:
         raise ProfileError(f"a server did not answer within {limit_s:g} s: look at its log.") from None
-    work = Workload.plan(rollout, vocabulary(model_config(model)), **wanted)
-    points = await _measure(servers, work, end, limit_s, say)
+    workload = Workload.plan(rollout, vocabulary(model_config(model)), **wanted)
+    points = await _measure(servers, workload, end_s, limit_s, say)
     return LatencyProfile(
         model=model,
         model_id=model_id(model),
@@ -191,39 +191,39 @@ async def profile_servers(
         versions={name: version_of(name) for name in ("verl", "vllm", "torch")},
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         command=command,
-        engines=len(servers) * work.engines_per_server,
+        engines=len(servers) * workload.engines_per_server,
         max_num_seqs=rollout.max_num_seqs,
-        prompt_tokens=work.prompt_tokens,
-        tokens=work.tokens,
-        sampling=work.sampling,
+        prompt_tokens=workload.prompt_tokens,
+        tokens=workload.tokens,
+        sampling=workload.sampling,
         batch_sizes=[size for size, _ in points],
         seconds=[seconds for _, seconds in points],
     )
 
 
 async def _measure(
-    servers: Sequence[Any], work: Workload, end: float, limit_s: float, say: Say
+    servers: Sequence[Any], workload: Workload, end_s: float, limit_s: float, say: Say
 ) -> list[tuple[int, float]]:
-    """`(batch size, seconds of a step)`, as many as can be had until `end` (`time.monotonic()`)."""
-    sizes, points, took = work.batch_sizes, [], 0.0
+    """`(batch size, seconds of a step)`, as many as can be had until `end_s` (`time.monotonic()`)."""
+    sizes, points, took_s = workload.batch_sizes, [], 0.0
     try:
         say("warming up")
         # The first generation of an engine compiles and allocates.
-        await _step_seconds(servers, replace(work, tokens=CHUNKS), min(WARM_UP_SIZE, sizes[-1]), end)
-        for number, size in enumerate(sizes, 1):
-            expected, left = took * size / points[-1][0] if points else 0.0, end - time.monotonic()
-            if expected > left:
-                say(f"stopped: {size} sequences may take {expected:.1f} s, {left:.1f} s of {limit_s:g} s are left")
+        await _step_seconds(servers, replace(workload, tokens=CHUNKS), min(WARM_UP_SIZE, sizes[-1]), end_s)
+        for size_number, size in enumerate(sizes, 1):
+            expected_s, left_s = took_s * size / points[-1][0] if points else 0.0, end_s - time.monotonic()
+            if expected_s > left_s:
+                say(f"stopped: {size} sequences may take {expected_s:.1f} s, {left_s:.1f} s of {limit_s:g} s are left")
                 break
-            start = time.monotonic()
-            seconds = await _step_seconds(servers, work, size, end)
-            if seconds is None:
+            start_s = time.monotonic()
+            step_s = await _step_seconds(servers, workload, size, end_s)
+            if step_s is None:
                 say(f"stopped: the engine does not run {size} sequences at once")
                 break
-            took = time.monotonic() - start
-            points.append((size, seconds))
-            bar = f"[{'#' * number}{'.' * (len(sizes) - number)}] {number}/{len(sizes)}"
-            say(f"{bar} {size:5d} sequences {seconds * 1e3:9.3f} ms per step")
+            took_s = time.monotonic() - start_s
+            points.append((size, step_s))
+            progress_bar = f"[{'#' * size_number}{'.' * (len(sizes) - size_number)}] {size_number}/{len(sizes)}"
+            say(f"{progress_bar} {size:5d} sequences {step_s * 1e3:9.3f} ms per step")
     except asyncio.TimeoutError:
         say(f"stopped: the limit of {limit_s:g} s is reached")
     if len(points) < 2:
@@ -234,18 +234,18 @@ async def _measure(
     return points
 
 
-async def _step_seconds(servers: Sequence[Any], work: Workload, size: int, end: float) -> float | None:
+async def _step_seconds(servers: Sequence[Any], work: Workload, size: int, end_s: float) -> float | None:
     """Seconds of a step with `size` sequences on every engine; None if they do not all run at once.
 
     Raises:
-        asyncio.TimeoutError: not until `end`.
+        asyncio.TimeoutError: not until `end_s`.
     """
     batches = [_Batch(server, work, size * work.engines_per_server) for server in servers]
-    watching = [asyncio.ensure_future(batch.watch()) for batch in batches]
+    watch_tasks = [asyncio.ensure_future(batch.watch()) for batch in batches]
     try:
-        paces = await asyncio.wait_for(asyncio.gather(*watching), end - time.monotonic())
+        paces = await asyncio.wait_for(asyncio.gather(*watch_tasks), end_s - time.monotonic())
     finally:
-        for task in watching:
+        for task in watch_tasks:
             task.cancel()
         # All of them, also if one fails.
         failures = [
@@ -257,7 +257,7 @@ async def _step_seconds(servers: Sequence[Any], work: Workload, size: int, end: 
             raise failures[0]
     if None in paces:
         return None
-    return statistics.median(pace for some in paces for pace in some)
+    return statistics.median(pace for server_paces in paces for pace in server_paces)
 
 
 class _Batch:
@@ -277,37 +277,38 @@ class _Batch:
 
     async def watch(self) -> list[float] | None:
         """Seconds per step of each request, while all of them decode; None if one ends before the last one begins."""
-        not_begun, timed = set(self._answers), set()
+        not_begun, timed_names = set(self._answers), set()
         clocks: dict[str, list[float]] = {}  # since, until, tokens in between
-        while len(timed) < len(self._answers):
+        while len(timed_names) < len(self._answers):
             for chunk in await self._server.take_chunks.remote(self._client, 1.0):
-                name = chunk.request_id
+                request_name = chunk.request_id
                 if not_begun:
-                    not_begun.discard(name)
-                elif name not in clocks:
-                    clocks[name] = [chunk.made_at, chunk.made_at, 0]
+                    not_begun.discard(request_name)
+                elif request_name not in clocks:
+                    clocks[request_name] = [chunk.made_at, chunk.made_at, 0]
                 else:
-                    clocks[name][1] = chunk.made_at
-                    clocks[name][2] += len(chunk.token_ids)
-                    if clocks[name][2] >= self._tokens:
-                        timed.add(name)
+                    clocks[request_name][1] = chunk.made_at
+                    clocks[request_name][2] += len(chunk.token_ids)
+                    if clocks[request_name][2] >= self._tokens:
+                        timed_names.add(request_name)
             if ended := [answer for answer in self._answers.values() if answer.done()]:
                 for answer in ended:
                     answer.result()  # raises what went wrong
                 break
-        paces = [(until - since) / tokens for since, until, tokens in clocks.values() if tokens]
+        paces = [(until_s - since_s) / tokens for since_s, until_s, tokens in clocks.values() if tokens]
         return paces if len(paces) == len(self._answers) else None
 
     async def stop(self) -> None:
         """Aborts what runs and waits for its end; again and again, since a request may be on its way to the server."""
-        end = time.monotonic() + STOP_S
-        while left := [name for name, answer in self._answers.items() if not answer.done()]:
-            if time.monotonic() > end:
-                raise StuckRequests(f"a server did not stop {len(left)} requests within {STOP_S:g} s of their abort.")
+        end_s = time.monotonic() + STOP_S
+        while unended := [name for name, answer in self._answers.items() if not answer.done()]:
+            if time.monotonic() > end_s:
+                late = f"{len(unended)} requests within {STOP_S:g} s of their abort"
+                raise StuckRequests(f"a server did not stop {late}.")
             # If the call fails, so do the requests.
-            abort = asyncio.wait_for(_result(self._server.abort_streams.remote(left)), STOP_S)
-            await asyncio.gather(abort, return_exceptions=True)
-            await asyncio.wait([self._answers[name] for name in left], timeout=0.1)
+            abort_call = asyncio.wait_for(_result(self._server.abort_streams.remote(unended)), STOP_S)
+            await asyncio.gather(abort_call, return_exceptions=True)
+            await asyncio.wait([self._answers[name] for name in unended], timeout=0.1)
         for answer in self._answers.values():
             if not answer.cancelled():
                 answer.exception()  # whoever needed it has heard it

@@ -48,19 +48,19 @@ def engine_config(
     verl_patches.register.assert_active()
     register_resolver()
     # No trainer sends weights.
-    defaults = ["actor_rollout_ref.rollout.nnodes=1", "actor_rollout_ref.rollout.load_format=auto"]
+    default_overrides = ["actor_rollout_ref.rollout.nnodes=1", "actor_rollout_ref.rollout.load_format=auto"]
     if response_length is not None:
-        defaults.append(f"data.max_response_length={response_length}")
+        default_overrides.append(f"data.max_response_length={response_length}")
     if max_model_len is not None:
-        defaults += [
+        default_overrides += [
             f"actor_rollout_ref.rollout.max_model_len={max_model_len}",
             # The models were made for 512 tokens, but RoPE has no end. verl reads the first, vLLM the second.
             f"+actor_rollout_ref.model.override_config.max_position_embeddings={max_model_len}",
             f"+{ENGINE}.hf_overrides.max_position_embeddings={max_model_len}",
         ]
-    folder = CONFIG_DIR if config_dir is None else Path(config_dir).resolve()
-    with initialize_config_dir(str(folder), version_base=None):
-        config = compose(config_name, overrides=[*defaults, *overrides])
+    config_folder = CONFIG_DIR if config_dir is None else Path(config_dir).resolve()
+    with initialize_config_dir(str(config_folder), version_base=None):
+        config = compose(config_name, overrides=[*default_overrides, *overrides])
     config.actor_rollout_ref.rollout.n_gpus_per_node = replicas * gpus_per_engine(config)
     OmegaConf.resolve(config)
     return config
@@ -115,19 +115,19 @@ def start_servers(
     """
     from verl.workers.rollout.llm_server import LLMServerManager
 
-    members = {} if replica_class is None else {"rollout_replica_class": replica_class}
-    manager = type("EngineManager", (LLMServerManager,), members).create(
+    class_members = {} if replica_class is None else {"rollout_replica_class": replica_class}
+    manager = type("EngineManager", (LLMServerManager,), class_members).create(
         config, start_rank=start_rank, load_balancer_cls=load_balancer_class
     )
-    engines: list[psutil.Process] = []
+    engine_list: list[psutil.Process] = []
     try:
         for server in manager.server_handles:
-            engines += engine_processes(server)
+            engine_list += engine_processes(server)
         # The load balancer starts in the background, for seconds of a core.
         ray.get(manager.global_load_balancer.require_acquire_fields.remote(), timeout=60)
         yield manager
     finally:
-        _stop(manager, engines)
+        _stop(manager, engine_list)
 
 
 def process_of(actor: Any) -> psutil.Process:

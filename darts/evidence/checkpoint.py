@@ -39,9 +39,9 @@ def step_folder(trainer: Any, step: int) -> Path:
         trainer: the block `trainer:` of the configuration.
         step: that was saved or loaded.
     """
-    path = trainer.get("resume_from_path") if trainer.get("resume_mode") == "resume_path" else None
-    if path is not None and path.rstrip("/").endswith(f"global_step_{step}"):
-        return Path(path)
+    resume_path = trainer.get("resume_from_path") if trainer.get("resume_mode") == "resume_path" else None
+    if resume_path is not None and resume_path.rstrip("/").endswith(f"global_step_{step}"):
+        return Path(resume_path)
     return Path(trainer.default_local_dir) / f"global_step_{step}"
 
 
@@ -56,22 +56,22 @@ def finished_at(trainer: Any) -> int | None:
     if trainer.get("resume_mode") != "auto" or trainer.get("total_training_steps") is None or trainer.get("val_only"):
         return None
     try:
-        step = int((Path(trainer.default_local_dir) / TRACKER).read_text())
+        last_step = int((Path(trainer.default_local_dir) / TRACKER).read_text())
     except (OSError, ValueError):
         return None
-    return step if step >= trainer.total_training_steps and step_folder(trainer, step).is_dir() else None
+    return last_step if last_step >= trainer.total_training_steps and step_folder(trainer, last_step).is_dir() else None
 
 
 def save_state(folder: Path, step: int, state: dict[str, Any]) -> None:
     """Writes the state of a step into its folder, which is made if it is not there."""
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{FILE_NAME}.tmp"
-    with temporary.open("w") as file:
+    draft_path = folder / f".{FILE_NAME}.tmp"
+    with draft_path.open("w") as file:
         # Not json.dump, which takes twice as long.
         file.write(json.dumps({"format": FORMAT, "step": step, "state": state}, allow_nan=False, separators=(",", ":")))
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(folder / FILE_NAME)
+    draft_path.replace(folder / FILE_NAME)
 
 
 def load_state(folder: Path, step: int) -> dict[str, Any]:
@@ -80,15 +80,15 @@ def load_state(folder: Path, step: int) -> dict[str, Any]:
     Raises:
         StateError: no file, one that was cut, or one of something else or of another step.
     """
-    path = folder / FILE_NAME
+    state_path = folder / FILE_NAME
     try:
-        content = json.loads(path.read_text())
+        saved_content = json.loads(state_path.read_text())
     except FileNotFoundError:
-        raise StateError(f"{path}: there is no such file; was the checkpoint made without DARTS?") from None
+        raise StateError(f"{state_path}: there is no such file; was the checkpoint made without DARTS?") from None
     except (OSError, ValueError) as cause:
-        raise StateError(f"{path}: cannot be read: {cause}") from cause
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise StateError(f"{path}: is not a state of verl-darts.")
-    if content.get("step") != step:
-        raise StateError(f"{path}: is the state of step {content.get('step')}, not of step {step}.")
-    return content.get("state")
+        raise StateError(f"{state_path}: cannot be read: {cause}") from cause
+    if not isinstance(saved_content, dict) or saved_content.get("format") != FORMAT:
+        raise StateError(f"{state_path}: is not a state of verl-darts.")
+    if saved_content.get("step") != step:
+        raise StateError(f"{state_path}: is the state of step {saved_content.get('step')}, not of step {step}.")
+    return saved_content.get("state")

@@ -19,9 +19,9 @@ class DocumentError(ValueError):
 def save(path: Path, document: Mapping[str, Any]) -> None:
     """Writes a document in one go; its folder is made if it is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    draft.write_text(json.dumps(document, default=str, allow_nan=False) + "\n")
-    draft.replace(path)
+    draft_path = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    draft_path.write_text(json.dumps(document, default=str, allow_nan=False) + "\n")
+    draft_path.replace(path)
 
 
 def load(path: Path, command: str, version: int) -> dict[str, Any]:

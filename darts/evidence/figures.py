@@ -49,25 +49,25 @@ class Drawn:
 def draw_all(figures: Mapping[str, tuple[str, Callable[..., tuple[Figure, str]]]], *arguments: Any) -> list[Drawn]:
     """Titles and functions by name; the functions get the arguments, and return a figure and its caption."""
     drawn = []
-    for name, (title, make) in figures.items():
-        png, buffer = None, io.BytesIO()
+    for name, (title, make_figure) in figures.items():
+        png, png_buffer = None, io.BytesIO()
         with rc_context(STYLE):
             try:
-                figure, caption = make(*arguments)
-                figure.savefig(buffer, format="png", metadata={"Software": None})
-                png = buffer.getvalue()
+                figure, caption_text = make_figure(*arguments)
+                figure.savefig(png_buffer, format="png", metadata={"Software": None})
+                png = png_buffer.getvalue()
             except Missing as reason:
-                caption = str(reason)
-        drawn.append(Drawn(name=name, title=title, caption=caption, png=png))
+                caption_text = str(reason)
+        drawn.append(Drawn(name=name, title=title, caption=caption_text, png=png))
     return drawn
 
 
 def dress(axes: Axes, title: str, y: str, x: str = STEPS, legend: int = 0) -> None:
     """Title, labels and, between title and data, a legend of so many columns."""
-    entries = len(axes.get_legend_handles_labels()[0]) if legend else 0
-    axes.set_title(title, pad=6 + 16 * math.ceil(entries / max(legend, 1)))
+    num_entries = len(axes.get_legend_handles_labels()[0]) if legend else 0
+    axes.set_title(title, pad=6 + 16 * math.ceil(num_entries / max(legend, 1)))
     axes.set(xlabel=x, ylabel=y)
-    if entries:
+    if num_entries:
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=legend, borderaxespad=0)
     if x == STEPS:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, steps=[1, 2, 5, 10], min_n_ticks=1))

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import time
+from typing import NoReturn
 
 
 class LineHandler(logging.Handler):
@@ -16,10 +17,10 @@ class LineHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Upstream: `logging.Handler.emit`."""
-        stream = sys.stderr if record.levelno >= logging.ERROR else sys.stdout
+        line_stream = sys.stderr if record.levelno >= logging.ERROR else sys.stdout
         try:
-            stream.write(f"[darts] {self.format(record)}\n")
-            stream.flush()
+            line_stream.write(f"[darts] {self.format(record)}\n")
+            line_stream.flush()
         except Exception:
             self.handleError(record)
 
@@ -28,6 +29,12 @@ logger = logging.getLogger("darts")
 logger.handlers = [LineHandler()]
 logger.propagate = False
 logger.setLevel(os.environ.get("DARTS_LOG_LEVEL", "INFO").upper())
+
+
+def refuse(reason: object) -> NoReturn:
+    """Ends the program with the one line that says what is wrong."""
+    logger.error(reason)
+    sys.exit(2)
 
 
 def say(line: str) -> None:

@@ -41,10 +41,10 @@ def machine(environment: tuple[str, ...] = ()) -> dict[str, Any]:
 
 def _git(*arguments: str) -> str:
     try:
-        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+        git_run = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
     except OSError:
         return UNKNOWN
-    return done.stdout.rstrip() if done.returncode == 0 else UNKNOWN
+    return git_run.stdout.rstrip() if git_run.returncode == 0 else UNKNOWN
 
 
 def version_of(package: str) -> str:

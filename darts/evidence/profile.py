@@ -45,9 +45,9 @@ class LatencyProfile:
         """Writes the file in one go: it is the old one or the new one, never a part."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        part.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        os.replace(part, path)
+        draft_path = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        draft_path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        os.replace(draft_path, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "LatencyProfile":
@@ -57,17 +57,17 @@ class LatencyProfile:
             ConfigError: no such file, or not a profile with a curve.
         """
         try:
-            state = json.loads(Path(path).read_text())
+            saved_state = json.loads(Path(path).read_text())
         except OSError as error:
             _refuse_file(path, f"the file cannot be read ({error.strerror}).")
         except ValueError:
             _refuse_file(path, "the file is not JSON: it was cut off, or it is no profile.")
-        names = {field.name for field in fields(cls)}
-        if not isinstance(state, dict) or set(state) != names:
-            differing = ", ".join(sorted(names ^ set(state))) if isinstance(state, dict) else "all"
+        field_names = {field.name for field in fields(cls)}
+        if not isinstance(saved_state, dict) or set(saved_state) != field_names:
+            differing = ", ".join(sorted(field_names ^ set(saved_state))) if isinstance(saved_state, dict) else "all"
             _refuse_file(path, f"the file is no profile of this version; missing or unknown: {differing}.")
         try:
-            profile = cls(**state)
+            profile = cls(**saved_state)
             profile.curve()
         except ValueError as error:
             _refuse_file(path, f"the file holds no curve: {error}")

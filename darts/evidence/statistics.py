@@ -36,15 +36,15 @@ def mean(values: Array, rng: np.random.Generator) -> Estimate:
 
 def quantile(values: Array, q: float, rng: np.random.Generator, resamples: int = 300) -> Estimate:
     """The q-quantile over all responses (or over groups, if `values` is (groups, 1))."""
-    picks = rng.integers(len(values), size=(resamples, len(values)))
-    drawn = [np.quantile(values[pick], q) for pick in picks]
-    return interval(float(np.quantile(values, q)), np.array(drawn))
+    group_picks = rng.integers(len(values), size=(resamples, len(values)))
+    drawn_values = [np.quantile(values[group_pick], q) for group_pick in group_picks]
+    return interval(float(np.quantile(values, q)), np.array(drawn_values))
 
 
 def ratio(above: Array, below: Array, rng: np.random.Generator) -> Estimate:
     """The sum of `above` over the sum of `below`; both are (groups,), and their entries belong together in pairs."""
-    weights = _weights(len(above), rng)
-    return interval(float(above.sum() / below.sum()), (weights @ above) / (weights @ below))
+    group_weights = _weights(len(above), rng)
+    return interval(float(above.sum() / below.sum()), (group_weights @ above) / (group_weights @ below))
 
 
 def longest_over_median(lengths: Array) -> Array:
@@ -57,20 +57,20 @@ def group_correlations(lengths: Array, correct: Array) -> Array:
 
     Only of the groups where it is defined: with both outcomes and lengths that vary.
     """
-    x = lengths - lengths.mean(axis=1, keepdims=True)
-    y = correct - correct.mean(axis=1, keepdims=True)
-    scale = np.sqrt((x**2).sum(axis=1) * (y**2).sum(axis=1))
-    defined = scale > 0
-    return ((x * y).sum(axis=1)[defined] / scale[defined])[:, None]
+    centred_lengths = lengths - lengths.mean(axis=1, keepdims=True)
+    centred_correct = correct - correct.mean(axis=1, keepdims=True)
+    norm_product = np.sqrt((centred_lengths**2).sum(axis=1) * (centred_correct**2).sum(axis=1))
+    is_defined = norm_product > 0
+    return ((centred_lengths * centred_correct).sum(axis=1)[is_defined] / norm_product[is_defined])[:, None]
 
 
 def wrong_is_longer(lengths: Array, correct: Array) -> Array:
     """Per group with both outcomes, 1 if its wrong responses are on average no shorter; (n, 1)."""
-    right = correct.sum(axis=1)
-    both = (right > 0) & (right < correct.shape[1])
-    lengths, correct, right = lengths[both], correct[both], right[both]
-    mean_right = (lengths * correct).sum(axis=1) / right
-    mean_wrong = (lengths * (1 - correct)).sum(axis=1) / (correct.shape[1] - right)
+    num_right = correct.sum(axis=1)
+    has_both = (num_right > 0) & (num_right < correct.shape[1])
+    lengths, correct, num_right = lengths[has_both], correct[has_both], num_right[has_both]
+    mean_right = (lengths * correct).sum(axis=1) / num_right
+    mean_wrong = (lengths * (1 - correct)).sum(axis=1) / (correct.shape[1] - num_right)
     return (mean_wrong >= mean_right).astype(float)[:, None]
 
 
@@ -91,26 +91,26 @@ def false_verdicts(lengths: Array, correct: Array, rng: np.random.Generator, shu
 
     Shuffled outcomes carry no pattern, so an honest 95 % interval gives about 0.05.
     """
-    weights, found = _weights(len(lengths), rng), 0
+    group_weights, num_found = _weights(len(lengths), rng), 0
     for _ in range(shuffles):
-        shuffled = rng.permutation(correct.ravel()).reshape(correct.shape)
-        found += verdict(_gap(lengths, shuffled, weights)) != "undecided"
-    return found / shuffles
+        shuffled_correct = rng.permutation(correct.ravel()).reshape(correct.shape)
+        num_found += verdict(_gap(lengths, shuffled_correct, group_weights)) != "undecided"
+    return num_found / shuffles
 
 
 def _gap(lengths: Array, correct: Array, weights: Array) -> Estimate:
     """`length_gap` with resamples given as how often each group is drawn, (resamples, groups)."""
-    wrong = 1 - correct
-    columns = (lengths * wrong, wrong, lengths * correct, correct)
-    sums = np.stack([column.sum(axis=1) for column in columns], axis=1).astype(float)
+    is_wrong = 1 - correct
+    sum_columns = (lengths * is_wrong, is_wrong, lengths * correct, correct)
+    sums = np.stack([column.sum(axis=1) for column in sum_columns], axis=1).astype(float)
     with np.errstate(divide="ignore", invalid="ignore"):
-        value, gaps = (
+        overall_gap, drawn_gaps = (
             rows[0] / rows[1] - rows[2] / rows[3] for rows in (sums.sum(axis=0), np.einsum("rg,gc->cr", weights, sums))
         )
-    finite = gaps[np.isfinite(gaps)]
-    if not np.isfinite(value) or not len(finite):
+    finite_gaps = drawn_gaps[np.isfinite(drawn_gaps)]
+    if not np.isfinite(overall_gap) or not len(finite_gaps):
         return Estimate(value=float("nan"), low=float("nan"), high=float("nan"))
-    return interval(float(value), finite)
+    return interval(float(overall_gap), finite_gaps)
 
 
 def _weights(groups: int, rng: np.random.Generator) -> Array:

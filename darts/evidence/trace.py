@@ -71,10 +71,10 @@ class Trace:
 def drop_cut_line(path: Path) -> None:
     """Removes what stands after a file's last line break."""
     with path.open("r+b") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(size - LONGEST_LINE, 0))
-        tail = file.read()
-        file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
+        file_size = file.seek(0, os.SEEK_END)
+        file.seek(max(file_size - LONGEST_LINE, 0))
+        file_tail = file.read()
+        file.truncate(file_size - len(file_tail) + file_tail.rfind(b"\n") + 1)
 
 
 def rollout_columns(rollout: Rollout) -> dict[str, Any]:
@@ -85,18 +85,18 @@ def rollout_columns(rollout: Rollout) -> dict[str, Any]:
     none was given. Fates are `FATES`.
     """
     plan, pool = rollout.plan, rollout.pool
-    ends = np.cumsum(plan.budgets)[:-1]
+    group_ends = np.cumsum(plan.budgets)[:-1]
     fates = "".join(fate(pool).tolist())
     columns = {
         "key": plan.keys,
         "std": [round(std, 3) if known else None for std, known in zip(plan.std.tolist(), plan.known, strict=True)],
         "observed_std": [round(std, 3) for std in rollout.observed_std.tolist()],
         "budget": plan.budgets.tolist(),
-        "length": [lengths.tolist() for lengths in np.split(pool.length, ends)],
-        "fate": [fates[start:end] for start, end in zip([0, *ends], [*ends, len(fates)], strict=True)],
+        "length": [lengths.tolist() for lengths in np.split(pool.length, group_ends)],
+        "fate": [fates[start:end] for start, end in zip([0, *group_ends], [*group_ends, len(fates)], strict=True)],
     }
     if not np.isnan(pool.reward).all():
-        columns["reward"] = [[_number(reward) for reward in rewards] for rewards in np.split(pool.reward, ends)]
+        columns["reward"] = [[_number(reward) for reward in rewards] for rewards in np.split(pool.reward, group_ends)]
     return columns
 
 
@@ -109,9 +109,9 @@ def timeline_columns(rollout: Rollout, calls: Sequence[ActorCall]) -> dict[str, 
     """
     ended = np.sort(rollout.pool.ended_at - rollout.began)
     ended = ended[np.isfinite(ended)]
-    ranks = np.unique(np.linspace(0, len(ended) - 1, min(len(ended), MOST)).astype(int))
-    running = [[0.0, len(ended)], *([round(float(ended[rank]), 3), len(ended) - 1 - int(rank)] for rank in ranks)]
-    joined = [
+    shown_ranks = np.unique(np.linspace(0, len(ended) - 1, min(len(ended), MOST)).astype(int))
+    running = [[0.0, len(ended)], *([round(float(ended[rank]), 3), len(ended) - 1 - int(rank)] for rank in shown_ranks)]
+    joined_calls = [
         calls[start : start + -(-len(calls) // MOST)] for start in range(0, len(calls), -(-len(calls) // MOST) or 1)
     ]
     return {
@@ -119,11 +119,11 @@ def timeline_columns(rollout: Rollout, calls: Sequence[ActorCall]) -> dict[str, 
         "running": running,
         "calls": [
             [
-                round(some[0].began - rollout.began, 3),
-                round(some[0].began - rollout.began + sum(call.ended - call.began for call in some), 3),
-                sum(call.tokens for call in some),
+                round(call_group[0].began - rollout.began, 3),
+                round(call_group[0].began - rollout.began + sum(call.ended - call.began for call in call_group), 3),
+                sum(call.tokens for call in call_group),
             ]
-            for some in joined
+            for call_group in joined_calls
         ],
     }
 
@@ -209,9 +209,9 @@ def read_steps(path: Path, hold: Callable[[TracedStep], Held]) -> tuple[list[Hel
     Raises:
         TraceError: a file that cannot be read or has no whole step, or a line that is no step (but a cut last one).
     """
-    numbers: list[int] = []
+    step_numbers: list[int] = []
     steps: list[Held] = []
-    notes, replaced, offset = [], 0, 0
+    notes, num_replaced, line_offset = [], 0, 0
     try:
         with path.open("rb") as file:
             for count, line in enumerate(file, 1):
@@ -223,25 +223,25 @@ def read_steps(path: Path, hold: Callable[[TracedStep], Held]) -> tuple[list[Hel
                     notes.append(f"Line {count}, the last, was cut off (a killed run?) and is left out")
                     break
                 try:
-                    step = _traced(record, count, offset)
+                    step = _traced(record, count, line_offset)
                 except TraceError as error:
                     raise TraceError(f"{path}, line {count}: {error}") from None
                 except (AttributeError, KeyError, TypeError, ValueError) as error:
                     why = str(error) if type(error) is ValueError else repr(error)
                     raise TraceError(f"{path}, line {count}: must be a step, but {why}; remove the line") from None
-                while numbers and numbers[-1] >= step.number:
-                    numbers.pop()
+                while step_numbers and step_numbers[-1] >= step.number:
+                    step_numbers.pop()
                     steps.pop()
-                    replaced += 1
-                numbers.append(step.number)
+                    num_replaced += 1
+                step_numbers.append(step.number)
                 steps.append(hold(step))
-                offset += len(line)
+                line_offset += len(line)
     except OSError as error:
         raise TraceError(f"{path}: cannot be read ({error.strerror}); give the {FILE} of a run") from None
     if not steps:
         raise TraceError(f"{path}: must hold a whole step, but holds none; did the run end before its first?")
-    if replaced:
-        notes.append(f"Repeated or undone by a resume: {replaced} steps; only what replaced them counts")
+    if num_replaced:
+        notes.append(f"Repeated or undone by a resume: {num_replaced} steps; only what replaced them counts")
     return steps, notes
 
 
@@ -251,17 +251,17 @@ def _traced(record: Any, line: int, offset: int) -> TracedStep:
     block = record.get("rollout") or {"key": [], "length": [], "fate": []}
     keys, lengths, fates = [str(key) for key in block["key"]], block["length"], list(block["fate"])
     rewards = block.get("reward") or [[None] * len(row) for row in lengths]
-    shapes = [list(map(len, rows)) for rows in (lengths, fates, rewards)]
-    if len(keys) != len(lengths) or shapes != shapes[:1] * 3:
+    column_shapes = [list(map(len, rows)) for rows in (lengths, fates, rewards)]
+    if len(keys) != len(lengths) or column_shapes != column_shapes[:1] * 3:
         raise ValueError("key, length, fate and reward are not of the same prompts and candidates")
-    if unknown := set("".join(fates)) - set(FATES):
-        raise ValueError(f"fate={''.join(sorted(unknown))!r} is not of {FATES!r}")
-    for length, letter in zip(chain(*lengths), chain(*fates), strict=True):
-        least = 0 if letter in "ax" else 1
-        if type(length) is not int or not least <= length <= LONGEST_RESPONSE:
-            rule = f"must be a whole number of tokens in [{least}, {LONGEST_RESPONSE}]"
-            raise ValueError(f"length={length!r} with fate={letter!r}, {rule}")
-    std, observed = (
+    if unknown_letters := set("".join(fates)) - set(FATES):
+        raise ValueError(f"fate={''.join(sorted(unknown_letters))!r} is not of {FATES!r}")
+    for length, fate_letter in zip(chain(*lengths), chain(*fates), strict=True):
+        least_length = 0 if fate_letter in "ax" else 1
+        if type(length) is not int or not least_length <= length <= LONGEST_RESPONSE:
+            rule = f"must be a whole number of tokens in [{least_length}, {LONGEST_RESPONSE}]"
+            raise ValueError(f"length={length!r} with fate={fate_letter!r}, {rule}")
+    std_column, observed_std = (
         np.array(block.get(name) or [None] * len(keys), dtype=np.float64) for name in ("std", "observed_std")
     )
     return TracedStep(
@@ -270,8 +270,8 @@ def _traced(record: Any, line: int, offset: int) -> TracedStep:
         offset=offset,
         metrics={name: float(value) for name, value in record["metrics"].items() if isinstance(value, int | float)},
         keys=keys,
-        std=std,
-        observed_std=observed,
+        std=std_column,
+        observed_std=observed_std,
         lengths=[np.array(row, dtype=np.int64) for row in lengths],
         fates=fates,
         rewards=[np.array(row, dtype=np.float64) for row in rewards],

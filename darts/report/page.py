@@ -34,36 +34,36 @@ if TYPE_CHECKING:
 def summary(run: Run) -> list[tuple[str, str]]:
     """The table that opens the page; what the run has not got is not a row."""
 
-    def change(key: str, form: str) -> str:
-        first, last = first_and_last(run.series(key))
+    def change(key: str, number_form: str) -> str:
+        first_mean, last_mean = first_and_last(run.series(key))
         if np.isfinite(run.series(key)).sum() == 1:
-            return f"{last:{form}}, once"
-        return "" if math.isnan(first) else f"{first:{form}} -> {last:{form}}"
+            return f"{last_mean:{number_form}}, once"
+        return "" if math.isnan(first_mean) else f"{first_mean:{number_form}} -> {last_mean:{number_form}}"
 
     def per_cent(part: float, whole: float) -> str:
         return f"{part / whole:.1%}" if whole else ""
 
-    rolled, (reward, _) = [step.rollout for step in run.rolled], run.reward()
-    prompts = sum(sum(digest.budgets.values()) for digest in rolled)
-    fates = sum((digest.fates for digest in rolled), np.zeros(len(FATES), dtype=int))
-    launched, aborted = int(fates.sum()), int(fates[FATES.index("a")])
+    rollout_digests, (reward_key, _) = [step.rollout for step in run.rolled], run.reward()
+    prompts = sum(sum(digest.budgets.values()) for digest in rollout_digests)
+    fate_counts = sum((digest.fates for digest in rollout_digests), np.zeros(len(FATES), dtype=int))
+    launched, aborted = int(fate_counts.sum()), int(fate_counts[FATES.index("a")])
     generated, kept = (int(np.nansum(run.series(f"tokens/{name}"))) for name in ("generated", "kept"))
-    timed = [step.values for step in run.steps if {"timing_s/step", "timing_s/gen"} <= step.values.keys()]
-    rollout_s, step_s = (sum(values[f"timing_s/{name}"] for values in timed) for name in ("gen", "step"))
-    saturated = mean_of([share for share in run.series("darts/group/saturated_share") if math.isfinite(share)])
-    span = f"{run.steps[0].number} to {run.steps[-1].number}"
+    timed_values = [step.values for step in run.steps if {"timing_s/step", "timing_s/gen"} <= step.values.keys()]
+    rollout_s, step_s = (sum(values[f"timing_s/{name}"] for values in timed_values) for name in ("gen", "step"))
+    saturated_share = mean_of([share for share in run.series("darts/group/saturated_share") if math.isfinite(share)])
+    step_span = f"{run.steps[0].number} to {run.steps[-1].number}"
     rows = [
-        ("steps", f"{len(run.steps)} ({span}), {len(rolled)} of them with a DARTS rollout"),
-        ("prompts a step", rolled and f"{prompts / len(rolled):.4g}"),
-        ("M' (candidates a prompt), mean", rolled and f"{launched / prompts:.2f}"),
-        ("tokens generated", rolled and f"{generated:,}"),
-        ("tokens kept", rolled and f"{kept:,}"),
-        ("tokens dropped", rolled and f"{generated - kept:,} ({per_cent(generated - kept, generated)})"),
-        ("candidates aborted", rolled and f"{aborted:,} of {launched:,} ({per_cent(aborted, launched)})"),
-        ("saturated groups", "" if math.isnan(saturated) else f"{saturated:.1%}"),
+        ("steps", f"{len(run.steps)} ({step_span}), {len(rollout_digests)} of them with a DARTS rollout"),
+        ("prompts a step", rollout_digests and f"{prompts / len(rollout_digests):.4g}"),
+        ("M' (candidates a prompt), mean", rollout_digests and f"{launched / prompts:.2f}"),
+        ("tokens generated", rollout_digests and f"{generated:,}"),
+        ("tokens kept", rollout_digests and f"{kept:,}"),
+        ("tokens dropped", rollout_digests and f"{generated - kept:,} ({per_cent(generated - kept, generated)})"),
+        ("candidates aborted", rollout_digests and f"{aborted:,} of {launched:,} ({per_cent(aborted, launched)})"),
+        ("saturated groups", "" if math.isnan(saturated_share) else f"{saturated_share:.1%}"),
         ("mean length, pool", change("length/pool", ",.1f")),
         ("mean length, kept", change("length/kept", ",.1f")),
-        (f"reward ({reward})", change(reward, ".3f")),
+        (f"reward ({reward_key})", change(reward_key, ".3f")),
         *((key, change(key, ".3f")) for key in run.validations()[:3]),
         ("seconds a step", change("timing_s/step", ".1f")),
         ("rollout's share of the step", per_cent(rollout_s, step_s)),
@@ -87,20 +87,20 @@ LEGEND = (
 
 def page(run: Run, figures: Sequence["Drawn"]) -> str:
     """One HTML document with the figures inside."""
-    title = f"DARTS run {escape(run.name)}"
-    body = [f"<h1>{title}</h1>", "<table>"]
-    body += [f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in summary(run)]
-    body += ["</table>", *(f'<p class="small">{escape(note)}</p>' for note in (LEGEND, *run.notes))]
+    page_title = f"DARTS run {escape(run.name)}"
+    body_lines = [f"<h1>{page_title}</h1>", "<table>"]
+    body_lines += [f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in summary(run)]
+    body_lines += ["</table>", *(f'<p class="small">{escape(note)}</p>' for note in (LEGEND, *run.notes))]
     for figure in figures:
-        body.append(f'<h2 id="{figure.name}">{escape(figure.title)}</h2>')
+        body_lines.append(f'<h2 id="{figure.name}">{escape(figure.title)}</h2>')
         if figure.png is None:
-            body.append(f'<p class="small">Left out: {escape(figure.caption)}</p>')
+            body_lines.append(f'<p class="small">Left out: {escape(figure.caption)}</p>')
             continue
-        source = f"data:image/png;base64,{base64.b64encode(figure.png).decode()}"
-        caption = f"<figcaption>{escape(figure.caption)}</figcaption>"
-        body.append(f'<figure><img src="{source}" alt="{escape(figure.title)}">{caption}</figure>')
-    head = ["<head>", '<meta charset="utf-8">', f"<title>{title}</title>", f"<style>{CSS}</style>", "</head>"]
-    return "\n".join(["<!DOCTYPE html>", '<html lang="en">', *head, "<body>", *body, "</body>", "</html>", ""])
+        image_source = f"data:image/png;base64,{base64.b64encode(figure.png).decode()}"
+        caption_tag = f"<figcaption>{escape(figure.caption)}</figcaption>"
+        body_lines.append(f'<figure><img src="{image_source}" alt="{escape(figure.title)}">{caption_tag}</figure>')
+    head = ["<head>", '<meta charset="utf-8">', f"<title>{page_title}</title>", f"<style>{CSS}</style>", "</head>"]
+    return "\n".join(["<!DOCTYPE html>", '<html lang="en">', *head, "<body>", *body_lines, "</body>", "</html>", ""])
 
 
 def write_report(run: Run, folder: Path) -> Path:
@@ -109,16 +109,16 @@ def write_report(run: Run, folder: Path) -> Path:
     from darts.report import figures as report_figures
     from darts.report import timeline as report_timeline
 
-    figures = draw_all(report_figures.FIGURES | report_timeline.FIGURES, run)
+    drawn_figures = draw_all(report_figures.FIGURES | report_timeline.FIGURES, run)
     folder.mkdir(parents=True, exist_ok=True)
-    for figure in figures:
-        path = folder / f"{figure.name}.png"
-        path.unlink(missing_ok=True)
+    for figure in drawn_figures:
+        png_path = folder / f"{figure.name}.png"
+        png_path.unlink(missing_ok=True)
         if figure.png is not None:
-            path.write_bytes(figure.png)
-    index = folder / "index.html"
-    index.write_text(page(run, figures), encoding="utf-8")
-    return index
+            png_path.write_bytes(figure.png)
+    index_page = folder / "index.html"
+    index_page.write_text(page(run, drawn_figures), encoding="utf-8")
+    return index_page
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -131,10 +131,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         import matplotlib  # noqa: F401
 
-        path = find_file(options.run)
-        run = read_run(path, options.step)
-        run.name = (path.parent if options.run.is_file() else options.run).resolve().name
-        index = write_report(run, options.out or path.parent / "report")
+        trace_path = find_file(options.run)
+        run = read_run(trace_path, options.step)
+        run.name = (trace_path.parent if options.run.is_file() else options.run).resolve().name
+        index_page = write_report(run, options.out or trace_path.parent / "report")
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
@@ -146,5 +146,5 @@ def main(arguments: list[str] | None = None) -> int:
     for name, value in summary(run):
         print(f"  {name:<38}{value}")
     print(*(f"  {note}\n" for note in run.notes), sep="", end="")
-    print(f"report: {index}")
+    print(f"report: {index_page}")
     return 0

@@ -92,8 +92,8 @@ class Run:
 
     def validations(self) -> list[str]:
         """The validation metrics: the means over samples, or where there is none, all."""
-        keys = sorted({key for step in self.steps for key in step.values if key.startswith(VALIDATION)})
-        return [key for key in keys if "/mean@" in key] or keys
+        validation_keys = sorted({key for step in self.steps for key in step.values if key.startswith(VALIDATION)})
+        return [key for key in validation_keys if "/mean@" in key] or validation_keys
 
     def hours(self) -> Array:
         """Hours of training at the end of each step; a step without a time takes the median; NaN without any."""
@@ -104,8 +104,8 @@ class Run:
 
 def tenths(values: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
     """The first and last tenth, at least one each."""
-    size = max(1, len(values) // 10)
-    return values[:size], values[-size:]
+    tenth_size = max(1, len(values) // 10)
+    return values[:tenth_size], values[-tenth_size:]
 
 
 def mean_of(values: Any) -> float:
@@ -129,33 +129,33 @@ def read_run(path: Path, shown_step: int | None = None) -> Run:
     Raises:
         TraceError: what `read_steps` refuses, a timeline that is none, or no timeline of the step that is to be shown.
     """
-    said, size = time.monotonic(), path.stat().st_size
+    said_at, file_size = time.monotonic(), path.stat().st_size
 
     def hold(traced: TracedStep) -> RunStep:
-        nonlocal said
-        if time.monotonic() - said > PROGRESS_S:
-            said = time.monotonic()
-            print(f"{path.name}: {traced.offset / 1e6:.0f} of {size / 1e6:.0f} MB read", file=sys.stderr)
+        nonlocal said_at
+        if time.monotonic() - said_at > PROGRESS_S:
+            said_at = time.monotonic()
+            print(f"{path.name}: {traced.offset / 1e6:.0f} of {file_size / 1e6:.0f} MB read", file=sys.stderr)
         return _digest(traced)
 
     steps, notes = read_steps(path, hold)
     run = Run(name=path.name, steps=steps, notes=[f"{note}." for note in notes])
     if missing := int(np.isnan(run.series("timing_s/step")).sum()):
         run.notes.append(f"Without timing_s/step: {missing} steps; on axes of time they take the median of the others.")
-    chosen, chosen_of = _choose(steps, shown_step)
-    run.timeline = chosen and _read_timeline(path, chosen, chosen_of)
+    chosen_step, chosen_of = _choose(steps, shown_step)
+    run.timeline = chosen_step and _read_timeline(path, chosen_step, chosen_of)
     return run
 
 
 def _digest(traced: TracedStep) -> RunStep:
     """What is held of a step."""
     logged = traced.metrics
-    rollout, values = reduce_rollout(traced) if traced.keys else (None, {})
+    rollout, step_values = reduce_rollout(traced) if traced.keys else (None, {})
     keys = [key for key in LOGGED if key in logged] + [sys.intern(key) for key in logged if key.startswith(VALIDATION)]
-    values |= {key: logged[key] for key in keys}
-    finite = {key: value for key, value in values.items() if math.isfinite(value)}
-    offset = traced.offset if traced.has_timeline else None
-    return RunStep(number=traced.number, values=finite, rollout=rollout, offset=offset)
+    step_values |= {key: logged[key] for key in keys}
+    finite_values = {key: value for key, value in step_values.items() if math.isfinite(value)}
+    line_offset = traced.offset if traced.has_timeline else None
+    return RunStep(number=traced.number, values=finite_values, rollout=rollout, offset=line_offset)
 
 
 def _choose(steps: Sequence[RunStep], number: int | None) -> tuple[RunStep | None, int]:
@@ -163,31 +163,31 @@ def _choose(steps: Sequence[RunStep], number: int | None) -> tuple[RunStep | Non
     have a timeline and a time."""
     timed = [step for step in steps if step.offset is not None and "timing_s/step" in step.values]
     if number is None:
-        last = sorted(tenths(timed)[1], key=lambda step: step.values["timing_s/step"])
-        return (last[(len(last) - 1) // 2], len(last)) if last else (None, 0)
-    chosen = next((step for step in timed if step.number == number), None)
-    if chosen is None:
-        known = f"{len(timed)} of them, {timed[0].number} to {timed[-1].number}" if timed else "none"
-        raise TraceError(f"--step {number}: must be a step with a timeline and a time, but the trace has {known}")
-    return chosen, 0
+        last_steps = sorted(tenths(timed)[1], key=lambda step: step.values["timing_s/step"])
+        return (last_steps[(len(last_steps) - 1) // 2], len(last_steps)) if last_steps else (None, 0)
+    chosen_step = next((step for step in timed if step.number == number), None)
+    if chosen_step is None:
+        known_steps = f"{len(timed)} of them, {timed[0].number} to {timed[-1].number}" if timed else "none"
+        raise TraceError(f"--step {number}: must be a step with a timeline and a time, but the trace has {known_steps}")
+    return chosen_step, 0
 
 
 def _read_timeline(path: Path, step: RunStep, chosen_of: int) -> Timeline:
     """The timeline of a step, whose line is read again."""
     with path.open("rb") as file:
         file.seek(step.offset)
-        line = file.readline()
+        json_line = file.readline()
     try:
-        columns = json.loads(line)["timeline"]
-        running, calls = (np.array(columns[name], dtype=float) for name in ("running", "calls"))
+        timeline_columns = json.loads(json_line)["timeline"]
+        running_points, calls = (np.array(timeline_columns[name], dtype=float) for name in ("running", "calls"))
         timeline = Timeline(
             step=step,
             chosen_of=chosen_of,
-            seconds=float(columns["seconds"]),
-            running=running.reshape(len(running), 2),
+            seconds=float(timeline_columns["seconds"]),
+            running=running_points.reshape(len(running_points), 2),
             calls=calls.reshape(len(calls), 3),
         )
-        if not len(running) or not np.isfinite([timeline.seconds, *running.flat, *calls.flat]).all():
+        if not len(running_points) or not np.isfinite([timeline.seconds, *running_points.flat, *calls.flat]).all():
             raise ValueError("running is empty, or something is not a finite number")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise TraceError(
@@ -200,31 +200,31 @@ def reduce_rollout(traced: TracedStep) -> tuple[RolloutDigest, dict[str, float]]
     """What the page needs of a step's rollout: what is held, and figures, NaN where they are not known."""
     letters = "".join(traced.fates)
     lengths, rewards, fates = np.concatenate(traced.lengths), np.concatenate(traced.rewards), np.array(list(letters))
-    kept, ended = np.isin(fates, list("kf")), ~np.isin(fates, list("ax"))
+    is_kept, has_ended = np.isin(fates, list("kf")), ~np.isin(fates, list("ax"))
     budgets = np.array([len(row) for row in traced.lengths])
-    std = np.stack([traced.std, traced.observed_std, budgets], axis=1)[np.isfinite(traced.std)]
-    both = std[np.isfinite(std[:, 1]), :2]
-    correlates = len(both) > 2 and np.ptp(both, axis=0).all()
-    ranks = {"median": 50, "p90": 90, "p99": 99, "longest": 100}
+    std_rows = np.stack([traced.std, traced.observed_std, budgets], axis=1)[np.isfinite(traced.std)]
+    both_known = std_rows[np.isfinite(std_rows[:, 1]), :2]
+    has_correlation = len(both_known) > 2 and np.ptp(both_known, axis=0).all()
+    percentile_ranks = {"median": 50, "p90": 90, "p99": 99, "longest": 100}
     values = {
-        **{f"length/{name}": float(np.percentile(lengths, rank)) for name, rank in ranks.items()},
+        **{f"length/{name}": float(np.percentile(lengths, rank)) for name, rank in percentile_ranks.items()},
         "length/pool": mean_of(lengths),
-        "length/kept": mean_of(lengths[kept]),
+        "length/kept": mean_of(lengths[is_kept]),
         "tokens/generated": float(lengths.sum()),
-        "tokens/kept": float(lengths[kept].sum()),
-        "darts/reward/kept_mean": mean_of(rewards[kept]),  # NaN if one was not scored, as in darts.metrics
-        "darts/reward/pool_mean": mean_of(rewards[ended]),
-        "std_correlation": float(np.corrcoef(both.T)[0, 1]) if correlates else math.nan,
+        "tokens/kept": float(lengths[is_kept].sum()),
+        "darts/reward/kept_mean": mean_of(rewards[is_kept]),  # NaN if one was not scored, as in darts.metrics
+        "darts/reward/pool_mean": mean_of(rewards[has_ended]),
+        "std_correlation": float(np.corrcoef(both_known.T)[0, 1]) if has_correlation else math.nan,
     }
     digest = RolloutDigest(
         fates=np.array([letters.count(letter) for letter in FATES]),
         lengths=_spread(np.sort(lengths), MAX_LENGTHS).astype(np.int32),
         budgets=dict(zip(*map(np.ndarray.tolist, np.unique(budgets, return_counts=True)), strict=True)),
-        std=_spread(std, MAX_PROMPTS).astype(np.float32),
+        std=_spread(std_rows, MAX_PROMPTS).astype(np.float32),
     )
     return digest, values
 
 
-def _spread(rows: NDArray[Any], most: int) -> NDArray[Any]:
+def _spread(rows: NDArray[Any], max_rows: int) -> NDArray[Any]:
     """At most so many of the rows, evenly spaced."""
-    return rows if len(rows) <= most else rows[((np.arange(most) + 0.5) * len(rows) / most).astype(int)]
+    return rows if len(rows) <= max_rows else rows[((np.arange(max_rows) + 0.5) * len(rows) / max_rows).astype(int)]

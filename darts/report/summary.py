@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
@@ -22,15 +23,17 @@ from darts.evidence.checkpoint import TRACKER
 from darts.strategy import strategy_class
 from darts.testbed import register_resolver
 
+HYDRA = Path("hydra", ".hydra", "config.yaml")
+Steps = list[dict[str, float]]
 
-def read_steps(path: Path) -> list[dict[str, float]]:
+
+def read_steps(path: Path) -> Steps:
     """The metrics of each training step, in order; validation before the first step is not one.
 
     Raises:
         ValueError: the file holds no training step.
     """
-    records = [json.loads(line)["data"] for line in path.read_text().splitlines()]
-    steps = [record for record in records if "timing_s/step" in record]
+    steps = [record for record in _records(path) if "timing_s/step" in record]
     if not steps:
         raise ValueError(f"{path}: no training step was logged; did the run end early?")
     return steps
@@ -38,13 +41,21 @@ def read_steps(path: Path) -> list[dict[str, float]]:
 
 def read_validation(path: Path) -> list[float]:
     """Validation accuracies in the order in which they were logged."""
-    records = [json.loads(line)["data"] for line in path.read_text().splitlines()]
     return [
         value
-        for record in records
+        for record in _records(path)
         for key, value in record.items()
         if key.startswith("val-core/") and "/acc/mean@" in key
     ]
+
+
+def _records(path: Path) -> Steps:
+    return [json.loads(line)["data"] for line in path.read_text().splitlines()]
+
+
+def _column(steps: Steps, key: str) -> np.ndarray:
+    """A metric by step, NaN where it is missing."""
+    return np.array([step.get(key, np.nan) for step in steps])
 
 
 def weight_change(before: Path, after: Path) -> float:
@@ -53,11 +64,11 @@ def weight_change(before: Path, after: Path) -> float:
     Raises:
         ValueError: a folder without safetensors, or no parameter in common.
     """
-    old, new = _parameters(before), _parameters(after)
-    common = old.keys() & new.keys()
-    if not common:
+    old_weights, new_weights = _parameters(before), _parameters(after)
+    common_names = old_weights.keys() & new_weights.keys()
+    if not common_names:
         raise ValueError(f"{before} and {after} have no parameter in common.")
-    return max((old[name].float() - new[name].float()).abs().max().item() for name in common)
+    return max((old_weights[name].float() - new_weights[name].float()).abs().max().item() for name in common_names)
 
 
 def _parameters(folder: Path) -> dict[str, torch.Tensor]:
@@ -74,100 +85,99 @@ def models(folder: Path) -> tuple[Path, Path]:
         ValueError: the run saved no checkpoint.
     """
     register_resolver()
-    config = OmegaConf.load(folder / "hydra" / ".hydra" / "config.yaml")
-    latest = folder / "checkpoints" / TRACKER
-    if not latest.is_file():
-        raise ValueError(
-            f"{latest.parent}: no checkpoint, so nobody can say whether the weights moved; set trainer.save_freq"
-        )
-    after = folder / "checkpoints" / f"global_step_{latest.read_text()}" / "actor" / "huggingface"
-    return Path(config.actor_rollout_ref.model.path), after
+    config = OmegaConf.load(folder / HYDRA)
+    latest_file = folder / "checkpoints" / TRACKER
+    if not latest_file.is_file():
+        reason = "no checkpoint, so nobody can say whether the weights moved; set trainer.save_freq"
+        raise ValueError(f"{latest_file.parent}: {reason}")
+    final_model = folder / "checkpoints" / f"global_step_{latest_file.read_text()}" / "actor" / "huggingface"
+    return Path(config.actor_rollout_ref.model.path), final_model
 
 
-def is_darts(steps: list[dict[str, float]]) -> bool:
+def is_darts(steps: Steps) -> bool:
     """Whether DARTS was on in this run."""
     return any("darts/candidates/launched" in step for step in steps)
 
 
 def rules_of(folder: Path) -> DartsConfig:
     """The rules by which the run's strategy gives candidates to prompts."""
-    config = OmegaConf.load(folder / "hydra" / ".hydra" / "config.yaml")
-    block: Any = OmegaConf.to_container(config.darts)
-    darts = DartsConfig.from_block(block, config.actor_rollout_ref.rollout.n)
-    return strategy_class(darts.strategy).rules_of(darts)
+    config = OmegaConf.load(folder / HYDRA)
+    darts_block: Any = OmegaConf.to_container(config.darts)
+    darts_config = DartsConfig.from_block(darts_block, config.actor_rollout_ref.rollout.n)
+    return strategy_class(darts_config.strategy).rules_of(darts_config)
 
 
-def failures(steps: list[dict[str, float]], moved: float, rules: DartsConfig | None) -> list[str]:
+def failures(steps: Steps, weight_moved: float, rules: DartsConfig | None) -> list[str]:
     """What the run did not do, one line each; empty if all is well. Plain verl has no rules."""
-    checks = {"the weights did not move": moved > 0}
+    checks = {"the weights did not move": weight_moved > 0}
     if is_darts(steps) and rules is not None:
         allocation = rules.allocation
-        low, mean, high = allocation.low, allocation.mean_candidates, allocation.high
+        low_budget, mean, high = allocation.low, allocation.mean_candidates, allocation.high
         is_redundant = allocation.mode != "off" and allocation.fallback_mean > rules.group_size
-        saturates = allocation.mode == "uniform" and mean > high - 1
-        warm = steps[allocation.warmup_steps :]
-        known = [step for step in warm if step.get("darts/history/known_share", 0) > 0.5]
-        adapts = allocation.mode == "adaptive" and mean is not None and low + 1 <= mean <= high - 1 and known
-        spreads = [step["darts/allocation/budget_max"] - step["darts/allocation/budget_min"] for step in known]
+        is_saturating = allocation.mode == "uniform" and mean > high - 1
+        warm_steps = steps[allocation.warmup_steps :]
+        known = [step for step in warm_steps if step.get("darts/history/known_share", 0) > 0.5]
+        adapts = allocation.mode == "adaptive" and mean is not None and low_budget + 1 <= mean <= high - 1 and known
+        budget_spreads = _column(known, "darts/allocation/budget_max") - _column(known, "darts/allocation/budget_min")
+
+        def happened(key: str) -> bool:
+            return bool((_column(steps, key) > 0).any())
+
         checks |= {
-            "no candidate was dropped": not is_redundant
-            or sum(step.get("darts/candidates/dropped", 0) for step in steps) > 0,
-            "no prompt was saturated": not saturates
-            or any(step.get("darts/group/saturated_share", 0) > 0 for step in steps),
-            "no budgets differed by more than one": not adapts or max(spreads) > 1,
-            "no reward differed within a group": any(
-                step.get("darts/group/mixed_reward_share", 0) > 0 for step in steps
-            ),
+            "no candidate was dropped": not is_redundant or happened("darts/candidates/dropped"),
+            "no prompt was saturated": not is_saturating or happened("darts/group/saturated_share"),
+            "no budgets differed by more than one": not adapts or bool((budget_spreads > 1).any()),
+            "no reward differed within a group": happened("darts/group/mixed_reward_share"),
         }
-    return [text for text, holds in checks.items() if not holds]
+    return [text for text, is_met in checks.items() if not is_met]
 
 
-def summarise(steps: list[dict[str, float]], validation: list[float], moved: float) -> str:
+def summarise(steps: Steps, validation_scores: list[float], weight_moved: float) -> str:
     """The summary as text; figures that change over the run as first step -> last step."""
 
     def total(key: str) -> float:
-        return sum(step.get(key, 0.0) for step in steps)
+        return np.nansum(_column(steps, key))
 
-    def mean(key: str, of: list[dict[str, float]]) -> float:
-        return sum(step.get(key, float("nan")) for step in of) / len(of)
+    def change(key: str, number_form: str) -> str:
+        step_values = _column(steps, key)
+        return f"{step_values[0]:{number_form}} -> {step_values[-1]:{number_form}}"
 
-    def first_to_last(key: str, form: str) -> str:
-        return f"{form.format(steps[0].get(key, float('nan')))} -> {form.format(steps[-1].get(key, float('nan')))}"
-
-    warm = steps[1:] or steps
-    kept = ", the kept" if is_darts(steps) else ""
+    step_s, rollout_s = (_column(steps[1:] or steps, f"timing_s/{name}").mean() for name in ("step", "gen"))
+    of_plain, kept_note = ("", ", the kept") if is_darts(steps) else (", plain verl", "")
     rows = [
-        ("steps", f"{len(steps)}{'' if is_darts(steps) else ', plain verl'}"),
-        ("seconds a step", f"{mean('timing_s/step', warm):.1f}, of which rollout {mean('timing_s/gen', warm):.1f}"),
-        ("mean length", f"{first_to_last('response_length/mean', '{:.0f}')} tokens{kept}"),
-        ("accuracy in training", f"{first_to_last('critic/score/mean', '{:.2f}')}{kept}"),
-        ("validation accuracy", " -> ".join(f"{value:.2f}" for value in validation) or "not measured"),
-        ("weights moved", f"by at most {moved:.1e}"),
+        ("steps", f"{len(steps)}{of_plain}"),
+        ("seconds a step", f"{step_s:.1f}, of which rollout {rollout_s:.1f}"),
+        ("mean length", f"{change('response_length/mean', '.0f')} tokens{kept_note}"),
+        ("accuracy in training", f"{change('critic/score/mean', '.2f')}{kept_note}"),
+        ("validation accuracy", " -> ".join(f"{value:.2f}" for value in validation_scores) or "not measured"),
+        ("weights moved", f"by at most {weight_moved:.1e}"),
     ]
     if is_darts(steps):
-        launched, dropped = total("darts/candidates/launched"), total("darts/candidates/dropped")
-        stops = [step["darts/early_stop/stop_s_mean"] for step in steps if "darts/early_stop/stop_s_mean" in step]
-        stopped_in = f", stopped in {1000 * sum(stops) / len(stops):.0f} ms" if stops else ""
-        generated, wasted = total("darts/tokens/generated"), total("darts/tokens/dropped")
+        launched, dropped, aborted = (total(f"darts/candidates/{fate}") for fate in ("launched", "dropped", "aborted"))
+        tokens_generated, wasted = (total(f"darts/tokens/{fate}") for fate in ("generated", "dropped"))
+        stop_s = _column(steps, "darts/early_stop/stop_s_mean")
+        stopped_in = f", stopped in {1000 * np.nanmean(stop_s):.0f} ms" if np.isfinite(stop_s).any() else ""
+        saturated, mixed_share = (_column(steps, f"darts/group/{name}_share") for name in ("saturated", "mixed_reward"))
         rows += [
-            ("mean length, pool", f"{first_to_last('darts/length/pool_mean', '{:.0f}')} tokens, with what was aborted"),
-            ("accuracy, pool", f"{first_to_last('darts/reward/pool_mean', '{:.2f}')}, all that ended"),
-            ("dropped", f"{dropped:.0f} of {launched:.0f} candidates, {wasted:.0f} of {generated:.0f} tokens"),
-            ("aborted", f"{total('darts/candidates/aborted'):.0f} candidates{stopped_in}"),
-            ("budgets", budgets(steps)),
-            ("saturated", f"{mean('darts/group/saturated_share', steps):.0%} of the groups"),
-            ("groups that teach", f"{mean('darts/group/mixed_reward_share', steps):.0%} (rewards differ)"),
+            ("mean length, pool", f"{change('darts/length/pool_mean', '.0f')} tokens, with what was aborted"),
+            ("accuracy, pool", f"{change('darts/reward/pool_mean', '.2f')}, all that ended"),
+            ("dropped", f"{dropped:.0f} of {launched:.0f} candidates, {wasted:.0f} of {tokens_generated:.0f} tokens"),
+            ("aborted", f"{aborted:.0f} candidates{stopped_in}"),
+            ("budgets", _budgets(steps)),
+            ("saturated", f"{saturated.mean():.0%} of the groups"),
+            ("groups that teach", f"{mixed_share.mean():.0%} (rewards differ)"),
         ]
     return "\n".join(f"  {name:<22}{value}" for name, value in rows)
 
 
-def budgets(steps: list[dict[str, float]]) -> str:
+def _budgets(steps: Steps) -> str:
     """How many candidates prompts got, and how well the spread of their lengths was known before."""
-    least = min(step.get("darts/allocation/budget_min", float("nan")) for step in steps)
-    most = max(step.get("darts/allocation/budget_max", float("nan")) for step in steps)
-    known = [key for step in steps if (key := step.get("darts/history/std_correlation")) is not None]
-    forecast = f"; predicted std correlates by {sum(known) / len(known):.2f} with observed" if known else ""
-    return f"{least:.0f} to {most:.0f} candidates{forecast}"
+    low, high = (_column(steps, f"darts/allocation/budget_{end}") for end in ("min", "max"))
+    correlation = _column(steps, "darts/history/std_correlation")
+    text = f"{low.min():.0f} to {high.max():.0f} candidates"
+    if np.isfinite(correlation).any():
+        text += f"; predicted std correlates by {np.nanmean(correlation):.2f} with observed"
+    return text
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -176,14 +186,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="what scripts/quickstart.sh left behind, e.g. outputs/quickstart")
     folder = parser.parse_args(arguments).folder
     try:
-        steps, moved = read_steps(folder / "metrics.jsonl"), weight_change(*models(folder))
+        steps, weight_moved = read_steps(folder / "metrics.jsonl"), weight_change(*models(folder))
         rules = rules_of(folder) if is_darts(steps) else None
     except (OSError, ValueError) as error:
         print(f"no summary: {error}", file=sys.stderr)
         return 1
     print("Summary of the run")
-    print(summarise(steps, read_validation(folder / "metrics.jsonl"), moved))
-    problems = failures(steps, moved, rules)
+    print(summarise(steps, read_validation(folder / "metrics.jsonl"), weight_moved))
+    problems = failures(steps, weight_moved, rules)
     for problem in problems:
         print(f"FAILED: {problem}", file=sys.stderr)
     return 1 if problems else 0

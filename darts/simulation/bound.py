@@ -44,25 +44,25 @@ class Throughput:
 
     def __init__(self, curve: LatencyCurve, engines: int, slots: int) -> None:
         self._engines = engines
-        sizes = np.arange(slots + 1)
-        speeds = np.concatenate([[0.0], sizes[1:] / curve(sizes[1:])])
-        corners = [0]  # of the upper concave hull
-        for size in range(1, slots + 1):
-            while len(corners) > 1 and _above(speeds, corners[-2], corners[-1], size):
-                corners.pop()
-            corners.append(size)
-        peak = int(np.argmax(speeds[corners]))  # from there on it does not fall
-        self._sizes = np.array(corners[: peak + 1], dtype=np.float64)
-        self._speeds = speeds[corners[: peak + 1]]
+        batch_sizes = np.arange(slots + 1)
+        batch_speeds = np.concatenate([[0.0], batch_sizes[1:] / curve(batch_sizes[1:])])
+        hull_corners = [0]  # of the upper concave hull
+        for batch_size in range(1, slots + 1):
+            while len(hull_corners) > 1 and _above(batch_speeds, hull_corners[-2], hull_corners[-1], batch_size):
+                hull_corners.pop()
+            hull_corners.append(batch_size)
+        peak_corner = int(np.argmax(batch_speeds[hull_corners]))  # from there on it does not fall
+        self._sizes = np.array(hull_corners[: peak_corner + 1], dtype=np.float64)
+        self._speeds = batch_speeds[hull_corners[: peak_corner + 1]]
 
     def __call__(self, sequences: ArrayLike) -> NDArray[np.float64]:
         """Tokens a second, shape of `sequences`."""
-        each = np.asarray(sequences, dtype=np.float64) / self._engines
-        return self._engines * np.interp(each, self._sizes, self._speeds)
+        per_engine = np.asarray(sequences, dtype=np.float64) / self._engines
+        return self._engines * np.interp(per_engine, self._sizes, self._speeds)
 
-    def least_seconds(self, kept: ArrayLike) -> float:
+    def least_seconds(self, kept_lengths: ArrayLike) -> float:
         """The bound for kept lengths, of any shape; 0.0 for none."""
-        lengths = np.sort(np.asarray(kept, dtype=np.float64), axis=None)[::-1]
+        lengths = np.sort(np.asarray(kept_lengths, dtype=np.float64), axis=None)[::-1]
         if not len(lengths):
             return 0.0
         return float((np.cumsum(lengths) / self(np.arange(1, len(lengths) + 1))).max())
@@ -76,11 +76,11 @@ class Throughput:
             num_prompts: N, of a rollout.
             num_keep: M.
         """
-        alone = np.sort(longest)[::-1][::num_prompts].sum() / self(1)
-        return float(max(alone, tokens / self(num_prompts * num_keep)))
+        longest_alone_s = np.sort(longest)[::-1][::num_prompts].sum() / self(1)
+        return float(max(longest_alone_s, tokens / self(num_prompts * num_keep)))
 
 
 def _above(values: NDArray[np.float64], left: int, middle: int, right: int) -> bool:
     """Whether the line from left to right passes above, or through, the middle."""
-    line = values[left] + (values[right] - values[left]) * (middle - left) / (right - left)
-    return bool(line >= values[middle])
+    line_there = values[left] + (values[right] - values[left]) * (middle - left) / (right - left)
+    return bool(line_there >= values[middle])

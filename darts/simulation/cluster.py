@@ -29,8 +29,8 @@ class Cluster:
     abort_s: float = 0.0  # from the decision to abort to its arrival at the engine
 
     def __post_init__(self) -> None:
-        uneven = self.tensor_parallel < 1 or self.rollout_gpus % self.tensor_parallel
-        if uneven or self.engines < 1 or self.train_gpus < 1:
+        is_uneven = self.tensor_parallel < 1 or self.rollout_gpus % self.tensor_parallel
+        if is_uneven or self.engines < 1 or self.train_gpus < 1:
             raise SimulationError(
                 f"gpus={self.gpus}, tensor_parallel={self.tensor_parallel}, {self.placement}: at least one engine and "
                 f"one GPU that trains are needed, and engines must fill the {self.rollout_gpus} GPUs that generate; "
@@ -59,6 +59,6 @@ class Cluster:
 
     def fleet(self, curve: LatencyCurve, candidates: int) -> Fleet:
         """The engines, for rollouts of at most so many candidates."""
-        most = min(self.max_num_seqs, candidates)
-        step_seconds = curve(np.arange(most + 1)).tolist()
+        most_running = min(self.max_num_seqs, candidates)
+        step_seconds = curve(np.arange(most_running + 1)).tolist()
         return Fleet(engines=self.engines, slots=self.max_num_seqs, step_seconds=step_seconds, abort_s=self.abort_s)

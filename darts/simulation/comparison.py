@@ -21,7 +21,7 @@ from darts.evidence.tables import number, table
 from darts.simulation.bound import Throughput
 from darts.simulation.costs import StepTime
 from darts.simulation.draws import Dataset
-from darts.simulation.replay import Arm, Reshape, Setting, SimulatedStep, replay, width
+from darts.simulation.replay import ReplayArm, Reshape, Setting, SimulatedStep, replay, width
 from darts.simulation.trace import LengthTrace
 from darts.strategy import strategy_class
 
@@ -83,7 +83,7 @@ class ReplaySummary:
 
 def compare(
     trace: LengthTrace,
-    arms: Sequence[Arm],
+    arms: Sequence[ReplayArm],
     setting: Setting,
     steps: int,
     *,
@@ -105,71 +105,71 @@ def compare(
     Raises:
         ConfigError: an arm whose settings cannot work.
     """
-    arms = [Arm(name=PLAIN, block={"strategy": PLAIN}), *(arm for arm in arms if arm.name != PLAIN)]
-    most = max(width(arm, setting) for arm in arms)
-    done: dict[str, list[SimulatedStep]] = {arm.name: [] for arm in arms}
+    arms = [ReplayArm(name=PLAIN, block={"strategy": PLAIN}), *(arm for arm in arms if arm.name != PLAIN)]
+    most_candidates = max(width(arm, setting) for arm in arms)
+    steps_by_arm: dict[str, list[SimulatedStep]] = {arm.name: [] for arm in arms}
     for seed in range(seeds):
-        dataset = Dataset(trace, most, seed)
+        dataset = Dataset(trace, most_candidates, seed)
         for arm in arms:
-            for count, step in enumerate(replay(arm, setting, dataset, steps, (reshape or {}).get(arm.name)), 1):
-                done[arm.name].append(step)
-                say(f"{setting.cluster.gpus} GPUs, {arm.name}: seed {seed + 1}/{seeds}, step {count}/{steps}")
-    plain = done[PLAIN]
+            for step_count, step in enumerate(replay(arm, setting, dataset, steps, (reshape or {}).get(arm.name)), 1):
+                steps_by_arm[arm.name].append(step)
+                say(f"{setting.cluster.gpus} GPUs, {arm.name}: seed {seed + 1}/{seeds}, step {step_count}/{steps}")
+    plain = steps_by_arm[PLAIN]
     oracles = [[step.bound for step in plain], _own_batches(plain, setting, steps)]
-    rows = [_summary(arm, done[arm.name], plain, setting, oracles, arm.name in (reshape or {})) for arm in arms]
+    rows = [_summary(arm, steps_by_arm[arm.name], plain, setting, oracles, arm.name in (reshape or {})) for arm in arms]
     return [*rows, *(_oracle(*pair, plain, setting) for pair in zip((ORACLE, FREE_ORACLE), oracles, strict=True))]
 
 
-def _own_batches(plain: Sequence[SimulatedStep], setting: Setting, steps: int) -> list[StepTime]:
+def _own_batches(plain_steps: Sequence[SimulatedStep], setting: Setting, num_steps: int) -> list[StepTime]:
     """The oracle that chooses its batches among the prompts of a replay; every step has the mean time."""
     cluster, size = setting.cluster, setting.group_size
     throughput = Throughput(setting.curve, cluster.engines, cluster.max_num_seqs)
-    times = []
-    for first in range(0, len(plain), steps):
-        kept = np.concatenate([step.oracle for step in plain[first : first + steps]])
-        decode_s = throughput.least_seconds_of(kept.max(axis=1), int(kept.sum()), setting.num_prompts, size) / steps
+    step_times = []
+    for first_step in range(0, len(plain_steps), num_steps):
+        kept = np.concatenate([step.oracle for step in plain_steps[first_step : first_step + num_steps]])
+        decode_s = throughput.least_seconds_of(kept.max(axis=1), int(kept.sum()), setting.num_prompts, size) / num_steps
         step_time = setting.costs.time(
             decode_s=decode_s,
             launched=setting.num_prompts * size,
-            tokens=round(kept.sum() / steps),
+            tokens=round(kept.sum() / num_steps),
             cluster=cluster,
             bypass=True,
             overlap=False,
         )
-        times += [step_time] * steps
-    return times
+        step_times += [step_time] * num_steps
+    return step_times
 
 
 def _summary(
-    arm: Arm,
+    arm: ReplayArm,
     steps: Sequence[SimulatedStep],
-    plain: Sequence[SimulatedStep],
+    plain_steps: Sequence[SimulatedStep],
     setting: Setting,
-    oracles: Sequence[Sequence[StepTime]],
-    model: bool,
+    oracle_times: Sequence[Sequence[StepTime]],
+    is_modelled: bool,
 ) -> ReplaySummary:
     strategy = strategy_class(arm.config(setting.group_size, setting.cluster.placement).strategy)
-    rollout_s, plain_s = (_mean(some, "time.rollout") for some in (steps, plain))
-    oracle_s = _mean(oracles[strategy.chooses_prompts], "rollout")
+    rollout_s, plain_s = (_mean(arm_steps, "time.rollout") for arm_steps in (steps, plain_steps))
+    oracle_s = _mean(oracle_times[strategy.chooses_prompts], "rollout")
     return ReplaySummary(
-        **_timing(arm.name, [step.time for step in steps], plain, setting),
+        **_timing(arm.name, [step.time for step in steps], plain_steps, setting),
         bound_s=_mean(steps, "bound.rollout"),
         bubble=1 - sum(step.slot_s for step in steps) / sum(step.slot_capacity_s for step in steps),
         gap_closed=(plain_s - rollout_s) / (plain_s - oracle_s) if plain_s > oracle_s else math.nan,
         per_prompt=sum(step.launched for step in steps) / sum(step.prompts for step in steps),
         left=steps[-1].queue,
-        model=model,
+        model=is_modelled,
         **{name: _mean(steps, name) for name in MEANS},
     )
 
 
 def _oracle(name: str, times: Sequence[StepTime], plain: Sequence[SimulatedStep], setting: Setting) -> ReplaySummary:
-    kept = float(np.mean([step.oracle.sum() for step in plain]))
+    kept_tokens = float(np.mean([step.oracle.sum() for step in plain]))
     return ReplaySummary(
         **_timing(name, times, plain, setting),
         bound_s=_mean(times, "rollout"),
-        generated=kept,
-        kept=kept,
+        generated=kept_tokens,
+        kept=kept_tokens,
         gap_closed=1.0,
         per_prompt=float(setting.group_size),
         longest_kept=float(np.mean([step.oracle.max() for step in plain])),
@@ -178,7 +178,8 @@ def _oracle(name: str, times: Sequence[StepTime], plain: Sequence[SimulatedStep]
 
 def _timing(name: str, times: Sequence[StepTime], plain: Sequence[SimulatedStep], setting: Setting) -> dict[str, Any]:
     """What the rows of a strategy and of an oracle have in common."""
-    seconds, plain_seconds = (np.array([time.step for time in some]) for some in (times, [step.time for step in plain]))
+    seconds = np.array([time.step for time in times])
+    plain_seconds = np.array([step.time.step for step in plain])
     return {
         "name": name,
         "gpus": setting.cluster.gpus,
@@ -189,8 +190,8 @@ def _timing(name: str, times: Sequence[StepTime], plain: Sequence[SimulatedStep]
     }
 
 
-def _mean(records: Sequence[object], path: str) -> float:
-    return float(np.mean([*map(attrgetter(path), records)]))
+def _mean(records: Sequence[object], attribute_path: str) -> float:
+    return float(np.mean([*map(attrgetter(attribute_path), records)]))
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -228,7 +229,7 @@ COLUMNS: Mapping[str, Callable[[ReplaySummary], object]] = {
 
 def markdown(summaries: Sequence[ReplaySummary]) -> str:
     """One table, a row for each strategy and cluster."""
-    return table([*COLUMNS], [[cell(row) for cell in COLUMNS.values()] for row in summaries])
+    return table([*COLUMNS], [[cell_of(row) for cell_of in COLUMNS.values()] for row in summaries])
 
 
 def speed_ups(summaries: Sequence[ReplaySummary]) -> str:
@@ -241,10 +242,10 @@ def gaps(summaries: Sequence[ReplaySummary]) -> str:
     return _by_gpus(summaries, _gap)
 
 
-def _by_gpus(summaries: Sequence[ReplaySummary], cell: Callable[[ReplaySummary], str]) -> str:
-    clusters = sorted({row.gpus for row in summaries})
-    rows: dict[str, dict[int, str]] = {}
+def _by_gpus(summaries: Sequence[ReplaySummary], cell_of: Callable[[ReplaySummary], str]) -> str:
+    cluster_sizes = sorted({row.gpus for row in summaries})
+    cells_by_name: dict[str, dict[int, str]] = {}
     for row in summaries:
-        rows.setdefault(_marked(row), {})[row.gpus] = cell(row)
-    columns = ["strategy", *(f"{gpus:,} GPUs" for gpus in clusters)]
-    return table(columns, [[name, *(cells[gpus] for gpus in clusters)] for name, cells in rows.items()])
+        cells_by_name.setdefault(_marked(row), {})[row.gpus] = cell_of(row)
+    columns = ["strategy", *(f"{gpus:,} GPUs" for gpus in cluster_sizes)]
+    return table(columns, [[name, *(cells[gpus] for gpus in cluster_sizes)] for name, cells in cells_by_name.items()])

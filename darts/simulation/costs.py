@@ -32,9 +32,9 @@ from darts.simulation import SimulationError
 from darts.simulation.cluster import Cluster
 
 MOST_STEPS = 300
-"""Of a run, for a fit: the last ones."""
+"""Steps of a run that a fit takes: the last ones."""
 CANDIDATE_SHARE = 1.0
-"""Of what a rollout takes besides decoding, what grows with the number of candidates."""
+"""The part of what a rollout takes besides decoding that grows with the number of candidates."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,11 +79,11 @@ class StepCosts:
             overlap: log-probs are computed while generation runs.
         """
         log_prob = 0.0 if bypass else self.log_prob_s + self.log_prob_token_s * tokens / cluster.train_gpus
-        hidden = log_prob * self.hidden_share * overlap
-        slower = self.contention * hidden if cluster.placement == "colocated" else 0.0
+        hidden_s = log_prob * self.hidden_share * overlap
+        slower_s = self.contention * hidden_s if cluster.placement == "colocated" else 0.0
         return StepTime(
-            rollout=decode_s + self.rollout_s + self.candidate_s * launched / cluster.engines + slower,
-            log_prob=log_prob - hidden,
+            rollout=decode_s + self.rollout_s + self.candidate_s * launched / cluster.engines + slower_s,
+            log_prob=log_prob - hidden_s,
             update=self.update_s + self.update_token_s * tokens / cluster.train_gpus,
             sync=self.sync_s,
             other=self.other_s,
@@ -105,58 +105,58 @@ def fit(
     Raises:
         SimulationError: a run without a step with a rollout and times, or with one that is not of a plain run.
     """
-    timed = [step for path, steps in runs.items() for step in _timed(path, steps)]
+    timed_steps = [step for path, steps in runs.items() for step in _timed(path, steps)]
 
-    def seconds(name: str) -> NDArray[np.float64]:
-        return np.array([step.metrics.get(f"timing_s/{name}", 0.0) for step in timed])
+    def seconds(phase_name: str) -> NDArray[np.float64]:
+        return np.array([step.metrics.get(f"timing_s/{phase_name}", 0.0) for step in timed_steps])
 
-    lengths = [np.concatenate(list(step.lengths)) for step in timed]
-    tokens = np.array([some.sum() for some in lengths], dtype=np.float64)
-    decode = [
-        makespan([some[engine :: cluster.engines] for engine in range(cluster.engines)], curve, cluster.max_num_seqs)
-        for some in lengths
+    all_lengths = [np.concatenate(list(step.lengths)) for step in timed_steps]
+    step_tokens = np.array([lengths.sum() for lengths in all_lengths], dtype=np.float64)
+    decode_seconds = [
+        makespan([lengths[engine :: cluster.engines] for engine in range(cluster.engines)], curve, cluster.max_num_seqs)
+        for lengths in all_lengths
     ]
-    overhead = max(float(np.mean(seconds("gen") - decode)), 0.0)
+    overhead_s = max(float(np.mean(seconds("gen") - decode_seconds)), 0.0)
     phases = ("gen", "old_log_prob", "update_actor", "update_weights", "save_checkpoint")
-    rest = seconds("step") - sum(seconds(name) for name in phases)
-    log_prob_s, log_prob_token_s = line(tokens / cluster.train_gpus, seconds("old_log_prob"))
-    update_s, update_token_s = line(tokens / cluster.train_gpus, seconds("update_actor"))
-    per_candidate = candidate_share * overhead * cluster.engines / np.mean([len(some) for some in lengths])
+    rest_seconds = seconds("step") - sum(seconds(name) for name in phases)
+    log_prob_s, log_prob_token_s = line(step_tokens / cluster.train_gpus, seconds("old_log_prob"))
+    update_s, update_token_s = line(step_tokens / cluster.train_gpus, seconds("update_actor"))
+    per_candidate = candidate_share * overhead_s * cluster.engines / np.mean([len(lengths) for lengths in all_lengths])
     return StepCosts(
-        rollout_s=(1 - candidate_share) * overhead,
+        rollout_s=(1 - candidate_share) * overhead_s,
         candidate_s=float(per_candidate),
         log_prob_s=log_prob_s,
         log_prob_token_s=log_prob_token_s,
         update_s=update_s,
         update_token_s=update_token_s,
         sync_s=float(np.mean(seconds("update_weights"))),
-        other_s=max(float(np.mean(rest)), 0.0),
+        other_s=max(float(np.mean(rest_seconds)), 0.0),
     )
 
 
 def _timed(path: Path, steps: Sequence[TracedStep]) -> list[TracedStep]:
     """The steps of a plain run that count."""
-    timed = [step for step in steps if step.keys and {"timing_s/gen", "timing_s/step"} <= step.metrics.keys()]
-    if not timed:
+    timed_steps = [step for step in steps if step.keys and {"timing_s/gen", "timing_s/step"} <= step.metrics.keys()]
+    if not timed_steps:
         raise SimulationError(
             f"{path}, line {steps[0].line}: no step has a rollout, timing_s/gen and timing_s/step; give the "
             "darts.jsonl of a run with darts.strategy=none."
         )
-    for step in timed:
+    for step in timed_steps:
         if set("".join(step.fates)) - set("kf"):
             raise SimulationError(
                 f"{path}, line {step.line}: has candidates that were dropped, aborted or lost, so it is no plain run; "
                 "give the darts.jsonl of a run with darts.strategy=none."
             )
-    return (timed[1:] if len(timed) > 3 else timed)[-MOST_STEPS:]
+    return (timed_steps[1:] if len(timed_steps) > 3 else timed_steps)[-MOST_STEPS:]
 
 
 def line(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float, float]:
     """Slope of y over x by Theil and Sen, and the constant with which the mean comes out; through the origin, or flat,
     where one would be negative."""
-    first, second = np.triu_indices(len(x), 1)
-    differ = x[first] != x[second]
-    slopes = (y[second] - y[first])[differ] / (x[second] - x[first])[differ]
+    first_index, second_index = np.triu_indices(len(x), 1)
+    x_differ = x[first_index] != x[second_index]
+    slopes = (y[second_index] - y[first_index])[x_differ] / (x[second_index] - x[first_index])[x_differ]
     slope = float(np.median(slopes)) if len(slopes) else 0.0
     constant = float(np.mean(y - slope * x))
     if slope < 0:

@@ -36,18 +36,18 @@ def load_curve(name: str) -> tuple[LatencyCurve, str]:
     """
     if name in BUILTIN:
         return LatencyCurve(SIZES, BUILTIN[name]), f"{name} (built in: an estimate, not measured)"
-    path = Path(name)
-    if not path.is_file():
+    curve_path = Path(name)
+    if not curve_path.is_file():
         raise SimulationError(
             f"--curve {name}: neither a file nor one of {', '.join(BUILTIN)}; measure one with "
             "`python -m darts.engines profile --out FILE`."
         )
     try:
-        state = json.loads(path.read_text())
-        if isinstance(state, dict) and set(state) == {"batch_sizes", "seconds"}:
-            return LatencyCurve.from_dict(state), f"{path}"
-        profile = LatencyProfile.load(path)
-        return profile.curve(), f"{path} ({profile.device}, tensor parallel {profile.tensor_parallel})"
+        curve_state = json.loads(curve_path.read_text())
+        if isinstance(curve_state, dict) and set(curve_state) == {"batch_sizes", "seconds"}:
+            return LatencyCurve.from_dict(curve_state), f"{curve_path}"
+        profile = LatencyProfile.load(curve_path)
+        return profile.curve(), f"{curve_path} ({profile.device}, tensor parallel {profile.tensor_parallel})"
     except (ConfigError, OSError, UnicodeDecodeError, ValueError) as error:
-        why = " ".join(str(error).split())
-        raise SimulationError(f"--curve {path}: holds no latency curve: {why}") from None
+        error_text = " ".join(str(error).split())
+        raise SimulationError(f"--curve {curve_path}: holds no latency curve: {error_text}") from None

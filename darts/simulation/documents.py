@@ -38,7 +38,7 @@ def document(
     arguments: Sequence[str],
     about: Sequence[str],
     rows: Sequence[ReplaySummary | ComparedSeconds],
-    **more: Any,
+    **facts: Any,
 ) -> dict[str, Any]:
     """What a command leaves behind; `kind` is its name, `about` what has to be known to read the rows."""
     return {
@@ -48,15 +48,15 @@ def document(
         "settings": {"command": ["python", "-m", FORMAT, *arguments]},
         "machine": machine(),
         "about": list(about),
-        **more,
+        **facts,
         "rows": [row_to_dict(row) for row in rows],
     }
 
 
 def row_to_dict(row: ReplaySummary | ComparedSeconds) -> dict[str, Any]:
     """A row for JSON: its fields, and what is computed from them."""
-    computed = [name for name, member in vars(type(row)).items() if isinstance(member, property)]
-    values = asdict(row) | {name: getattr(row, name) for name in computed}
+    computed_names = [name for name, member in vars(type(row)).items() if isinstance(member, property)]
+    values = asdict(row) | {name: getattr(row, name) for name in computed_names}
     return {name: documents.finite(value) for name, value in values.items()}
 
 
@@ -66,19 +66,19 @@ def load(path: Path) -> tuple[dict[str, Any], list[Any]]:
     Raises:
         DocumentError: the file cannot be read, or is something else.
     """
-    opened = documents.load(path, FORMAT, VERSION)
-    if (kind := ROWS.get(opened.get("kind", ""))) is None:
+    opened_document = documents.load(path, FORMAT, VERSION)
+    if (kind := ROWS.get(opened_document.get("kind", ""))) is None:
         raise DocumentError(f"{path}: is no document of one of {', '.join(ROWS)}.")
-    rows = []
+    typed_rows = []
     try:
-        for row in opened["rows"]:
+        for row in opened_document["rows"]:
             values = {field.name: math.nan if row[field.name] is None else row[field.name] for field in fields(kind)}
             if kind is ReplaySummary:
                 values["speed_up"] = Estimate(**values["speed_up"])
-            rows.append(kind(**values))
+            typed_rows.append(kind(**values))
     except (KeyError, TypeError, ValueError) as error:
-        raise DocumentError(f"{path}: has rows that are not those of a {opened['kind']}: {error!r}.") from None
-    return opened, rows
+        raise DocumentError(f"{path}: has rows that are not those of a {opened_document['kind']}: {error!r}.") from None
+    return opened_document, typed_rows
 
 
 def tell(path: Path, name: str = "rows", gpus: Sequence[int] = ()) -> str:
@@ -87,10 +87,10 @@ def tell(path: Path, name: str = "rows", gpus: Sequence[int] = ()) -> str:
     Raises:
         DocumentError: as `load`; or there is no such table, or none of these clusters.
     """
-    opened, rows = load(path)
-    tables = TABLES[opened["kind"]]
-    shown = [row for row in rows if not gpus or getattr(row, "gpus", None) in gpus]
-    if name not in tables or not shown:
-        known = f"the tables of a {opened['kind']} are {', '.join(tables)}"
+    opened_document, rows = load(path)
+    known_tables = TABLES[opened_document["kind"]]
+    shown_rows = [row for row in rows if not gpus or getattr(row, "gpus", None) in gpus]
+    if name not in known_tables or not shown_rows:
+        known = f"the tables of a {opened_document['kind']} are {', '.join(known_tables)}"
         raise DocumentError(f"{path}: there is no {name!r} of {', '.join(map(str, gpus)) or 'any'} GPUs; {known}.")
-    return tables[name](shown)
+    return known_tables[name](shown_rows)

@@ -22,7 +22,7 @@ CACHED = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Drawn:
+class DrawnCandidates:
     """Candidates of some prompts; arrays have the shape [num_prompts, width]."""
 
     lengths: NDArray[np.int64]
@@ -44,10 +44,10 @@ class Dataset:
         self.width = width
         self._seed = seed
         self._counts = np.array([len(prompt.lengths) for prompt in trace.prompts])
-        shape = len(self.keys), int(self._counts.max())
-        self._lengths = np.zeros(shape, dtype=np.int64)
-        self._truncated = np.zeros(shape, dtype=bool)
-        self._reward = np.full(shape, np.nan)
+        column_shape = len(self.keys), int(self._counts.max())
+        self._lengths = np.zeros(column_shape, dtype=np.int64)
+        self._truncated = np.zeros(column_shape, dtype=bool)
+        self._reward = np.full(column_shape, np.nan)
         for row, prompt in enumerate(trace.prompts):
             count = len(prompt.lengths)
             self._lengths[row, :count] = prompt.lengths
@@ -67,45 +67,45 @@ class Dataset:
         """The prompt of a row, in any epoch."""
         return self.keys[row % len(self)]
 
-    def draw(self, rows: Sequence[int], launches: Sequence[int]) -> Drawn:
+    def draw(self, rows: Sequence[int], launches: Sequence[int]) -> DrawnCandidates:
         """Candidates of prompts.
 
         Args:
             rows: of the dataset; row + len(self) is the same prompt in the next epoch.
             launches: how often each was launched before, in its epoch.
         """
-        place = np.array([row % len(self) for row in rows], dtype=np.int64)
-        drawn = [(row // len(self), launch) for row, launch in zip(rows, launches, strict=True)]
-        order = np.empty((len(place), self.width), dtype=np.int64)
-        for which in sorted(set(drawn)):
-            some = np.array([pair == which for pair in drawn])
-            order[some] = self._order(*which)[place[some]]
-        rows_of = place[:, None]
-        return Drawn(
-            lengths=self._lengths[rows_of, order],
-            truncated=self._truncated[rows_of, order],
-            reward=self._reward[rows_of, order],
+        prompt_places = np.array([row % len(self) for row in rows], dtype=np.int64)
+        drawn_pairs = [(row // len(self), row_launch) for row, row_launch in zip(rows, launches, strict=True)]
+        candidate_order = np.empty((len(prompt_places), self.width), dtype=np.int64)
+        for epoch_launch in sorted(set(drawn_pairs)):
+            same_pair = np.array([row_pair == epoch_launch for row_pair in drawn_pairs])
+            candidate_order[same_pair] = self._order(*epoch_launch)[prompt_places[same_pair]]
+        rows_of = prompt_places[:, None]
+        return DrawnCandidates(
+            lengths=self._lengths[rows_of, candidate_order],
+            truncated=self._truncated[rows_of, candidate_order],
+            reward=self._reward[rows_of, candidate_order],
         )
 
     def _order(self, epoch: int, launch: int) -> NDArray[np.int32]:
         """Which recorded candidates a launch gets, of each row of the dataset; shape [len(self), width]."""
-        found = self._orders.pop((epoch, launch), None)
-        if found is None:
+        drawn_order = self._orders.pop((epoch, launch), None)
+        if drawn_order is None:
             rng = np.random.default_rng([self._seed, epoch, launch])
-            most = self._lengths.shape[1]
+            most_recorded = self._lengths.shape[1]
             if (self._seed, epoch, launch) == (0, 0, 0):
-                order = np.broadcast_to(np.arange(most), (len(self), most))
+                first_order = np.broadcast_to(np.arange(most_recorded), (len(self), most_recorded))
             else:
-                shuffled = rng.random((len(self), most))
-                shuffled[np.arange(most) >= self._counts[:, None]] = np.inf  # what was not recorded comes last
-                order = np.argsort(shuffled, axis=1, kind="stable")
-            more = rng.integers(0, self._counts[:, None], (len(self), self.width))
-            found = np.where(
+                shuffled = rng.random((len(self), most_recorded))
+                shuffled[np.arange(most_recorded) >= self._counts[:, None]] = np.inf  # what was not recorded comes last
+                first_order = np.argsort(shuffled, axis=1, kind="stable")
+            more_draws = rng.integers(0, self._counts[:, None], (len(self), self.width))
+            drawn_order = np.where(
                 np.arange(self.width) < self._counts[:, None],
-                np.pad(order, ((0, 0), (0, self.width)))[:, : self.width],
-                more,
+                np.pad(first_order, ((0, 0), (0, self.width)))[:, : self.width],
+                more_draws,
             ).astype(np.int32)
-        self._orders[epoch, launch] = found
+        self._orders[epoch, launch] = drawn_order
         while len(self._orders) > CACHED:
             self._orders.popitem(last=False)
-        return found
+        return drawn_order

@@ -63,22 +63,22 @@ class Engine:
 
     def fill(self, now: float) -> list[int]:
         """Free slots go to the queue; returns the sequences that start."""
-        queue, state, started, ends = self._queue, self._state, [], []
+        queue, state, started, end_events = self._queue, self._state, [], []
         while queue and self.running + len(started) < self._slots:
-            number, sequence, tokens = queue.popleft()
+            queue_number, sequence, tokens = queue.popleft()
             if state[sequence] == WAITING:
                 if not started:
                     self._advance(now)
                 state[sequence] = RUNNING
                 self.began[sequence] = self._steps, now
-                ends.append((-self._steps - tokens, -number, -sequence, True))
+                end_events.append((-self._steps - tokens, -queue_number, -sequence, True))
                 started.append(sequence)
-        if len(ends) > FEW:
-            self._events += ends
+        if len(end_events) > FEW:
+            self._events += end_events
             self._events.sort()
         else:
-            for end in ends:
-                insort(self._events, end)
+            for end_event in end_events:
+                insort(self._events, end_event)
         if started:
             self._resize(self.running + len(started))
         return started
@@ -89,37 +89,37 @@ class Engine:
 
     def next_event(self) -> float:
         """When the next sequence ends or is to be reported; infinite without any."""
-        events, state = self._events, self._state
-        while events and state[-events[-1][2]] == LEFT:
-            events.pop()
-        return self._now + (-events[-1][0] - self._steps) * self._step_s if events else NEVER
+        own_events, state = self._events, self._state
+        while own_events and state[-own_events[-1][2]] == LEFT:
+            own_events.pop()
+        return self._now + (-own_events[-1][0] - self._steps) * self._step_s if own_events else NEVER
 
     def pop_event(self, now: float) -> tuple[int, bool]:
         """The event that `next_event` announced for `now`: the sequence, and whether it has ended, and left."""
-        step, _, sequence, ends = self._events.pop()
+        minus_step, _, sequence, has_ended = self._events.pop()
         sequence = -sequence
-        self._now, self._steps = now, -step  # exactly, without what floats lose
-        if ends:
+        self._now, self._steps = now, -minus_step  # exactly, without what floats lose
+        if has_ended:
             self._state[sequence] = LEFT
             self.running -= 1  # as `_resize`, which takes longer; the most frequent event
             self._step_s = self._seconds[self.running]
-        return sequence, ends
+        return sequence, has_ended
 
     def tokens(self, sequence: int, now: float) -> int:
         """Whole tokens that a sequence has so far; 0 while it waits."""
         if sequence not in self.began:
             return 0
-        steps = self._steps + ((now - self._now) / self._step_s if self._step_s else 0.0)
-        return math.floor(steps - self.began[sequence][0] + 1e-6)  # floats may fall just short of a whole step
+        steps_done = self._steps + ((now - self._now) / self._step_s if self._step_s else 0.0)
+        return math.floor(steps_done - self.began[sequence][0] + 1e-6)  # floats may fall just short of a whole step
 
     def leave(self, sequence: int, now: float) -> int:
         """A sequence is stopped, or gives up waiting; returns its tokens."""
         self._advance(now)
-        tokens = self.tokens(sequence, now)
+        tokens_done = self.tokens(sequence, now)
         if self._state[sequence] == RUNNING:
             self._resize(self.running - 1)
         self._state[sequence] = LEFT
-        return tokens
+        return tokens_done
 
     def runs(self, sequence: int) -> bool:
         """Whether a sequence has started and not left."""

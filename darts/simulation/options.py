@@ -20,17 +20,17 @@ from darts.simulation import SimulationError
 from darts.simulation.cluster import Cluster
 from darts.simulation.costs import CANDIDATE_SHARE, StepCosts, fit
 from darts.simulation.curves import BUILTIN, load_curve
-from darts.simulation.replay import Arm, Setting
+from darts.simulation.replay import ReplayArm, Setting
 from darts.simulation.run_trace import read_trace
 from darts.simulation.search import merged, nested
 from darts.simulation.trace import LengthTrace
 from darts.strategy import make_strategy
 
 LEAST_STEPS = 20
-"""Of a replay where the trace has fewer: rounds of some strategies come in cycles of four or five (our choice)."""
+"""A replay has no fewer by itself: rounds of some strategies come in cycles of four or five (our choice)."""
 
 
-class _Parser(argparse.ArgumentParser):
+class _OptionParser(argparse.ArgumentParser):
     """Says in one line what is wrong."""
 
     def error(self, message: str) -> NoReturn:
@@ -43,10 +43,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         SimulationError: unknown options, or values of the wrong kind.
     """
-    parser = _Parser(prog="python -m darts.simulation", description="Replays response lengths through strategies.")
+    parser = _OptionParser(prog="python -m darts.simulation", description="Replays lengths through strategies.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="replay | plan | validate | table")
-    common = _common()
-    replay = commands.add_parser("replay", parents=[common], help="strategies side by side")
+    common_options = _common()
+    replay = commands.add_parser("replay", parents=[common_options], help="strategies side by side")
     replay.add_argument(
         "--strategy",
         action="append",
@@ -61,8 +61,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar=("PLAIN", "SHAPED"),
         help="a MODEL of how darts moves later lengths, fitted to the darts.jsonl of a plain and of a darts run",
     )
-    commands.add_parser("plan", parents=[common], help="searches M_up, L, lambda and strategy")
-    check = commands.add_parser("validate", parents=[common], help="simulated against measured seconds")
+    commands.add_parser("plan", parents=[common_options], help="searches M_up, L, lambda and strategy")
+    check = commands.add_parser("validate", parents=[common_options], help="simulated against measured seconds")
     check.add_argument("--bench", type=Path, required=True, metavar="FILE", help="JSON of the benchmark of strategies")
     check.add_argument(
         "--traces",
@@ -72,21 +72,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="DIR",
         help="lengths of the arms' own runs, ARM.jsonl, a folder for each seed (default: TRACE for all)",
     )
-    told = commands.add_parser("table", help="a table of what --json wrote, as Markdown")
-    told.add_argument("document", type=Path, metavar="FILE", help="what --json wrote")
-    told.add_argument("--name", default="rows", help="rows, speed-ups, gaps or verdict (default: %(default)s)")
-    told.add_argument("--gpus", type=_positive, nargs="+", default=[], metavar="N", help="of a replay (default: all)")
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    options = parser.parse_args(given)
-    options.given = given
+    table = commands.add_parser("table", help="a table of what --json wrote, as Markdown")
+    table.add_argument("document", type=Path, metavar="FILE", help="what --json wrote")
+    table.add_argument("--name", default="rows", help="rows, speed-ups, gaps or verdict (default: %(default)s)")
+    table.add_argument("--gpus", type=_positive, nargs="+", default=[], metavar="N", help="of a replay (default: all)")
+    given_words = sys.argv[1:] if arguments is None else list(arguments)
+    options = parser.parse_args(given_words)
+    options.given = given_words
     if options.command in ("plan", "validate") and len(options.gpus) > 1:
         parser.error(f"--gpus {' '.join(map(str, options.gpus))}: {options.command} takes one number")
     return options
 
 
 def _common() -> argparse.ArgumentParser:
-    common = _Parser(add_help=False)
-    add = common.add_argument
+    common_options = _OptionParser(add_help=False)
+    add = common_options.add_argument
     add("trace", metavar="TRACE", help="CSV of lengths (.gz), or the darts.jsonl of a run")
     add("--gpus", type=_positive, nargs="+", default=[64], metavar="N", help="default: 64")
     add("--tensor-parallel", type=_positive, default=1, metavar="N", help="GPUs of an engine (default: 1)")
@@ -117,9 +117,9 @@ def _common() -> argparse.ArgumentParser:
         help="of what their rollouts take besides decoding, what grows with the candidates (default: %(default)s)",
     )
     add("--json", type=_new_file, metavar="FILE", help="the figures")
-    names = ", ".join(StepCosts.__dataclass_fields__)
-    add("--cost", action="append", default=[], metavar="NAME=VALUE", help=f"one of {names}; may be repeated")
-    return common
+    cost_names = ", ".join(StepCosts.__dataclass_fields__)
+    add("--cost", action="append", default=[], metavar="NAME=VALUE", help=f"one of {cost_names}; may be repeated")
+    return common_options
 
 
 def inputs_of(options: argparse.Namespace) -> tuple[LengthTrace, list[Setting], int]:
@@ -141,13 +141,13 @@ def inputs_of(options: argparse.Namespace) -> tuple[LengthTrace, list[Setting], 
     return trace, settings, options.steps or max(len(trace.steps), LEAST_STEPS)
 
 
-def arms_of(options: argparse.Namespace) -> list[Arm]:
+def arms_of(options: argparse.Namespace) -> list[ReplayArm]:
     """`--strategy NAME[:KEY=VALUE,...]`: a strategy with settings of its own, beside those of `--set`."""
     arms = []
-    for text in options.strategy or STRATEGIES:
-        name, _, own = text.partition(":")
-        block = merged(block_of(options.set), block_of(own.split(",") if own else []))
-        arm = Arm(name=text, block=merged(block, {"strategy": name}))
+    for strategy_text in options.strategy or STRATEGIES:
+        strategy_name, _, own_settings = strategy_text.partition(":")
+        block = merged(block_of(options.set), block_of(own_settings.split(",") if own_settings else []))
+        arm = ReplayArm(name=strategy_text, block=merged(block, {"strategy": strategy_name}))
         make_strategy(arm.config(options.group_size, options.placement), 1)  # refuses what cannot work
         arms.append(arm)
     return arms
@@ -156,15 +156,15 @@ def arms_of(options: argparse.Namespace) -> list[Arm]:
 def block_of(settings: Sequence[str]) -> dict[str, Any]:
     """`darts.selection.num_long=2` and the like as a block `darts:`; the prefix may be left out."""
     block: dict[str, Any] = {}
-    for text in settings:
-        key, equals, word = text.partition("=")
+    for setting_text in settings:
+        key, equals_sign, value_text = setting_text.partition("=")
         key = key.removeprefix("darts.")
-        if not (equals and all(key.split("."))):
-            raise SimulationError(f"--set {text}: must be KEY=VALUE, e.g. darts.selection.num_long=2.")
+        if not (equals_sign and all(key.split("."))):
+            raise SimulationError(f"--set {setting_text}: must be KEY=VALUE, e.g. darts.selection.num_long=2.")
         try:
-            value = json.loads(word)
+            value = json.loads(value_text)
         except ValueError:
-            value = word
+            value = value_text
         block = merged(block, nested(key, value))
     return block
 
@@ -183,15 +183,15 @@ def _costs(options: argparse.Namespace, curve: LatencyCurve) -> StepCosts:
     costs = StepCosts()
     if options.fit is not None:
         ran_on = _cluster(options, options.fit_gpus or options.gpus[0])
-        runs = {path: read_steps(path, lambda step: step)[0] for path in options.fit}
-        costs = fit(runs, curve, ran_on, options.candidate_share)
-    for text in options.cost:
-        name, _, value = text.partition("=")
+        plain_runs = {path: read_steps(path, lambda step: step)[0] for path in options.fit}
+        costs = fit(plain_runs, curve, ran_on, options.candidate_share)
+    for cost_text in options.cost:
+        cost_name, _, value = cost_text.partition("=")
         try:
-            costs = replace(costs, **{name: _seconds(value)})
+            costs = replace(costs, **{cost_name: _seconds(value)})
         except (TypeError, ValueError):
             known = ", ".join(StepCosts.__dataclass_fields__)
-            raise SimulationError(f"--cost {text}: must be NAME=VALUE, not negative; names are {known}.") from None
+            raise SimulationError(f"--cost {cost_text}: must be NAME=VALUE, not negative; names are {known}.") from None
     return costs
 
 

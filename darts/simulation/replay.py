@@ -33,8 +33,8 @@ Reshape = Callable[[NDArray[np.int64], int], NDArray[np.int64]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Arm:
-    """What is compared. Example: `Arm(name="L=2", block={"strategy": "darts", "selection": {"num_long": 2}})`."""
+class ReplayArm:
+    """What is compared. Example: `ReplayArm(name="L=2", block={"strategy": "darts", "selection": {"num_long": 2}})`."""
 
     name: str
     block: Mapping[str, Any] = field(default_factory=dict)  # `darts:`
@@ -82,7 +82,7 @@ class SimulatedStep:
 
 
 def replay(
-    arm: Arm, setting: Setting, dataset: Dataset, steps: int, reshape: Reshape | None = None
+    arm: ReplayArm, setting: Setting, dataset: Dataset, num_steps: int, reshape: Reshape | None = None
 ) -> Iterator[SimulatedStep]:
     """The steps of a strategy, one after the other.
 
@@ -93,20 +93,20 @@ def replay(
     Raises:
         ConfigError: settings that cannot work.
     """
-    replayed = _Replay(arm, setting, dataset, reshape)
-    for done in range(steps):
-        yield replayed.step(done)
+    replay_state = _Replay(arm, setting, dataset, reshape)
+    for steps_done in range(num_steps):
+        yield replay_state.step(steps_done)
 
 
-def width(arm: Arm, setting: Setting) -> int:
+def width(arm: ReplayArm, setting: Setting) -> int:
     """Most candidates that an arm may launch for a prompt."""
     strategy = make_strategy(arm.config(setting.group_size, setting.cluster.placement), setting.num_prompts)
     rules = strategy.next_round().rules
-    most = rules.allocation.high if rules.enable and rules.allocation.mode != "off" else setting.group_size
-    return max(most, setting.group_size)
+    most_candidates = rules.allocation.high if rules.enable and rules.allocation.mode != "off" else setting.group_size
+    return max(most_candidates, setting.group_size)
 
 
-def bypasses(arm: Arm, strategy: Strategy) -> bool:
+def bypasses(arm: ReplayArm, strategy: Strategy) -> bool:
     """Whether the servers' log-probs are taken for the old ones."""
     return arm.bypass or bool(strategy.overrides.get(BYPASS_MODE, False))
 
@@ -114,7 +114,7 @@ def bypasses(arm: Arm, strategy: Strategy) -> bool:
 class _Replay:
     """The state of `replay`."""
 
-    def __init__(self, arm: Arm, setting: Setting, dataset: Dataset, reshape: Reshape | None) -> None:
+    def __init__(self, arm: ReplayArm, setting: Setting, dataset: Dataset, reshape: Reshape | None) -> None:
         self.setting, self.dataset, self.reshape = setting, dataset, reshape
         cluster = setting.cluster
         self.darts = arm.config(setting.group_size, cluster.placement)
@@ -138,24 +138,24 @@ class _Replay:
         # 1. The prompts, and lengths of their candidates.
         setting, round_ = self.setting, self.strategy.next_round()
         rules = round_.rules
-        rows = [*round_.queued, *range(self.next_row, self.next_row + round_.new)]
+        dataset_rows = [*round_.queued, *range(self.next_row, self.next_row + round_.new)]
         self.next_row += round_.new
-        drawn = self.dataset.draw(rows, [self.launches.get(row, 0) for row in rows])
-        lengths = drawn.lengths if self.reshape is None else self.reshape(drawn.lengths, done)
+        drawn_candidates = self.dataset.draw(dataset_rows, [self.launches.get(row, 0) for row in dataset_rows])
+        lengths = drawn_candidates.lengths if self.reshape is None else self.reshape(drawn_candidates.lengths, done)
         # 2. How many candidates each launches, and in which order.
-        plan, budgets, order = None, np.full(len(rows), setting.group_size), None
+        plan, budgets, launch_order = None, np.full(len(dataset_rows), setting.group_size), None
         if rules.enable:
-            plan = self.planner.plan([self.dataset.key(row) for row in rows], rules)
-            budgets, order = plan.budgets, plan.launch_order.tolist()
+            plan = self.planner.plan([self.dataset.key(row) for row in dataset_rows], rules)
+            budgets, launch_order = plan.budgets, plan.launch_order.tolist()
         # 3. The rollout.
-        launched = np.arange(self.dataset.width) < budgets[:, None]
+        is_launched = np.arange(self.dataset.width) < budgets[:, None]
         outcome = run_rollout(
-            lengths[launched],
-            drawn.truncated[launched],
+            lengths[is_launched],
+            drawn_candidates.truncated[is_launched],
             budgets,
             rules,
             setting.cluster.fleet(setting.curve, int(budgets.sum())),
-            order=order,
+            order=launch_order,
             harvest=round_.harvest,
         )
         self._check(outcome)
@@ -163,10 +163,10 @@ class _Replay:
         # 4. What is learnt of it, and who comes again.
         if plan is not None:
             self.planner.observe(plan, rules, outcome.pool(rules), max(step_time.rollout, 1e-9), StepTimes())
-        self.strategy.ended(rows, outcome.complete)
-        again = set(rows)
-        self.launches = {row: self.launches.get(row, 0) + (row in again) for row in self.strategy.queue}
-        return self._measured(outcome, step_time, rules, lengths, drawn.reward[launched])
+        self.strategy.ended(dataset_rows, outcome.complete)
+        launched_rows = set(dataset_rows)
+        self.launches = {row: self.launches.get(row, 0) + (row in launched_rows) for row in self.strategy.queue}
+        return self._measured(outcome, step_time, rules, lengths, drawn_candidates.reward[is_launched])
 
     def _check(self, outcome: Outcome) -> None:
         count, wanted, size = len(outcome.complete), self.setting.num_prompts, self.setting.group_size
@@ -197,20 +197,20 @@ class _Replay:
         lengths: NDArray[np.int64],
         reward: NDArray[np.float64],
     ) -> SimulatedStep:
-        cluster, kept = self.setting.cluster, outcome.length[outcome.kept]
+        cluster, kept_lengths = self.setting.cluster, outcome.length[outcome.kept]
         oracle = shortest(lengths[outcome.complete], self.setting.group_size)
-        slots = min(cluster.max_num_seqs, -(-len(outcome.length) // cluster.engines)) * cluster.engines
+        num_slots = min(cluster.max_num_seqs, -(-len(outcome.length) // cluster.engines)) * cluster.engines
         return SimulatedStep(
             time=step_time,
             prompts=len(outcome.budgets),
             launched=len(outcome.length),
             generated=int(outcome.length.sum()),
-            kept=int(kept.sum()),
-            longest_kept=int(kept.max()),
+            kept=int(kept_lengths.sum()),
+            longest_kept=int(kept_lengths.max()),
             reward_kept=float(reward[outcome.kept].mean()),
             reward_pool=float(reward[~outcome.aborted].mean()),
             slot_s=outcome.slot_seconds,
-            slot_capacity_s=slots * outcome.seconds,
+            slot_capacity_s=num_slots * outcome.seconds,
             bound=self._seconds(self.throughput.least_seconds(oracle), oracle.size, oracle, rules, bypass=True),
             oracle=oracle,
             queue=len(self.strategy.queue),

@@ -76,19 +76,19 @@ class Outcome:
 def route(budgets: Sequence[int], order: Sequence[int], engines: int, routing: str) -> list[int]:
     """The engine of each candidate, prompt after prompt; see the module's contract."""
     firsts = np.cumsum(budgets) - budgets
-    chosen = np.empty(int(np.sum(budgets)), dtype=np.int64)
-    loads = [(0, engine) for engine in range(engines)]
+    engine_numbers = np.empty(int(np.sum(budgets)), dtype=np.int64)
+    engine_loads = [(0, engine) for engine in range(engines)]
     position = 0
     for prompt in order:
         first, budget = firsts[prompt], budgets[prompt]
         if routing == "group":
-            load, engine = loads[0]
-            heapq.heapreplace(loads, (load + int(budget), engine))
-            chosen[first : first + budget] = engine
+            engine_load, engine = engine_loads[0]
+            heapq.heapreplace(engine_loads, (engine_load + int(budget), engine))
+            engine_numbers[first : first + budget] = engine
         else:
-            chosen[first : first + budget] = np.arange(position, position + budget) % engines
+            engine_numbers[first : first + budget] = np.arange(position, position + budget) % engines
             position += budget
-    return chosen.tolist()
+    return engine_numbers.tolist()
 
 
 def run_rollout(
@@ -151,42 +151,42 @@ class _Rollout:
 
     def run(self) -> Outcome:
         for prompt in self.order:
-            first = self.firsts[prompt]
-            for candidate in range(first, first + int(self.budgets[prompt])):
+            first_candidate = self.firsts[prompt]
+            for candidate in range(first_candidate, first_candidate + int(self.budgets[prompt])):
                 self.engines[self.engine_of[candidate]].submit(candidate, self.lengths[candidate])
         self.touched.update(range(len(self.engines)))
         self._schedule(0.0)
         events, versions, engines = self.events, self.versions, self.engines
         while events:
-            now, engine, mark = heapq.heappop(events)
+            now_s, engine, event_mark = heapq.heappop(events)
             if engine == ABORT:
-                self._stop(mark, now)
-            elif mark == versions[engine]:
-                some = engines[engine]
-                candidate, ends = some.pop_event(now)
-                if ends:
-                    self._finish(candidate, now)
+                self._stop(event_mark, now_s)
+            elif event_mark == versions[engine]:
+                next_engine = engines[engine]
+                candidate, has_ended = next_engine.pop_event(now_s)
+                if has_ended:
+                    self._finish(candidate, now_s)
                 else:
-                    self._report(candidate, now)
-                if self.touched or some.waits:
+                    self._report(candidate, now_s)
+                if self.touched or next_engine.waits:
                     self.touched.add(engine)
-                elif (then := some.next_event()) < NEVER:  # nothing else has changed
-                    heapq.heappush(events, (then, engine, mark))
+                elif (next_time := next_engine.next_event()) < NEVER:  # nothing else has changed
+                    heapq.heappush(events, (next_time, engine, event_mark))
             if self.touched:
-                self._schedule(now)
+                self._schedule(now_s)
         return self._outcome()
 
     def _schedule(self, now: float) -> None:
         """Free slots are filled, and the next event of each engine that has changed is queued."""
-        for number in self.touched:
-            engine = self.engines[number]
+        for engine_number in self.touched:
+            engine = self.engines[engine_number]
             for candidate in engine.fill(now):
                 if self.followed[self.prompts[candidate]]:
                     self._follow(candidate, 0)
-            self.versions[number] += 1
-            time = engine.next_event()
-            if time < NEVER:
-                heapq.heappush(self.events, (time, number, self.versions[number]))
+            self.versions[engine_number] += 1
+            event_time = engine.next_event()
+            if event_time < NEVER:
+                heapq.heappush(self.events, (event_time, engine_number, self.versions[engine_number]))
         self.touched.clear()
 
     def _finish(self, candidate: int, now: float) -> None:
@@ -214,19 +214,19 @@ class _Rollout:
         """An abort arrives."""
         if self.ended_at[candidate] < NEVER:
             return
-        number, prompt = self.engine_of[candidate], self.prompts[candidate]
-        tokens = self.engines[number].leave(candidate, now)
-        self.touched.add(number)
-        self.ended_at[candidate], self.lengths[candidate] = now, tokens
-        self.groups[prompt].stop(candidate - self.firsts[prompt], tokens)
+        engine_number, prompt = self.engine_of[candidate], self.prompts[candidate]
+        tokens_done = self.engines[engine_number].leave(candidate, now)
+        self.touched.add(engine_number)
+        self.ended_at[candidate], self.lengths[candidate] = now, tokens_done
+        self.groups[prompt].stop(candidate - self.firsts[prompt], tokens_done)
 
     def _abort(self, prompt: int, losers: list[int], now: float) -> None:
-        first = self.firsts[prompt]
+        first_candidate = self.firsts[prompt]
         for index in losers:
             if self.fleet.abort_s:
-                heapq.heappush(self.events, (now + self.fleet.abort_s, ABORT, first + index))
+                heapq.heappush(self.events, (now + self.fleet.abort_s, ABORT, first_candidate + index))
             else:
-                self._stop(first + index, now)
+                self._stop(first_candidate + index, now)
 
     def _settle(self, prompt: int, now: float) -> None:
         """After an event of a group that was not decided: it may be now, and end the rollout of the others."""
@@ -243,28 +243,28 @@ class _Rollout:
             self.deadline = False
             self._end_others(CandidateGroup.deadline, now)
 
-    def _end_others(self, how: Callable[[CandidateGroup], list[int]], now: float) -> None:
+    def _end_others(self, end_group: Callable[[CandidateGroup], list[int]], now: float) -> None:
         """The groups that are not decided are told to end."""
         for prompt, group in enumerate(self.groups):
             if not self.decided[prompt]:
-                self._abort(prompt, how(group), now)
+                self._abort(prompt, end_group(group), now)
                 self.decided[prompt] = True
                 if group.complete:
                     self.complete.append(prompt)
 
     def _follow(self, candidate: int, tokens: int) -> None:
         """The next report of a candidate that has so many tokens, if it grows so far."""
-        then = tokens - tokens % self.chunk + self.chunk
-        if then < self.lengths[candidate]:
-            self.engines[self.engine_of[candidate]].report_at(candidate, then)
+        next_tokens = tokens - tokens % self.chunk + self.chunk
+        if next_tokens < self.lengths[candidate]:
+            self.engines[self.engine_of[candidate]].report_at(candidate, next_tokens)
 
     def _outcome(self) -> Outcome:
-        kept = np.zeros(len(self.lengths), dtype=bool)
+        is_kept = np.zeros(len(self.lengths), dtype=bool)
         for prompt in self.complete:
-            first = self.firsts[prompt]
-            kept[[first + index for index in self.groups[prompt].kept]] = True
+            first_candidate = self.firsts[prompt]
+            is_kept[[first_candidate + index for index in self.groups[prompt].kept]] = True
         ended = np.array(self.ended_at)
-        began = [
+        began_at = [
             self.engines[engine].began.get(candidate, (0.0, self.ended_at[candidate]))[1]
             for candidate, engine in enumerate(self.engine_of)
         ]
@@ -274,7 +274,7 @@ class _Rollout:
             complete=sorted(self.complete),
             length=np.array(self.lengths, dtype=np.int64),
             state=np.array([state.value for group in self.groups for state in group.states], dtype=str),
-            kept=kept,
+            kept=is_kept,
             ended_at=ended,
-            slot_seconds=float((ended - began).sum()),
+            slot_seconds=float((ended - began_at).sum()),
         )

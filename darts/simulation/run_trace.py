@@ -44,48 +44,48 @@ def _read_run(path: Path, seed: int) -> LengthTrace:
     steps, notes = read_steps(path, lambda step: step)
     rng = np.random.default_rng(seed)
     # 1. What is known of whole lengths: those of each prompt, and of all groups their ratios to the mean.
-    whole: dict[str, list[int]] = {}
+    whole_lengths: dict[str, list[int]] = {}
     ratios: list[float] = []
     for step in steps:
         for key, lengths, fates in zip(step.keys, step.lengths, step.fates, strict=True):
-            ended = ~_has(fates, "ax")
-            whole.setdefault(key, []).extend(lengths[ended].tolist())
-            if ended.all():
+            has_ended = ~_has(fates, "ax")
+            whole_lengths.setdefault(key, []).extend(lengths[has_ended].tolist())
+            if has_ended.all():
                 ratios += (lengths / lengths.mean()).tolist()
-    longer, drawn = np.sort(ratios), 0
+    sorted_ratios, num_drawn = np.sort(ratios), 0
     # 2. The prompts, with the candidates of all their launches; parts are completed.
     counts: Counter[str] = Counter()
     prompts = []
     for launches in _launches(steps):
-        first, place = launches[0]
-        key, fates = first.keys[place], "".join(step.fates[place] for step, place in launches)
-        lengths = np.concatenate([step.lengths[place] for step, place in launches])
-        reward = np.concatenate([step.rewards[place] for step, place in launches])
+        first_step, prompt_place = launches[0]
+        key, fates = first_step.keys[prompt_place], "".join(step.fates[prompt_place] for step, prompt_place in launches)
+        lengths = np.concatenate([step.lengths[prompt_place] for step, prompt_place in launches])
+        reward = np.concatenate([step.rewards[prompt_place] for step, prompt_place in launches])
         counts.update(fates)
-        censored, usable = _has(fates, "a"), ~_has(fates, "x")
+        is_censored, is_usable = _has(fates, "a"), ~_has(fates, "x")
         completed = lengths.copy()
-        if censored.any():
-            mean = censored_moments(lengths[usable], censored[usable])[0]
-            same_prompt = np.sort(whole[key])
-            for index in np.flatnonzero(censored):
-                completed[index], known = _completed(int(lengths[index]), same_prompt, longer, mean, rng)
-                drawn += known
-        usable &= completed > 0  # one that never began, and of whose prompt nothing is known
-        if usable.any():
+        if is_censored.any():
+            mean = censored_moments(lengths[is_usable], is_censored[is_usable])[0]
+            same_prompt = np.sort(whole_lengths[key])
+            for index in np.flatnonzero(is_censored):
+                completed[index], is_known = _completed(int(lengths[index]), same_prompt, sorted_ratios, mean, rng)
+                num_drawn += is_known
+        is_usable &= completed > 0  # one that never began, and of whose prompt nothing is known
+        if is_usable.any():
             columns = {"lengths": completed, "truncated": _has(fates, "ft"), "reward": reward}
-            columns = {name: values[usable] for name, values in columns.items()}
-            prompts.append(PromptLengths(step=first.number, key=key, **columns))
+            columns = {name: values[is_usable] for name, values in columns.items()}
+            prompts.append(PromptLengths(step=first_step.number, key=key, **columns))
     if not prompts:
         raise SimulationError(
             f"{path}, line {steps[0].line}: no step has a rollout with a whole response; give a run that generated "
             "through DARTS's trainer (darts.strategy=none for plain verl), or a CSV file."
         )
-    trained = [sum(map(_trained, step.fates)) for step in steps if step.keys]
+    prompts_trained = [sum(map(_trained, step.fates)) for step in steps if step.keys]
     return LengthTrace(
         name=path.name,
         prompts=prompts,
-        notes=(*notes, *_told(counts, drawn)),
-        batch=int(np.median(trained)) or None,
+        notes=(*notes, *_told(counts, num_drawn)),
+        batch=int(np.median(prompts_trained)) or None,
     )
 
 
@@ -94,17 +94,17 @@ def _launches(steps: Sequence[TracedStep]) -> list[list[tuple[TracedStep, int]]]
     prompts: list[list[tuple[TracedStep, int]]] = []
     waiting: defaultdict[str, deque[list[tuple[TracedStep, int]]]] = defaultdict(deque)  # the data may have a key twice
     for step in steps:
-        untrained = []
-        for place, (key, fates) in enumerate(zip(step.keys, step.fates, strict=True)):
+        untrained_launches = []
+        for prompt_place, (key, fates) in enumerate(zip(step.keys, step.fates, strict=True)):
             if waiting[key]:
                 launches = waiting[key].popleft()
             else:
                 launches = []
                 prompts.append(launches)
-            launches.append((step, place))
+            launches.append((step, prompt_place))
             if not _trained(fates):
-                untrained.append((key, launches))
-        for key, launches in untrained:
+                untrained_launches.append((key, launches))
+        for key, launches in untrained_launches:
             waiting[key].append(launches)
     return prompts
 
@@ -114,20 +114,20 @@ def _trained(fates: str) -> bool:
 
 
 def _completed(
-    part: int, own: NDArray[np.int64], ratios: NDArray[np.float64], mean: float, rng: np.random.Generator
+    part_length: int, same_prompt: NDArray[np.int64], ratios: NDArray[np.float64], mean: float, rng: np.random.Generator
 ) -> tuple[int, bool]:
-    """A whole length for one that was aborted after `part` tokens; and whether something was known of it."""
-    first = int(np.searchsorted(own, part, side="right"))
-    if first < len(own):
-        return int(own[rng.integers(first, len(own))]), True
-    first = int(np.searchsorted(ratios * mean, part, side="right"))
-    if first < len(ratios):
-        return max(round(ratios[rng.integers(first, len(ratios))] * mean), part, 1), True
-    return part, False
+    """A whole length for one that was aborted after `part_length` tokens; and whether something was known of it."""
+    first_longer = int(np.searchsorted(same_prompt, part_length, side="right"))
+    if first_longer < len(same_prompt):
+        return int(same_prompt[rng.integers(first_longer, len(same_prompt))]), True
+    first_longer = int(np.searchsorted(ratios * mean, part_length, side="right"))
+    if first_longer < len(ratios):
+        return max(round(ratios[rng.integers(first_longer, len(ratios))] * mean), part_length, 1), True
+    return part_length, False
 
 
 def _told(counts: Mapping[str, int], drawn: int) -> list[str]:
-    total, aborted, lost = sum(counts.values()), counts["a"], counts["x"]
+    total, aborted, num_lost = sum(counts.values()), counts["a"], counts["x"]
     notes = []
     if aborted:
         notes.append(
@@ -135,8 +135,8 @@ def _told(counts: Mapping[str, int], drawn: int) -> list[str]:
             f"they would have been; {drawn} were completed by draws from longer ones, {aborted - drawn} count with "
             "what they had. A run of darts.strategy=none or shortest_k has none"
         )
-    if lost:
-        notes.append(f"{lost} of {total} candidates were lost by servers and are dropped")
+    if num_lost:
+        notes.append(f"{num_lost} of {total} candidates were lost by servers and are dropped")
     return notes
 
 

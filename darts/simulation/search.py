@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from darts.simulation.comparison import PLAIN, ReplaySummary, compare
-from darts.simulation.replay import Arm, Setting
+from darts.simulation.replay import ReplayArm, Setting
 from darts.simulation.trace import LengthTrace
 
 HIGHS = (1.25, 1.5, 2.0)
@@ -43,8 +43,8 @@ class Advice:
             f"Fastest in this replay: {flags(self.settings[fastest.name])}",
             f"  {_expected(fastest, self.plain)}",
             *(
-                f"The {some.name}: {some.step_s:.1f} s a step, {some.speed_up.value:.2f} times."
-                for some in self.oracles
+                f"The {oracle_row.name}: {oracle_row.step_s:.1f} s a step, {oracle_row.speed_up.value:.2f} times."
+                for oracle_row in self.oracles
             ),
         ]
         if chosen.speed_up.high < 1:
@@ -69,20 +69,20 @@ class Advice:
         return lines
 
 
-def grid(group_size: int, block: Mapping[str, Any]) -> list[Arm]:
+def grid(group_size: int, block: Mapping[str, Any]) -> list[ReplayArm]:
     """What is tried; `block` is what all have in common."""
     arms = []
-    for high in dict.fromkeys(math.ceil(factor * group_size) for factor in HIGHS):
-        for num_long in [long for long in LONGS if long < group_size]:
-            for weight in COST_WEIGHTS:
-                own = {
+    for most_candidates in dict.fromkeys(math.ceil(high_factor * group_size) for high_factor in HIGHS):
+        for num_long in [num_longest for num_longest in LONGS if num_longest < group_size]:
+            for cost_weight in COST_WEIGHTS:
+                arm_block = {
                     "strategy": "darts",
-                    "allocation": {"high": high, "cost_weight": weight},
+                    "allocation": {"high": most_candidates, "cost_weight": cost_weight},
                     "selection": {"num_long": num_long},
                 }
-                name = f"darts M_up={high} L={num_long} lambda={weight:g}"
-                arms.append(Arm(name=name, block=merged(block, own)))
-    return [*arms, *(Arm(name=name, block=merged(block, {"strategy": name})) for name in OTHERS)]
+                arm_name = f"darts M_up={most_candidates} L={num_long} lambda={cost_weight:g}"
+                arms.append(ReplayArm(name=arm_name, block=merged(block, arm_block)))
+    return [*arms, *(ReplayArm(name=arm_name, block=merged(block, {"strategy": arm_name})) for arm_name in OTHERS)]
 
 
 def advise(
@@ -97,56 +97,56 @@ def advise(
     Raises:
         ConfigError: settings that cannot work.
     """
-    arms = grid(setting.group_size, block)
-    settings = {arm.name: arm.block for arm in arms} | {PLAIN: {"strategy": PLAIN}}
-    rows = compare(trace, arms, setting, steps, say=say)
-    plain, *others = rows
-    different = {(settings[row.name]["strategy"], row.step_s, row.generated): row for row in others[-3::-1]}
-    ranked = sorted(different.values(), key=lambda row: row.step_s)
-    shaping = [
+    tried_arms = grid(setting.group_size, block)
+    arm_blocks = {arm.name: arm.block for arm in tried_arms} | {PLAIN: {"strategy": PLAIN}}
+    summary_rows = compare(trace, tried_arms, setting, steps, say=say)
+    plain_row, *other_rows = summary_rows
+    different_rows = {(arm_blocks[row.name]["strategy"], row.step_s, row.generated): row for row in other_rows[-3::-1]}
+    ranked_rows = sorted(different_rows.values(), key=lambda row: row.step_s)
+    shaping_rows = [
         row
-        for row in ranked
-        if settings[row.name]["strategy"] == "darts" and settings[row.name]["selection"]["num_long"] > 0
+        for row in ranked_rows
+        if arm_blocks[row.name]["strategy"] == "darts" and arm_blocks[row.name]["selection"]["num_long"] > 0
     ]
     return Advice(
-        recommended=shaping[0],
-        fastest=min(ranked[0], plain, key=lambda row: row.step_s),
-        plain=plain,
-        oracles=others[-2:],
-        ranked=ranked,
-        settings=settings,
+        recommended=shaping_rows[0],
+        fastest=min(ranked_rows[0], plain_row, key=lambda row: row.step_s),
+        plain=plain_row,
+        oracles=other_rows[-2:],
+        ranked=ranked_rows,
+        settings=arm_blocks,
     )
 
 
-def merged(block: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Two blocks `darts:` as one; what stands in `own` wins."""
-    result = dict(block)
-    for key, value in own.items():
-        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
-        result[key] = merged(result[key], value) if both else value
-    return result
+def merged(block: Mapping[str, Any], winning_block: Mapping[str, Any]) -> dict[str, Any]:
+    """Two blocks `darts:` as one; what stands in the second wins."""
+    merged_block = dict(block)
+    for key, value in winning_block.items():
+        both_blocks = isinstance(value, Mapping) and isinstance(merged_block.get(key), Mapping)
+        merged_block[key] = merged(merged_block[key], value) if both_blocks else value
+    return merged_block
 
 
 def nested(key: str, value: Any) -> Any:
     """A value by its path as a block: `nested("selection.num_long", 2)` is `{"selection": {"num_long": 2}}`."""
-    for name in reversed(key.split(".")):
-        value = {name: value}
+    for key_part in reversed(key.split(".")):
+        value = {key_part: value}
     return value
 
 
 def flags(block: Mapping[str, Any], prefix: str = "darts") -> str:
     """The block as overrides: `darts.strategy=darts darts.allocation.high=16`."""
-    parts = []
+    flag_parts = []
     for key, value in block.items():
-        name = f"{prefix}.{key}"
-        parts.append(flags(value, name) if isinstance(value, Mapping) else f"{name}={value}")
-    return " ".join(parts)
+        flag_name = f"{prefix}.{key}"
+        flag_parts.append(flags(value, flag_name) if isinstance(value, Mapping) else f"{flag_name}={value}")
+    return " ".join(flag_parts)
 
 
-def _expected(row: ReplaySummary, plain: ReplaySummary) -> str:
+def _expected(row: ReplaySummary, plain_row: ReplaySummary) -> str:
     return (
-        f"{row.step_s:.1f} s a step ({plain.step_s:.1f} s plain): {row.speed_up:.2f} times as fast; rollout "
-        f"{row.phases['rollout']:.1f} s ({plain.phases['rollout']:.1f}); {row.generated:,.0f} tokens generated "
-        f"({plain.generated:,.0f}), {row.thrown_away:.0%} of them thrown away; {row.per_prompt:.1f} candidates a "
+        f"{row.step_s:.1f} s a step ({plain_row.step_s:.1f} s plain): {row.speed_up:.2f} times as fast; rollout "
+        f"{row.phases['rollout']:.1f} s ({plain_row.phases['rollout']:.1f}); {row.generated:,.0f} tokens generated "
+        f"({plain_row.generated:,.0f}), {row.thrown_away:.0%} of them thrown away; {row.per_prompt:.1f} candidates a "
         "prompt."
     )

@@ -31,8 +31,8 @@ class ShapingModel:
 
     def __call__(self, lengths: NDArray[np.int64], done: int) -> NDArray[np.int64]:
         """Lengths after so many steps of training; same shape, at least 1."""
-        rank = np.searchsorted(self.lengths, lengths, side="right") / len(self.lengths)
-        factor = np.exp(np.interp(rank, QUANTILES, self.drift) * min(done, self.steps))
+        length_rank = np.searchsorted(self.lengths, lengths, side="right") / len(self.lengths)
+        factor = np.exp(np.interp(length_rank, QUANTILES, self.drift) * min(done, self.steps))
         return np.maximum(np.rint(lengths * factor), 1).astype(np.int64)
 
     def __str__(self) -> str:
@@ -57,11 +57,11 @@ def fit(plain: LengthTrace, shaped: LengthTrace, replayed: LengthTrace) -> Shapi
             f"{plain.name} and {shaped.name} have {len(common)} steps in common: a drift needs at least 2; give two "
             "runs of the same steps."
         )
-    logs = [np.log(_quantiles(shaped, step) / _quantiles(plain, step)) for step in common]
-    passed = np.array(common, dtype=np.float64) - common[0]
-    drift = passed @ np.array(logs) / (passed @ passed)
+    log_ratios = [np.log(_quantiles(shaped, step) / _quantiles(plain, step)) for step in common]
+    steps_passed = np.array(common, dtype=np.float64) - common[0]
+    drift = steps_passed @ np.array(log_ratios) / (steps_passed @ steps_passed)
     lengths = np.sort(np.concatenate([prompt.lengths for prompt in replayed.prompts]))
-    return ShapingModel(drift=drift.tolist(), steps=int(passed[-1]), lengths=lengths)
+    return ShapingModel(drift=drift.tolist(), steps=int(steps_passed[-1]), lengths=lengths)
 
 
 def _quantiles(trace: LengthTrace, step: int) -> NDArray[np.float64]:

@@ -54,16 +54,16 @@ class LengthTrace:
     @property
     def response_length(self) -> int:
         """The limit: the longest truncated length, or one more than the longest if none is truncated (our choice)."""
-        cut = [int(prompt.lengths[prompt.truncated].max()) for prompt in self.prompts if prompt.truncated.any()]
-        return max(cut) if cut else max(int(prompt.lengths.max()) for prompt in self.prompts) + 1
+        cut_lengths = [int(prompt.lengths[prompt.truncated].max()) for prompt in self.prompts if prompt.truncated.any()]
+        return max(cut_lengths) if cut_lengths else max(int(prompt.lengths.max()) for prompt in self.prompts) + 1
 
     @property
     def prompts_per_step(self) -> int:
         """That a step trained on; where that is not known, the median of the prompts of a step."""
         if self.batch is not None:
             return self.batch
-        counts = np.unique([prompt.step for prompt in self.prompts], return_counts=True)[1]
-        return int(np.median(counts))
+        prompt_counts = np.unique([prompt.step for prompt in self.prompts], return_counts=True)[1]
+        return int(np.median(prompt_counts))
 
     def between(self, first: int | None, last: int | None) -> "LengthTrace":
         """The steps from `first` to `last`, both included; None is no bound.
@@ -71,14 +71,14 @@ class LengthTrace:
         Raises:
             SimulationError: there is no such step.
         """
-        low, high = (-math.inf if first is None else first), (math.inf if last is None else last)
-        some = [prompt for prompt in self.prompts if low <= prompt.step <= high]
-        if not some:
+        first_step, last_step = (-math.inf if first is None else first), (math.inf if last is None else last)
+        chosen_prompts = [prompt for prompt in self.prompts if first_step <= prompt.step <= last_step]
+        if not chosen_prompts:
             steps = self.steps
             raise SimulationError(
                 f"{self.name}: has steps {steps[0]} to {steps[-1]}, none of {first} to {last}; name some that it has."
             )
-        return replace(self, prompts=some)
+        return replace(self, prompts=chosen_prompts)
 
 
 def read_csv(path: Path) -> LengthTrace:
@@ -108,9 +108,9 @@ Row = tuple[int, str, int, int, bool, float]
 def _rows(path: Path, reader: "csv.DictReader[str]") -> Iterable[tuple[int, Row]]:
     """The rows with the numbers of their lines."""
 
-    def number(name: str, row: Mapping[str, str], parse: Callable[[str], float], rule: str) -> float:
+    def number(name: str, row: Mapping[str, str], parse_text: Callable[[str], float], rule: str) -> float:
         try:
-            return parse(row[name])
+            return parse_text(row[name])
         except (TypeError, ValueError):
             _refuse(path, reader.line_num, f"{name}={row[name]!r}", rule)
 

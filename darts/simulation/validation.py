@@ -23,16 +23,16 @@ import numpy as np
 from darts.evidence.tables import number, table
 from darts.simulation import SimulationError
 from darts.simulation.draws import Dataset
-from darts.simulation.replay import Arm, Setting, replay, width
+from darts.simulation.replay import ReplayArm, Setting, replay, width
 from darts.simulation.search import merged, nested
 from darts.simulation.trace import LengthTrace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredArm:
-    """An arm of a benchmark. Example: arm=Arm(name="darts", ...), step_s=[3.1, 3.0], rollout_s=[2.0, 1.9]."""
+    """An arm of a benchmark. Example: arm=ReplayArm(name="darts", ...), step_s=[3.1, 3.0], rollout_s=[2.0, 1.9]."""
 
-    arm: Arm
+    arm: ReplayArm
     step_s: list[float]
     rollout_s: list[float]  # NaN where not measured
 
@@ -44,16 +44,16 @@ def read_bench(path: Path) -> list[MeasuredArm]:
         SimulationError: no such file, not JSON, or records that lack something.
     """
     try:
-        state = json.loads(path.read_text())
+        bench_state = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise SimulationError(f"{path}: must be JSON, but {error}; give the JSON of a benchmark.") from None
-    found: dict[str, MeasuredArm] = {}
-    for place, record in enumerate(_records(path, state)):
+    found_arms: dict[str, MeasuredArm] = {}
+    for place, record in enumerate(_records(path, bench_state)):
         name, step_s, rollout_s = _times(f"{path}, records[{place}]", record)
-        measured = found.setdefault(name, MeasuredArm(arm=_arm(state, name), step_s=[], rollout_s=[]))
+        measured = found_arms.setdefault(name, MeasuredArm(arm=_arm(bench_state, name), step_s=[], rollout_s=[]))
         measured.step_s.append(step_s)
         measured.rollout_s.append(rollout_s)
-    return list(found.values())
+    return list(found_arms.values())
 
 
 def _times(where: str, record: Any) -> tuple[str, float, float]:
@@ -80,17 +80,17 @@ def _records(path: Path, state: Any) -> list[Any]:
     return records
 
 
-def _arm(state: Mapping[str, Any], name: str) -> Arm:
+def _arm(state: Mapping[str, Any], name: str) -> ReplayArm:
     """The arm as the benchmark describes it."""
     arms = state.get("arms") or {}
-    described = arms if isinstance(arms, Mapping) else {str(arm.get("name")): arm for arm in arms}
-    arm = described.get(name) or {}
+    described_arms = arms if isinstance(arms, Mapping) else {str(arm.get("name")): arm for arm in arms}
+    arm = described_arms.get(name) or {}
     block = merged((state.get("config") or {}).get("darts") or {}, arm.get("darts") or {})
     overlap = {} if arm.get("overlap") is None else {"overlap.mode": arm["overlap"]}
     for key, value in (dict(arm.get("changes") or {}) | overlap).items():
         block = merged(block, nested(key, value))
     block |= {"enable": True, "strategy": arm.get("strategy", name)}
-    return Arm(name=name, block=block, bypass=bool(arm.get("bypass", False)))
+    return ReplayArm(name=name, block=block, bypass=bool(arm.get("bypass", False)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,16 +106,16 @@ class ComparedSeconds:
 
     @property
     def error(self) -> float:
-        """Of the simulated seconds a step, relative to the measured."""
+        """How far off the simulated seconds a step are, relative to the measured."""
         return self.simulated_s / self.measured_s - 1
 
 
 def validate(
-    benched: Sequence[MeasuredArm],
+    measured_arms: Sequence[MeasuredArm],
     trace: LengthTrace,
     setting: Setting,
-    steps: int,
-    traces: Mapping[str, Sequence[LengthTrace]],
+    num_steps: int,
+    own_traces: Mapping[str, Sequence[LengthTrace]],
     say: Callable[[str], None] = lambda line: None,
 ) -> list[ComparedSeconds]:
     """Replays each arm and compares.
@@ -128,35 +128,35 @@ def validate(
     Raises:
         ConfigError, SimulationError: an arm whose settings or trace cannot be used.
     """
-    compared = []
-    for measured in benched:
-        arm, times = measured.arm, []
-        for lengths in traces.get(arm.name) or [trace]:
+    compared_arms = []
+    for measured_arm in measured_arms:
+        arm, step_times = measured_arm.arm, []
+        for lengths in own_traces.get(arm.name) or [trace]:
             run_setting = replace(setting, response_length=max(lengths.response_length, trace.response_length))
             dataset = Dataset(lengths, width(arm, run_setting))
-            for count, step in enumerate(replay(arm, run_setting, dataset, steps), 1):
-                times.append(step.time)
-                say(f"{arm.name}: step {count}/{steps}")
-        compared.append(
+            for step_count, step in enumerate(replay(arm, run_setting, dataset, num_steps), 1):
+                step_times.append(step.time)
+                say(f"{arm.name}: step {step_count}/{num_steps}")
+        compared_arms.append(
             ComparedSeconds(
                 name=arm.name,
-                steps=len(measured.step_s),
-                measured_s=float(np.mean(measured.step_s)),
-                simulated_s=float(np.mean([time.step for time in times])),
-                measured_rollout_s=float(np.mean(measured.rollout_s)),
-                simulated_rollout_s=float(np.mean([time.rollout for time in times])),
+                steps=len(measured_arm.step_s),
+                measured_s=float(np.mean(measured_arm.step_s)),
+                simulated_s=float(np.mean([time.step for time in step_times])),
+                measured_rollout_s=float(np.mean(measured_arm.rollout_s)),
+                simulated_rollout_s=float(np.mean([time.rollout for time in step_times])),
             )
         )
-    return compared
+    return compared_arms
 
 
 def markdown(compared: Sequence[ComparedSeconds]) -> str:
     """One row for each arm."""
     rows = []
     for row in compared:
-        times = [f"{row.measured_s:.3f}", f"{row.simulated_s:.3f}", f"{row.error:+.1%}"]
-        times += [number(row.measured_rollout_s, ".3f"), f"{row.simulated_rollout_s:.3f}"]
-        rows.append([row.name, row.steps, *times])
+        time_cells = [f"{row.measured_s:.3f}", f"{row.simulated_s:.3f}", f"{row.error:+.1%}"]
+        time_cells += [number(row.measured_rollout_s, ".3f"), f"{row.simulated_rollout_s:.3f}"]
+        rows.append([row.name, row.steps, *time_cells])
     columns = ["strategy", "steps", "measured s a step", "simulated", "error", "measured rollout s", "simulated"]
     return table(columns, rows)
 
@@ -173,16 +173,16 @@ def verdict(compared: Sequence[ComparedSeconds]) -> str:
 
 def kendall(first: Sequence[float], second: Sequence[float]) -> float:
     """Kendall's tau-a: concordant less discordant pairs over all pairs; NaN for fewer than two values."""
-    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    upper = np.triu_indices(len(a), 1)
-    signs = np.sign(a[upper[0]] - a[upper[1]]) * np.sign(b[upper[0]] - b[upper[1]])
-    return float(signs.mean()) if len(signs) else math.nan
+    pairs = np.triu_indices(len(first), 1)
+    signs = [np.sign(values[pairs[0]] - values[pairs[1]]) for values in map(np.asarray, (first, second))]
+    agreement = signs[0] * signs[1]
+    return float(agreement.mean()) if len(agreement) else math.nan
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float:
     """Correlation of the ranks, ties with their mean rank; NaN for fewer than two values or where all are equal."""
     ranks = [_ranks(np.asarray(values, dtype=np.float64)) for values in (first, second)]
-    if len(ranks[0]) < 2 or any(np.ptp(some) == 0 for some in ranks):
+    if len(ranks[0]) < 2 or any(np.ptp(rank_values) == 0 for rank_values in ranks):
         return math.nan
     return float(np.corrcoef(*ranks)[0, 1])
 

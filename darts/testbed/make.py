@@ -44,10 +44,10 @@ def to_table(problems: list[Problem], testbed: str, split: str) -> pa.Table:
 
 def write_data(testbed: str, seed: int, out: Path) -> frozenset[Problem]:
     """Writes both parquet files; returns the validation problems, which training must not see."""
-    parts = split_problems(MIXES[testbed], seed, TRAIN_PER_CLASS, VAL_PER_CLASS)
-    for split, problems in zip(("train", "val"), parts, strict=True):
+    split_parts = split_problems(MIXES[testbed], seed, TRAIN_PER_CLASS, VAL_PER_CLASS)
+    for split, problems in zip(("train", "val"), split_parts, strict=True):
         pyarrow.parquet.write_table(to_table(problems, testbed, split), out / f"{split}.parquet")
-    return frozenset(parts[1])
+    return frozenset(split_parts[1])
 
 
 def write_model(testbed: str, seed: int, out: Path, schedule: Schedule, held_out: frozenset[Problem]) -> None:
@@ -63,11 +63,11 @@ def write_model(testbed: str, seed: int, out: Path, schedule: Schedule, held_out
 
 def checksums(folder: Path) -> str:
     """Lines of ``sha256  path`` for every file below `folder` but the checksum file, by path."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
-    lines = [
-        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder).as_posix()}" for path in files
+    file_paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
+    checksum_lines = [
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder).as_posix()}" for path in file_paths
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(checksum_lines) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -81,14 +81,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(options.threads)
-    started = time.monotonic()
+    start_s = time.monotonic()
     (options.out / "model").mkdir(parents=True, exist_ok=True)
     held_out = write_data(options.testbed, options.seed, options.out)
     write_model(options.testbed, options.seed, options.out, Schedule(steps=options.steps), held_out)
     for path in options.out.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
     (options.out / CHECKSUMS).write_text(checksums(options.out))
-    print(f"{options.testbed} is in {options.out} after {(time.monotonic() - started) / 60:.1f} minutes")
+    print(f"{options.testbed} is in {options.out} after {(time.monotonic() - start_s) / 60:.1f} minutes")
     return 0
 
 

@@ -41,29 +41,29 @@ def collect(folder: Path, limit: int, groups: int, size: int, seed: int, split: 
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
     rows = pyarrow.parquet.read_table(folder / f"{split}.parquet").to_pylist()
     generator, rows_at_once = torch.Generator().manual_seed(seed), max(1, BATCH // size)
-    result = {}
+    samples_by_class = {}
     for difficulty in sorted({row["extra_info"]["difficulty"] for row in rows}):
-        chosen = [row for row in rows if row["extra_info"]["difficulty"] == difficulty][:groups]
+        chosen_rows = [row for row in rows if row["extra_info"]["difficulty"] == difficulty][:groups]
         lengths, correct, truncated = [], [], []
-        started = time.monotonic()
-        for first in range(0, len(chosen), rows_at_once):
-            part = [row for row in chosen[first : first + rows_at_once] for _ in range(size)]
-            prompts = [prompt_tokens(tokenizer, row["prompt"][0]["content"]) for row in part]
-            for row, response in zip(part, sample(model, prompts, limit, generator), strict=True):
-                text = tokenizer.decode(response, skip_special_tokens=True)
-                truth = row["reward_model"]["ground_truth"]
-                correct.append(compute_score(row["data_source"], text, truth)["score"])
+        start_s = time.monotonic()
+        for first_row in range(0, len(chosen_rows), rows_at_once):
+            batch_rows = [row for row in chosen_rows[first_row : first_row + rows_at_once] for _ in range(size)]
+            prompts = [prompt_tokens(tokenizer, row["prompt"][0]["content"]) for row in batch_rows]
+            for row, response in zip(batch_rows, sample(model, prompts, limit, generator), strict=True):
+                response_text = tokenizer.decode(response, skip_special_tokens=True)
+                right_total = row["reward_model"]["ground_truth"]
+                correct.append(compute_score(row["data_source"], response_text, right_total)["score"])
                 lengths.append(len(response))
                 truncated.append(response[-1] != tokenizer.eos_token_id)
-        shape = (len(chosen), size)
-        result[difficulty] = Samples(
-            lengths=np.array(lengths).reshape(shape),
-            correct=np.array(correct).reshape(shape),
-            truncated=np.array(truncated, dtype=int).reshape(shape),
+        sample_shape = (len(chosen_rows), size)
+        samples_by_class[difficulty] = Samples(
+            lengths=np.array(lengths).reshape(sample_shape),
+            correct=np.array(correct).reshape(sample_shape),
+            truncated=np.array(truncated, dtype=int).reshape(sample_shape),
         )
-        speed = sum(lengths) / (time.monotonic() - started)
-        print(f"{difficulty} numbers: {len(lengths)} responses, {speed:,.0f} tokens/s", flush=True)
-    return result
+        tokens_per_s = sum(lengths) / (time.monotonic() - start_s)
+        print(f"{difficulty} numbers: {len(lengths)} responses, {tokens_per_s:,.0f} tokens/s", flush=True)
+    return samples_by_class
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -81,27 +81,27 @@ def main(arguments: list[str] | None = None) -> int:
 
     torch.set_num_threads(options.threads)
     folder = options.dir or assets_dir(options.testbed)
-    limit = LIMITS[options.testbed].response
-    samples = collect(folder, limit, options.groups, options.size, options.seed, options.split)
-    classes = {difficulty: summarize(part, options.seed) for difficulty, part in samples.items()}
-    overall = summarize(pool(samples), options.seed)
-    required = checks(options.testbed, overall, classes)
+    length_limit = LIMITS[options.testbed].response
+    samples = collect(folder, length_limit, options.groups, options.size, options.seed, options.split)
+    classes = {difficulty: summarize(class_samples, options.seed) for difficulty, class_samples in samples.items()}
+    overall_summary = summarize(pool(samples), options.seed)
+    required_checks = checks(options.testbed, overall_summary, classes)
 
-    print(f"\n{options.testbed}, limit {limit} tokens, {options.split} prompts, seed {options.seed}\n")
-    print(table(overall, classes), end="\n\n")
-    print("\n".join(map(str, required)))
+    print(f"\n{options.testbed}, limit {length_limit} tokens, {options.split} prompts, seed {options.seed}\n")
+    print(table(overall_summary, classes), end="\n\n")
+    print("\n".join(map(str, required_checks)))
     if options.json:
-        document = {
+        json_document = {
             "testbed": options.testbed,
-            "response_limit": limit,
+            "response_limit": length_limit,
             "split": options.split,
             "seed": options.seed,
-            "overall": asdict(overall),
+            "overall": asdict(overall_summary),
             "classes": {str(difficulty): asdict(summary) for difficulty, summary in classes.items()},
-            "checks": [asdict(check) | {"passed": check.passed} for check in required],
+            "checks": [asdict(check) | {"passed": check.passed} for check in required_checks],
         }
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
-    return 0 if all(check.passed for check in required) else 1
+        options.json.write_text(json.dumps(json_document, indent=1) + "\n")
+    return 0 if all(check.passed for check in required_checks) else 1
 
 
 if __name__ == "__main__":

@@ -28,22 +28,22 @@ def sample(
     """
     if len({len(prompt) for prompt in prompts}) > 1:
         raise ValueError(f"prompt lengths {sorted({len(p) for p in prompts})} must be equal")
-    end = model.generation_config.eos_token_id
+    end_token = model.generation_config.eos_token_id
     responses: list[list[int]] = [[] for _ in prompts]
-    rows = torch.arange(len(prompts))
-    running = torch.ones(len(prompts), dtype=torch.bool)
+    running_rows = torch.arange(len(prompts))
+    is_running = torch.ones(len(prompts), dtype=torch.bool)
     tokens: Tensor = torch.tensor(prompts)
     cache = DynamicCache(config=model.config)
     for _ in range(limit):
         logits = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         tokens = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)
-        for row, token, runs in zip(rows.tolist(), tokens[:, 0].tolist(), running.tolist(), strict=True):
-            if runs:
+        for row, token, row_runs in zip(running_rows.tolist(), tokens[:, 0].tolist(), is_running.tolist(), strict=True):
+            if row_runs:
                 responses[row].append(token)
-        running &= tokens[:, 0] != end
-        if not running.any():
+        is_running &= tokens[:, 0] != end_token
+        if not is_running.any():
             break
-        if running.float().mean() < _COMPACT_BELOW:
-            cache.batch_select_indices(running.nonzero()[:, 0])
-            rows, tokens, running = rows[running], tokens[running], running[running]
+        if is_running.float().mean() < _COMPACT_BELOW:
+            cache.batch_select_indices(is_running.nonzero()[:, 0])
+            running_rows, tokens, is_running = running_rows[is_running], tokens[is_running], is_running[is_running]
     return responses

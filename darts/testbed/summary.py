@@ -56,11 +56,11 @@ def summarize(samples: Samples, seed: int = 0, shuffles: int = 200) -> Summary:
     """Computes all statistics; `seed` decides the resamples and the control's `shuffles`."""
     rng = np.random.default_rng(seed)
     lengths, correct = samples.lengths.astype(float), samples.correct.astype(float)
-    spreads = statistics.longest_over_median(lengths)
+    length_spreads = statistics.longest_over_median(lengths)
     correlations = statistics.group_correlations(lengths, correct)
-    gap = statistics.length_gap(lengths, correct, rng)
-    verbose = statistics.wrong_is_longer(lengths, correct)
-    nothing = Estimate(value=math.nan, low=math.nan, high=math.nan)
+    length_gap = statistics.length_gap(lengths, correct, rng)
+    verbose_groups = statistics.wrong_is_longer(lengths, correct)
+    no_estimate = Estimate(value=math.nan, low=math.nan, high=math.nan)
     return Summary(
         groups=lengths.shape[0],
         size=lengths.shape[1],
@@ -69,21 +69,21 @@ def summarize(samples: Samples, seed: int = 0, shuffles: int = 200) -> Summary:
         length_p50=statistics.quantile(lengths, 0.5, rng),
         length_p99=statistics.quantile(lengths, 0.99, rng),
         truncated=statistics.mean(samples.truncated.astype(float), rng),
-        spread_p50=statistics.quantile(spreads, 0.5, rng),
-        spread_p90=statistics.quantile(spreads, 0.9, rng),
-        correlation=statistics.mean(correlations, rng) if len(correlations) else nothing,
+        spread_p50=statistics.quantile(length_spreads, 0.5, rng),
+        spread_p90=statistics.quantile(length_spreads, 0.9, rng),
+        correlation=statistics.mean(correlations, rng) if len(correlations) else no_estimate,
         correlated_groups=len(correlations),
-        verbose_groups=statistics.mean(verbose, rng) if len(verbose) else nothing,
-        gap=gap,
-        pattern=statistics.verdict(gap),
+        verbose_groups=statistics.mean(verbose_groups, rng) if len(verbose_groups) else no_estimate,
+        gap=length_gap,
+        pattern=statistics.verdict(length_gap),
         false_patterns=statistics.false_verdicts(lengths, correct, rng, shuffles),
     )
 
 
 def pool(classes: Mapping[int, Samples]) -> Samples:
     """All classes together; their groups must have one size."""
-    names = ("lengths", "correct", "truncated")
-    return Samples(**{name: np.concatenate([getattr(part, name) for part in classes.values()]) for name in names})
+    array_names = ("lengths", "correct", "truncated")
+    return Samples(**{name: np.concatenate([getattr(part, name) for part in classes.values()]) for name in array_names})
 
 
 def checks(testbed: str, overall: Summary, classes: Mapping[int, Summary]) -> list[Check]:
@@ -94,7 +94,7 @@ def checks(testbed: str, overall: Summary, classes: Mapping[int, Summary]) -> li
 def table(overall: Summary, classes: Mapping[int, Summary]) -> str:
     """A Markdown table with a column per class and one for all, intervals in brackets."""
     columns = {**{f"{difficulty} numbers": summary for difficulty, summary in classes.items()}, "all": overall}
-    rows = {
+    row_cells = {
         "responses (groups x size)": lambda s: f"{s.groups} x {s.size}",
         "pass@1": lambda s: format(s.accuracy, ".3f"),
         "mean length": lambda s: format(s.length_mean, ".1f"),
@@ -109,7 +109,7 @@ def table(overall: Summary, classes: Mapping[int, Summary]) -> str:
         "pattern": lambda s: s.pattern,
         "control: shuffles with a pattern": lambda s: f"{s.false_patterns:.3f}",
     }
-    return tables.table(["", *columns], [[name, *map(cell, columns.values())] for name, cell in rows.items()])
+    return tables.table(["", *columns], [[name, *map(cell, columns.values())] for name, cell in row_cells.items()])
 
 
 def _overthink(overall: Summary, classes: Mapping[int, Summary]) -> Iterator[Check]:
@@ -125,14 +125,14 @@ def _overthink(overall: Summary, classes: Mapping[int, Summary]) -> Iterator[Che
 
 
 def _depth(overall: Summary, classes: Mapping[int, Summary]) -> Iterator[Check]:
-    both = [summary for summary in classes.values() if 0 < summary.accuracy.value < 1]
-    deep = sum(summary.pattern == "II" for summary in both)
+    mixed_classes = [summary for summary in classes.values() if 0 < summary.accuracy.value < 1]
+    num_deep = sum(summary.pattern == "II" for summary in mixed_classes)
     yield Check(name="pass@1", value=overall.accuracy.value, low=0.40, high=0.75)
     yield Check(name="longest/median, p50 of groups", value=overall.spread_p50.value, low=1.05, high=math.inf)
     yield Check(name="share at the limit", value=overall.truncated.value, low=0, high=0.01)
     yield Check(name="correlation length, correct", value=overall.correlation.value, low=0.1, high=1)
-    yield Check(name="classes with both outcomes", value=len(both), low=1, high=len(classes))
-    yield Check(name="of those, of Pattern II", value=deep, low=len(both), high=len(both))
+    yield Check(name="classes with both outcomes", value=len(mixed_classes), low=1, high=len(classes))
+    yield Check(name="of those, of Pattern II", value=num_deep, low=len(mixed_classes), high=len(mixed_classes))
     yield _control(classes)
 
 

@@ -71,9 +71,9 @@ class Mix:
     """Chance that a re-check changes the total, which is then kept."""
 
     def __post_init__(self) -> None:
-        low, high = self.first
-        largest = high + 9 * (max(self.classes) - 1)
-        if low < _TOTALS.start or largest >= _TOTALS.stop or min(self.classes) < 2:
+        smallest_first, largest_first = self.first
+        largest_total = largest_first + 9 * (max(self.classes) - 1)
+        if smallest_first < _TOTALS.start or largest_total >= _TOTALS.stop or min(self.classes) < 2:
             raise ValueError(
                 f"classes={self.classes} and first={self.first} give sums outside {_TOTALS}, or less than two numbers"
             )
@@ -86,8 +86,8 @@ class Mix:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Trace:
-    """What a response does, e.g. ``Trace(steps=2, guessed=False, waits=1, answer=47)``."""
+class ResponseTrace:
+    """What a response does, e.g. ``ResponseTrace(steps=2, guessed=False, waits=1, answer=47)``."""
 
     steps: int
     guessed: bool
@@ -124,63 +124,63 @@ MIXES: dict[str, Mix] = {
 
 def draw_problem(rng: random.Random, difficulty: int, first: tuple[int, int]) -> Problem:
     """Draws one problem of `difficulty` numbers, the first of them in `first` (both ends in)."""
-    rest = (rng.randint(1, 9) for _ in range(difficulty - 1))
-    return Problem(numbers=(rng.randint(*first), *rest))
+    later_numbers = (rng.randint(1, 9) for _ in range(difficulty - 1))
+    return Problem(numbers=(rng.randint(*first), *later_numbers))
 
 
 def split_problems(mix: Mix, seed: int, train: int, val: int) -> tuple[list[Problem], list[Problem]]:
     """Draws `train` and `val` different problems per class, disjoint, each list shuffled."""
     rng = random.Random(f"problems-{seed}")
-    parts: tuple[list[Problem], list[Problem]] = ([], [])
+    split_parts: tuple[list[Problem], list[Problem]] = ([], [])
     for difficulty in mix.classes:
-        space = (mix.first[1] - mix.first[0] + 1) * 9 ** (difficulty - 1)
-        if train + val > space:
-            raise ValueError(f"train={train} and val={val} exceed the {space} problems of {difficulty} numbers")
-        unique: dict[Problem, None] = {}
-        while len(unique) < train + val:
-            unique[draw_problem(rng, difficulty, mix.first)] = None
-        drawn = list(unique)
-        parts[0].extend(drawn[:train])
-        parts[1].extend(drawn[train:])
-    for part in parts:
+        num_problems = (mix.first[1] - mix.first[0] + 1) * 9 ** (difficulty - 1)
+        if train + val > num_problems:
+            raise ValueError(f"train={train} and val={val} exceed the {num_problems} problems of {difficulty} numbers")
+        unique_problems: dict[Problem, None] = {}
+        while len(unique_problems) < train + val:
+            unique_problems[draw_problem(rng, difficulty, mix.first)] = None
+        drawn_problems = list(unique_problems)
+        split_parts[0].extend(drawn_problems[:train])
+        split_parts[1].extend(drawn_problems[train:])
+    for part in split_parts:
         rng.shuffle(part)
-    return parts
+    return split_parts
 
 
 def demonstrate(rng: random.Random, problem: Problem, mix: Mix) -> str:
     """Writes one demonstration response to `problem` (without the end-of-sequence token)."""
-    place = mix.classes.index(problem.difficulty)
+    class_place = mix.classes.index(problem.difficulty)
     all_steps = problem.difficulty - 1
-    steps = all_steps
-    if rng.random() >= mix.stepwise[place]:
-        steps = rng.randrange(all_steps) if mix.guess_midway else 0
-    total, lines = problem.numbers[0], []
-    for number in problem.numbers[1 : steps + 1]:
-        lines.append(f"{total}+{number}={total + number}")
+    num_steps = all_steps
+    if rng.random() >= mix.stepwise[class_place]:
+        num_steps = rng.randrange(all_steps) if mix.guess_midway else 0
+    total, text_lines = problem.numbers[0], []
+    for number in problem.numbers[1 : num_steps + 1]:
+        text_lines.append(f"{total}+{number}={total + number}")
         total += number
-    missing = all_steps - steps
-    if missing:
-        right = rng.random() < mix.guess_right[min(missing, len(mix.guess_right)) - 1]
-        total = problem.total if right else _miss(rng, problem.total)
-        lines.append(f"guess {total}")
-    chance = mix.wait_start[place]
+    missing_steps = all_steps - num_steps
+    if missing_steps:
+        is_right = rng.random() < mix.guess_right[min(missing_steps, len(mix.guess_right)) - 1]
+        total = problem.total if is_right else _miss(rng, problem.total)
+        text_lines.append(f"guess {total}")
+    chance = mix.wait_start[class_place]
     while rng.random() < chance:
         if rng.random() < mix.wait_corrupts:
             total = _miss(rng, total)
-        lines.append(f"wait, {total}")
+        text_lines.append(f"wait, {total}")
         chance = mix.wait_again
-    return "\n".join([*lines, f"#{total}."])
+    return "\n".join([*text_lines, f"#{total}."])
 
 
-def read_trace(response: str) -> Trace:
+def read_trace(response: str) -> ResponseTrace:
     """Reads what a response does. Never raises: lines of no known form count as nothing."""
-    *lines, last = response.split("\n")
-    kinds = [found.lastgroup for line in lines if (found := _LINE.fullmatch(line))]
-    answer = _ANSWER.fullmatch(last)
-    return Trace(
-        steps=kinds.count("step"),
-        guessed="guess" in kinds,
-        waits=kinds.count("wait"),
+    *lines, last_line = response.split("\n")
+    line_kinds = [line_match.lastgroup for line in lines if (line_match := _LINE.fullmatch(line))]
+    answer = _ANSWER.fullmatch(last_line)
+    return ResponseTrace(
+        steps=line_kinds.count("step"),
+        guessed="guess" in line_kinds,
+        waits=line_kinds.count("wait"),
         answer=int(answer[1]) if answer else None,
     )
 
@@ -192,5 +192,5 @@ def score(response: str, total: int) -> float:
 
 def _miss(rng: random.Random, total: int) -> int:
     """A wrong total of two digits, at most 4 away."""
-    near = [other for other in range(total - 4, total + 5) if other != total and other in _TOTALS]
-    return rng.choice(near)
+    near_totals = [other for other in range(total - 4, total + 5) if other != total and other in _TOTALS]
+    return rng.choice(near_totals)

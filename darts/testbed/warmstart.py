@@ -84,30 +84,30 @@ class Packer:
 
     def batch(self, rows: int) -> Packed:
         """The next batch of `rows` rows."""
-        shape = (rows, self._length)
-        tokens = torch.full(shape, self._pad)
-        labels = torch.full(shape, _IGNORED)
-        positions = torch.zeros(shape, dtype=torch.long)
-        segments = torch.full(shape, -1)
+        batch_shape = (rows, self._length)
+        tokens = torch.full(batch_shape, self._pad)
+        labels = torch.full(batch_shape, _IGNORED)
+        positions = torch.zeros(batch_shape, dtype=torch.long)
+        segments = torch.full(batch_shape, -1)
         for row in range(rows):
-            start, segment = 0, 0
-            while start + len(self._next[0]) <= self._length:
-                ids, prompt = torch.tensor(self._next[0]), self._next[1]
-                end = start + len(ids)
-                tokens[row, start:end] = ids
-                labels[row, start + prompt - 1 : end - 1] = ids[prompt:]
-                positions[row, start:end] = torch.arange(len(ids))
-                segments[row, start:end] = segment
-                start, segment, self._next = end, segment + 1, next(self._stream)
+            start_place, segment = 0, 0
+            while start_place + len(self._next[0]) <= self._length:
+                token_ids, prompt = torch.tensor(self._next[0]), self._next[1]
+                end_place = start_place + len(token_ids)
+                tokens[row, start_place:end_place] = token_ids
+                labels[row, start_place + prompt - 1 : end_place - 1] = token_ids[prompt:]
+                positions[row, start_place:end_place] = torch.arange(len(token_ids))
+                segments[row, start_place:end_place] = segment
+                start_place, segment, self._next = end_place, segment + 1, next(self._stream)
         return Packed(tokens=tokens, labels=labels, positions=positions, segments=segments)
 
 
 def loss_of(model: Qwen2ForCausalLM, batch: Packed) -> Tensor:
     """Mean cross-entropy in nats over the response tokens of `batch`."""
     length = batch.tokens.shape[1]
-    same = batch.segments[:, None, :, None] == batch.segments[:, None, None, :]
-    mask = same & torch.ones(length, length, dtype=torch.bool).tril()
-    logits = model(batch.tokens, attention_mask=mask, position_ids=batch.positions, use_cache=False).logits
+    same_segment = batch.segments[:, None, :, None] == batch.segments[:, None, None, :]
+    attention_mask = same_segment & torch.ones(length, length, dtype=torch.bool).tril()
+    logits = model(batch.tokens, attention_mask=attention_mask, position_ids=batch.positions, use_cache=False).logits
     return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=_IGNORED)
 
 
@@ -118,14 +118,14 @@ def train(
     report: Callable[[str], None] = print,
 ) -> None:
     """Trains `model` in place and reports loss, speed and remaining time every 100 steps."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": schedule.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         betas=(0.9, 0.98),
     )
     model.train()
-    started, losses, tokens = time.monotonic(), [], 0
+    start_s, step_losses, num_tokens = time.monotonic(), [], 0
     for step in range(schedule.steps):
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate(step)
@@ -135,14 +135,14 @@ def train(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.clip_norm)
         optimizer.step()
-        losses.append(loss.item())
-        tokens += int((batch.segments >= 0).sum())
+        step_losses.append(loss.item())
+        num_tokens += int((batch.segments >= 0).sum())
         if (step + 1) % 100 == 0 or step + 1 == schedule.steps:
-            passed = time.monotonic() - started
-            left = passed / (step + 1) * (schedule.steps - step - 1)
-            recent = sum(losses[-100:]) / len(losses[-100:])
+            passed_s = time.monotonic() - start_s
+            left_s = passed_s / (step + 1) * (schedule.steps - step - 1)
+            recent_loss = sum(step_losses[-100:]) / len(step_losses[-100:])
             report(
-                f"step {step + 1}/{schedule.steps}  loss {recent:.4f}  {tokens / passed:,.0f} tokens/s"
-                f"  {passed / 60:.1f} min passed, {left / 60:.1f} min left"
+                f"step {step + 1}/{schedule.steps}  loss {recent_loss:.4f}  {num_tokens / passed_s:,.0f} tokens/s"
+                f"  {passed_s / 60:.1f} min passed, {left_s / 60:.1f} min left"
             )
     model.eval()

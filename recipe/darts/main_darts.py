@@ -7,7 +7,6 @@ and exit code 2. A run that has ended, started again, is one line and exit code 
 
 import os
 import sys
-from typing import NoReturn
 
 import hydra
 import ray
@@ -26,7 +25,7 @@ from darts.checks.placement import choose_backend
 from darts.checks.run import check_model, check_run, darts_config, refuse_unknown_overrides
 from darts.config import ConfigError
 from darts.evidence.checkpoint import finished_at
-from darts.evidence.log import logger
+from darts.evidence.log import logger, refuse
 from darts.testbed import register_resolver
 from darts.training.launch import DartsTaskRunner, join_cluster
 from verl_patches.pools import ClusterTooSmall
@@ -68,12 +67,6 @@ def main(config: DictConfig) -> None:
         if isinstance(error.cause, ClusterTooSmall | ConfigError):
             refuse(error.cause)
         raise
-
-
-def refuse(error: Exception | str) -> NoReturn:
-    """Ends the program with the one line that says what is wrong."""
-    logger.error(error)
-    sys.exit(2)
 
 
 def command() -> None:

@@ -8,7 +8,8 @@ Schema (recipe/dapo/prepare_dapo_data.sh and the rows of the published files): `
 import re
 from collections.abc import Callable
 
-from prepare import Example, Part, Row, UnusableRow, text, user
+from math_lighteval import HUB as BOXED_SCORER
+from prepare import Command, Example, Part, PreparedRow, UnusableRow, command, text, user
 
 AIME = "BytedTsinghua-SIA/AIME-2024"
 COLUMNS = {"prompt": "messages", "reward_model.ground_truth": "text"}
@@ -24,10 +25,10 @@ r"""For answers in LaTeX: verl's `math_reward` looks for \boxed{} and, unlike `m
 _LINE = re.compile(re.escape(LINE).replace(r"\{\}", "(.*)"), re.DOTALL)
 
 
-def reader(template: str, data_source: str) -> Callable[[Example], Row]:
+def reader(template: str, data_source: str) -> Callable[[Example], PreparedRow]:
     """Reads rows of both datasets, with instructions of its own."""
 
-    def read(example: Example) -> Row:
+    def read(example: Example) -> PreparedRow:
         messages = example["prompt"] or []
         if len(messages) != 1:
             raise UnusableRow("with another number of messages than one")
@@ -35,7 +36,8 @@ def reader(template: str, data_source: str) -> Callable[[Example], Row]:
         found = _LINE.fullmatch(content)
         question = found[1].strip() if found else content
         answer = text(example, "reward_model.ground_truth")
-        return Row(question=question, prompt=user(template.format(question)), answer=answer, data_source=data_source)
+        prompt = user(template.format(question))
+        return PreparedRow(question=question, prompt=prompt, answer=answer, data_source=data_source)
 
     return read
 
@@ -43,3 +45,15 @@ def reader(template: str, data_source: str) -> Callable[[Example], Row]:
 def aime2024(template: str) -> Part:
     """The validation set; verl scores a data source whose name begins with ``aime`` with `math_dapo`."""
     return Part(name="aime2024", hub=AIME, columns=COLUMNS, read=reader(template, "aime2024"))
+
+
+def boxed_command(name: str, description: str, hub: str, *, question: str, answer: str) -> Command:
+    """The script for a dataset with these two columns, whose answers are in LaTeX."""
+
+    def read(example: Example) -> PreparedRow:
+        problem = text(example, question)
+        prompt = user(BOXED.format(problem))
+        return PreparedRow(question=problem, prompt=prompt, answer=text(example, answer), data_source=BOXED_SCORER)
+
+    train = Part(name="train", hub=hub, columns={question: "text", answer: "text"}, read=read)
+    return command(name, description, train, aime2024(BOXED))

@@ -8,18 +8,13 @@ list of one message {role, content}; `reward_model`, with the answer, an integer
 """
 
 import sys
-from collections.abc import Sequence
 
-from dapo_format import AIME, COLUMNS, LINE, aime2024, reader
-from prepare import Part, make_parser, run
+from dapo_format import COLUMNS, LINE, aime2024, reader
+from prepare import Part, command
 
 HUB = "BytedTsinghua-SIA/DAPO-Math-17k"
 TRAIN = Part(name="train", hub=HUB, columns=COLUMNS, read=reader(LINE, "math_dapo"))
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    return run(make_parser("dapo_math", __doc__, HUB, AIME).parse_args(arguments), TRAIN, aime2024(LINE))
-
+main = command("dapo_math", __doc__, TRAIN, aime2024(LINE))
 
 if __name__ == "__main__":
     sys.exit(main())

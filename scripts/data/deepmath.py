@@ -7,26 +7,11 @@ MATH. Schema (card of zwhe99/DeepMath-103K): `question`, `final_answer`; its sol
 """
 
 import sys
-from collections.abc import Sequence
 
-from dapo_format import AIME, BOXED, aime2024
-from math_lighteval import HUB as BOXED_SCORER
-from prepare import Example, Part, Row, make_parser, run, text, user
+from dapo_format import boxed_command
 
 HUB = "zwhe99/DeepMath-103K"
-
-
-def read(example: Example) -> Row:
-    question, answer = text(example, "question"), text(example, "final_answer")
-    return Row(question=question, prompt=user(BOXED.format(question)), answer=answer, data_source=BOXED_SCORER)
-
-
-TRAIN = Part(name="train", hub=HUB, columns={"question": "text", "final_answer": "text"}, read=read)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    return run(make_parser("deepmath", __doc__, HUB, AIME).parse_args(arguments), TRAIN, aime2024(BOXED))
-
+main = boxed_command("deepmath", __doc__, HUB, question="question", answer="final_answer")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,26 +7,11 @@ MATH. Schema (card of agentica-org/DeepScaleR-Preview-Dataset): `problem`, `answ
 """
 
 import sys
-from collections.abc import Sequence
 
-from dapo_format import AIME, BOXED, aime2024
-from math_lighteval import HUB as BOXED_SCORER
-from prepare import Example, Part, Row, make_parser, run, text, user
+from dapo_format import boxed_command
 
 HUB = "agentica-org/DeepScaleR-Preview-Dataset"
-
-
-def read(example: Example) -> Row:
-    problem, answer = text(example, "problem"), text(example, "answer")
-    return Row(question=problem, prompt=user(BOXED.format(problem)), answer=answer, data_source=BOXED_SCORER)
-
-
-TRAIN = Part(name="train", hub=HUB, columns={"problem": "text", "answer": "text"}, read=read)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    return run(make_parser("deepscaler", __doc__, HUB, AIME).parse_args(arguments), TRAIN, aime2024(BOXED))
-
+main = boxed_command("deepscaler", __doc__, HUB, question="problem", answer="answer")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from prepare import Example, Part, Row, UnusableRow, make_parser, run, text
+from prepare import Example, PreparedRow, UnusableRow, make_parser, parts, run, text
 
 HUB = "PRIME-RL/Eurus-2-RL-Data"
 SOURCES = {
@@ -37,16 +37,11 @@ INSTRUCTIONS = {
     "math": (r"\boxed", "\n\nPut the final answer, in LaTeX, in \\boxed{}."),
 }
 """What a prompt must name, and what is added to one that does not."""
-COLUMNS = {
-    "data_source": "text",
-    "prompt": "messages",
-    "ability": "text",
-    "reward_model.ground_truth": "text",
-}
+COLUMNS = {"data_source": "text", "prompt": "messages", "ability": "text", "reward_model.ground_truth": "text"}
 UNUSABLE = "with tests that verl cannot run"
 
 
-def read(example: Example, wanted: str) -> Row:
+def read(example: Example, wanted: str) -> PreparedRow:
     ability, source = text(example, "ability"), text(example, "data_source")
     if wanted not in (ability, "all"):
         raise UnusableRow(f"of ability {ability or 'none'}")
@@ -62,7 +57,7 @@ def read(example: Example, wanted: str) -> Row:
     answer = text(example, "reward_model.ground_truth")
     if ability == "code" and answer:
         answer = runnable(answer)
-    return Row(question=question, prompt=prompt, answer=answer, data_source=source, ability=ability)
+    return PreparedRow(question=question, prompt=prompt, answer=answer, data_source=source, ability=ability)
 
 
 def runnable(published: str) -> str:
@@ -107,15 +102,12 @@ def _call(arguments: Any, expected: Any) -> tuple[str, str]:
     return arguments, expected
 
 
-def part(split: str, ability: str) -> Part:
-    return Part(name=split, split=split, hub=HUB, columns=COLUMNS, read=partial(read, wanted=ability))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = make_parser("eurus2", __doc__, HUB)
+    parser = make_parser("eurus2", __doc__, HUB, HUB)
     parser.add_argument("--ability", choices=["code", "math", "all"], default="code", help="default: %(default)s")
     options = parser.parse_args(arguments)
-    return run(options, part("train", options.ability), part("validation", options.ability))
+    reader = partial(read, wanted=options.ability)
+    return run(options, *parts("train", "validation", hub=HUB, columns=COLUMNS, read=reader))
 
 
 if __name__ == "__main__":

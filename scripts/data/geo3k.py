@@ -8,30 +8,24 @@ card of hiyouga/geometry3k): `images`; `problem`, with `<image>` where the image
 """
 
 import sys
-from collections.abc import Sequence
 
-from prepare import IMAGE, Example, Part, Row, make_parser, run, text, user
+from prepare import IMAGE, Example, PreparedRow, command, parts, text, user
 
 HUB = "hiyouga/geometry3k"
 INSTRUCTION = r"Begin with your reasoning between <think> and </think>. Then give the final answer in \boxed{}."
 
 
-def read(example: Example) -> Row:
+def read(example: Example) -> PreparedRow:
     problem = text(example, "problem")
     content = f"{problem}\n\n{INSTRUCTION}"
     if IMAGE not in problem:
         content = IMAGE * len(example["images"] or ()) + content
-    return Row(question=problem, prompt=user(content), answer=text(example, "answer"), data_source=HUB)
+    answer = text(example, "answer")
+    return PreparedRow(question=problem, prompt=user(content), answer=answer, data_source=HUB)
 
 
-def part(split: str) -> Part:
-    columns = {"images": "images", "problem": "text", "answer": "text"}
-    return Part(name=split, split=split, hub=HUB, columns=columns, read=read)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    return run(make_parser("geo3k", __doc__, HUB).parse_args(arguments), part("train"), part("test"))
-
+COLUMNS = {"images": "images", "problem": "text", "answer": "text"}
+main = command("geo3k", __doc__, *parts("train", "test", hub=HUB, columns=COLUMNS, read=read))
 
 if __name__ == "__main__":
     sys.exit(main())

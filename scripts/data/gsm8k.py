@@ -8,32 +8,25 @@ one. Schema (card of openai/gsm8k, config main): `question`; `answer`, a solutio
 
 import re
 import sys
-from collections.abc import Sequence
 
-from prepare import Example, Part, Row, UnusableRow, make_parser, run, text, user
+from prepare import Example, PreparedRow, UnusableRow, command, parts, text, user
 
 HUB = "openai/gsm8k"
 INSTRUCTION = 'Think step by step. Write the final answer, the number alone, after "####" on the last line.'
 _FINAL = re.compile(r"####\s*\$?\s*(-?[\d,]*\.?\d+)\.?\s*$")
 
 
-def read(example: Example) -> Row:
+def read(example: Example) -> PreparedRow:
     question = text(example, "question")
     final = _FINAL.search(text(example, "answer"))
     if not final:
         raise UnusableRow("without a number after ####")
     prompt = user(f"{question}\n\n{INSTRUCTION}")
-    return Row(question=question, prompt=prompt, answer=final[1].replace(",", ""), data_source=HUB)
+    return PreparedRow(question=question, prompt=prompt, answer=final[1].replace(",", ""), data_source=HUB)
 
 
-def part(split: str) -> Part:
-    columns = {"question": "text", "answer": "text"}
-    return Part(name=split, split=split, hub=HUB, config="main", columns=columns, read=read)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    return run(make_parser("gsm8k", __doc__, HUB).parse_args(arguments), part("train"), part("test"))
-
+COLUMNS = {"question": "text", "answer": "text"}
+main = command("gsm8k", __doc__, *parts("train", "test", hub=HUB, config="main", columns=COLUMNS, read=read))
 
 if __name__ == "__main__":
     sys.exit(main())

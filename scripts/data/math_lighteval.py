@@ -7,9 +7,8 @@ Scored by verl's `math_reward`, which compares what stands in the last \boxed{}.
 """
 
 import sys
-from collections.abc import Sequence
 
-from prepare import Example, Part, Row, UnusableRow, make_parser, run, text, user
+from prepare import Example, PreparedRow, UnusableRow, command, parts, text, user
 
 HUB = "DigitalLearningGmbH/MATH-lighteval"
 INSTRUCTION = r"Think step by step, and put the final answer in \boxed{}."
@@ -17,8 +16,8 @@ INSTRUCTION = r"Think step by step, and put the final answer in \boxed{}."
 
 def last_boxed(solution: str) -> str:
     r"""What the last ``\boxed{...}``, ``\boxed x`` or ``\fbox{...}`` holds; empty if there is none, or no end to it."""
-    for command in (r"\boxed", r"\fbox"):
-        _, found, held = solution.rpartition(command)
+    for box in (r"\boxed", r"\fbox"):
+        _, found, held = solution.rpartition(box)
         if found:
             break
     held = held.lstrip() if found else ""
@@ -32,21 +31,17 @@ def last_boxed(solution: str) -> str:
     return ""
 
 
-def read(example: Example) -> Row:
+def read(example: Example) -> PreparedRow:
     problem = text(example, "problem")
     answer = last_boxed(text(example, "solution"))
     if not answer:
         raise UnusableRow(r"without \boxed{} in the solution")
-    return Row(question=problem, prompt=user(f"{problem}\n\n{INSTRUCTION}"), answer=answer, data_source=HUB)
+    prompt = user(f"{problem}\n\n{INSTRUCTION}")
+    return PreparedRow(question=problem, prompt=prompt, answer=answer, data_source=HUB)
 
 
-def part(split: str) -> Part:
-    return Part(name=split, split=split, hub=HUB, columns={"problem": "text", "solution": "text"}, read=read)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    return run(make_parser("math_lighteval", __doc__, HUB).parse_args(arguments), part("train"), part("test"))
-
+COLUMNS = {"problem": "text", "solution": "text"}
+main = command("math_lighteval", __doc__, *parts("train", "test", hub=HUB, columns=COLUMNS, read=read))
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -26,7 +26,7 @@ import sys
 import tempfile
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,7 @@ from PIL import Image
 
 Example = Mapping[str, Any]
 Messages = list[dict[str, str]]
+Command = Callable[[Sequence[str] | None], int]
 
 BATCH = 500
 """Rows in memory at a time: the tests of a single programming problem may take megabytes."""
@@ -67,8 +68,8 @@ class UnusableRow(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One prompt, e.g. ``Row(question="1 + 1 = ?", prompt=user("1 + 1 = ?"), answer="2", data_source="math_dapo")``."""
+class PreparedRow:
+    """A prompt: ``PreparedRow(question="1 + 1?", prompt=user("1 + 1?"), answer="2", data_source="math_dapo")``."""
 
     question: str
     """The prompt without instructions: by it copies are found."""
@@ -84,17 +85,17 @@ class Part:
     """A file to be written, and what it is read from."""
 
     name: str
-    """Of the file, without ``.parquet``."""
+    """The file's name without ``.parquet``."""
     hub: str
     """The canonical dataset."""
     columns: Mapping[str, str]
     """What is needed, by kind (see `KINDS`), e.g. ``{"problem": "text", "reward_model.ground_truth": "text"}``."""
-    read: Callable[[Example], Row]
+    read: Callable[[Example], PreparedRow]
     """Reads a row of the source, or raises `UnusableRow`."""
     split: str | None = None
-    """Of the source. None: ``train``, or the only one."""
+    """Which of the source. None: ``train``, or the only one."""
     config: str | None = None
-    """Of the dataset, where it has several."""
+    """Which of the dataset, where it has several."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +110,11 @@ class Source:
 
     def error(self, what: str) -> InputError:
         return InputError(f"{self.option}: {what}; pass a copy of {self.part.hub}.")
+
+
+def parts(*names: str, **fields: Any) -> list[Part]:
+    """Files that are called like the splits they are read from; the other fields of `Part` are those of all."""
+    return [Part(name=name, split=name, **fields) for name in names]
 
 
 def user(content: str) -> Messages:
@@ -134,13 +140,20 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; --help lists the options.\n")
 
 
-def make_parser(name: str, description: str, train: str, val: str | None = None) -> argparse.ArgumentParser:
-    """The options that all scripts have; `train` and `val` are hub names, `val` where it is a dataset of its own."""
+def command(name: str, description: str, train: Part, val: Part) -> Command:
+    """What a script runs: it takes the arguments and returns the exit code."""
+    return lambda arguments=None: run(
+        make_parser(name, description, train.hub, val.hub).parse_args(arguments), train, val
+    )
+
+
+def make_parser(name: str, description: str, train: str, val: str) -> argparse.ArgumentParser:
+    """The options that all scripts have; `train` and `val` are hub names."""
     parser = _Parser(prog=f"{name}.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = "name on the hub, file (parquet, json, jsonl) or folder (default: %(default)s)"
-    parser.add_argument("--source", default=train, metavar="NAME_OR_PATH", help=what)
-    if val:
-        parser.add_argument("--val-source", default=val, metavar="NAME_OR_PATH", help=f"of validation: {what}")
+    source_help = "name on the hub, file (parquet, json, jsonl) or folder (default: %(default)s)"
+    parser.add_argument("--source", default=train, metavar="NAME_OR_PATH", help=source_help)
+    if val != train:
+        parser.add_argument("--val-source", default=val, metavar="NAME_OR_PATH", help=f"of validation: {source_help}")
     folder = Path(os.environ.get("DATA_DIR") or "~/data") / name
     parser.add_argument("--out", type=Path, default=folder, metavar="DIR", help="default: $DATA_DIR/" + name)
     parser.add_argument("--limit", type=int, metavar="N", help="at most N rows in each file")
@@ -149,7 +162,7 @@ def make_parser(name: str, description: str, train: str, val: str | None = None)
 
 
 def run(options: argparse.Namespace, train: Part, val: Part) -> int:
-    """Does what a script is for; returns the exit code."""
+    """Writes both files; returns the exit code."""
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it logs is in its exceptions too
     huggingface_hub.logging.set_verbosity_error()
     if not sys.stderr.isatty():
@@ -168,11 +181,11 @@ def _run(options: argparse.Namespace, train: Part, val: Part) -> None:
     out = _make_folder(options.out)
     splits = load(train, "--source", options.source)
     trained = pick(splits, train, "--source", options.source)
+    val_option, val_source = "--source", options.source
     if "val_source" in options:
-        splits = load(val, "--val-source", options.val_source)
-        validated = pick(splits, val, "--val-source", options.val_source)
-    else:
-        validated = pick(splits, val, "--source", options.source)
+        val_option, val_source = "--val-source", options.val_source
+        splits = load(val, val_option, val_source)
+    validated = pick(splits, val, val_option, val_source)
 
     held_out = choose(validated)
     kept = choose(trained, held_out.seen, val.name)
@@ -376,7 +389,7 @@ def _examples(source: Source) -> Iterator[Example]:
                 yield dict(zip(batch, values, strict=True))
 
 
-def read(part: Part, example: Example) -> Row:
+def read(part: Part, example: Example) -> PreparedRow:
     """A row of the source as `part` reads it, if it can be used."""
     row = part.read(example)
     if not row.question or not all(message["content"] for message in row.prompt):

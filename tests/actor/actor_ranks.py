@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import vision
 
-ANSWER_S = 60
+ANSWER_S = 900
 VOCABULARY = 300
 
 _SIZES = {
@@ -277,7 +277,7 @@ class Ranks:
         for end in self._ends:
             end.send(None)
         for process in self._processes:
-            process.join(5)
+            process.join(60)
             if process.is_alive():
                 process.terminate()
 

@@ -11,6 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
+from compositions import composed
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
@@ -30,13 +31,6 @@ PLATFORMS = sorted(path.stem for path in (CONFIG_DIR / "platform").glob("*.yaml"
 
 
 PATHS = ("actor_rollout_ref.model.path", "data.train_files", "data.val_files")
-
-
-def composed(name: str, *overrides: str):
-    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-        config = compose(name, overrides=list(overrides))
-    OmegaConf.resolve(config)
-    return config
 
 
 def trainable(*overrides: str):
@@ -125,10 +119,10 @@ BAD = [
     ),
     (
         [
-            "actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module=verl_patches.weight_sync",
+            "actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module=verl_patches.gloo_checkpoint_engine",
             "darts.enable=false",
         ],
-        "module='verl_patches.weight_sync': it is called verl_patches.weights.sync now.",
+        "module='verl_patches.gloo_checkpoint_engine': it is called verl_patches.weights.gloo now.",
     ),
 ]
 
@@ -391,7 +385,7 @@ def test_the_command_refuses_in_one_line_before_ray_starts_from_any_directory(tm
     result = subprocess.run(
         [sys.executable, "-m", "recipe.darts.main_darts", "--config-name", "quickstart", "darts.selection.num_long=8",
          "hydra.run.dir=."],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        cwd=tmp_path, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert result.returncode == 2
     lines = [line for line in result.stderr.splitlines() if line.startswith("[darts]")]

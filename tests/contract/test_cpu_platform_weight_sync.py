@@ -1,4 +1,4 @@
-"""What ``verl_patches.weights.sync`` relies on in verl 0.9.1, and that a failed receiver ends the wait."""
+"""What ``verl_patches.weight_sync`` relies on in verl 0.9.1, and that a failed receiver ends the wait."""
 
 import asyncio
 import inspect
@@ -11,7 +11,7 @@ from verl_patches.patches import patch_server_adapter
 from verl_patches.patching import original
 from verl_patches.weights import watch
 
-pytest.importorskip("verl_patches.weights.sync", reason="needs verl with vLLM")
+pytest.importorskip("verl_patches.weight_sync", reason="needs verl with vLLM")
 from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightSender
 from verl.workers.rollout.vllm_rollout.vllm_rollout import ServerAdapter
 

@@ -6,14 +6,13 @@ import re
 import subprocess
 from string import Template
 
+import compositions
 import pytest
 from documents import ENTRY_POINT, PAGES, ROOT, commands_of, environment_and_words, recipes, text_of, write_example
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from verl.checkpoint_engine import CheckpointEngineRegistry
 
 import recipe.darts.main_darts  # noqa: F401  (registers the resolver that configurations use)
-from darts import CONFIG_DIR
 from darts.checks.placement import choose_backend
 from darts.checks.run import check_run, darts_config, refuse_unknown_overrides
 from darts.config import DartsConfig
@@ -46,7 +45,7 @@ def arguments_of(tmp_path):
             done = subprocess.run(
                 ["bash", str(ROOT / words[1]), *given],
                 env=inherited | {"PYTHON": str(stub)} | FILES | environment,
-                cwd=tmp_path, capture_output=True, text=True, timeout=30,
+                cwd=tmp_path, capture_output=True, text=True, timeout=300,
             )  # fmt: skip
             assert done.returncode == 0, done.stderr
             return out.read_text().split("\0")[2:-1]
@@ -62,10 +61,7 @@ def composed(arguments: list[str]) -> DictConfig:
     name = arguments[arguments.index("--config-name") + 1] if "--config-name" in arguments else "darts_trainer"
     overrides = [word.replace("...", EXISTING) for word in arguments if "=" in word]
     refuse_unknown_overrides(overrides)
-    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-        config = compose(name, overrides=overrides)
-    OmegaConf.resolve(config)
-    return config
+    return compositions.composed(name, *overrides)
 
 
 def test_there_are_commands():

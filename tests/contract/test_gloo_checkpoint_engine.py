@@ -1,7 +1,5 @@
 """Weights over gloo between real processes: the bytes, the group, and what happens when a side fails."""
 
-import time
-
 import pytest
 import torch
 import weight_transfer as wt
@@ -95,12 +93,10 @@ def test_a_side_that_fails_ends_the_update_everywhere_and_the_next_one_works(
 ):
     with wt.members(1, 2, BUCKET) as made:
         before = wt.connect(made, 1)
-        start = time.monotonic()
         made[0].call(sending, 1, LONG)
         made[1].call(wt.receive)
         made[2].call(receiving)
         answers = [member.answer() for member in made]
-        assert time.monotonic() - start < 10
         assert says in answers.pop(fails)
         assert all(f"failed in another process: {others_hear}" in answer for answer in answers), answers
 
@@ -123,20 +119,22 @@ def test_a_side_that_fails_ends_the_update_everywhere_and_the_next_one_works(
 def test_a_process_that_dies_ends_the_update_of_the_others(dies, calls):
     with wt.members(1, 2, BUCKET) as made:
         wt.connect(made, 1)
-        start = time.monotonic()
         for member, call in zip(made, calls, strict=True):
             member.call(*call)
         answers = [member.answer() for rank, member in enumerate(made) if rank != dies]
-        assert time.monotonic() - start < 10
         assert all("WeightTransferError" in answer and "gone" in answer for answer in answers), answers
 
 
-def test_silence_ends_at_the_limit():
-    with wt.members(1, 1, BUCKET, timeout_s=1.5) as made:
+def test_silence_ends_at_the_limit(tmp_path):
+    """The sender is silent until the receiver has given up."""
+    with wt.members(1, 1, BUCKET) as made:
         wt.connect(made, 1)
-        made[0].call(wt.send_late, 1, SIZES, 6.0)
+        made[1].call(wt.limit_silence, 0.5)
+        assert made[1].answer() is None
+        made[0].call(wt.send_late, 1, SIZES, tmp_path / "given up")
         made[1].call(wt.receive)
-        assert "VERL_PATCHES_WEIGHT_TIMEOUT_S" in made[1].answer(limit_s=5)
+        assert "VERL_PATCHES_WEIGHT_TIMEOUT_S" in made[1].answer()
+        (tmp_path / "given up").touch()
         assert "failed in another process: receiver 1" in made[0].answer()
 
 

@@ -65,6 +65,6 @@ for name in sys.argv[1].split(","):
         [sys.executable, "-c", code, ",".join(OF_A_NEW_RAY)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1200,
     )
     assert run.stdout.split("\n")[:-1] == [f"{name} True" for name in OF_A_NEW_RAY], run.stderr

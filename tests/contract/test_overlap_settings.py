@@ -3,11 +3,9 @@
 import pickle
 from dataclasses import replace
 
+import compositions
 import pytest
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
-from darts import CONFIG_DIR
 from darts.checks.run import check_memory, check_run, darts_config
 from darts.config import ConfigError
 from darts.messages import RankAbility
@@ -22,10 +20,7 @@ REWARD_MODEL = "reward.reward_model.enable=true"
 
 
 def composed(*overrides: str):
-    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-        config = compose("quickstart", overrides=list(overrides))
-    OmegaConf.resolve(config)
-    return config
+    return compositions.composed("quickstart", *overrides)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import compositions
 import pytest
 import ray
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from verl.checkpoint_engine import CheckpointEngineManager, CheckpointEngineRegistry
 from verl.checkpoint_engine.base import CheckpointEngineWorker
@@ -19,7 +19,6 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.rollout.llm_server import LLMServerManager
 
 import recipe.darts.main_darts  # noqa: F401  (registers the resolver that configurations use)
-from darts import CONFIG_DIR
 from darts.checks.cluster import Pools, check_cluster, pools
 from darts.checks.placement import choose_backend
 from darts.checks.run import check_run
@@ -52,9 +51,7 @@ def with_cpus(gpus: list[float]) -> list[Node]:
 
 
 def composed(name: str, *overrides: str):
-    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-        config = compose(name, overrides=list(overrides))
-    OmegaConf.resolve(config)
+    config = compositions.composed(name, *overrides)
     choose_backend(config)
     return config
 
@@ -249,7 +246,7 @@ def test_the_command_refuses_what_verl_refuses_in_one_line_too(tmp_path):
     result = subprocess.run(
         [sys.executable, "-m", "recipe.darts.main_darts", "--config-name", "quickstart", "hydra.run.dir=.",
          "actor_rollout_ref.rollout.temperature=0"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        cwd=tmp_path, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert result.returncode == 2
     assert "Traceback" not in result.stderr

@@ -5,9 +5,8 @@ import re
 
 import pytest
 import yaml
+from compositions import composed
 from documents import ROOT, text_of
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import validate_config
 
@@ -38,9 +37,7 @@ def test_the_command_for_ones_own_model_is_all_that_is_needed(page):
         overrides = [word.replace("...", EXISTING) for word in words if "=" in word]
         if page != "README.md" and name == "darts_trainer":  # what verl wants besides is the README's
             overrides.append("actor_rollout_ref.actor.use_dynamic_bsz=True")
-        with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-            config = compose(name, overrides=overrides)
-        OmegaConf.resolve(config)
+        config = composed(name, *overrides)
         check_run(config)
         validate_config(config, need_reference_policy(config), need_critic(config))
 

@@ -7,8 +7,8 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
+import compositions
 import pytest
-from hydra import compose, initialize_config_dir
 from jobs import ROOT
 from omegaconf import DictConfig, OmegaConf
 from verl.checkpoint_engine import CheckpointEngineRegistry
@@ -16,7 +16,6 @@ from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import validate_config
 
 import recipe.darts.main_darts  # noqa: F401  (registers the resolver that configurations use)
-from darts import CONFIG_DIR
 from darts.checks.cluster import Pools, pools
 from darts.checks.placement import choose_backend
 from darts.checks.run import check_run
@@ -63,7 +62,7 @@ def launch(tmp_path_factory):
         result = subprocess.run(
             ["bash", str(FOLDER / f"{name}.sh"), *arguments],
             env=inherited | {"PYTHON": str(stub)} | FILES | knobs,
-            cwd=folder, capture_output=True, text=True, timeout=30,
+            cwd=folder, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
         return tuple(out.read_text().split("\0")[:-1])
@@ -73,10 +72,7 @@ def launch(tmp_path_factory):
 
 def composed(arguments: tuple[str, ...]) -> DictConfig:
     assert arguments[:2] == ("-m", "recipe.darts.main_darts")
-    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-        config = compose("darts_trainer", overrides=list(arguments[2:]))
-    OmegaConf.resolve(config)
-    return config
+    return compositions.composed("darts_trainer", *arguments[2:])
 
 
 def checked(arguments: tuple[str, ...]) -> DictConfig:
@@ -244,7 +240,7 @@ def test_a_script_ends_with_that_line_and_code_2(tmp_path):
     result = subprocess.run(
         ["bash", str(FOLDER / f"{ONE_GPU}.sh")],
         env=os.environ | FILES | {"MODEL_PATH": "/no/such/model", "OUTPUT_DIR": str(tmp_path)},
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert result.returncode == 2
     last = result.stderr.splitlines()[-1]

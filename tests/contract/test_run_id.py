@@ -12,7 +12,7 @@ from verl.workers.rollout.vllm_rollout import vllm_async_server, vllm_rollout
 from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightSender
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
-import verl_patches.weights.sync  # noqa: F401  (applies the patches)
+import verl_patches.weight_sync  # noqa: F401  (applies the patches)
 from verl_patches import vllm_plugin
 from verl_patches.patching import original
 from verl_patches.weights import run_id
@@ -69,7 +69,7 @@ def test_where_vllm_does_not_load_the_plugin_runs_have_no_name(monkeypatch):
 
 def test_nothing_heavy_is_imported():
     code = "import sys, verl_patches.weights.run_id; assert not {'ray', 'torch', 'verl', 'vllm'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
 
 
 def test_upstream_is_what_it_was_written_for():

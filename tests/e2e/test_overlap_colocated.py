@@ -21,7 +21,7 @@ def test_a_colocated_run_trains_on_the_overlapped_log_probs(tmp_path, mode):
         "actor_rollout_ref.actor.optim.lr=1e-3", "trainer.val_before_train=false", f"trainer.test_freq={STEPS}",
         f"trainer.total_training_steps={STEPS}", "trainer.save_freq=-1",
     ]  # fmt: skip
-    run = run_job(command, tmp_path, limit=400)
+    run = run_job(command, tmp_path)
     assert run.returncode == 0, run.output[-3000:]
     said = f"log-probs during generation (overlap {mode}" + (", prefixes of up to" if mode == "token" else ")")
     assert said in run.output

@@ -12,8 +12,6 @@ from darts.rollout.worker import candidate_seed
 from darts.selection import select
 from darts.testbed import LIMITS, assets_dir
 
-pytestmark = pytest.mark.timeout(700)  # the run is a fixture
-
 STEPS, PROMPTS, M, HIGH, CHUNK = 8, 8, 8, 12, 16
 EPOCH = 4  # steps; from then on every prompt is known
 
@@ -26,7 +24,7 @@ def run(tmp_path_factory):
         "bash", str(ROOT / "scripts" / "quickstart.sh"), f"trainer.total_training_steps={STEPS}",
         "+actor_rollout_ref.rollout.engine_kwargs.vllm.scheduler_cls=engine_state.watched_scheduler",
     ]  # fmt: skip
-    return run_job(command, out, limit=580)
+    return run_job(command, out)
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,10 @@ from verl_patches.device import is_cpu_only
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(7000),
     pytest.mark.skipif(not is_cpu_only(), reason="the lines of the page are those of a machine without a GPU"),
 ]
-LIMIT_S = 600
+LIMIT_S = 6000
 PAGE = (ROOT / "docs" / "smoke.md").read_text()
 VARIABLES = {"PLATFORM": "cpu", "GPUS": "2", "HALF": "1"}
 FIGURE = re.compile(r"\d(?:[\d.,:]*\d)?(?:e[-+]\d+)?")
@@ -131,7 +131,7 @@ def two_rays(tmp_path_factory):
             rays.append(subprocess.Popen(["bash", "-c", command], cwd=ROOT, env=shell, start_new_session=True, **pipes))
             assert any("Ray runtime started" in said for said in rays[-1].stdout), command
         else:
-            subprocess.run(["bash", "-c", command], cwd=ROOT, env=shell, check=True, capture_output=True, timeout=60)
+            subprocess.run(["bash", "-c", command], cwd=ROOT, env=shell, check=True, capture_output=True, timeout=600)
     assert len(rays) == 2
     yield shell
     for ray in reversed(rays):

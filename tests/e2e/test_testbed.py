@@ -7,12 +7,12 @@ import pytest
 
 from darts.testbed import LIMITS
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(20000)]
 
 
 @pytest.mark.parametrize("name", LIMITS)
 def test_measured_bounds_hold(name):
     result = subprocess.run(
-        [sys.executable, "-m", "darts.testbed.measure", "--testbed", name], capture_output=True, text=True, timeout=2300
+        [sys.executable, "-m", "darts.testbed.measure", "--testbed", name], capture_output=True, text=True
     )
     assert result.returncode == 0, result.stdout + result.stderr

@@ -37,7 +37,7 @@ def two_engines(engine_ray, replica_class):
 def server(engine):
     """The one server, idle before and after the test, with an empty prefix cache and token log."""
     server = engine.server_handles[0]
-    EngineState.wait_idle(server, limit_s=5)
+    EngineState.wait_idle(server)
     EngineState.reset(server)
     yield server
-    EngineState.wait_idle(server, limit_s=5)
+    EngineState.wait_idle(server)

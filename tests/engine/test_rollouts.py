@@ -41,7 +41,7 @@ def test_early_stop(bench, server):
     checks = rollouts_report.checks({"early-stop": records})
     assert all(check.passed for check in checks), checks
     assert all(arm in rollouts_report.tables({"early-stop": records}) for arm in by_arm)
-    EngineState.wait_idle(server, limit_s=1)
+    EngineState.wait_idle(server)
 
 
 def test_streaming(engine, server):

@@ -7,7 +7,7 @@ from uuid import uuid4
 
 import pytest
 import ray
-from engine_state import BLOCK_SIZE, EngineState
+from engine_state import BLOCK_SIZE, LIMIT_S, EngineState
 
 PROMPT = list(range(48, 98))
 IDLE = {"running": 0, "waiting": 0}
@@ -20,11 +20,11 @@ def ask(server, prompt=PROMPT, request_id=None, max_tokens=40, **sampling):
 
 
 def answer(*args, **kwargs):
-    return ray.get(ask(*args, **kwargs), timeout=60)
+    return ray.get(ask(*args, **kwargs), timeout=LIMIT_S)
 
 
-def wait_for_tokens(server, request_id, count, limit_s=10):
-    end = time.monotonic() + limit_s
+def wait_for_tokens(server, request_id, count):
+    end = time.monotonic() + LIMIT_S
     while sum(n for _, name, n in EngineState.token_log(server) if name == request_id) < count:
         assert time.monotonic() < end, f"{request_id} has no {count} tokens"
         time.sleep(0.005)
@@ -40,27 +40,28 @@ def test_the_state_follows_the_requests(server):
     before = EngineState.state(server)
     assert before == IDLE | {"free_blocks": before["total_blocks"], "total_blocks": before["total_blocks"]}
     pending = [ask(server, max_tokens=1024, seed=n) for n in range(4)]
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + LIMIT_S
     while (busy := EngineState.state(server))["running"] < 4:
         assert time.monotonic() < deadline, busy
     assert busy["free_blocks"] <= busy["total_blocks"] - len(PROMPT) // BLOCK_SIZE
-    assert [len(output.token_ids) for output in ray.get(pending, timeout=60)] == [1024] * 4
+    assert [len(output.token_ids) for output in ray.get(pending, timeout=LIMIT_S)] == [1024] * 4
     EngineState.wait_idle(server)
 
 
 def test_more_requests_than_places_wait(server):
     pending = [ask(server, max_tokens=100, seed=None) for _ in range(300)]
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + LIMIT_S
     while (busy := EngineState.state(server))["running"] < 256:
         assert time.monotonic() < deadline, busy
     assert busy["running"] == 256
     assert busy["waiting"] > 0
-    ray.get(pending, timeout=60)
+    ray.get(pending, timeout=LIMIT_S)
 
 
 def test_the_token_log_counts_what_was_returned(server):
+    began = time.time()
     lengths = {f"request-{n}": 20 + 7 * n for n in range(5)}
-    outputs = ray.get([ask(server, request_id=name, max_tokens=n) for name, n in lengths.items()], timeout=60)
+    outputs = ray.get([ask(server, request_id=name, max_tokens=n) for name, n in lengths.items()], timeout=LIMIT_S)
     log = EngineState.token_log(server)
     counted = Counter()
     for _, name, count in log:
@@ -68,8 +69,7 @@ def test_the_token_log_counts_what_was_returned(server):
     assert counted == lengths
     assert [len(output.token_ids) for output in outputs] == list(lengths.values())
     times = [at for at, _, _ in log]
-    assert times == sorted(times)
-    assert 0 <= time.time() - times[-1] < 30
+    assert [began, *times, time.time()] == sorted([began, *times, time.time()])
 
 
 @pytest.mark.parametrize("others", [0, 16])
@@ -79,15 +79,16 @@ def test_an_abort_returns_what_there_is_and_frees_the_blocks(server, others):
     wait_for_tokens(server, "victim", 20)
     sent = time.time()
     EngineState.abort(server, "victim")
-    output = ray.get(request, timeout=5)
+    output = ray.get(request, timeout=LIMIT_S)
     assert output.stop_reason == "aborted"
     sampled = [(at, n) for at, name, n in EngineState.token_log(server) if name == "victim"]
-    assert 20 <= len(output.token_ids) <= sum(n for _, n in sampled) < 1024
-    assert sampled[-1][0] < sent + 1
+    assert 20 <= len(output.token_ids) <= sum(n for _, n in sampled)
+    after = sum(n for at, n in sampled if at > sent)
+    assert after < (1024 - sum(n for at, n in sampled if at <= sent)) / 2, "not even half of what it had left"
     for n in range(others):
         EngineState.abort(server, f"other-{n}")
-    assert {output.stop_reason for output in ray.get(pending, timeout=5)} <= {"aborted"}
-    EngineState.wait_idle(server, limit_s=1)
+    assert {output.stop_reason for output in ray.get(pending, timeout=LIMIT_S)} <= {"aborted"}
+    EngineState.wait_idle(server)
 
 
 def test_the_prefix_cache_shares_whole_blocks(server):

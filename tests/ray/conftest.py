@@ -4,12 +4,11 @@ from pathlib import Path
 
 import pytest
 import ray
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from compositions import composed
+from scripted_cluster import ScriptedCluster
 from virtual_time import use_virtual_time
 
 import recipe.darts.main_darts  # noqa: F401  (registers the resolver that quickstart.yaml uses)
-from darts import CONFIG_DIR
 from darts.testbed.model import build_model, build_tokenizer
 
 RESPONSE_LENGTH = 32
@@ -30,24 +29,19 @@ def make_config(model_dir):
     """The quickstart's configuration, for scripted responses of at most `RESPONSE_LENGTH` tokens, with overrides."""
 
     def make(*overrides: str):
-        with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-            config = compose(
-                "quickstart",
-                overrides=[
-                    f"actor_rollout_ref.model.path={model_dir}",
-                    "actor_rollout_ref.rollout.n=4",
-                    f"data.max_response_length={RESPONSE_LENGTH}",
-                    "darts.allocation.mode=uniform",
-                    "darts.allocation.high=null",
-                    "darts.allocation.mean_candidates=null",
-                    "darts.reward.pool=false",
-                    "darts.progress_s=0",
-                    "darts.early_stop=off",
-                    *overrides,
-                ],
-            )
-        OmegaConf.resolve(config)
-        return config
+        return composed(
+            "quickstart",
+            f"actor_rollout_ref.model.path={model_dir}",
+            "actor_rollout_ref.rollout.n=4",
+            f"data.max_response_length={RESPONSE_LENGTH}",
+            "darts.allocation.mode=uniform",
+            "darts.allocation.high=null",
+            "darts.allocation.mean_candidates=null",
+            "darts.reward.pool=false",
+            "darts.progress_s=0",
+            "darts.early_stop=off",
+            *overrides,
+        )
 
     return make
 
@@ -70,3 +64,9 @@ def local_ray():
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="package")
+def scripted(local_ray, make_config):
+    """Processes for rollouts, which the tier shares."""
+    return ScriptedCluster(make_config("actor_rollout_ref.rollout.agent.num_workers=3"))

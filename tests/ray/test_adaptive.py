@@ -6,8 +6,7 @@ import json
 import numpy as np
 import pytest
 import ray
-from fakes import CountingReward, Script, ScriptedServer, Turn, balancer, prompts
-from verl.workers.rollout.llm_server import LLMServerClient
+from fakes import Turn, prompts
 
 from darts.history import prompt_key
 from darts.messages import CANDIDATE
@@ -22,7 +21,7 @@ QUESTIONS = [f"{number}+1=" for number in range(len(SPREADS))]
 
 
 @pytest.fixture(scope="module")
-def cluster(local_ray, make_config):
+def cluster(scripted, make_config):
     """Two servers, three workers, one manager with adaptive budgets of 6 in the mean."""
     config = make_config(
         "actor_rollout_ref.rollout.agent.num_workers=3",
@@ -30,13 +29,7 @@ def cluster(local_ray, make_config):
         "darts.allocation.mean_candidates=6",
         "darts.streaming.chunk_tokens=4",
     )
-    script = Script(end_token=0)
-    servers = [ray.remote(ScriptedServer).options(max_concurrency=1000).remote(script) for _ in range(2)]
-    client = LLMServerClient(config, balancer({str(number): server for number, server in enumerate(servers)}))
-    reward = ray.remote(CountingReward).remote()
-    yield DartsAgentLoopManager.create(config=config, llm_client=client, reward_loop_worker_handles=[reward]), servers
-    for server in servers:
-        ray.kill(server)
+    return scripted.manager(config), scripted.servers
 
 
 def lengths_at(step: int, order: list[int]) -> list[list[int]]:

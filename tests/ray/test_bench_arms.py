@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from scripted_rounds import M, Rows, load_script, make_cluster, make_trainer, rows_of, take_records
+from scripted_rounds import M, Rows, load_script, make_trainer, rows_of, take_records
 from verl.experimental.separation.ray_trainer import SeparateRayPPOTrainer
 
 from darts.bench.arms import BenchArm
@@ -45,10 +45,9 @@ class CountingActor:
 
 
 @pytest.fixture(scope="module")
-def cluster(local_ray, make_config):
-    return make_cluster(
-        make_config("actor_rollout_ref.rollout.agent.num_workers=2", f"data.train_batch_size={PROMPTS}")
-    )
+def cluster(scripted, make_config):
+    config = make_config("actor_rollout_ref.rollout.agent.num_workers=2", f"data.train_batch_size={PROMPTS}")
+    return scripted.manager(config), scripted.servers, config
 
 
 @pytest.fixture
@@ -56,7 +55,14 @@ def bench(cluster, monkeypatch):
     """Runs arms to some step in a folder; what each arm's steps trained on."""
 
     def fit_step(trainer, batch_dict) -> None:
-        load_script(cluster[1], trainer._rounds.launched, trainer.global_steps, token_ms=40, length=length_of)
+        launched = trainer._rounds.launched
+        shortest = sorted(range(len(launched)), key=lambda place: launched[place])[:PROMPTS]
+
+        def held(place, candidate) -> bool:
+            """Where more is launched than trained on, the shortest end, and what is too much does not."""
+            return len(launched) > PROMPTS and (place not in shortest or candidate >= M)
+
+        load_script(cluster[1], launched, trainer.global_steps, token_ms=1, length=length_of, held=held)
         assert trainer.served == trainer.actor_rollout_wg.updates, "the servers have this arm's weights"
         trainer.metrics, trainer.timing_raw = dict.fromkeys(TIMES.values(), 1.0), {}
         batch = trainer._fit_generate(trainer._fit_get_batch(batch_dict))

@@ -1,35 +1,35 @@
 """The overlapped actor's session within a real rollout: manager, workers and verl's balancer real, lengths and ranks
 scripted. What each rank was told is compared with what the batch holds."""
 
+import threading
 import time
 import types
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import ray
 import torch
-from fakes import CountingReward, Script, ScriptedServer, Turn, balancer, prompts
+from fakes import Turn, prompts
 from scripted_actor import ScriptedActor, scripted_log_probs
 from verl.protocol import DataProto
-from verl.workers.rollout.llm_server import LLMServerClient
 
 from darts.config import OverlapConfig
 from darts.metrics import METRICS
 from darts.overlap.join import OverlappedLogProbs, sequence_keys
 from darts.overlap.session import ActorLimits, OverlapSession
-from darts.rollout.manager import DartsAgentLoopManager
 from darts.rollout.worker import candidate_seed
 
 GROUP_SIZE, CANDIDATES, PROMPTS = 4, 6, 5
 LIMITS = ActorLimits(
     num_ranks=2, max_tokens=600, max_rows=None, padded=False, sequence_parallel=1, longest=80, temperature=1.0,
-    with_reference=True, sum_pi_squared=False, timeout_s=20.0,
+    with_reference=True, sum_pi_squared=False, timeout_s=300.0,
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=["token", pytest.param("sequence", marks=pytest.mark.slow)])
-def cluster(request, local_ray, make_config):
+def cluster(request, scripted, make_config):
     """Two servers, two workers, one manager that overlaps; groups are shortest-only, so losers are aborted."""
     config = make_config(
         "actor_rollout_ref.rollout.agent.num_workers=2",
@@ -39,52 +39,48 @@ def cluster(request, local_ray, make_config):
         "darts.streaming.chunk_tokens=4",
         f"darts.overlap.mode={request.param}",
     )
-    script = Script(end_token=_end_token(config))
-    servers = [ray.remote(ScriptedServer).options(max_concurrency=1000).remote(script) for _ in range(2)]
-    client = LLMServerClient(config, balancer({str(number): server for number, server in enumerate(servers)}))
-    reward = ray.remote(CountingReward).remote()
-    manager = DartsAgentLoopManager.create(config=config, llm_client=client, reward_loop_worker_handles=[reward])
-    return types.SimpleNamespace(manager=manager, servers=servers, mode=request.param, step=0)
+    manager = scripted.manager(config)
+    return types.SimpleNamespace(manager=manager, servers=scripted.servers, mode=request.param, step=0)
+
+
+@pytest.fixture(scope="module")
+def actor(local_ray):
+    """Ranks for all tests after which they are as before."""
+    actor = ScriptedActor(LIMITS.num_ranks)
+    yield actor
+    actor.kill()
 
 
 @pytest.fixture
-def overlap(cluster):
-    """Gives the cluster's manager an actor of scripted ranks."""
-    made = []
+def overlap(cluster, actor):
+    """Gives the cluster's manager an actor of scripted ranks; `mortal` ones are for this test alone."""
+    mortals = []
 
-    def make(limits=LIMITS, kv_cache_gib=1.0, **script):
-        actor = ScriptedActor(limits.num_ranks, **script)
+    def make(limits=LIMITS, kv_cache_gib=1.0, mortal=False, **script):
+        ranks = ScriptedActor(limits.num_ranks) if mortal else actor
+        mortals.extend([ranks] if mortal else [])
+        ranks.begin(**script)
         lines: list[str] = []
-        session = OverlapSession(actor, OverlapConfig(mode=cluster.mode, kv_cache_gib=kv_cache_gib), limits)
+        session = OverlapSession(ranks, OverlapConfig(mode=cluster.mode, kv_cache_gib=kv_cache_gib), limits)
         session.prepare(lines.append)
         # As the trainer does.
         rules = cluster.manager.rules
         cluster.manager.begin_round(replace(rules, overlap=replace(rules.overlap, mode=session.mode)))
         cluster.manager.overlap = session
-        made.append(actor)
-        return types.SimpleNamespace(actor=actor, session=session, said=lines, log_probs=_log_probs(session, limits))
+        log_probs = OverlappedLogProbs(session, limits)
+        return types.SimpleNamespace(actor=ranks, session=session, said=lines, log_probs=log_probs)
 
     yield make
     cluster.manager.overlap = None
-    for actor in made:
-        for rank in actor.ranks:
-            ray.kill(rank)
+    for ranks in mortals:
+        ranks.kill()
 
 
-def _log_probs(session, limits):
-    return OverlappedLogProbs(session, limits)
-
-
-def _end_token(config) -> int:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(config.actor_rollout_ref.model.path).eos_token_id
-
-
-def roll(cluster, seed, delay=0.4, turn=None):
+def roll(cluster, seed, delay=0.4, turn=None, release_when=None):
     """A rollout as a step of its own; returns verl's batch as the trainer has it, rows in another order.
 
-    Lengths are random, unless `turn(prompt, candidate)` says what a candidate does.
+    Lengths are random, unless `turn(prompt, candidate)` says what a candidate does. What is held goes on once
+    `release_when()` is true.
     """
     step = cluster.step = cluster.step + 1
     dice = np.random.default_rng(seed)
@@ -96,15 +92,33 @@ def roll(cluster, seed, delay=0.4, turn=None):
         for (prompt, candidate), length in np.ndenumerate(lengths)
     }
     ray.get([server.load.remote(turns) for server in cluster.servers])
-    batch = cluster.manager.generate_sequences(prompts([f"{n}+2=" for n in range(PROMPTS)], GROUP_SIZE, step=step))
+    over = threading.Event()
+
+    def release() -> None:
+        while not over.wait(0.05) and not release_when():
+            pass
+        ray.get([server.release.remote() for server in cluster.servers])
+
+    releasing = threading.Thread(target=release if release_when else lambda: None)
+    releasing.start()
+    try:
+        batch = cluster.manager.generate_sequences(prompts([f"{n}+2=" for n in range(PROMPTS)], GROUP_SIZE, step=step))
+    finally:
+        over.set()
+        releasing.join()
     batch = batch.select_idxs(dice.permutation(len(batch)))
     batch.meta_info = {"temperature": 1.0}
     return batch
 
 
-def wait_until_stopped(cluster, limit_s=10):
+def forwarded(actor):
+    """Every row that a rank was given, by call."""
+    return [row for rank in actor.seen() for call in rank["calls"] for row in (*call.whole, *call.growing)]
+
+
+def wait_until_stopped(cluster):
     """Nothing runs at the servers any more, and the workers can take another rollout."""
-    deadline = time.monotonic() + limit_s
+    deadline = time.monotonic() + 300
     while True:
         running = ray.get([server.count_running.remote() for server in cluster.servers])
         open_groups = ray.get([worker.progress.remote() for worker in cluster.manager.agent_loop_workers])
@@ -169,8 +183,23 @@ def test_losers_are_dropped_and_complete_ones_go_whole(cluster, overlap):
 
 
 def test_work_is_done_while_the_rollout_runs(cluster, overlap):
-    made = overlap(seconds=0.01)
-    batch = roll(cluster, 4, delay=3.0)
+    """All are told of but for their last chunks before the first ends; the last ends after the others are computed."""
+    made = overlap()
+    chunks, growing = 6 * 4, cluster.mode == "token"
+
+    def turn(prompt, candidate):
+        return Turn(25 + candidate % 4, delay=0.5, held=growing or (prompt == 0 and candidate > 2))
+
+    def is_computed() -> bool:
+        rows = forwarded(made.actor)
+        if growing:
+            told = Counter()
+            for row in rows:
+                told[row.key] += len(row.token_ids) - (0 if row.start else row.prompt_tokens)
+            return len(told) == PROMPTS * CANDIDATES and min(told.values()) >= chunks
+        return len({row.key for row in rows}) >= PROMPTS * GROUP_SIZE - 1
+
+    batch = roll(cluster, 4, turn=turn, release_when=is_computed)
     made.log_probs.old(batch, nothing_left)
     metrics = made.log_probs.metrics(cluster.manager.pop_rollout())
     assert metrics["darts/overlap/in_rollout_share"] > 0.8
@@ -182,27 +211,30 @@ def test_work_is_done_while_the_rollout_runs(cluster, overlap):
 
 
 def test_a_truncated_one_that_fills_its_group_is_computed_as_soon_as_that_is_decided(cluster, overlap):
-    """Three of six are valid, four are kept. Prompt 0 takes its time, so that the others are decided long before."""
+    """Three of six are valid, four are kept. Prompt 0 ends when the others' truncated ones have been computed."""
     made = overlap()
 
     def turn(prompt, candidate):
-        seconds = 0.2 if prompt else 2.0
-        return Turn(5 + candidate, delay=seconds) if candidate % 2 else Turn(30, cut=True, delay=seconds)
+        return Turn(5 + candidate if candidate % 2 else 30, cut=candidate % 2 == 0, delay=0.2, held=prompt == 0)
 
-    batch = roll(cluster, 14, turn=turn)
+    def are_computed() -> bool:
+        complete = {row.key for row in forwarded(made.actor) if row.last and row.key.candidate % 2 == 0}
+        return len(complete) == PROMPTS - 1
+
+    batch = roll(cluster, 14, turn=turn, release_when=are_computed)
     old, _ = made.log_probs.old(batch, nothing_left)
     assert torch.equal(old.batch["old_log_probs"], expected(batch))
     rollout, outcome = cluster.manager.pop_rollout(), made.log_probs._joined.outcome
     filled = [key for key in sequence_keys(batch) if key.candidate % 2 == 0 and key.uid != rollout.uids[0]]
     assert len(filled) == PROMPTS - 1
-    assert all(outcome.computed[key][-1][0] < rollout.ended - 1 for key in filled)
+    assert all(outcome.computed[key][-1][0] < rollout.ended for key in filled)
 
 
-def test_a_slow_actor_does_not_hold_the_rollout_up(cluster, overlap):
-    made = overlap(seconds=3.0)
-    start = time.monotonic()
+def test_a_slow_actor_does_not_hold_the_rollout_up(cluster, overlap, tmp_path):
+    """It answers no call before the rollout is over."""
+    made = overlap(gate=tmp_path / "over")
     batch = roll(cluster, 5)
-    assert time.monotonic() - start < 2.5
+    (tmp_path / "over").touch()
     old, _ = made.log_probs.old(batch, nothing_left)
     assert torch.equal(old.batch["old_log_probs"], expected(batch))
 
@@ -241,19 +273,18 @@ def test_over_budget_nothing_is_lost(cluster, overlap):
 )
 @pytest.mark.parametrize("call", [0, 2])
 def test_a_rank_that_fails_ends_the_step_with_the_cause(cluster, overlap, trouble, cause, call):
-    made = overlap(seconds=0.02)
+    """No candidate of the step would have ended by itself."""
+    made = overlap(mortal=True, seconds=0.02)
     ray.get(made.actor.ranks[1].set_trouble.remote((trouble, call)))
-    start = time.monotonic()
     with pytest.raises(RuntimeError, match=f"overlapped actor failed: {cause}"):
-        made.log_probs.old(roll(cluster, 10, delay=2.0), nothing_left)
-    assert time.monotonic() - start < 10
+        made.log_probs.old(roll(cluster, 10, turn=lambda *_: Turn(30, delay=2.0, held=True)), nothing_left)
     wait_until_stopped(cluster)
     cancelled = ray.get([server.count_cancelled.remote() for server in cluster.servers])
     assert cancelled == [0, 0], "what runs is aborted: cancelled calls leave holes in the queues of Ray's actors"
 
 
 def test_a_rank_that_hangs_ends_the_step_in_time(cluster, overlap):
-    made = overlap(limits=replace(LIMITS, timeout_s=1.5))
+    made = overlap(limits=replace(LIMITS, timeout_s=1.5), mortal=True)
     ray.get(made.actor.ranks[0].set_trouble.remote(("hang", 1)))
     with pytest.raises(TimeoutError, match="the overlapped actor did not answer"):
         made.log_probs.old(roll(cluster, 11, delay=1.0), nothing_left)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from fakes import handle
 from omegaconf import OmegaConf
-from scripted_rounds import ROWS, M, length_of, load_script, make_cluster, make_trainer, rows_of, take_records
+from scripted_rounds import ROWS, M, length_of, load_script, make_trainer, rows_of, take_records
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 
 from darts.config import DartsConfig
@@ -29,18 +29,16 @@ PROMPTS = 4
 
 
 @pytest.fixture(scope="module")
-def cluster(local_ray, make_config):
-    """Two servers, two workers, one manager, and their configuration."""
-    return make_cluster(
-        make_config("actor_rollout_ref.rollout.agent.num_workers=2", f"data.train_batch_size={PROMPTS}")
-    )
+def cluster(scripted, make_config):
+    """A manager of two workers, two servers, and their configuration."""
+    config = make_config("actor_rollout_ref.rollout.agent.num_workers=2", f"data.train_batch_size={PROMPTS}")
+    return scripted.manager(config), scripted.servers, config
 
 
 class Run:
     """A trainer without its workers: data, rollouts and updates are real, what an update does is recorded."""
 
-    def __init__(self, cluster, monkeypatch, strategy: str, token_ms: float = 20, **block) -> None:
-        self.token_ms = token_ms  # slow against what else happens
+    def __init__(self, cluster, monkeypatch, strategy: str, **block) -> None:
         self.manager, self.servers, config = cluster
         base = OmegaConf.to_container(config.darts) | {"strategy": strategy, "seed": 0, "early_stop": "eager"} | block
         trainer = self.trainer = make_trainer(RayDartsTrainer, cluster, DartsConfig.from_block(base, M))
@@ -52,13 +50,16 @@ class Run:
         if strategy != "sorted":  # which switches it off
             trainer.config.trainer.balance_batch = False  # so that the order of rows can be seen
 
-    def step(self) -> SimpleNamespace:
-        """One rollout and update; what the servers served, and what was trained on."""
+    def step(self, held=lambda launched: lambda place, candidate: False) -> SimpleNamespace:
+        """One rollout and update; what the servers served, and what was trained on.
+
+        `held(launched)(place, candidate)`: whether a candidate never ends by itself.
+        """
         trainer = self.trainer
         trainer.global_steps += 1
         batch = self.loader.next()
         launched = self.loader.launched
-        load_script(self.servers, launched, trainer.global_steps, self.token_ms)
+        load_script(self.servers, launched, trainer.global_steps, token_ms=1, held=held(launched))
         trainer.metrics, trainer.timing_raw = {}, {}
         batch = trainer._fit_generate(trainer._fit_get_batch(batch))
         before = batch.select_idxs(np.arange(len(batch)))
@@ -110,14 +111,15 @@ def test_shortest_k_keeps_the_shortest_and_aborts_nobody(start):
 
 def test_darts_stops_saturated_groups_and_keeps_the_longest_of_the_others(start):
     block = {"allocation": {"mode": "uniform", "mean_candidates": 5.5, "high": 6}, "streaming": {"chunk_tokens": 1}}
-    step = start("darts", token_ms=60, **block).step()
     budgets = [6, 6, 5, 5]
+    # Lengths are 1, 2, 3, 4, 5, 1 more than the row's: of a saturated group the last two are too long.
+    step = start("darts", **block).step(lambda launched: lambda place, c: budgets[place] == 6 and c in (3, 4))
     kept = Counter(prompt for prompt, *_ in step.rows)
     assert set(kept.values()) == {M}
     for place, (row, budget) in enumerate(zip(step.launched, budgets, strict=True)):
         mine = [candidate for prompt, candidate, _ in step.rows if prompt == row]
         aborted = step.pool.aborted[step.pool.prompt == place]
-        if budget == 6:  # lengths 1, 2, 3, 4, 5, 1 more than the row's: the last two of the six are too long
+        if budget == 6:
             assert set(mine) == {0, 1, 2, 5}
             assert aborted.tolist() == [False, False, False, True, True, False]
         else:
@@ -126,7 +128,11 @@ def test_darts_stops_saturated_groups_and_keeps_the_longest_of_the_others(start)
 
 
 def test_a_short_round_of_tail_batching_keeps_the_first_to_finish_and_stops_the_rest(start):
-    step = start("tail_batching", token_ms=60).step()
+    def held(launched):
+        slowest = max(range(len(launched)), key=lambda place: launched[place] % 13)
+        return lambda place, candidate: place == slowest or candidate == M
+
+    step = start("tail_batching").step(held)
     assert len(step.launched) == 5
     assert len(step.records) == 5 * 5
     trained = list(dict.fromkeys(prompt for prompt, *_ in step.rows))
@@ -158,8 +164,12 @@ def test_long_rounds_of_tail_batching_race_nobody(start):
 
 
 def test_sorted_trains_from_short_to_long_and_begins_again_what_is_unfinished(start):
-    run = start("sorted", token_ms=60, sorted={"prompts": 3})
-    first, second, third, fourth = (run.step() for _ in range(4))
+    def all_but_the_shortest(launched):
+        shortest = sorted(range(len(launched)), key=lambda place: launched[place] % 13)[:PROMPTS]
+        return lambda place, candidate: place not in shortest
+
+    run = start("sorted", sorted={"prompts": 3})
+    first, second, third, fourth = (run.step(all_but_the_shortest) for _ in range(4))
     cached = set(first.launched)
     assert len(cached) == 3 * PROMPTS
     trained = [{prompt for prompt, *_ in step.rows} for step in (first, second, third)]
@@ -184,7 +194,7 @@ def test_sorted_trains_from_short_to_long_and_begins_again_what_is_unfinished(st
 def test_over_fifty_steps_no_prompt_is_lost_and_a_resumed_run_goes_on(start, strategy):
     """Each time that a prompt is drawn it is trained on once, or waits at the end."""
     drawn, trained = Counter(), Counter()
-    run = start(strategy, token_ms=1, sorted={"prompts": 2})
+    run = start(strategy, sorted={"prompts": 2})
     for number in range(50):
         if number == 23:
             saved = json.loads(
@@ -197,7 +207,7 @@ def test_over_fifty_steps_no_prompt_is_lost_and_a_resumed_run_goes_on(start, str
                 )
             )
             expected = run.trainer.strategy.queue
-            run = start(strategy, token_ms=1, sorted={"prompts": 2})
+            run = start(strategy, sorted={"prompts": 2})
             run.trainer._load_rounds(saved)
             run.trainer.global_steps = number
             assert run.trainer.strategy.queue == expected

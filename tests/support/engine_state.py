@@ -22,6 +22,7 @@ from darts.engines.start import MAX_MODEL_LEN, RESPONSE_LENGTH, start_servers
 
 __all__ = [
     "BLOCK_SIZE",
+    "LIMIT_S",
     "MAX_MODEL_LEN",
     "RESPONSE_LENGTH",
     "EngineState",
@@ -32,6 +33,8 @@ __all__ = [
     "watched_scheduler",
 ]
 
+LIMIT_S = 300.0
+"""A limit against hanging alone: no test expects to come near it, on any machine."""
 BLOCK_SIZE = 16
 """Tokens of a KV-cache block; what the prefix cache shares are whole blocks."""
 
@@ -135,18 +138,18 @@ async def _abort(server: Any, request_id: str) -> None:
 # --- in the test -----------------------------------------------------------------------------------------------------
 
 
-def run_in_server(server: Any, function: Callable[..., Awaitable[Any]], *args: Any, limit_s: float = 30) -> Any:
+def run_in_server(server: Any, function: Callable[..., Awaitable[Any]], *args: Any) -> Any:
     """The result of the coroutine `function(server object, *args)`, run in the actor, which must be able to import it.
 
     Ray's `__ray_call__` does not await what it calls, so the coroutine is started by one call and fetched by others.
     """
-    end = time.monotonic() + limit_s
-    key = ray.get(server.__ray_call__.remote(_begin, function, args), timeout=limit_s)
+    end = time.monotonic() + LIMIT_S
+    key = ray.get(server.__ray_call__.remote(_begin, function, args), timeout=LIMIT_S)
     while True:
         if answer := ray.get(server.__ray_call__.remote(_poll, key), timeout=max(0.0, end - time.monotonic())):
             return answer[0]
         if time.monotonic() > end:
-            raise TimeoutError(f"{function.__name__} took over {limit_s:g} s")
+            raise TimeoutError(f"{function.__name__} took over {LIMIT_S:g} s")
         time.sleep(0.002)
 
 
@@ -154,38 +157,38 @@ class EngineState:
     """What the engine core of a server knows. Blocking calls: beside a running event loop use `asyncio.to_thread`."""
 
     @staticmethod
-    def state(server: Any, limit_s: float = 10) -> dict[str, int]:
+    def state(server: Any) -> dict[str, int]:
         """`running`, `waiting`: requests; `free_blocks`, `total_blocks`: of the KV cache. Taken between two steps."""
-        return run_in_server(server, _ask_core, "darts_state", limit_s=limit_s)
+        return run_in_server(server, _ask_core, "darts_state")
 
     @staticmethod
-    def token_log(server: Any, limit_s: float = 30) -> list[tuple[float, str, int]]:
+    def token_log(server: Any) -> list[tuple[float, str, int]]:
         """`(time.time() at the step's end, request id as it was given, tokens sampled)`, in order.
 
         Tokens that were sampled after an abort, and thrown away, are in it.
         """
-        entries = run_in_server(server, _ask_core, "darts_token_log", limit_s=limit_s)
+        entries = run_in_server(server, _ask_core, "darts_token_log")
         # vLLM appends a random part to the id.
         return [(at, request_id.rpartition("-")[0], count) for at, request_id, count in entries]
 
     @staticmethod
-    def reset(server: Any, limit_s: float = 10) -> None:
+    def reset(server: Any) -> None:
         """Empties the token log and the prefix cache of an idle engine."""
-        run_in_server(server, _ask_core, "darts_reset", limit_s=limit_s)
+        run_in_server(server, _ask_core, "darts_reset")
 
     @staticmethod
-    def abort(server: Any, request_id: str, limit_s: float = 10) -> None:
+    def abort(server: Any, request_id: str) -> None:
         """vLLM's own `engine.abort`."""
-        run_in_server(server, _abort, request_id, limit_s=limit_s)
+        run_in_server(server, _abort, request_id)
 
     @classmethod
-    def wait_idle(cls, server: Any, limit_s: float = 1) -> float:
-        """Seconds until nothing runs or waits and all blocks are free; fails after `limit_s`."""
+    def wait_idle(cls, server: Any) -> float:
+        """Seconds until nothing runs or waits and all blocks are free."""
         start = time.monotonic()
         while True:
             state = cls.state(server)
             waited = time.monotonic() - start
             if state["running"] == state["waiting"] == 0 and state["free_blocks"] == state["total_blocks"]:
                 return waited
-            if waited > limit_s:
-                raise TimeoutError(f"the engine is not idle after {limit_s:g} s: {state}")
+            if waited > LIMIT_S:
+                raise TimeoutError(f"the engine is not idle after {LIMIT_S:g} s: {state}")

@@ -30,6 +30,7 @@ class Turn:
     length: int
     cut: bool = False
     delay: float = 0.0
+    held: bool = False  # its last chunk does not come before the server is told to `release`
     tokens: list[int] | None = None  # answer with exactly these instead
     error: str | None = None
     reason: str | None = None  # finish reason; None: what the tokens say
@@ -61,6 +62,7 @@ class ScriptedServer:
         self.most_running = 0
         self.cancelled = 0  # requests that Ray cancelled, which a real server may not hear of
         self._stop: dict[str, asyncio.Event] = {}
+        self._released = False
         self._chunks: dict[str, list[Chunk]] = defaultdict(list)  # by client
 
     async def generate(self, **request: Any) -> TokenOutput:
@@ -113,6 +115,9 @@ class ScriptedServer:
         try:
             while done < len(tokens) and not stop.is_set():
                 step = min(chunk_tokens, len(tokens) - done)
+                if turn.held and not self._released and done + step == len(tokens):
+                    await asyncio.sleep(0.01)
+                    continue
                 try:
                     await asyncio.wait_for(stop.wait(), turn.delay * step / len(tokens))
                 except asyncio.TimeoutError:
@@ -142,9 +147,19 @@ class ScriptedServer:
             output.extra_fields["finish_reason"] = reason
         return output
 
+    async def forget(self) -> None:
+        """As it began: an empty script, nothing released, nothing served."""
+        self.script = Script(self.script.end_token)
+        self.served, self.aborts, self.cancelled, self._released = [], [], 0, False
+
     async def load(self, turns: dict[int, list[Turn]], default: Turn | None = None) -> None:
+        self._released = False
         self.script.turns.update(turns)
         self.script.default = default or self.script.default
+
+    async def release(self) -> None:
+        """What is held goes on, until a new script is loaded."""
+        self._released = True
 
     async def count_running(self) -> int:
         return self.running

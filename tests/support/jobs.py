@@ -11,6 +11,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SUPPORT = ROOT / "tests" / "support"
+LIMIT_S = 1700.0
+"""A limit of a run against hanging alone: ten times what the longest takes, and below that of a test."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,11 @@ def read_lines(path: Path) -> list[dict]:
 def run_job(
     command: list[str],
     out: Path,
-    limit: float,
     kill_when: Callable[[Run], bool] | None = None,
     kill_with: signal.Signals = signal.SIGKILL,
     **environment: str,
 ) -> Run:
-    """Runs a command in `out` with the tests' modules importable in Ray's workers, within `limit` seconds.
+    """Runs a command in `out` with the tests' modules importable in Ray's workers, within `LIMIT_S`.
 
     With `kill_when` its process group gets `kill_with` as soon as that is true of what it has left behind so far.
     """
@@ -89,7 +90,7 @@ def run_job(
             if kill_when is not None and kill_when(Run(out, 0, "", 0.0, 0.0)):
                 os.killpg(process.pid, kill_with)
                 kill_when = None
-            if time.time() > start + limit:
+            if time.time() > start + LIMIT_S:
                 os.killpg(process.pid, signal.SIGKILL)
             time.sleep(0.05)
     output = (out / "output.log").read_text(errors="replace")

@@ -5,6 +5,7 @@ tests/actor.
 """
 
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,9 @@ def scripted_log_probs(tokens: np.ndarray, prompt_tokens: int) -> np.ndarray:
 class ScriptedRank:
     """One rank; `trouble` names what happens at which call: ("raise" | "hang" | "die", number)."""
 
-    def __init__(self, refusal: str | None = None, seconds: float = 0.0) -> None:
-        self.refusal, self.seconds = refusal, seconds
+    def begin(self, refusal: str | None = None, seconds: float = 0.0, gate: Path | None = None) -> None:
+        """Forgets what was before; with `gate` every call waits until that file is there."""
+        self.refusal, self.seconds, self.gate = refusal, seconds, gate
         self.trouble: tuple[str, int] | None = None
         self.steps: list[int] = []
         self.calls: list[RankCall] = []
@@ -50,9 +52,11 @@ class ScriptedRank:
                 case "raise":
                     raise ValueError("scripted: out of memory")
                 case "hang":
-                    time.sleep(60)
+                    time.sleep(3600)
                 case "die":
                     ray.actor.exit_actor()
+        while self.gate is not None and not self.gate.exists():
+            time.sleep(0.01)
         time.sleep(self.seconds)
         for key in call.drop:
             self.tokens.pop(key, None)
@@ -87,9 +91,16 @@ class ScriptedRank:
 class ScriptedActor:
     """The part of verl's worker group that `darts.overlap.session` calls, over scripted ranks."""
 
-    def __init__(self, num_ranks: int, **script: Any) -> None:
-        self.ranks = [ScriptedRank.remote(**script) for _ in range(num_ranks)]
-        self.seen()  # they have started: what a test times begins after that
+    def __init__(self, num_ranks: int) -> None:
+        self.ranks = [ScriptedRank.remote() for _ in range(num_ranks)]
+
+    def begin(self, **script: Any) -> None:
+        """As `ScriptedRank.begin`; returns when all ranks have started."""
+        ray.get([rank.begin.remote(**script) for rank in self.ranks])
+
+    def kill(self) -> None:
+        for rank in self.ranks:
+            ray.kill(rank)
 
     def overlap_open(self, settings: StepSettings) -> list[Any]:
         return [rank.overlap_open.remote(settings) for rank in self.ranks]

@@ -10,17 +10,14 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from fakes import CountingReward, Script, ScriptedServer, Turn, balancer
-from omegaconf import DictConfig, OmegaConf
-from transformers import AutoTokenizer
+from fakes import Turn
+from omegaconf import OmegaConf
 from verl.trainer.ppo.utils import create_rl_sampler
 from verl.utils.dataset.rl_dataset import collate_fn
-from verl.workers.rollout.llm_server import LLMServerClient
 
 from darts.config import DartsConfig
 from darts.messages import CANDIDATE
 from darts.planning import RolloutPlanner
-from darts.rollout.manager import DartsAgentLoopManager
 from darts.rollout.worker import candidate_seed
 from darts.training.trainer import RayDartsTrainer
 
@@ -51,18 +48,6 @@ class Rows:
         }
 
 
-def make_cluster(config: DictConfig) -> tuple[DartsAgentLoopManager, list[Any], DictConfig]:
-    """Two servers, the workers that the configuration says, one manager; and the configuration."""
-    end_token = AutoTokenizer.from_pretrained(config.actor_rollout_ref.model.path).eos_token_id
-    servers = [
-        ray.remote(ScriptedServer).options(max_concurrency=1000).remote(Script(end_token=end_token)) for _ in range(2)
-    ]
-    client = LLMServerClient(config, balancer({str(number): server for number, server in enumerate(servers)}))
-    reward = ray.remote(CountingReward).remote()
-    manager = DartsAgentLoopManager.create(config=config, llm_client=client, reward_loop_worker_handles=[reward])
-    return manager, servers, config
-
-
 def make_trainer(
     kind: type[RayDartsTrainer], cluster: tuple, darts: DartsConfig, rows: Rows | None = None
 ) -> RayDartsTrainer:
@@ -89,11 +74,12 @@ def load_script(
     step: int,
     token_ms: float,
     length: Callable[[int, int], int] = length_of,
+    held: Callable[[int, int], bool] = lambda place, candidate: False,
 ) -> None:
-    """The lengths of all that candidates of a step may become."""
+    """The lengths of all that candidates of a step may become, and which of them never end by themselves."""
     turns = {
         candidate_seed(0, step, place, candidate): [
-            Turn(length(row, candidate), delay=length(row, candidate) * token_ms / 1000)
+            Turn(length(row, candidate), delay=length(row, candidate) * token_ms / 1000, held=held(place, candidate))
         ]
         for place, row in enumerate(launched)
         for candidate in range(2 * M)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from uuid import uuid4
 
 import ray
-from engine_state import EngineState, run_in_server
+from engine_state import LIMIT_S, EngineState, run_in_server
 from verl.workers.rollout.replica import TokenOutput
 
 from darts.messages import Chunk
@@ -31,20 +31,20 @@ def stream(server: Any, *args: Any, client: str = "client", chunk_tokens: int = 
     return server.generate_streamed.remote(client=client, chunk_tokens=chunk_tokens, **request(*args, **kwargs))
 
 
-def end(*pending: ray.ObjectRef, limit_s: float = 30) -> list[tuple[str, int]]:
+def end(*pending: ray.ObjectRef) -> list[tuple[str, int]]:
     """`(finish reason, tokens)` of each streamed request."""
-    outputs = ray.get(list(pending), timeout=limit_s)
+    outputs = ray.get(list(pending), timeout=LIMIT_S)
     return [(output.extra_fields["finish_reason"], len(output.token_ids)) for output in outputs]
 
 
 def abort(server: Any, request_ids: list[str]) -> list[str]:
     """The answer of `abort_streams`."""
-    return ray.get(server.abort_streams.remote(request_ids), timeout=30)
+    return ray.get(server.abort_streams.remote(request_ids), timeout=LIMIT_S)
 
 
 def take(server: Any, client: str = "client", wait_s: float = 5.0) -> list[Chunk]:
     """The answer of `take_chunks`."""
-    return ray.get(server.take_chunks.remote(client, wait_s), timeout=wait_s + 30)
+    return ray.get(server.take_chunks.remote(client, wait_s), timeout=wait_s + LIMIT_S)
 
 
 class Books(NamedTuple):
@@ -60,12 +60,12 @@ NOTHING = Books([], [], 0)
 
 def books(server: Any) -> Books:
     """As the server has them now."""
-    return Books(*ray.get(server.__ray_call__.remote(_books), timeout=30))
+    return Books(*ray.get(server.__ray_call__.remote(_books), timeout=LIMIT_S))
 
 
 def close_gate(server: Any) -> None:
     """From now on requests wait in the server, as during a weight update."""
-    ray.get(server.__ray_call__.remote(_close_gate), timeout=30)
+    ray.get(server.__ray_call__.remote(_close_gate), timeout=LIMIT_S)
 
 
 def sampled(server: Any, since: float = 0.0) -> dict[str, int]:
@@ -77,12 +77,12 @@ def sampled(server: Any, since: float = 0.0) -> dict[str, int]:
     return counts
 
 
-def wait_until(condition: Callable[[], bool], limit_s: float = 20.0) -> float:
+def wait_until(condition: Callable[[], bool]) -> float:
     """Seconds until the condition held."""
     start = time.monotonic()
     while not condition():
         waited = time.monotonic() - start
-        assert waited < limit_s, f"not within {limit_s:g} s"
+        assert waited < LIMIT_S, f"not within {LIMIT_S:g} s"
         time.sleep(0.005)
     return time.monotonic() - start
 
@@ -142,7 +142,7 @@ def cut(server: Any, chunks: int, ticks: int = 0, seconds: float = 0.0, **stream
 
 def collect(server: Any, **streamed: Any) -> tuple[TokenOutput, list[Chunk]]:
     """A streamed request and its chunks, fetched without a gap."""
-    return run_in_server(server, _collect, streamed, limit_s=60)
+    return run_in_server(server, _collect, streamed)
 
 
 # --- in the server actor ---------------------------------------------------------------------------------------------

@@ -118,10 +118,10 @@ class SlurmCluster:
         """Ends the jobs, then the daemons."""
         with contextlib.suppress(subprocess.SubprocessError):
             self.run("scancel", "--user=root")
-            self._await(lambda: not self.run("squeue", "-h", "-o", "%i"), "jobs", limit=25)
+            self._await(lambda: not self.run("squeue", "-h", "-o", "%i"), "jobs", limit=250)
         for daemon in reversed(self.daemons):
             daemon.terminate()
-        end = time.monotonic() + 10
+        end = time.monotonic() + 100
         while any(daemon.poll() is None for daemon in self.daemons):
             if time.monotonic() > end:
                 for daemon in self.daemons:
@@ -131,7 +131,7 @@ class SlurmCluster:
     def run(self, *command: str, **environment: str) -> str:
         """The output of one of Slurm's commands."""
         done = subprocess.run(
-            command, env=self.environment | environment, capture_output=True, text=True, timeout=30, cwd=self.folder
+            command, env=self.environment | environment, capture_output=True, text=True, timeout=300, cwd=self.folder
         )
         if done.returncode != 0:
             raise subprocess.SubprocessError(f"{' '.join(command)}: {done.stderr}")
@@ -142,7 +142,7 @@ class SlurmCluster:
             settings = {"env": self.environment, "stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
             self.daemons.append(subprocess.Popen(command, start_new_session=True, **settings))
 
-    def _await(self, condition, what: str, limit: float = 30) -> None:
+    def _await(self, condition, what: str, limit: float = 300) -> None:
         end = time.monotonic() + limit
         while True:
             with contextlib.suppress(subprocess.SubprocessError):

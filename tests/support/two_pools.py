@@ -9,6 +9,7 @@ import torch
 from verl.checkpoint_engine import CheckpointEngineRegistry
 from verl.checkpoint_engine.base import CheckpointEngineWorker
 from verl.single_controller.base import Worker
+from verl.workers.rollout.base import get_rollout_class
 from weight_transfer import described, weights_of
 
 from verl_patches.placement import PlacedActorWorker
@@ -22,11 +23,14 @@ BUCKET = 1 << 20
 class Trainer(PlacedActorWorker):
     """An actor rank without a model: `update_weights` and `execute_checkpoint_engine` are the real ones."""
 
-    def __init__(self, mode: str = "works") -> None:
+    def __init__(self) -> None:
         Worker.__init__(self)
-        self.mode, self.updates = mode, 0
         self.actor = SimpleNamespace(engine=self)
         self.checkpoint_engine = CheckpointEngineRegistry.new("gloo", is_master=self.rank == 0, bucket_size=BUCKET)
+
+    def begin(self, mode: str) -> None:
+        """What updates do from now on."""
+        self.mode, self.updates = mode, 0
 
     def get_per_tensor_param(self) -> tuple[Iterator[tuple[str, torch.Tensor]], None]:
         self.updates += 1
@@ -60,11 +64,16 @@ class Adapter:
 class Server(CheckpointEngineWorker):
     """The worker beside a standalone server."""
 
-    def __init__(self, rollout_config: Any, mode: str = "works") -> None:
+    def __init__(self, rollout_config: Any) -> None:
+        super().__init__(rollout_config, model_config=None, server_adapter=Adapter("works"))
+
+    def begin(self, mode: str) -> None:
+        """What takes the weights from now on."""
         if mode == "vLLM fails":  # verl's own adapter, and `FailingVllm` behind it
-            super().__init__(rollout_config, model_config=None, replica_rank=0)
+            kind = get_rollout_class(self.rollout_config.name, self.rollout_config.mode)
+            self.server_adapter = kind(config=self.rollout_config, model_config=None, device_mesh=None, replica_rank=0)
         else:
-            super().__init__(rollout_config, model_config=None, server_adapter=Adapter(mode))
+            self.server_adapter = Adapter(mode)
 
 
 class FailingVllm:

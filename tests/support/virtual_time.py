@@ -1,4 +1,4 @@
-"""Time that passes only while everybody waits: sleeps end at once, in the order of their ends, however slow the machine."""
+"""Time that passes only while everybody waits: sleeps end at once, in the order of their ends, on any machine."""
 
 import asyncio
 import time

@@ -23,7 +23,7 @@ HEAVY = {"ray", "vllm", "verl", "verl_patches", "torch", "omegaconf", "hydra", "
 
 def test_every_import_follows_the_contracts() -> None:
     code = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=3000)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "4 kept, 0 broken" in run.stdout
 
@@ -49,7 +49,7 @@ def test_importing_the_method_and_the_simulator_loads_nothing_heavy() -> None:
         f"import importlib, sys; [importlib.import_module(name) for name in {modules!r}]; "
         f"print(*sorted(set(sys.modules) & {HEAVY!r}))"
     )
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == []
 

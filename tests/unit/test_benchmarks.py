@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize("name", ["", *BENCHES])
 def test_help_shows_the_contract(name):
     command = [sys.executable, "-m", "darts.bench", *name.split(), "--help"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
     assert "Contract" in run.stdout
     assert "--out" in run.stdout

@@ -130,7 +130,7 @@ def test_the_command_runs_from_anywhere_and_says_what_it_did(tmp_path: Path) -> 
         "DATA_DIR": str(tmp_path / "d"),
     }
     command = [sys.executable, str(SCRIPTS / "gsm8k.py"), "--source", source.name]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200)
     assert (run.returncode, run.stderr) == (0, "")
     lines = run.stdout.splitlines()
     assert lines[:2] == ["train.parquet: 1 read, 1 written", "test.parquet: 1 read, 1 written"]

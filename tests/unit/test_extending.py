@@ -13,7 +13,7 @@ from darts.config import DartsConfig
 from darts.latency import LatencyCurve
 from darts.simulation.cluster import Cluster
 from darts.simulation.draws import Dataset
-from darts.simulation.replay import Arm, Setting, replay
+from darts.simulation.replay import ReplayArm, Setting, replay
 from darts.simulation.trace import LengthTrace, PromptLengths
 from darts.strategy import make_strategy
 
@@ -59,7 +59,7 @@ def test_it_runs_in_the_simulator_and_waits_for_all_in_every_fourth_round(exampl
         cluster=Cluster(gpus=2),
     )
     dataset = Dataset(LengthTrace(name="made up", prompts=prompts), M)
-    steps = list(replay(Arm(name="mine", block={"strategy": example}), setting, dataset, 8))
+    steps = list(replay(ReplayArm(name="mine", block={"strategy": example}), setting, dataset, 8))
     assert [step.queue for step in steps] == 2 * [3, 3, 3, 0], "half of a batch waits, and then none"
     assert [step.prompts for step in steps] == 2 * [9, 9, 9, 6]
 

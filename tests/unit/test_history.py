@@ -490,5 +490,5 @@ def test_content_without_a_stable_form_is_refused_with_its_type(content):
 def test_keys_are_the_same_in_every_process(seed):
     code = f"from darts.history import prompt_key; print(prompt_key({CHAT!r}))"
     environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600)
     assert run.stdout.strip() == CHAT_KEY, run.stderr

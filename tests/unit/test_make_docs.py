@@ -18,7 +18,7 @@ DOCUMENTS = sorted((ROOT / "docs" / "results").glob("*.json"))
 
 
 def run(*options: str, script: Path = SCRIPT) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True, timeout=600)
 
 
 def test_all_files_are_up_to_date():

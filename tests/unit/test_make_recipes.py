@@ -13,7 +13,7 @@ TEMPLATE = "run_qwen2.5_14b_dapo.sh"
 
 def run(root: Path, *options: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(root / "scripts" / "make_recipes.py"), *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
+from virtual_time import use_virtual_time
 
 from darts.checks.model import model_id, vocabulary
 from darts.config import ConfigError
@@ -17,6 +18,8 @@ from darts.engines.command import main, table
 from darts.engines.measure import ProfileError, StuckRequests, Workload, profile_servers
 from darts.evidence.profile import LatencyProfile
 
+MOMENT_S = 1e-4
+"""Virtual time stands still where nobody waits."""
 ROLLOUT = SimpleNamespace(
     max_num_seqs=16, max_model_len=1000, prompt_length=64, data_parallel_size=1, tensor_model_parallel_size=2,
     temperature=0.9, top_p=1.0, top_k=-1, calculate_log_probs=True,
@@ -82,7 +85,7 @@ class Engine:
     async def on_take_chunks(self, client, wait_s):
         end = time.monotonic() + wait_s
         while not self.chunks and self.open and time.monotonic() < end:
-            await asyncio.sleep(0)
+            await asyncio.sleep(MOMENT_S)
         chunks, self.chunks = self.chunks, []
         return chunks
 
@@ -98,7 +101,7 @@ class Engine:
             self.open.pop(request_id)[0].set()
 
     async def steps(self):
-        await asyncio.sleep(0.001)  # until all have come
+        await asyncio.sleep(MOMENT_S)  # until all have come
         while self.open:
             self.running = [name for name in self.running if name in self.open]
             waiting = [name for name in self.open if name not in self.running]
@@ -123,7 +126,12 @@ class Engine:
                     new = [7] * (state[1] - state[3])
                     self.chunks.append(SimpleNamespace(request_id=name, token_ids=new, made_at=self.clock))
                     state[3] = state[1]
-            await asyncio.sleep(self.pause * len(self.running))
+            await asyncio.sleep(max(self.pause * len(self.running), MOMENT_S))
+
+
+@pytest.fixture(autouse=True)
+def virtual_time(monkeypatch):
+    use_virtual_time(monkeypatch)
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ def quickstart(tmp_path):
 
     def quickstart(stub: str, **changes: str) -> subprocess.CompletedProcess:
         return subprocess.run(
-            ["bash", scripts / "quickstart.sh"], capture_output=True, text=True, timeout=60,
+            ["bash", scripts / "quickstart.sh"], capture_output=True, text=True, timeout=600,
             env=os.environ | {"STUB": stub, "DARTS_OUT": str(quickstart.out)} | changes, start_new_session=True,
         )  # fmt: skip
 

@@ -323,7 +323,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("a run <&>")
     write(folder / "logs" / "darts.jsonl", fake_steps(40, resumes=[(20, 15)], gaps=True))
     command = [sys.executable, "-m", "darts.report", str(folder)]
-    return folder / "logs" / "report", subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return folder / "logs" / "report", subprocess.run(command, capture_output=True, text=True, timeout=1200)
 
 
 def test_command_says_where_the_page_is(made):
@@ -480,9 +480,6 @@ def test_cost_model(tmp_path):
     assert "predicted / measured is 1.50" in caption
     with pytest.raises(Missing, match="not in adaptive mode"):
         report_figures._cost(read(tmp_path, [step(1, darts__rollout__seconds=2.0)]))
-
-
-# --- scale -----------------------------------------------------------------------------------------------------------
 
 
 def test_long_files_are_read_in_little_memory(tmp_path, capsys, monkeypatch):

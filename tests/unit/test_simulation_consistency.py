@@ -11,7 +11,7 @@ from darts.latency import LatencyCurve
 from darts.simulation import rollout
 from darts.simulation.cluster import Cluster
 from darts.simulation.draws import Dataset
-from darts.simulation.replay import Arm, Setting, replay, width
+from darts.simulation.replay import ReplayArm, Setting, replay, width
 from darts.simulation.run_trace import read_trace
 from darts.simulation.trace import LengthTrace, PromptLengths
 
@@ -69,7 +69,7 @@ def test_a_run_replayed_on_its_own_trace_takes_as_long(name, data, tmp_path, mon
         lines[-1] = json.dumps({"version": 1, "step": len(lines), "metrics": {}, "rollout": columns})
         return outcome
 
-    arm = Arm(name=name, block=BLOCKS[name])
+    arm = ReplayArm(name=name, block=BLOCKS[name])
     with monkeypatch.context() as patched:
         patched.setattr("darts.simulation.replay.run_rollout", run)
         took = seconds_a_step(arm, Recorded(data, 4 * GROUP, seed=1))

@@ -20,7 +20,7 @@ from darts.simulation.comparison import compare, markdown
 from darts.simulation.costs import StepCosts, fit, line
 from darts.simulation.documents import row_to_dict
 from darts.simulation.draws import Dataset
-from darts.simulation.replay import Arm, Setting, replay, width
+from darts.simulation.replay import ReplayArm, Setting, replay, width
 from darts.simulation.run_trace import read_trace
 from darts.simulation.trace import LengthTrace, PromptLengths
 from darts.strategy import Darts, strategy_class
@@ -63,7 +63,7 @@ def setting_of(num_prompts, group_size=8, curve=CURVE, **cluster):
 
 
 def steps_of(block, setting, dataset, steps):
-    return list(replay(Arm(name="arm", block=block), setting, dataset, steps))
+    return list(replay(ReplayArm(name="arm", block=block), setting, dataset, steps))
 
 
 # --- strategies ------------------------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ def test_how_many_candidates_an_arm_may_need():
         {"strategy": "darts", "allocation": {"mode": "off"}},
         {"strategy": "tail_batching", "tail_batching": {"candidates": 3.0}},
     ]
-    assert [width(Arm(name="arm", block=block), setting) for block in blocks] == [8, 16, 24, 8, 24]
+    assert [width(ReplayArm(name="arm", block=block), setting) for block in blocks] == [8, 16, 24, 8, 24]
 
 
 # --- draws -----------------------------------------------------------------------------------------------------------
@@ -369,7 +369,8 @@ def test_a_comparison_by_hand():
     )
     uniform = {"allocation": {"mode": "uniform", "mean_candidates": 3, "high": 3}}
     arms = [
-        Arm(name=name, block=uniform | {"strategy": kind}) for name, kind in (("stop", "darts"), ("keep", "shortest_k"))
+        ReplayArm(name=name, block=uniform | {"strategy": kind})
+        for name, kind in (("stop", "darts"), ("keep", "shortest_k"))
     ]
     rows = compare(trace, arms, setting, 1)
     plain, stop, keep, oracle, own = rows
@@ -387,7 +388,7 @@ def test_a_comparison_by_hand():
 
 def test_strategies_that_choose_their_prompts_are_measured_by_the_oracle_that_does():
     setting = setting_of(6, group_size=4, gpus=8)
-    arms = [Arm(name=name, block={"strategy": name}) for name in ("shortest_k", "tail_batching")]
+    arms = [ReplayArm(name=name, block={"strategy": name}) for name in ("shortest_k", "tail_batching")]
     plain, shortest_k, tail, oracle, own = compare(drawn_trace(60, 8), arms, setting, 10)
     base = plain.phases["rollout"]
     assert own.bound_s < oracle.bound_s
@@ -403,7 +404,7 @@ def test_real_lengths_dual_end_is_slower_at_once_and_shortest_only_faster():
     for mode, mean in itertools.product(("dual_end", "shortest_only"), (10, 12, 16)):
         uniform = {"mode": "uniform", "mean_candidates": mean}
         block = {"strategy": "darts", "selection": {"mode": mode}, "allocation": uniform}
-        arms.append(Arm(name=f"{mode} {mean}", block=block))
+        arms.append(ReplayArm(name=f"{mode} {mean}", block=block))
     _, *rows, _, _ = compare(trace, arms, setting, 8)
     speed = [row.phases["rollout"] for row in rows]
     assert speed[0] <= speed[1] <= speed[2]
@@ -421,13 +422,17 @@ def seconds_of(prompts, steps, **cluster):
     began = time.process_time()  # others may use this machine too
     dataset = Dataset(trace, 16)
     block = {"strategy": "darts", "allocation": {"mean_candidates": 15}}
-    launched = sum(step.launched for step in replay(Arm(name="darts", block=block), setting, dataset, steps))
+    launched = sum(step.launched for step in replay(ReplayArm(name="darts", block=block), setting, dataset, steps))
     assert launched == 15 * prompts * steps
     return time.process_time() - began
 
 
 def test_a_small_replay_is_fast():
-    assert seconds_of(64, 10) < 3
+    """9,600 candidates, against 20 million additions: half of their time when written."""
+    began = time.process_time()
+    sum(range(20_000_000))
+    additions = time.process_time() - began
+    assert seconds_of(64, 10) < 5 * additions
 
 
 @pytest.mark.slow
@@ -436,4 +441,3 @@ def test_a_candidate_of_1024_prompts_takes_no_longer_than_one_of_64():
     pairs = [(seconds_of(64, 128), seconds_of(1024, 8)) for _ in range(3)]
     small, large = (min(seconds) for seconds in zip(*pairs, strict=True))
     assert large < 1.5 * small
-    assert large < 5

@@ -29,7 +29,7 @@ for word in "$@"; do
 done
 case "$*" in
   *ray_node.py*) [[ $* == *--nodelist=$BROKEN* ]] && { echo no space left; exit 1; }; cat ;;
-  *wait_for_ray.py*) [[ $BROKEN == none ]] || sleep 3; echo all there ;;
+  *wait_for_ray.py*) [[ $BROKEN == none ]] || exec sleep 600; echo all there ;;
   *) exec bash -c "${@: -1}" ;;
 esac
 """
@@ -53,7 +53,9 @@ def launch(tmp_path):
             "PYTHON": str(stubs / "python"),
         }  # fmt: skip
         environment = {name: value for name, value in (environment | changes).items() if value}
-        return subprocess.run(["bash", copy], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        return subprocess.run(
+            ["bash", copy], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600
+        )
 
     launch.steps = lambda: (stubs / "steps").read_text().splitlines() if (stubs / "steps").exists() else []
     launch.requeued = lambda: (stubs / "requeued").exists()
@@ -134,7 +136,7 @@ def test_a_second_attempt_has_logs_of_its_own(launch, tmp_path):
 
 
 def test_a_ray_that_ends_at_once_is_named(launch):
-    run = launch(BROKEN="n2", COMMAND="sleep 50")
+    run = launch(BROKEN="n2", COMMAND="sleep 600")
     assert run.returncode == 1
     assert "no space left" in run.stderr
     assert "error: Ray on n2 has ended" in run.stderr

@@ -2,7 +2,7 @@
 
 Contract.
 1. Importing this module registers `gloo` with `verl.checkpoint_engine.CheckpointEngineRegistry` (verl 0.9.1), whose
-   own backends need a GPU and cupy. `verl_patches.weights.sync` imports it, in every process that moves weights.
+   own backends need a GPU and cupy. `verl_patches.weight_sync` imports it, in every process that moves weights.
 2. Actor rank 0 sends to all workers of the servers; other actor ranks only walk the weights, which is collective.
    What arrives is what was sent: names, order, shapes, dtypes and bytes, whatever the bucket's size. Tensors without
    elements are not sent (verl's `split_weight_chunks` leaves them out).

@@ -3,7 +3,7 @@
 Contract:
 1. Importing this module applies the patches in this process, and registers the checkpoint engine ``gloo``. verl does so
    in every process that moves weights (actor workers, the workers beside servers of their own, the trainer) where
-   ``actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module=verl_patches.weights.sync``; not sooner, since
+   ``actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module=verl_patches.weight_sync``; not sooner, since
    the patched modules import vLLM.
 2. A failure of the receiving side is raised where weights are sent (``weights.watch``): in the actor worker where
    trainer and servers share GPUs, else in the server's own worker, from which it reaches the trainer.

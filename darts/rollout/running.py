@@ -87,7 +87,8 @@ class RunningCandidate:
         """A turn has more tokens."""
         self.chunks += 1
         self.chunk_seconds += latency
-        self.group.progress(self.index, self.generated + sum(open_.tokens for open_ in self.requests.values()))
+        tokens_so_far = self.generated + sum(open_.tokens for open_ in self.requests.values())
+        self.group.act(self.group.machine.progress(self.index, tokens_so_far))
         if self.single_turn and self.state is State.RUNNING:
             self.group.tell_growth(self.index, request.prompt_ids, chunk)
 
@@ -127,13 +128,14 @@ class RunningCandidate:
     def lose(self, length: int) -> None:
         """The candidate has no usable response."""
         self.ended_at = time.time()
-        self.group.lose(self.index, length)
+        self.group.act(self.group.machine.lose(self.index, length))
+        self.group.tell_dropped([self.index])
         self.group.stop_requests(list(self.requests.values()))
 
     def finish(self, length: int, truncated: bool) -> None:
         """The agent loop has returned."""
         self.ended_at = time.time()
-        self.group.finish(self.index, length, truncated)
+        self.group.act(self.group.machine.finish(self.index, length, truncated))
 
     def left(self) -> None:
         """The agent loop of an aborted candidate was left. If it had ended before the abort arrived, it finished."""
@@ -145,7 +147,7 @@ class RunningCandidate:
             self.finish(self.generated, self.finish_reason == "length")
         else:
             self.ended_at = time.time()
-            self.group.stop(self.index, self.generated)
+            self.group.act(self.group.machine.stop(self.index, self.generated))
 
     def _leave_other_branches(self) -> None:
         """An agent loop with parallel branches is left in all of them, once no request of it is open."""
@@ -181,26 +183,18 @@ class RunningGroup:
         self._client = client
         self._decided = asyncio.Event()
 
-    def progress(self, index: int, length: int) -> None:
-        """Forwards `CandidateGroup.progress`, and aborts who loses by it; so do the next four."""
-        self._act(self.machine.progress(index, length))
-
-    def finish(self, index: int, length: int, truncated: bool) -> None:
-        """Forwards `CandidateGroup.finish`."""
-        self._act(self.machine.finish(index, length, truncated))
-
-    def stop(self, index: int, length: int) -> None:
-        """Forwards `CandidateGroup.stop`."""
-        self._act(self.machine.stop(index, length))
-
-    def lose(self, index: int, length: int) -> None:
-        """Forwards `CandidateGroup.lose`."""
-        self._act(self.machine.lose(index, length))
-        self._tell_dropped([index])
-
-    def deadline(self) -> None:
-        """Forwards `CandidateGroup.deadline`."""
-        self._act(self.machine.deadline())
+    def act(self, losers: list[int]) -> None:
+        """Does what an event of the machine asks for: aborts the losers, and tells of a decision."""
+        self.stop_requests([request for index in losers for request in self.candidates[index].abort()])
+        self.tell_dropped(losers)
+        if self.machine.complete and not self._decided.is_set():
+            self._decided.set()
+            self._on_complete(self.uid)
+            self.tell_dropped(set(range(len(self.candidates))).difference(self.machine.kept))
+            if self._outbox is not None:
+                self._outbox.keep(SequenceKey(self.uid, index) for index in self.machine.kept)
+        if self.machine.complete or self.machine.ready:
+            self.settled.set()
 
     def abandon(self) -> list[OpenRequest]:
         """Forwards `CandidateGroup.abandon`: the rollout ends without this group, unless it is complete.
@@ -211,7 +205,7 @@ class RunningGroup:
         if self.machine.complete:
             return []
         losers = self.machine.abandon()
-        self._tell_dropped(range(len(self.candidates)))
+        self.tell_dropped(range(len(self.candidates)))
         self._decided.set()
         self.settled.set()
         return [request for index in losers for request in self.candidates[index].abort()]
@@ -256,19 +250,8 @@ class RunningGroup:
             key, chance = SequenceKey(self.uid, index), self.machine.chance(index)
             self._outbox.finish(key, prompt_ids, response_ids, chance, extras)
 
-    def _tell_dropped(self, indices: Iterable[int]) -> None:
+    def tell_dropped(self, indices: Iterable[int]) -> None:
+        """The overlapped actor need not go on with these."""
         if self._outbox is not None:
             for index in indices:
                 self._outbox.drop(SequenceKey(self.uid, index))
-
-    def _act(self, losers: list[int]) -> None:
-        self.stop_requests([request for index in losers for request in self.candidates[index].abort()])
-        self._tell_dropped(losers)
-        if self.machine.complete and not self._decided.is_set():
-            self._decided.set()
-            self._on_complete(self.uid)
-            self._tell_dropped(set(range(len(self.candidates))).difference(self.machine.kept))
-            if self._outbox is not None:
-                self._outbox.keep(SequenceKey(self.uid, index) for index in self.machine.kept)
-        if self.machine.complete or self.machine.ready:
-            self.settled.set()

@@ -170,7 +170,7 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         """No group of rollout `number` waits any longer."""
         if self._number == number:
             for group in self._groups.values():
-                group.deadline()
+                group.act(group.machine.deadline())
 
     async def completed(self, number: int, known: int) -> list[str]:
         """The uids of rollout `number`'s groups that were decided, without the first `known`; waits until there is one.

@@ -110,7 +110,7 @@ def pass_minutes(monkeypatch, meanwhile) -> None:
         passed.append(240)
         meanwhile()
 
-    monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: sum(passed), sleep=sleep))
+    monkeypatch.setattr(launch, "time", SimpleNamespace(monotonic=lambda: sum(passed), sleep=sleep))
 
 
 @pytest.mark.parametrize(

@@ -345,11 +345,11 @@ def _check_plain_rows(config: DictConfig) -> None:
 def _warn_of_legacy_rewards(config: DictConfig) -> None:
     """verl 0.9.1 still composes `reward_model.*`, and reads `reward.*` alone."""
     legacy_block = OmegaConf.to_container(config.get("reward_model") or OmegaConf.create(), resolve=True)
-    given = [name for name, value in dict(legacy_block).items() if value is not None and not isinstance(value, dict)]
-    given += [name for name in ("reward_kwargs",) if legacy_block.get(name)]
-    if given:
+    names = [name for name, value in dict(legacy_block).items() if value is not None and not isinstance(value, dict)]
+    names += [name for name in ("reward_kwargs",) if legacy_block.get(name)]
+    if names:
         warnings.warn(
-            f"reward_model.{given[0]} is read by nothing in verl {VERL_VERSION}: write reward.* "
+            f"reward_model.{names[0]} is read by nothing in verl {VERL_VERSION}: write reward.* "
             "(reward.reward_manager.name, reward.reward_kwargs, reward.num_workers).",
             stacklevel=2,
         )

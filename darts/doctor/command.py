@@ -51,7 +51,7 @@ class DoctorParser(argparse.ArgumentParser):
         refuse(f"{' '.join(message.split())}; --help lists the options.")
 
 
-def _parse(given: Sequence[str] | None) -> argparse.Namespace:
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = DoctorParser(prog="python -m darts.doctor", description="What is there, and will it work?")
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="these facts alone")
     parser.add_argument(
@@ -65,7 +65,7 @@ def _parse(given: Sequence[str] | None) -> argparse.Namespace:
         "--limit-s", type=float, default=60.0, metavar="S", help="limit of every single wait (default: %(default)g)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="the facts for machines; replaced if it exists")
-    options = parser.parse_args(given)
+    options = parser.parse_args(arguments)
     if options.ranks is not None:
         if not options.communication:
             parser.error(f"--ranks {options.ranks}: only with --communication")
@@ -160,9 +160,9 @@ def _all_facts(options: argparse.Namespace) -> Iterator[Fact]:
         yield from communication_facts(options.ranks or 2, options.limit_s)
 
 
-def main(given: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-    options = _parse(given)
+    options = _parse(arguments)
     start_s, facts = time.monotonic(), []
     for fact in _all_facts(options):
         facts.append(fact)

@@ -194,8 +194,9 @@ def _reduce_facts(
     nodes = [node for node in nodes if _gpus(node)]
     total_gpus, free_gpus = sum(map(_gpus, nodes)), int(ray.available_resources().get("GPU", 0))
     if free_gpus < total_gpus or total_gpus == 0:
-        end_fix, none = "end what runs on the cluster, then repeat", "start Ray where GPUs are (ray start --num-gpus=8)"
-        fix = end_fix if total_gpus else none
+        fix = "end what runs on the cluster, then repeat"
+        if total_gpus == 0:
+            fix = "start Ray where GPUs are (ray start --num-gpus=8)"
         yield Fact("all-reduce", FAILED, f"{free_gpus} of {total_gpus} GPUs are free in Ray", fix)
         return
     if total_gpus == 1:
@@ -217,9 +218,9 @@ def _reduce_facts(
         address = _ask(ranks, rank_names, "the start of the processes", limit_s, "address")[0]
         _ask(ranks, rank_names, "joining the group", limit_s, "join", address, members, backend, limit_s)
         node_scope = [("node", "within nodes")] if len(nodes) > 1 and max(map(len, members)) > 1 else []
-        for which, scope_text in [*node_scope, ("all", "across nodes" if len(nodes) > 1 else "within the node")]:
-            rank_results = _ask(ranks, rank_names, f"all-reduce {scope_text}", limit_s, "reduce", which, MIB[backend])
-            sizes = [len(ranks) for ranks in members for _ in ranks] if which == "node" else [total_gpus] * total_gpus
+        for scope, scope_text in [*node_scope, ("all", "across nodes" if len(nodes) > 1 else "within the node")]:
+            rank_results = _ask(ranks, rank_names, f"all-reduce {scope_text}", limit_s, "reduce", scope, MIB[backend])
+            sizes = [len(ranks) for ranks in members for _ in ranks] if scope == "node" else [total_gpus] * total_gpus
             yield judge_reduce(scope_text, rank_names, rank_results, sizes, backend)
     except NoAnswer as error:
         yield Fact("all-reduce", FAILED, str(error), NETWORK)

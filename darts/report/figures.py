@@ -15,20 +15,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from darts.evidence.figures import (
-    BLACK,
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PHASES,
-    PINK,
-    RED,
-    SKY,
-    STEPS,
-    Missing,
-    dress,
-)
+from darts.evidence.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PHASES, PINK, RED, SKY, STEPS, Missing, dress
 from darts.evidence.trace import INSIDE_STEP
 from darts.report.run import UTILITY, Array, Run, RunStep, first_and_last, tenths
 
@@ -82,7 +69,7 @@ def plot_stack(axes: Axes, run: Run, parts: dict[str, Array], colors: dict[str, 
     floor_heights = np.zeros(len(groups))
     for name, values in parts.items():
         known_values = [values[group][np.isfinite(values[group])] for group in groups]
-        top_heights = floor_heights + np.array([some.mean() if len(some) else 0 for some in known_values])
+        top_heights = floor_heights + np.array([column.mean() if len(column) else 0 for column in known_values])
         axes.stairs(top_heights, column_edges, baseline=floor_heights, fill=True, color=colors[name], label=name)
         floor_heights = top_heights
     axes.set(xlim=(column_edges[0], column_edges[-1]), ylim=(0, None))
@@ -101,8 +88,8 @@ def _log(axes: Axes, axis_name: str, values: Array, spread_factor: float) -> Non
 
 def _ends(steps: Sequence[RunStep]) -> dict[str, Sequence[RunStep]]:
     """The first and last tenth, named; one entry if they are the same step."""
-    named_ends = [(f"steps {some[0].number} to {some[-1].number}", some) for some in tenths(steps) if some]
-    return {name if len(some) > 1 else f"step {some[0].number}": some for name, some in named_ends}
+    named_ends = [(f"steps {end[0].number} to {end[-1].number}", end) for end in tenths(steps) if end]
+    return {name if len(end) > 1 else f"step {end[0].number}": end for name, end in named_ends}
 
 
 def how_drawn(run: Run, *parts: str) -> str:
@@ -141,7 +128,7 @@ def _lengths(run: Run) -> tuple[Figure, str]:
     dress(left_axes, "Over the run", "response length, tokens", legend=3)
 
     end_steps = _ends(run.rolled)
-    end_lengths = {name: np.concatenate([step.rollout.lengths for step in some]) for name, some in end_steps.items()}
+    end_lengths = {name: np.concatenate([step.rollout.lengths for step in end]) for name, end in end_steps.items()}
     longest_shown = max(np.percentile(candidate_lengths, 99.5) for candidate_lengths in end_lengths.values())
     num_bars = np.clip(2 * math.sqrt(min(map(len, end_lengths.values()))), 8, MAX_BARS)
     bar_width = math.ceil((longest_shown + 1) / num_bars)
@@ -170,7 +157,7 @@ def _lengths(run: Run) -> tuple[Figure, str]:
 def _budgets(run: Run) -> tuple[Figure, str]:
     _need_rollouts(run)
     known_ends = _ends([step for step in run.rolled if len(step.rollout.std)])
-    end_points = {name: np.concatenate([step.rollout.std for step in some]) for name, some in known_ends.items()}
+    end_points = {name: np.concatenate([step.rollout.std for step in end]) for name, end in known_ends.items()}
     end_points = {name: rows[:: len(rows) // MAX_POINTS + 1] for name, rows in end_points.items()}
     std_correlation = run.series("darts/history/std_correlation")  # of the prompts that were seen before
     if not np.isfinite(std_correlation).any():
@@ -237,14 +224,15 @@ def _correlations(axes: Axes, run: Run, std_correlations: Array) -> None:
 def _budget_map(axes: Axes, run: Run) -> None:
     column_edges, groups = _columns(run)
     budget_counts = [step.rollout.budgets if step.rollout else {} for step in run.steps]
-    low, high = (find_end(budget for some in budget_counts for budget in some) for find_end in (min, max))
-    table = np.array([[some.get(budget, 0) for budget in range(low, high + 1)] for some in budget_counts], dtype=float)
+    low, high = (find_end(budget for counts in budget_counts for budget in counts) for find_end in (min, max))
+    budgets = np.arange(low, high + 1)
+    table = np.array([[counts.get(budget, 0) for budget in budgets] for counts in budget_counts], dtype=float)
     prompts = np.where(table.any(axis=1), table.sum(axis=1), math.nan)
     cells = np.array([table[group].sum(axis=0) / max(table[group].sum(), 1) for group in groups]).T
     mesh = axes.pcolormesh(column_edges, np.arange(low, high + 2) - 0.5, np.where(cells > 0, 100 * cells, math.nan),
                            cmap=SHARES, vmin=0)  # fmt: skip
     axes.figure.colorbar(mesh, ax=axes, label="% of the prompts", pad=0.02).outline.set_visible(False)
-    plot_line(axes, run, table @ np.arange(low, high + 1) / prompts, RED, "mean")
+    plot_line(axes, run, table @ budgets / prompts, RED, "mean")
     axes.set(xlim=(column_edges[0], column_edges[-1]), ylim=(low - 1, high + 1))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(False)

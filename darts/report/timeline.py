@@ -88,18 +88,18 @@ def _timeline(run: Run) -> tuple[Figure, str]:
         title += f"; log-probs: {_seconds(hidden_s)} hidden under the rollout, {_seconds(exposed_s)} exposed"
         if timeline.seconds > 0.4 * end_s:  # there is room
             row = next((row for row, (name, _, _) in enumerate(phases) if name in LOG_PROBS), 0)
-            _label(grid[-1], f"{_seconds(hidden_s)} hidden", (timeline.seconds, row), HIDDEN, "bold", left=True)
+            _label(grid[-1], f"{_seconds(hidden_s)} hidden", (timeline.seconds, row), HIDDEN, "bold", on_left=True)
     elif any(f"timing_s/{name}" in step.values for name in LOG_PROBS):
         title += f"; log-probs: {_seconds(exposed_s)}, all exposed"
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     return figure, _caption(timeline)
 
 
-def _label(axes: Axes, text: str, at: tuple[float, float], color: str, weight: str, left: bool = False) -> None:
+def _label(axes: Axes, text: str, at: tuple[float, float], color: str, weight: str, on_left: bool = False) -> None:
     """Writes beside a point, on its right or on its left."""
     axes.annotate(
-        text, at, (-6 if left else 5, 0), textcoords="offset points", ha="right" if left else "left", va="center",
-        fontsize=10, color=color, fontweight=weight,
+        text, at, (-6 if on_left else 5, 0), textcoords="offset points", ha="right" if on_left else "left",
+        va="center", fontsize=10, color=color, fontweight=weight,
     )  # fmt: skip
 
 
@@ -202,8 +202,8 @@ def overlap_sentence(run: Run) -> str:
         "forwarded_per_kept": "{:.2f} tokens (prompts too) are forwarded per kept response token",
         "before_end_share": "{:.1%} of the kept tokens have their log-probs before their response's own end",
     }
-    said = "; ".join(form.format(at_end(name)) for name, form in share_forms.items() if math.isfinite(at_end(name)))
-    text = f"Over the last tenth of the steps {said}." if said else ""
+    shares = "; ".join(form.format(at_end(name)) for name, form in share_forms.items() if math.isfinite(at_end(name)))
+    text = f"Over the last tenth of the steps {shares}." if shares else ""
     peak_gib = np.nan_to_num(run.series("darts/overlap/cache_peak_gib")).max()
     if peak_gib > 0:
         text += f" The cache of prefixes took at most {peak_gib:.3g} GiB on a rank."
@@ -218,7 +218,4 @@ def overlap_sentence(run: Run) -> str:
     return text.strip()
 
 
-FIGURES: Figures = {
-    "timeline": ("Timeline of a step", _timeline),
-    "overlap": ("Log-probs under the rollout", _overlap),
-}
+FIGURES: Figures = {"timeline": ("Timeline of a step", _timeline), "overlap": ("Log-probs under the rollout", _overlap)}

@@ -54,7 +54,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help=f"may be repeated; {', '.join(STRATEGIES)} (default: all), or package.module.Class",
     )
     replay.add_argument("--seeds", type=_positive, default=1, metavar="N", help="replays with other draws (default: 1)")
-    replay.add_argument("--png", type=_picture, metavar="FILE", help="a picture; needs matplotlib")
+    replay.add_argument("--png", type=Path, metavar="FILE", help="a picture; needs matplotlib")
     replay.add_argument(
         "--shaping",
         nargs=2,
@@ -116,7 +116,7 @@ def _common() -> argparse.ArgumentParser:
         metavar="SHARE",
         help="of what their rollouts take besides decoding, what grows with the candidates (default: %(default)s)",
     )
-    add("--json", type=_new_file, metavar="FILE", help="the figures")
+    add("--json", type=Path, metavar="FILE", help="the figures")
     cost_names = ", ".join(StepCosts.__dataclass_fields__)
     add("--cost", action="append", default=[], metavar="NAME=VALUE", help=f"one of {cost_names}; may be repeated")
     return common_options
@@ -124,6 +124,7 @@ def _common() -> argparse.ArgumentParser:
 
 def inputs_of(options: argparse.Namespace) -> tuple[LengthTrace, list[Setting], int]:
     """The trace, what surrounds the strategies for each number of GPUs, and how many steps are to be replayed."""
+    _check_output(options)
     trace = read_trace(options.trace).between(options.first, options.last)
     curve, _ = load_curve(options.curve)
     costs = _costs(options, curve)
@@ -195,17 +196,13 @@ def _costs(options: argparse.Namespace, curve: LatencyCurve) -> StepCosts:
     return costs
 
 
-def _new_file(text: str) -> Path:
-    path = Path(text)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{path}: a file cannot be written there; name one in a folder that exists.")
-    return path
-
-
-def _picture(text: str) -> Path:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise argparse.ArgumentTypeError("needs matplotlib; install verl-darts[report].")
-    return _new_file(text)
+def _check_output(options: argparse.Namespace) -> None:
+    for name in ("json", "png"):
+        path = getattr(options, name, None)
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise SimulationError(f"--{name} {path}: a file cannot be written there; name one in a folder that exists.")
+    if getattr(options, "png", None) and importlib.util.find_spec("matplotlib") is None:
+        raise SimulationError("--png: needs matplotlib; install verl-darts[report].")
 
 
 def _positive(text: str) -> int:

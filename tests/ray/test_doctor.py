@@ -35,7 +35,7 @@ def doctor(*given, **variables):
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     command = ["-m", "darts.doctor", *given] if len(given) != 1 else ["-c", *given]
     run = subprocess.run(
-        [sys.executable, *command], env=environment | variables, capture_output=True, text=True, timeout=240
+        [sys.executable, *command], env=environment | variables, capture_output=True, text=True, timeout=570
     )
     assert run.stdout, run.stderr
     return run.returncode, run.stdout.splitlines()
@@ -59,7 +59,7 @@ def two_nodes():
 
 def test_two_ranks_on_a_ray_of_its_own(tmp_path):
     path = tmp_path / "facts.json"
-    code, lines = doctor("--communication", "--ranks", "2", "--json", str(path))
+    code, lines = doctor("--communication", "--ranks", "2", "--limit-s", "500", "--json", str(path))
     assert code == 0, lines
     assert " 1, with GPUs: " in named(lines, "nodes ")
     assert named(lines, "versions ").endswith("the same as here")

@@ -50,26 +50,27 @@ def allocate(weights: ArrayLike, total: int, low: int, high: int) -> NDArray[np.
     if weights.ndim != 1:
         raise ValueError(f"weights: shape {weights.shape}, must be one weight per prompt.")
     _check_bounds(low, high)
-    wrong = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
-    if len(wrong):
-        raise ValueError(f"weights[{wrong[0]}]={weights[wrong[0]]}: must be finite and not negative.")
-    least, most = low * len(weights), high * len(weights)
+    bad_weights = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
+    if len(bad_weights):
+        raise ValueError(f"weights[{bad_weights[0]}]={weights[bad_weights[0]]}: must be finite and not negative.")
+    least_total, most_total = low * len(weights), high * len(weights)
     if total != int(total):
         raise ValueError(f"total={total}: must be a whole number of candidates.")
-    if not least <= total <= most:
+    if not least_total <= total <= most_total:
         raise ValueError(
-            f"total={total}: {len(weights)} prompts with low={low} and high={high} take {least} to {most} candidates."
+            f"total={total}: {len(weights)} prompts with low={low} and high={high} take {least_total} to {most_total} "
+            "candidates."
         )
-    extra = int(total) - least
-    if extra == 0 or total == most:
-        return np.full(len(weights), low if extra == 0 else high, dtype=np.int64)
-    counts = np.arange(low, high)
-    falls = weights[:, None] / (counts * (counts + 1))  # [num_prompts, high - low], each row falling
-    smallest = np.partition(falls.ravel(), falls.size - extra)[falls.size - extra]
-    taken = (falls > smallest).sum(axis=1)
-    tied = (falls == smallest).sum(axis=1)
-    left = extra - taken.sum()
-    return low + taken + np.clip(left - (np.cumsum(tied) - tied), 0, tied)
+    num_extra = int(total) - least_total
+    if num_extra == 0 or total == most_total:
+        return np.full(len(weights), low if num_extra == 0 else high, dtype=np.int64)
+    step_counts = np.arange(low, high)
+    step_gains = weights[:, None] / (step_counts * (step_counts + 1))  # [num_prompts, high - low], each row falling
+    smallest_taken = np.partition(step_gains.ravel(), step_gains.size - num_extra)[step_gains.size - num_extra]
+    sure_steps = (step_gains > smallest_taken).sum(axis=1)
+    tied_steps = (step_gains == smallest_taken).sum(axis=1)
+    tied_places = num_extra - sure_steps.sum()
+    return low + sure_steps + np.clip(tied_places - (np.cumsum(tied_steps) - tied_steps), 0, tied_steps)
 
 
 def optimal_total(
@@ -120,16 +121,17 @@ def optimal_total(
         raise ValueError(f"cost_weight={cost_weight}: must be finite and not negative.")
     if num_prompts == 0:
         return Utility(0, 0.0, 0.0, 0.0)
-    slopes = cost_weight * np.diff(seconds) / base_seconds
-    starts = np.arange(low, high)
+    cost_slopes = cost_weight * np.diff(seconds) / base_seconds
+    interval_starts = np.arange(low, high)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        stationary = np.where(slopes > 0, np.sqrt(variation * group_size / slopes), starts + 1)
-    inner = np.clip(stationary, starts, starts + 1) * num_prompts
-    totals = np.unique(np.concatenate([np.arange(low, high + 1) * num_prompts, np.floor(inner), np.ceil(inner)]))
+        stationary_means = np.where(cost_slopes > 0, np.sqrt(variation * group_size / cost_slopes), interval_starts + 1)
+    inner_totals = np.clip(stationary_means, interval_starts, interval_starts + 1) * num_prompts
+    whole_means = np.arange(low, high + 1) * num_prompts
+    totals = np.unique(np.concatenate([whole_means, np.floor(inner_totals), np.ceil(inner_totals)]))
     gains, costs = expected(totals / num_prompts, low, high, seconds, base_seconds, group_size, variation)
-    best = int(np.argmax(gains - cost_weight * costs))
-    gain, cost = float(gains[best]), float(costs[best])
-    return Utility(int(totals[best]), gain - cost_weight * cost, gain, cost)
+    best_index = int(np.argmax(gains - cost_weight * costs))
+    best_gain, best_cost = float(gains[best_index]), float(costs[best_index])
+    return Utility(int(totals[best_index]), best_gain - cost_weight * best_cost, best_gain, best_cost)
 
 
 def expected(
@@ -196,8 +198,8 @@ def contiguous_parts(budgets: NDArray[np.int64], num_parts: int) -> list[NDArray
     _check_parts(num_parts)
     if len(budgets) == 0:
         return []
-    middles = np.cumsum(budgets) - budgets / 2
-    part_of_prompt = np.minimum((middles * num_parts / budgets.sum()).astype(np.int64), num_parts - 1)
+    group_middles = np.cumsum(budgets) - budgets / 2
+    part_of_prompt = np.minimum((group_middles * num_parts / budgets.sum()).astype(np.int64), num_parts - 1)
     return np.split(np.arange(len(budgets)), np.flatnonzero(np.diff(part_of_prompt)) + 1)
 
 
@@ -222,11 +224,11 @@ def spread_parts(work: ArrayLike, num_parts: int) -> list[NDArray[np.int64]]:
     if not (np.isfinite(work) & (work >= 0)).all():
         raise ValueError(f"work={work[~(np.isfinite(work) & (work >= 0))][0]}: must be finite and not negative.")
     parts: list[list[int]] = [[] for _ in range(num_parts)]
-    loads = [(0.0, 0, part) for part in range(num_parts)]  # work, prompts, part
+    part_loads = [(0.0, 0, part) for part in range(num_parts)]  # work, prompts, part
     for prompt in np.argsort(-work, kind="stable").tolist():
-        load, prompts, part = heapq.heappop(loads)
+        part_load, prompts, part = heapq.heappop(part_loads)
         parts[part].append(prompt)
-        heapq.heappush(loads, (load + work[prompt], prompts + 1, part))
+        heapq.heappush(part_loads, (part_load + work[prompt], prompts + 1, part))
     return [np.array(part, dtype=np.int64) for part in parts if part]
 
 

@@ -86,19 +86,19 @@ class AllocationConfig:
             rule = f"M_low must be an integer of at least rollout.n={group_size}, or a group could not be filled."
             fix = f"set darts.allocation.low={group_size}, or null for rollout.n."
             raise ConfigError("darts.allocation.low", low, rule, fix)
-        enough = max(2 * group_size, low)
-        high = enough if self.high is None else self.high
+        default_high = max(2 * group_size, low)
+        high = default_high if self.high is None else self.high
         if high < low:
-            fix = f"set darts.allocation.high={enough}, or null for twice rollout.n."
+            fix = f"set darts.allocation.high={default_high}, or null for twice rollout.n."
             raise ConfigError("darts.allocation.high", high, f"M_up must be an integer of at least M_low={low}.", fix)
-        mean, middle = self.mean_candidates, (low + high) / 2
-        if mean is None and self.mode == "uniform":
-            mean = middle
-        if mean is not None and not low <= mean <= high:
+        mean_budget, middle_budget = self.mean_candidates, (low + high) / 2
+        if mean_budget is None and self.mode == "uniform":
+            mean_budget = middle_budget
+        if mean_budget is not None and not low <= mean_budget <= high:
             rule = f"the mean number of candidates must lie in [low={low}, high={high}]."
-            fix = f"set darts.allocation.mean_candidates={middle:g}, or widen darts.allocation.low and .high."
-            raise ConfigError("darts.allocation.mean_candidates", mean, rule, fix)
-        return replace(self, low=low, high=high, mean_candidates=mean)
+            fix = f"set darts.allocation.mean_candidates={middle_budget:g}, or widen darts.allocation.low and .high."
+            raise ConfigError("darts.allocation.mean_candidates", mean_budget, rule, fix)
+        return replace(self, low=low, high=high, mean_candidates=mean_budget)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=RULES)
@@ -245,8 +245,8 @@ class DartsConfig:
         size, num_long = self.group_size, self.selection.num_long
         object.__setattr__(self, "allocation", self.allocation.settled(size))
         if self.overlap.mode == "auto":
-            mode = "token" if self.placement == "disaggregated" else "off"
-            object.__setattr__(self, "overlap", replace(self.overlap, mode=mode))
+            overlap_mode = "token" if self.placement == "disaggregated" else "off"
+            object.__setattr__(self, "overlap", replace(self.overlap, mode=overlap_mode))
         if self.enable and not 0 <= num_long < size:
             rule = f"L must be an integer in [0, rollout.n={size}), because K = rollout.n - L >= 1 shortest are kept."
             fix = "set darts.selection.num_long=1 (the paper's choice for groups of 8)."
@@ -264,8 +264,8 @@ class DartsConfig:
         """
         if not self.enable:
             return GroupRules(num_keep=self.group_size)
-        saturated = self.selection.mode == "auto" and budget >= self.allocation.high
-        shortest_only = saturated or self.selection.mode == "shortest_only"
+        is_saturated = self.selection.mode == "auto" and budget >= self.allocation.high
+        shortest_only = is_saturated or self.selection.mode == "shortest_only"
         return GroupRules(
             num_keep=self.group_size,
             num_long=0 if shortest_only else self.selection.num_long,
@@ -312,13 +312,13 @@ SECTIONS = {name: info.annotation for name, info in keys_of(DartsConfig).items()
 
 def taken_by(info: FieldInfo) -> str:
     """What a key takes, for people: `an integer of at least 1`."""
-    kinds = get_args(info.annotation) or (info.annotation,)
-    if isinstance(kinds[0], str):
-        return f"one of {', '.join(kinds)}"
-    limits = [(words, getattr(bound, name, None)) for bound in info.metadata for name, words in BOUNDS.items()]
-    bounds = " and".join(f" {words} {limit}" for words, limit in limits if limit is not None)
-    text = info.json_schema_extra["takes"] or KINDS[kinds[0]] + bounds
-    return f"{text}, or null" if type(None) in kinds else text
+    accepted_kinds = get_args(info.annotation) or (info.annotation,)
+    if isinstance(accepted_kinds[0], str):
+        return f"one of {', '.join(accepted_kinds)}"
+    named_limits = [(words, getattr(bound, name, None)) for bound in info.metadata for name, words in BOUNDS.items()]
+    bounds_text = " and".join(f" {words} {limit}" for words, limit in named_limits if limit is not None)
+    accepted_text = info.json_schema_extra["takes"] or KINDS[accepted_kinds[0]] + bounds_text
+    return f"{accepted_text}, or null" if type(None) in accepted_kinds else accepted_text
 
 
 def help_of(info: FieldInfo) -> str:
@@ -340,12 +340,12 @@ def refuse_unknown_keys(block: Mapping[str, Any], path: str = "darts", kind: Any
     Raises:
         ConfigError: an unknown key; with the nearest known one.
     """
-    known = keys_of(kind)
+    known_keys = keys_of(kind)
     for key, value in block.items():
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            fix = f"did you mean {path}.{near[0]}?" if near else "remove it."
-            raise ConfigError(f"{path}.{key}", value, f"unknown key; known are {', '.join(known)}.", fix)
+        if key not in known_keys:
+            nearest_keys = difflib.get_close_matches(str(key), known_keys, n=1)
+            fix = f"did you mean {path}.{nearest_keys[0]}?" if nearest_keys else "remove it."
+            raise ConfigError(f"{path}.{key}", value, f"unknown key; known are {', '.join(known_keys)}.", fix)
         if key in SECTIONS and isinstance(value, Mapping):
             refuse_unknown_keys(value, f"{path}.{key}", SECTIONS[key])
 
@@ -365,11 +365,11 @@ def _build(kind: Any, path: str, block: Any, **known: Any) -> Any:
     try:
         return kind(**known, **values)
     except ValidationError as error:
-        first = error.errors()[0]
-        cause = first.get("ctx", {}).get("error")
-        if isinstance(cause, ConfigError):  # raised by `__post_init__`
-            raise cause from None
-        name, value = first["loc"][0], first["input"]
+        first_error = error.errors()[0]
+        raised_error = first_error.get("ctx", {}).get("error")
+        if isinstance(raised_error, ConfigError):  # raised by `__post_init__`
+            raise raised_error from None
+        name, value = first_error["loc"][0], first_error["input"]
         info = keys[name]
         rule = f"must be {taken_by(info)}: {help_of(info).split('. ')[0].rstrip('.')}."
         raise ConfigError(f"{path}.{name}", value, rule, f"set {path}.{name}={shown(info.default)}.") from None

@@ -40,11 +40,11 @@ def draw_lengths(mean: NDArray[np.float64], std: NDArray[np.float64], most: int,
     Returns:
         Whole numbers in [1, limit], shape [draws, num_prompts, most].
     """
-    draws = max(LEAST_DRAWS, -(-DRAWN_CANDIDATES // (len(mean) * most)))
-    normal = np.random.default_rng(0).standard_normal((draws, len(mean), most))
+    num_draws = max(LEAST_DRAWS, -(-DRAWN_CANDIDATES // (len(mean) * most)))
+    normal_draws = np.random.default_rng(0).standard_normal((num_draws, len(mean), most))
     mean = np.maximum(mean, 1.0)[:, None]
-    variance = np.log1p((std[:, None] / mean) ** 2)
-    return np.clip(np.ceil(np.exp(np.log(mean) - variance / 2 + np.sqrt(variance) * normal)), 1, limit)
+    log_variance = np.log1p((std[:, None] / mean) ** 2)
+    return np.clip(np.ceil(np.exp(np.log(mean) - log_variance / 2 + np.sqrt(log_variance) * normal_draws)), 1, limit)
 
 
 def stopped_lengths(
@@ -61,16 +61,18 @@ def stopped_lengths(
     Returns:
         The same shape; what does not run has 0.
     """
-    size, distinct = darts.group_size, {budget: darts.group_rules(budget) for budget in set(budgets.tolist())}
-    rules = [distinct[budget] for budget in budgets.tolist()]
-    stops, awaits = np.array([(each.stops_early, each.awaits_deadline) for each in rules]).T
-    runs = np.arange(lengths.shape[-1]) < budgets[:, None]
-    valid = np.where(runs & (lengths < limit), lengths, np.inf)
-    enough = np.partition(valid, size - 1, axis=-1)[..., size - 1]  # when M valid ones have ended; inf: never
-    last = np.where(runs, lengths, 0.0).max(axis=-1)
-    settled = np.where(stops | awaits, np.minimum(enough, last), last)
-    ends = np.where(awaits, np.minimum(last, settled.max(axis=-1, keepdims=True)), settled)
-    return np.where(runs, np.minimum(lengths, ends[..., None]), 0.0)
+    group_size = darts.group_size
+    rules_of_budget = {budget: darts.group_rules(budget) for budget in set(budgets.tolist())}
+    group_rules = [rules_of_budget[budget] for budget in budgets.tolist()]
+    stops_early, awaits_deadline = np.array([(each.stops_early, each.awaits_deadline) for each in group_rules]).T
+    is_launched = np.arange(lengths.shape[-1]) < budgets[:, None]
+    valid_lengths = np.where(is_launched & (lengths < limit), lengths, np.inf)
+    # When M valid ones have ended; inf: never.
+    enough_valid = np.partition(valid_lengths, group_size - 1, axis=-1)[..., group_size - 1]
+    last_end = np.where(is_launched, lengths, 0.0).max(axis=-1)
+    settled_at = np.where(stops_early | awaits_deadline, np.minimum(enough_valid, last_end), last_end)
+    ends_at = np.where(awaits_deadline, np.minimum(last_end, settled_at.max(axis=-1, keepdims=True)), settled_at)
+    return np.where(is_launched, np.minimum(lengths, ends_at[..., None]), 0.0)
 
 
 def _deal(launched: NDArray[np.float64], num_engines: int) -> NDArray[np.float64]:
@@ -78,11 +80,11 @@ def _deal(launched: NDArray[np.float64], num_engines: int) -> NDArray[np.float64
 
     An engine with one fewer has one of 0 tokens in the end.
     """
-    draws, count = launched.shape
-    deepest = -(-count // num_engines)
-    tokens = np.zeros((draws, deepest * num_engines))
-    tokens[:, :count] = launched
-    return tokens.reshape(draws, deepest, num_engines).swapaxes(1, 2)
+    num_draws, num_launched = launched.shape
+    most_sequences = -(-num_launched // num_engines)
+    dealt_tokens = np.zeros((num_draws, most_sequences * num_engines))
+    dealt_tokens[:, :num_launched] = launched
+    return dealt_tokens.reshape(num_draws, most_sequences, num_engines).swapaxes(1, 2)
 
 
 class CostModel:
@@ -114,14 +116,15 @@ class CostModel:
             num_engines: that share the rollout.
             max_running: sequences that an engine runs at once; None: no limit.
         """
-        draws = lengths.reshape(len(lengths), -1)
-        runs = draws > 0
-        if (runs == runs[0]).all():  # as many of each prompt in all draws: at once, for speed
-            launched = [draws[:, runs[0]]]
+        drawn_lengths = lengths.reshape(len(lengths), -1)
+        is_launched = drawn_lengths > 0
+        if (is_launched == is_launched[0]).all():  # as many of each prompt in all draws: at once, for speed
+            launched_lengths = [drawn_lengths[:, is_launched[0]]]
         else:
-            launched = [draw[draw > 0][None] for draw in draws]
-        slowest = [decode_seconds(_deal(some, num_engines), self.curve, max_running).max(axis=1) for some in launched]
-        return float(np.mean(slowest)) + self.overhead_s
+            launched_lengths = [draw[draw > 0][None] for draw in drawn_lengths]
+        engine_tokens = [_deal(draws, num_engines) for draws in launched_lengths]
+        slowest_seconds = [decode_seconds(tokens, self.curve, max_running).max(axis=1) for tokens in engine_tokens]
+        return float(np.mean(slowest_seconds)) + self.overhead_s
 
     def refine(
         self,
@@ -141,8 +144,8 @@ class CostModel:
             max_running: as of `seconds`.
         """
         self.curve = self.curve.refined(step_times, REFINE_WEIGHT, max_running)
-        explained = self.seconds(decoded[None, None].astype(np.float64), num_engines, max_running) - self.overhead_s
-        self._overheads = [*self._overheads, max(seconds - explained, 0.0)][-OVERHEADS:]
+        explained_s = self.seconds(decoded[None, None].astype(np.float64), num_engines, max_running) - self.overhead_s
+        self._overheads = [*self._overheads, max(seconds - explained_s, 0.0)][-OVERHEADS:]
 
     def state_dict(self) -> dict[str, Any]:
         """For JSON."""

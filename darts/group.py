@@ -124,8 +124,8 @@ class CandidateGroup:
         if self._states[index].ended or length <= self._lengths[index]:
             return []
         self._lengths[index] = length
-        runs = self._states[index] is State.RUNNING
-        return self._decide([index]) if runs and self.rules.follows_growth else []
+        is_running = self._states[index] is State.RUNNING
+        return self._decide([index]) if is_running and self.rules.follows_growth else []
 
     def finish(self, index: int, length: int, truncated: bool) -> list[int]:
         """Candidate `index` ended after `length` tokens (end token included); `truncated` at the length limit.
@@ -160,10 +160,10 @@ class CandidateGroup:
                 the group is of no more use.
         """
         self._check(index, length, at_least=0, running=True)
-        lost = len(self._all(State.LOST)) + 1
-        left = len(self._valid) + len(set(self._all(State.TRUNCATED, State.RUNNING)) - {index})
-        if not self._decided and left < self.rules.num_keep:
-            raise ValueError(f"{lost} candidates were lost, {left} are left: {self.rules.num_keep} are needed.")
+        num_lost = len(self._all(State.LOST)) + 1
+        num_left = len(self._valid) + len(set(self._all(State.TRUNCATED, State.RUNNING)) - {index})
+        if not self._decided and num_left < self.rules.num_keep:
+            raise ValueError(f"{num_lost} candidates were lost, {num_left} are left: {self.rules.num_keep} are needed.")
         self._end(index, length, State.LOST)
         return self._decide(self._all(State.RUNNING))
 
@@ -270,22 +270,22 @@ class CandidateGroup:
         group with too few valid ones.
         """
         num_long, num_short = self.rules.num_long, self.rules.num_keep - self.rules.num_long
-        end = self._lengths[index], index
-        shorter, longer = bisect_left(self._valid, end), len(self._valid) - bisect_right(self._valid, end)
+        own_end, num_valid = (self._lengths[index], index), len(self._valid)
+        num_shorter, num_longer = bisect_left(self._valid, own_end), num_valid - bisect_right(self._valid, own_end)
         running = self._all(State.RUNNING)
-        may_be_shorter = sum((self._lengths[other], other) < end for other in running)
-        open_places = max(num_short - len(self._valid), 0) + num_long
-        table = (  # what holds of it, and how likely it is kept then; the first row that holds counts
+        may_be_shorter = sum((self._lengths[other], other) < own_end for other in running)
+        open_places = max(num_short - num_valid, 0) + num_long
+        chance_table = (  # what holds of it, and how likely it is kept then; the first row that holds counts
             (self.complete, float(index in (self._kept or ()))),
             (self.abandoned, 0.0),
             (self._states[index] is State.RUNNING, min(LIKELY, max(open_places, 0.5) / max(len(running), 1))),
-            (shorter + longer == len(self._valid), 0.0),  # is not valid: aborted, lost or truncated
-            (shorter >= num_short and longer >= num_long, 0.0),
-            (shorter + may_be_shorter < num_short, 1.0),
-            (shorter < num_short, LIKELY),
+            (num_shorter + num_longer == num_valid, 0.0),  # is not valid: aborted, lost or truncated
+            (num_shorter >= num_short and num_longer >= num_long, 0.0),
+            (num_shorter + may_be_shorter < num_short, 1.0),
+            (num_shorter < num_short, LIKELY),
             (True, max(num_long, 0.5) / (num_long + 1 + len(running))),  # may be among the longest
         )
-        return next(chance for holds, chance in table if holds)
+        return next(chance for row_holds, chance in chance_table if row_holds)
 
     @property
     def num_valid(self) -> int:
@@ -318,18 +318,18 @@ class CandidateGroup:
         losers: list[int] = []
         if self.rules.stops_early and len(self._valid) >= self.rules.num_keep:
             # One that has grown to this length ends there or later, and ties go to the lower index.
-            last = self._valid[self.rules.num_keep - 1]
-            exact = self.rules.follows_growth
-            losers = [index for index in changed if not exact or (self._lengths[index], index) > last]
+            last_needed = self._valid[self.rules.num_keep - 1]
+            is_exact = self.rules.follows_growth
+            losers = [index for index in changed if not is_exact or (self._lengths[index], index) > last_needed]
         return self._abort(losers)
 
     def _abort(self, losers: list[int]) -> list[int]:
         for index in losers:
             self._states[index] = State.ABORTING
         if not self._abandoned and State.RUNNING not in self._states:
-            usable = sorted([index for _, index in self._valid] + self._all(State.TRUNCATED))
-            cut = [self._states[index] is State.TRUNCATED for index in usable]
-            lengths = [self._lengths[index] for index in usable]
-            chosen = select(lengths, self.rules.num_keep, self.rules.num_long, cut)
-            self._kept = [usable[position] for position in chosen]
+            usable_candidates = sorted([index for _, index in self._valid] + self._all(State.TRUNCATED))
+            is_truncated = [self._states[index] is State.TRUNCATED for index in usable_candidates]
+            usable_lengths = [self._lengths[index] for index in usable_candidates]
+            chosen_positions = select(usable_lengths, self.rules.num_keep, self.rules.num_long, is_truncated)
+            self._kept = [usable_candidates[position] for position in chosen_positions]
         return losers

@@ -182,18 +182,18 @@ class LengthHistory:
         if not isinstance(prompts, dict):
             raise ValueError(f"prompts={prompts!r:.200}: must be a dict of key to [mean, variance].")
         for key, values in prompts.items():
-            pair = isinstance(values, list) and len(values) == 2
-            if not (isinstance(key, str) and pair and all(map(_is_moment, values))):
+            is_pair = isinstance(values, list) and len(values) == 2
+            if not (isinstance(key, str) and is_pair and all(map(_is_moment, values))):
                 raise ValueError(f"prompts[{key!r}]={values!r}: must be text: [mean, variance], both finite and >= 0.")
         self._prompts = {key: (float(mean), float(variance)) for key, (mean, variance) in prompts.items()}
         self._dataset = None
 
     def _of_dataset(self) -> tuple[float, float]:
         if self._dataset is None:
-            latest = list(islice(reversed(self._prompts.values()), self.recent))
-            count = max(len(latest), 1)
-            means, stds = (mean for mean, _ in latest), (math.sqrt(variance) for _, variance in latest)
-            self._dataset = (math.fsum(means) / count, math.fsum(stds) / count)
+            latest_moments = list(islice(reversed(self._prompts.values()), self.recent))
+            num_latest = max(len(latest_moments), 1)
+            means, stds = (mean for mean, _ in latest_moments), (math.sqrt(variance) for _, variance in latest_moments)
+            self._dataset = (math.fsum(means) / num_latest, math.fsum(stds) / num_latest)
         return self._dataset
 
 
@@ -204,26 +204,26 @@ def _encode(content: object) -> bytes:
     if isinstance(content, np.ndarray) and (content.ndim < 2 or content.dtype.kind not in "biuf"):
         content = content.tolist()
     if content is None or isinstance(content, bool | int | float):
-        kind, body = b"n", json.dumps(content).encode()
+        kind_letter, body_bytes = b"n", json.dumps(content).encode()
     elif isinstance(content, str):
-        kind, body = b"s", content.encode("utf-8", "surrogatepass")
+        kind_letter, body_bytes = b"s", content.encode("utf-8", "surrogatepass")
     elif isinstance(content, bytes | bytearray | memoryview):
-        kind, body = b"b", bytes(content)
+        kind_letter, body_bytes = b"b", bytes(content)
     elif isinstance(content, list | tuple):
-        kind, body = b"l", b"".join(map(_encode, content))
+        kind_letter, body_bytes = b"l", b"".join(map(_encode, content))
     elif isinstance(content, Mapping):
-        pairs = sorted((_encode(key), _encode(value)) for key, value in content.items())
-        kind, body = b"m", b"".join(key + value for key, value in pairs)
+        encoded_pairs = sorted((_encode(key), _encode(value)) for key, value in content.items())
+        kind_letter, body_bytes = b"m", b"".join(key + value for key, value in encoded_pairs)
     elif isinstance(content, np.ndarray):
-        kind, body = b"a", _encode((content.dtype.str, content.shape)) + content.tobytes()
+        kind_letter, body_bytes = b"a", _encode((content.dtype.str, content.shape)) + content.tobytes()
     elif callable(getattr(content, "tobytes", None)) and not isinstance(content, type | np.generic):
         form = [value for name in ("mode", "size") if isinstance(value := getattr(content, name, None), str | tuple)]
-        kind, body = b"o", _encode(form) + bytes(content.tobytes())
+        kind_letter, body_bytes = b"o", _encode(form) + bytes(content.tobytes())
     else:
         raise TypeError(f"content of type {type(content).__module__}.{type(content).__qualname__} has no stable form.")
-    if len(body) > LARGE:
-        kind, body = kind.upper(), hashlib.sha256(body).digest()
-    return b"%b%d:%b" % (kind, len(body), body)
+    if len(body_bytes) > LARGE:
+        kind_letter, body_bytes = kind_letter.upper(), hashlib.sha256(body_bytes).digest()
+    return b"%b%d:%b" % (kind_letter, len(body_bytes), body_bytes)
 
 
 def _is_moment(value: object) -> bool:
@@ -233,15 +233,15 @@ def _is_moment(value: object) -> bool:
 def _completed_moments(observed: NDArray[np.float64], bounds: NDArray[np.float64]) -> tuple[float, float]:
     """Mean and standard deviation of observed lengths and censored ones; `bounds` has at least one, all positive."""
     longest = float(max(observed.max(initial=0.0), bounds.max()))
-    shares = (observed / longest).tolist()
-    tails = [(float(np.cbrt(bound / longest)), count) for bound, count in sorted(Counter(bounds.tolist()).items())]
-    location, spread = _fit([share ** (1 / 3) for share in shares], tails)
-    moments = [(share, 0.0, 1) for share in shares]  # (mean, variance, how many)
-    limit = MAX_STRETCH ** (1 / 3)
-    far_powers, far = _tail_powers(limit, location, spread)
-    for root, count in tails:
+    length_shares = (observed / longest).tolist()
+    root_tails = [(float(np.cbrt(bound / longest)), count) for bound, count in sorted(Counter(bounds.tolist()).items())]
+    location, spread = _fit([length_share ** (1 / 3) for length_share in length_shares], root_tails)
+    moments = [(length_share, 0.0, 1) for length_share in length_shares]  # (mean, variance, how many)
+    root_limit = MAX_STRETCH ** (1 / 3)
+    far_powers, far = _tail_powers(root_limit, location, spread)
+    for root, count in root_tails:
         powers, beyond = _tail_powers(root, location, spread)
-        first, second = (powers[n] - math.exp(far - beyond) * (far_powers[n] - limit**n) for n in (3, 6))
+        first, second = (powers[n] - math.exp(far - beyond) * (far_powers[n] - root_limit**n) for n in (3, 6))
         moments.append((first, max(second - first * first, 0.0), count))
     total = len(observed) + len(bounds)
     mean = math.fsum(count * first for first, _, count in moments) / total
@@ -275,26 +275,26 @@ def _fit(observed: list[float], tails: list[tuple[float, int]]) -> tuple[float, 
         curve_aa = (count + 1) / (a * a) + squares + count * center * center
         curve_ab, curve_bb = -count * center, count + PRIOR_SPREAD**2
         for bound, many in tails:
-            _, hazard, bend = _tail(a * bound - b)
+            _, hazard, hazard_slope = _tail(a * bound - b)
             slope_a, slope_b = slope_a - many * hazard * bound, slope_b + many * hazard
-            curve_aa += many * bend * bound * bound
-            curve_ab, curve_bb = curve_ab - many * bend * bound, curve_bb + many * bend
+            curve_aa += many * hazard_slope * bound * bound
+            curve_ab, curve_bb = curve_ab - many * hazard_slope * bound, curve_bb + many * hazard_slope
         determinant = curve_aa * curve_bb - curve_ab * curve_ab
         step_a = (curve_bb * slope_a - curve_ab * slope_b) / determinant
         step_b = (curve_aa * slope_b - curve_ab * slope_a) / determinant
-        gain = slope_a * step_a + slope_b * step_b
-        step = 1.0
-        while (better := objective(a + step * step_a, b + step * step_b)) < value and step > 1e-9:
-            step /= 2
-        if better >= value:
-            a, b, value = a + step * step_a, b + step * step_b, better
-        if better < value or gain < 1e-12:
+        newton_gain = slope_a * step_a + slope_b * step_b
+        step_size = 1.0
+        while (new_value := objective(a + step_size * step_a, b + step_size * step_b)) < value and step_size > 1e-9:
+            step_size /= 2
+        if new_value >= value:
+            a, b, value = a + step_size * step_a, b + step_size * step_b, new_value
+        if new_value < value or newton_gain < 1e-12:
             break
     return b / a, 1 / a
 
 
 def _tail_powers(bound: float, location: float, spread: float) -> tuple[list[float], float]:
-    """Of a normal beyond `bound`: its expected powers 0 to 6, and log of the probability. No term is negative."""
+    """The tail of a normal beyond `bound`: expected powers 0 to 6, log of its probability. No term is negative."""
     log_probability, hazard, _ = _tail((bound - location) / spread)
     powers = [1.0, location + spread * hazard]
     for n in range(2, 7):
@@ -303,7 +303,7 @@ def _tail_powers(bound: float, location: float, spread: float) -> tuple[list[flo
 
 
 def _tail(bound: float) -> tuple[float, float, float]:
-    """Of a standard normal beyond `bound`: log of its probability, hazard, and derivative of the hazard."""
+    """The tail of a standard normal beyond `bound`: log of its probability, hazard, and derivative of the hazard."""
     if bound < FAR_TAIL:
         probability = 0.5 * math.erfc(bound / math.sqrt(2))
         hazard = math.exp(-0.5 * bound * bound - LOG_SQRT_TAU) / probability
@@ -347,15 +347,15 @@ class StopCorrection:
         """
         pairs = []
         for lengths in groups:
-            ended = max(round(len(lengths) * num_keep / most), 2)
-            if ended < len(lengths):
-                end = np.partition(lengths, ended - 1)[ended - 1]
+            num_ended = max(round(len(lengths) * num_keep / most), 2)
+            if num_ended < len(lengths):
+                end = np.partition(lengths, num_ended - 1)[num_ended - 1]
                 pairs.append((lengths.var(), censored_std(np.minimum(lengths, end), lengths > end) ** 2))
         if pairs:
-            new = np.mean(pairs, axis=0)
-            old = new if self._means is None else np.array(self._means)
-            truth, estimate = (old + CORRECTION_WEIGHT * (new - old)).tolist()
-            self._means = truth, estimate
+            new_means = np.mean(pairs, axis=0)
+            old_means = new_means if self._means is None else np.array(self._means)
+            true_variance, estimated_variance = (old_means + CORRECTION_WEIGHT * (new_means - old_means)).tolist()
+            self._means = true_variance, estimated_variance
 
     def state_dict(self) -> list[float] | None:
         """For JSON."""
@@ -368,7 +368,7 @@ class StopCorrection:
             ValueError: something else.
         """
         if state is not None:
-            numbers = isinstance(state, list) and len(state) == 2
-            if not (numbers and all(isinstance(v, int | float) and np.isfinite(v) and v >= 0 for v in state)):
+            is_pair = isinstance(state, list) and len(state) == 2
+            if not (is_pair and all(isinstance(v, int | float) and np.isfinite(v) and v >= 0 for v in state)):
                 raise ValueError(f"correction={state!r:.80}: must be null or two finite numbers that are not negative.")
         self._means = None if state is None else (float(state[0]), float(state[1]))

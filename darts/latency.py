@@ -55,11 +55,11 @@ class LatencyCurve:
             raise ValueError(f"batch_sizes={sizes.tolist()}: a curve needs at least 2 points.")
         _refuse("batch_sizes", sizes, sizes < 1, "a batch size must be at least 1.")
         _refuse("seconds", times, times <= 0, "a step must take more than 0 s.")
-        order = np.argsort(sizes, kind="stable")
-        self._batch_sizes = sizes[order]
-        again = np.diff(self._batch_sizes, prepend=0.0) == 0
-        _refuse("batch_sizes", self._batch_sizes, again, "each batch size must be given once.")
-        self._seconds = _isotonic(times[order])
+        size_order = np.argsort(sizes, kind="stable")
+        self._batch_sizes = sizes[size_order]
+        is_repeated = np.diff(self._batch_sizes, prepend=0.0) == 0
+        _refuse("batch_sizes", self._batch_sizes, is_repeated, "each batch size must be given once.")
+        self._seconds = _isotonic(times[size_order])
 
     @overload
     def __call__(self, batch_size: float) -> float: ...
@@ -77,20 +77,20 @@ class LatencyCurve:
         """
         sizes = np.asarray(batch_size, dtype=np.float64)
         _refuse("batch_size", sizes, ~np.isfinite(sizes) | (sizes < 0), "must be finite and not negative.")
-        (size_before, size), (before, last) = self._batch_sizes[-2:], self._seconds[-2:]
-        slope = min((last - before) / (size - size_before), last / size)
-        seconds = np.interp(sizes, self._batch_sizes, self._seconds) + slope * np.maximum(sizes - size, 0.0)
+        (size_before, last_size), (seconds_before, last_seconds) = self._batch_sizes[-2:], self._seconds[-2:]
+        slope = min((last_seconds - seconds_before) / (last_size - size_before), last_seconds / last_size)
+        seconds = np.interp(sizes, self._batch_sizes, self._seconds) + slope * np.maximum(sizes - last_size, 0.0)
         seconds = np.where(sizes == 0, 0.0, seconds)
         return seconds if seconds.ndim else float(seconds)
 
     @property
     def batch_sizes(self) -> tuple[float, ...]:
-        """Of the points, increasing."""
+        """The points' batch sizes, increasing."""
         return tuple(self._batch_sizes.tolist())
 
     @property
     def seconds(self) -> tuple[float, ...]:
-        """Of the points, non-decreasing."""
+        """The points' seconds of a step, non-decreasing."""
         return tuple(self._seconds.tolist())
 
     def refined(self, observed: "StepTimes", weight: float, max_running: int | None = None) -> "LatencyCurve":
@@ -116,10 +116,10 @@ class LatencyCurve:
             return self
         sizes, seconds, steps = np.array(points).T
         engine_steps = steps / sizes  # every running sequence reports the same step
-        trust = weight * engine_steps / (engine_steps + HALF_TRUST_STEPS)
-        ratio = np.clip(seconds / self(sizes), 1 / LARGEST_RATIO, LARGEST_RATIO)
-        scale = np.interp(np.log(self._batch_sizes), np.log(sizes), 1 + trust * (ratio - 1))
-        return LatencyCurve(self._batch_sizes, self._seconds * scale)
+        point_trust = weight * engine_steps / (engine_steps + HALF_TRUST_STEPS)
+        observed_ratio = np.clip(seconds / self(sizes), 1 / LARGEST_RATIO, LARGEST_RATIO)
+        point_scale = np.interp(np.log(self._batch_sizes), np.log(sizes), 1 + point_trust * (observed_ratio - 1))
+        return LatencyCurve(self._batch_sizes, self._seconds * point_scale)
 
     def to_dict(self) -> dict[str, list[float]]:
         """For JSON, e.g. `{"batch_sizes": [1.0, 32.0], "seconds": [0.002, 0.003]}`."""
@@ -190,21 +190,21 @@ class StepTimes:
         Raises:
             ValueError: `max_running` below 1.
         """
-        limit = math.inf if max_running is None else max_running
-        if limit < 1:
+        size_limit = math.inf if max_running is None else max_running
+        if size_limit < 1:
             raise ValueError(f"max_running={max_running}: must be at least 1.")
-        sums: dict[float, list[float]] = {}  # mean batch size -> seconds, steps
+        point_sums: dict[float, list[float]] = {}  # mean batch size -> seconds, steps
         for running, seconds, steps in (self._bins[exponent] for exponent in sorted(self._bins)):
-            point = sums.setdefault(min(running / steps, limit), [0.0, 0])
+            point = point_sums.setdefault(min(running / steps, size_limit), [0.0, 0])
             point[0] += seconds
             point[1] += steps
-        return [(size, seconds / steps, int(steps)) for size, (seconds, steps) in sums.items()]
+        return [(mean_size, seconds / steps, int(steps)) for mean_size, (seconds, steps) in point_sums.items()]
 
     def _add(self, exponent: int, running: float, seconds: float, steps: float) -> None:
-        sums = self._bins.setdefault(exponent, [0.0, 0.0, 0])
-        sums[0] += running
-        sums[1] += seconds
-        sums[2] += steps
+        bin_sums = self._bins.setdefault(exponent, [0.0, 0.0, 0])
+        bin_sums[0] += running
+        bin_sums[1] += seconds
+        bin_sums[2] += steps
 
     def __bool__(self) -> bool:
         return bool(self._bins)
@@ -246,16 +246,16 @@ def decode_seconds(
 
     A sequence of 0 tokens takes no time, so engines with fewer sequences have such ones at their end.
     """
-    count = tokens.shape[-1]
-    waited: float | NDArray[np.float64] = 0.0
-    if max_running is not None and count > max_running:
-        engines = [_queued(engine, max_running) for engine in tokens.reshape(-1, count)]
-        waited = np.array([steps for steps, _ in engines]).reshape(tokens.shape[:-1])
-        tokens = np.array([left for _, left in engines]).reshape(*tokens.shape[:-1], max_running)
-        count = max_running
-    step_seconds = curve(np.arange(count, -1, -1))
+    num_sequences = tokens.shape[-1]
+    waited_steps: float | NDArray[np.float64] = 0.0
+    if max_running is not None and num_sequences > max_running:
+        queued_engines = [_queued(engine, max_running) for engine in tokens.reshape(-1, num_sequences)]
+        waited_steps = np.array([steps for steps, _ in queued_engines]).reshape(tokens.shape[:-1])
+        tokens = np.array([tokens_left for _, tokens_left in queued_engines]).reshape(*tokens.shape[:-1], max_running)
+        num_sequences = max_running
+    step_seconds = curve(np.arange(num_sequences, -1, -1))
     # sum_j (l_j - l_(j-1)) p_j = sum_j l_j (p_j - p_(j+1))
-    return waited * step_seconds[0] + np.sort(tokens, axis=-1) @ -np.diff(step_seconds)
+    return waited_steps * step_seconds[0] + np.sort(tokens, axis=-1) @ -np.diff(step_seconds)
 
 
 def _queued(tokens: NDArray[np.float64], slots: int) -> tuple[float, NDArray[np.float64]]:
@@ -263,14 +263,14 @@ def _queued(tokens: NDArray[np.float64], slots: int) -> tuple[float, NDArray[np.
 
     As many are taken from the queue at once as start before the first of them ends.
     """
-    free, waited, queue = np.sort(tokens[:slots]), 0.0, tokens[slots:]  # free: the step at which each slot becomes free
+    free_at, waited, queue = np.sort(tokens[:slots]), 0.0, tokens[slots:]  # free_at: the step at which a slot is free
     while len(queue):
-        ends = free[: len(queue)] + queue[: len(free)]
-        late = free[1 : len(ends)] > np.minimum.accumulate(ends)[:-1]
-        count = int(np.argmax(late)) + 1 if late.any() else len(ends)
-        waited = float(free[count - 1])
-        free, queue = np.sort(np.concatenate([free[count:], ends[:count]])), queue[count:]
-    return waited, free - waited
+        ends_at = free_at[: len(queue)] + queue[: len(free_at)]
+        is_late = free_at[1 : len(ends_at)] > np.minimum.accumulate(ends_at)[:-1]
+        num_started = int(np.argmax(is_late)) + 1 if is_late.any() else len(ends_at)
+        waited = float(free_at[num_started - 1])
+        free_at, queue = np.sort(np.concatenate([free_at[num_started:], ends_at[:num_started]])), queue[num_started:]
+    return waited, free_at - waited
 
 
 def makespan(engines: Iterable[ArrayLike], curve: LatencyCurve, max_running: int | None = None) -> float:
@@ -291,8 +291,8 @@ def _isotonic(values: NDArray[np.float64]) -> NDArray[np.float64]:
     for value in values.tolist():
         total, count = value, 1
         while blocks and blocks[-1][0] / blocks[-1][1] > total / count:
-            before = blocks.pop()
-            total, count = total + before[0], count + before[1]
+            last_block = blocks.pop()
+            total, count = total + last_block[0], count + last_block[1]
         blocks.append((total, count))
     return np.repeat([total / count for total, count in blocks], [count for _, count in blocks])
 
@@ -309,8 +309,8 @@ def _numbers(name: str, values: Any) -> NDArray[np.float64]:
     return numbers
 
 
-def _refuse(name: str, values: NDArray, wrong: NDArray, rule: str) -> None:
+def _refuse(name: str, values: NDArray, is_wrong: NDArray, rule: str) -> None:
     """Raises for the first value that is wrong."""
-    if wrong.any():
-        where = "" if values.ndim == 0 else f"[{int(np.argmax(wrong))}]"
-        raise ValueError(f"{name}{where}={values.ravel()[np.argmax(wrong)]:g}: {rule}")
+    if is_wrong.any():
+        bad_index = "" if values.ndim == 0 else f"[{int(np.argmax(is_wrong))}]"
+        raise ValueError(f"{name}{bad_index}={values.ravel()[np.argmax(is_wrong)]:g}: {rule}")

@@ -150,61 +150,63 @@ def rollout_metrics(pool: CandidatePool, num_keep: int, seconds: float) -> dict[
         raise ValueError("empty pool: a rollout has at least one candidate.")
     if not seconds > 0:
         raise ValueError(f"seconds={seconds}: must be above 0.")
-    kept, length, truncated, aborted, lost = pool.kept, pool.length, pool.truncated, pool.aborted, pool.lost
-    some = np.maximum(length, 1)  # one that was aborted before it began has none
-    invalid = truncated | lost
+    is_kept, length, truncated, aborted, lost = pool.kept, pool.length, pool.truncated, pool.aborted, pool.lost
+    length_or_1 = np.maximum(length, 1)  # one that was aborted before it began has none
+    is_invalid = truncated | lost
     groups = [np.flatnonzero(pool.prompt == prompt) for prompt in np.unique(pool.prompt)]
-    trained = [rows for rows in groups if kept[rows].any()]
+    trained_groups = [rows for rows in groups if is_kept[rows].any()]
     metrics = {
         "darts/candidates/launched": len(pool),
         "darts/candidates/finished": (~truncated & ~aborted & ~lost).sum(),
         "darts/candidates/truncated": truncated.sum(),
         "darts/candidates/aborted": aborted.sum(),
         "darts/candidates/lost": lost.sum(),
-        "darts/candidates/kept": kept.sum(),
-        "darts/candidates/dropped": (~kept).sum(),
+        "darts/candidates/kept": is_kept.sum(),
+        "darts/candidates/dropped": (~is_kept).sum(),
         "darts/candidates/per_prompt": len(pool) / len(groups),
         "darts/tokens/generated": length.sum(),
-        "darts/tokens/kept": length[kept].sum(),
-        "darts/tokens/dropped": length[~kept].sum(),
-        "darts/tokens/useful_per_s": length[kept].sum() / seconds,
+        "darts/tokens/kept": length[is_kept].sum(),
+        "darts/tokens/dropped": length[~is_kept].sum(),
+        "darts/tokens/useful_per_s": length[is_kept].sum() / seconds,
         "darts/length/pool_mean": length.mean(),
         "darts/length/pool_p99": np.percentile(length, 99),
         "darts/length/pool_max": length.max(),
-        "darts/length/kept_mean": length[kept].mean(),
-        "darts/length/kept_max": length[kept].max(),
-        "darts/group/max_over_mean": np.mean([some[rows].max() / some[rows].mean() for rows in groups]),
-        "darts/group/max_over_median": np.median([some[rows].max() / np.median(some[rows]) for rows in groups]),
+        "darts/length/kept_mean": length[is_kept].mean(),
+        "darts/length/kept_max": length[is_kept].max(),
+        "darts/group/max_over_mean": np.mean([length_or_1[rows].max() / length_or_1[rows].mean() for rows in groups]),
+        "darts/group/max_over_median": np.median(
+            [length_or_1[rows].max() / np.median(length_or_1[rows]) for rows in groups]
+        ),
         "darts/group/saturated_share": np.mean([pool.saturated[rows[0]] for rows in groups]),
         "darts/group/shortest_only_share": np.mean([pool.num_long[rows[0]] == 0 for rows in groups]),
-        "darts/group/filled": (kept & truncated).sum(),
-        "darts/group/no_valid": sum(invalid[rows].all() for rows in groups),
-        "darts/group/returned": len(groups) - len(trained),
+        "darts/group/filled": (is_kept & truncated).sum(),
+        "darts/group/no_valid": sum(is_invalid[rows].all() for rows in groups),
+        "darts/group/returned": len(groups) - len(trained_groups),
         "darts/selection/arrival_disagreement": np.mean(
-            [_arrival_disagrees(pool, truncated, rows, num_keep) for rows in trained]
+            [_arrival_disagrees(pool, truncated, rows, num_keep) for rows in trained_groups]
         ),
         "darts/rollout/seconds": seconds,
-        "darts/rollout/tail_s": pool.ended_at.max() - pool.ended_at[kept].max(),
+        "darts/rollout/tail_s": pool.ended_at.max() - pool.ended_at[is_kept].max(),
         "darts/rollout/prefix_cached_share": pool.cached_tokens.sum() / max(pool.prompt_tokens.sum(), 1),
         "darts/early_stop/tokens_after": pool.tokens_after.sum(),
         "darts/streaming/chunks": pool.chunks.sum(),
     }
-    if (pool.weights_max[kept] >= 0).all():
-        metrics["darts/rollout/weights_step"] = pool.weights_max[kept].max()
+    if (pool.weights_max[is_kept] >= 0).all():
+        metrics["darts/rollout/weights_step"] = pool.weights_max[is_kept].max()
     if pool.chunks.any():
         metrics["darts/streaming/latency_s"] = pool.chunk_seconds.sum() / pool.chunks.sum()
-    stops = pool.stop_seconds[~np.isnan(pool.stop_seconds)]
-    if len(stops):
-        metrics["darts/early_stop/stop_s_mean"] = stops.mean()
-        metrics["darts/early_stop/stop_s_max"] = stops.max()
-    if not np.isnan(pool.reward[kept]).any():
-        metrics["darts/reward/kept_mean"] = pool.reward[kept].mean()
+    stop_seconds = pool.stop_seconds[~np.isnan(pool.stop_seconds)]
+    if len(stop_seconds):
+        metrics["darts/early_stop/stop_s_mean"] = stop_seconds.mean()
+        metrics["darts/early_stop/stop_s_max"] = stop_seconds.max()
+    if not np.isnan(pool.reward[is_kept]).any():
+        metrics["darts/reward/kept_mean"] = pool.reward[is_kept].mean()
         metrics["darts/group/mixed_reward_share"] = np.mean(
-            [np.ptp(pool.reward[rows[kept[rows]]]) > 0 for rows in trained]
+            [np.ptp(pool.reward[rows[is_kept[rows]]]) > 0 for rows in trained_groups]
         )
-    ended = pool.reward[np.isnan(pool.stop_seconds) & ~aborted & ~lost]
-    if not np.isnan(ended).any():
-        metrics["darts/reward/pool_mean"] = ended.mean()
+    ended_rewards = pool.reward[np.isnan(pool.stop_seconds) & ~aborted & ~lost]
+    if not np.isnan(ended_rewards).any():
+        metrics["darts/reward/pool_mean"] = ended_rewards.mean()
     return {name: float(value) for name, value in metrics.items()}
 
 

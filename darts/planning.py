@@ -62,7 +62,7 @@ class Plan:
 
     @property
     def priorities(self) -> NDArray[np.int64]:
-        """Of each prompt's first candidate: how many are launched before it; its second has one more, and so on.
+        """How many candidates are launched before each prompt's first; its second has one more, and so on.
 
         With vLLM's `scheduling_policy=priority` lower ones leave the queue first, so it has this order although several
         workers launch at once.
@@ -116,33 +116,33 @@ class RolloutPlanner:
 
     def plan(self, keys: Sequence[str], darts: DartsConfig) -> Plan:
         """Budgets for a batch, in its order."""
-        allocation, size = darts.allocation, darts.group_size
+        allocation, group_size = darts.allocation, darts.group_size
         std = np.array([self.history.std(key) for key in keys], dtype=np.float64)
         mean = np.array([self.history.mean(key) for key in keys], dtype=np.float64)
         adaptive = allocation.mode == "adaptive" and self.steps >= allocation.warmup_steps and bool(std.any())
         lengths = None
         if self.cost is not None and mean.any():
-            lengths = draw_lengths(mean, std, max(allocation.high, size), self._response_length)
+            lengths = draw_lengths(mean, std, max(allocation.high, group_size), self._response_length)
         base_s = predicted_s = None
         if lengths is not None:
-            base_s = self._to_the_end(lengths, np.full(len(keys), size), mean, adaptive)
-        utility, times = None, ()
+            base_s = self._to_the_end(lengths, np.full(len(keys), group_size), mean, adaptive)
+        utility, relative_times = None, ()
         if allocation.mode == "off":
-            budgets = np.full(len(keys), size)
+            budgets = np.full(len(keys), group_size)
         elif adaptive:
-            weights = std / std.mean()
-            total = rounded_total(len(keys), allocation.fallback_mean)
+            std_weights = std / std.mean()
+            total_budget = rounded_total(len(keys), allocation.fallback_mean)
             if lengths is not None:
-                times = self._relative_times(weights, lengths, mean, base_s, darts)
-                utility = self._utility(len(keys), times, darts)
-                total = utility.total
-            budgets = allocate(weights, total, allocation.low, allocation.high)
+                relative_times = self._relative_times(std_weights, lengths, mean, base_s, darts)
+                utility = self._utility(len(keys), relative_times, darts)
+                total_budget = utility.total
+            budgets = allocate(std_weights, total_budget, allocation.low, allocation.high)
         else:
             budgets = uniform_budgets(len(keys), allocation.fallback_mean, allocation.low, allocation.high)
         if lengths is not None:
-            decoded = stopped_lengths(lengths, budgets, darts, self._response_length)
-            order = launch_order(budgets, mean, adaptive)
-            predicted_s = self.cost.seconds(decoded[:, order], self.num_engines, self.max_running)
+            decoded_lengths = stopped_lengths(lengths, budgets, darts, self._response_length)
+            start_order = launch_order(budgets, mean, adaptive)
+            predicted_s = self.cost.seconds(decoded_lengths[:, start_order], self.num_engines, self.max_running)
         return Plan(
             keys=list(keys),
             budgets=budgets,
@@ -151,7 +151,7 @@ class RolloutPlanner:
             mean=mean,
             adaptive=adaptive,
             utility=utility,
-            times=times,
+            times=relative_times,
             base_s=base_s,
             predicted_s=predicted_s,
         )
@@ -172,20 +172,20 @@ class RolloutPlanner:
             The std of each prompt's lengths as observed, corrected for censoring, shape [num_prompts]; and metrics.
         """
         groups = np.split(np.arange(len(pool)), np.cumsum(plan.budgets)[:-1])
-        observed = self._learn_lengths(plan.keys, groups, pool, darts)
-        metrics = plan_metrics(plan, observed, seconds) | {
+        observed_std = self._learn_lengths(plan.keys, groups, pool, darts)
+        metrics = plan_metrics(plan, observed_std, seconds) | {
             "darts/history/prompts": len(self.history),
             "darts/history/std_mean": self.history.dataset_std,
             "darts/history/length_mean": self.history.dataset_mean,
             "darts/history/stop_correction": self.correction.factor,
         }
         if self.cost is not None and darts.latency.refine:
-            decoded = pool.length[np.concatenate([groups[prompt] for prompt in plan.launch_order])]
-            self.cost.refine(decoded, seconds, step_times, self.num_engines, self.max_running)
+            decoded_lengths = pool.length[np.concatenate([groups[prompt] for prompt in plan.launch_order])]
+            self.cost.refine(decoded_lengths, seconds, step_times, self.num_engines, self.max_running)
             metrics["darts/latency/overhead_s"] = self.cost.overhead_s
         self.steps += 1
         self._times = plan.times or self._times
-        return observed, {name: float(value) for name, value in metrics.items()}
+        return observed_std, {name: float(value) for name, value in metrics.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """All that later plans depend on, for JSON."""
@@ -225,9 +225,9 @@ class RolloutPlanner:
         self, lengths: NDArray[np.float64], budgets: NDArray[np.int64], mean: NDArray[np.float64], adaptive: bool
     ) -> float:
         """Seconds if every candidate runs to its end."""
-        runs = np.arange(lengths.shape[-1]) < budgets[:, None]
+        is_launched = np.arange(lengths.shape[-1]) < budgets[:, None]
         order = launch_order(budgets, mean, adaptive)
-        return self.cost.seconds(np.where(runs, lengths, 0.0)[:, order], self.num_engines, self.max_running)
+        return self.cost.seconds(np.where(is_launched, lengths, 0.0)[:, order], self.num_engines, self.max_running)
 
     def _relative_times(
         self,
@@ -238,29 +238,29 @@ class RolloutPlanner:
         darts: DartsConfig,
     ) -> tuple[float, ...]:
         """Seconds with M_low, ..., M_up candidates in the mean over `base_s`: moving mean over batches."""
-        low, high, count = darts.allocation.low, darts.allocation.high, len(weights)
-        new = [
-            self._to_the_end(lengths, allocate(weights, each * count, low, high), mean, True) / base_s
+        low, high, num_prompts = darts.allocation.low, darts.allocation.high, len(weights)
+        new_times = [
+            self._to_the_end(lengths, allocate(weights, each * num_prompts, low, high), mean, True) / base_s
             for each in range(low, high + 1)
         ]
-        if len(self._times) != len(new):  # the first, or other bounds than before
-            return tuple(new)
-        return tuple(old + TIME_WEIGHT * (now - old) for old, now in zip(self._times, new, strict=True))
+        if len(self._times) != len(new_times):  # the first, or other bounds than before
+            return tuple(new_times)
+        return tuple(old + TIME_WEIGHT * (now - old) for old, now in zip(self._times, new_times, strict=True))
 
     def _utility(self, num_prompts: int, times: tuple[float, ...], darts: DartsConfig) -> Utility:
         """What the total brings that the settings ask for, or the best one."""
         allocation = darts.allocation
         low, high = allocation.low, allocation.high
-        terms = {
+        utility_terms = {
             "seconds": times,
             "base_seconds": 1.0,
             "group_size": darts.group_size,
             "variation": self.history.dataset_std / self.history.dataset_mean,
         }
         if allocation.mean_candidates is None:
-            return optimal_total(num_prompts, low, high, cost_weight=allocation.cost_weight, **terms)
+            return optimal_total(num_prompts, low, high, cost_weight=allocation.cost_weight, **utility_terms)
         total = rounded_total(num_prompts, allocation.mean_candidates)
-        gain, cost = map(float, expected(total / num_prompts, low, high, **terms))
+        gain, cost = map(float, expected(total / num_prompts, low, high, **utility_terms))
         return Utility(total, gain - allocation.cost_weight * cost, gain, cost)
 
     def _learn_lengths(
@@ -273,21 +273,21 @@ class RolloutPlanner:
         """
         aborted = pool.aborted
         censored = aborted | pool.truncated | pool.lost
-        full = [pool.length[group] for group in groups if not censored[group].any()]
-        self.correction.learn(full, darts.group_size, darts.allocation.high)
-        rows: dict[str, list[NDArray[np.int64]]] = {}
+        full_groups = [pool.length[group] for group in groups if not censored[group].any()]
+        self.correction.learn(full_groups, darts.group_size, darts.allocation.high)
+        rows_by_key: dict[str, list[NDArray[np.int64]]] = {}
         for key, group in zip(keys, groups, strict=True):
-            rows.setdefault(key, []).append(group)
-        observed = {}
-        for key, parts in rows.items():
-            together = np.concatenate(parts)
-            if aborted[together].all():
-                observed[key] = self.history.std(key)
+            rows_by_key.setdefault(key, []).append(group)
+        observed_std = {}
+        for key, key_parts in rows_by_key.items():
+            key_rows = np.concatenate(key_parts)
+            if aborted[key_rows].all():
+                observed_std[key] = self.history.std(key)
                 continue
-            stopped = aborted[together].any() and pool.kept[together].any()  # by its own rules
-            correction = self.correction.factor if stopped else 1.0
-            observed[key] = self.history.update(key, pool.length[together], censored[together], correction)
-        return np.array([observed[key] for key in keys])
+            was_stopped = aborted[key_rows].any() and pool.kept[key_rows].any()  # by its own rules
+            correction = self.correction.factor if was_stopped else 1.0
+            observed_std[key] = self.history.update(key, pool.length[key_rows], censored[key_rows], correction)
+        return np.array([observed_std[key] for key in keys])
 
 
 def launch_order(budgets: NDArray[np.int64], mean: NDArray[np.float64], adaptive: bool) -> NDArray[np.int64]:
@@ -308,9 +308,9 @@ def plan_metrics(plan: Plan, observed: NDArray[np.float64], seconds: float) -> d
         "darts/allocation/budget_max": budgets.max(),
         "darts/history/known_share": plan.known.mean(),
     }
-    seen = plan.known
-    if seen.sum() >= 3 and np.ptp(plan.std[seen]) > 0 and np.ptp(observed[seen]) > 0:
-        metrics["darts/history/std_correlation"] = np.corrcoef(plan.std[seen], observed[seen])[0, 1]
+    is_known = plan.known
+    if is_known.sum() >= 3 and np.ptp(plan.std[is_known]) > 0 and np.ptp(observed[is_known]) > 0:
+        metrics["darts/history/std_correlation"] = np.corrcoef(plan.std[is_known], observed[is_known])[0, 1]
     if plan.utility is not None:
         metrics |= {
             "darts/allocation/utility": plan.utility.utility,

@@ -81,14 +81,14 @@ class CandidatePool:
             budgets: candidates of each prompt.
             columns: `length`, and what else is known; by candidate, or one value for all.
         """
-        positions = np.repeat(np.arange(len(budgets)), budgets)
-        numbers = np.arange(len(positions)) - np.repeat(np.cumsum(budgets) - budgets, budgets)
-        known = {"prompt": positions, "candidate": numbers} | UNKNOWN | columns
-        kinds = {name: type(value) for name, value in UNKNOWN.items()}
+        prompt_positions = np.repeat(np.arange(len(budgets)), budgets)
+        candidate_numbers = np.arange(len(prompt_positions)) - np.repeat(np.cumsum(budgets) - budgets, budgets)
+        known_columns = {"prompt": prompt_positions, "candidate": candidate_numbers} | UNKNOWN | columns
+        column_types = {name: type(value) for name, value in UNKNOWN.items()}
         return cls(
             **{
-                name: np.broadcast_to(np.asarray(value, dtype=kinds.get(name, int)), len(positions))
-                for name, value in known.items()
+                name: np.broadcast_to(np.asarray(value, dtype=column_types.get(name, int)), len(prompt_positions))
+                for name, value in known_columns.items()
             }
         )
 

@@ -32,7 +32,7 @@ from darts.messages import Extras, Growth, RankCall, Row, SequenceKey, Tokens, c
 
 
 @dataclass(slots=True, eq=False)
-class _Sequence:
+class _OpenSequence:
     """A sequence that has not been dropped."""
 
     key: SequenceKey
@@ -51,7 +51,7 @@ class _Sequence:
 
     @property
     def num_waiting(self) -> int:
-        return sum(len(part) for part in self.waiting)
+        return sum(len(token_part) for token_part in self.waiting)
 
     @property
     def whole(self) -> bool:
@@ -112,21 +112,21 @@ class OverlapSchedule:
         max_rows: int | None = None,
         padded: bool = False,
     ) -> None:
-        for name, value, least in (
+        for name, value, least_value in (
             ("num_ranks", num_ranks, 1),
             ("max_tokens", max_tokens, 1),
             ("max_cache_tokens", max_cache_tokens, 0),
             ("max_rows", max_rows, 1),
         ):
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value}: must be at least {least}.")
+            if value is not None and value < least_value:
+                raise ValueError(f"{name}={value}: must be at least {least_value}.")
         self.step = step
         self._max_tokens = max_tokens
         self._max_held = max_cache_tokens // 2
         self._max_rows = max_rows
         self._padded = padded
         self._ranks = [_Rank() for _ in range(num_ranks)]
-        self._sequences: dict[SequenceKey, _Sequence] = {}
+        self._sequences: dict[SequenceKey, _OpenSequence] = {}
         self._dropped: set[SequenceKey] = set()
         self._calls = 0
         self._reported = 0
@@ -145,10 +145,10 @@ class OverlapSchedule:
         sequence = self._sequences.get(row.key)
         if sequence is None or (row.start == 0 and len(row.token_ids)):
             sequence = self._begin(row, sequence)
-        reported = sequence.sent + sequence.num_waiting
-        if sequence.complete or row.start != reported:
+        num_reported = sequence.sent + sequence.num_waiting
+        if sequence.complete or row.start != num_reported:
             raise ValueError(
-                f"{row.key}: tokens from {row.start} on, after {reported} tokens"
+                f"{row.key}: tokens from {row.start} on, after {num_reported} tokens"
                 f"{' and the end' if sequence.complete else ''} were reported; they must continue each other."
             )
         sequence.chance = 1.0 if sequence.kept else growth.chance
@@ -173,32 +173,32 @@ class OverlapSchedule:
 
     def keep_only(self, keys: Iterable[SequenceKey]) -> None:
         """Generation has ended, and these are the kept: all others are dropped."""
-        kept = set(keys)
+        kept_keys = set(keys)
         for key in list(self._sequences):
-            if key in kept:
+            if key in kept_keys:
                 self.keep(key)
             else:
                 self.drop(key)
 
     def next_call(self) -> list[RankCall] | None:
         """What the ranks do next, one call each; None if no row can go. The caller sends it, in order."""
-        ready = [sequence for sequence in self._sequences.values() if self._is_ready(sequence)]
+        ready_sequences = [sequence for sequence in self._sequences.values() if self._is_ready(sequence)]
         no_room: dict[bool, int] = {}  # tokens of the shortest first row, whole or not, for which no rank has room
-        for sequence in sorted(ready, key=lambda sequence: (-sequence.chance, sequence.sent, sequence.order)):
-            first, whole, tokens = sequence.rank is None, sequence.whole, sequence.num_waiting
-            if first and tokens >= no_room.get(whole, sys.maxsize):
+        for sequence in sorted(ready_sequences, key=lambda sequence: (-sequence.chance, sequence.sent, sequence.order)):
+            is_first, is_whole, num_tokens = sequence.rank is None, sequence.whole, sequence.num_waiting
+            if is_first and num_tokens >= no_room.get(is_whole, sys.maxsize):
                 continue
-            if not self._place(sequence) and first:
-                no_room[whole] = tokens
+            if not self._place(sequence) and is_first:
+                no_room[is_whole] = num_tokens
         if not any(rank.whole or rank.growing for rank in self._ranks):
             return None
-        calls = [
+        rank_calls = [
             RankCall(step=self.step, number=self._calls, drop=rank.drop, whole=rank.whole, growing=rank.growing)
             for rank in self._ranks
         ]
         self._ranks = [_Rank(given=rank.given, held=rank.held - rank.ending) for rank in self._ranks]
         self._calls += 1
-        return calls
+        return rank_calls
 
     def complete(self, keys: Iterable[SequenceKey]) -> list[list[SequenceKey]]:
         """By rank, those of `keys` whose tokens have all been sent."""
@@ -210,72 +210,72 @@ class OverlapSchedule:
         return by_rank
 
     def checksum(self, key: SequenceKey) -> int | None:
-        """Of all tokens that were reported for a sequence; None for one that is unknown or dropped."""
+        """The checksum of all tokens that were reported for a sequence; None for one that is unknown or dropped."""
         sequence = self._sequences.get(key)
         return None if sequence is None else sequence.checksum
 
-    def _begin(self, row: Row, known: _Sequence | None) -> _Sequence:
+    def _begin(self, row: Row, known_sequence: _OpenSequence | None) -> _OpenSequence:
         """A new sequence, or a known one that begins again, on the rank that has its first beginning."""
-        sequence = _Sequence(row.key, self._reported, row.prompt_tokens)
+        sequence = _OpenSequence(row.key, self._reported, row.prompt_tokens)
         self._reported += 1
-        if known is not None:
-            self._forget(known)
-            self.restarted_tokens += known.sent
-            sequence.rank, sequence.kept = known.rank, known.kept
+        if known_sequence is not None:
+            self._forget(known_sequence)
+            self.restarted_tokens += known_sequence.sent
+            sequence.rank, sequence.kept = known_sequence.rank, known_sequence.kept
         self._sequences[row.key] = sequence
         return sequence
 
-    def _forget(self, sequence: _Sequence) -> None:
+    def _forget(self, sequence: _OpenSequence) -> None:
         """Lets its rank forget what it has of it."""
         if sequence.rank is not None and sequence.sent:
             rank = self._ranks[sequence.rank]
             rank.held -= sequence.held
             rank.drop.append(sequence.key)
 
-    def _is_ready(self, sequence: _Sequence) -> bool:
+    def _is_ready(self, sequence: _OpenSequence) -> bool:
         """Whether something of it may be sent."""
         if sequence.done or sequence.chance <= 0:
             return False
         return sequence.complete or (bool(self._max_held) and bool(sequence.waiting))
 
-    def _place(self, sequence: _Sequence) -> bool:
+    def _place(self, sequence: _OpenSequence) -> bool:
         """Adds the sequence's next row to the call, if it fits."""
-        numbers = range(len(self._ranks)) if sequence.rank is None else (sequence.rank,)
-        fits = self._fits_whole if sequence.whole else self._fits_growing
-        for number in sorted(numbers, key=lambda number: self._ranks[number].given):
-            if fits(self._ranks[number], sequence):
-                self._add(number, sequence)
+        rank_numbers = range(len(self._ranks)) if sequence.rank is None else (sequence.rank,)
+        fits_rank = self._fits_whole if sequence.whole else self._fits_growing
+        for rank_number in sorted(rank_numbers, key=lambda rank_number: self._ranks[rank_number].given):
+            if fits_rank(self._ranks[rank_number], sequence):
+                self._add(rank_number, sequence)
                 return True
         return False
 
-    def _fits_whole(self, rank: _Rank, sequence: _Sequence) -> bool:
-        rows, tokens = len(rank.whole) + 1, sequence.num_waiting
-        if rows == 1:
+    def _fits_whole(self, rank: _Rank, sequence: _OpenSequence) -> bool:
+        num_rows, num_tokens = len(rank.whole) + 1, sequence.num_waiting
+        if num_rows == 1:
             return True
-        size = rows * max(rank.longest, tokens) if self._padded else rank.whole_tokens + tokens
-        return size <= self._max_tokens and (self._max_rows is None or rows <= self._max_rows)
+        forward_tokens = num_rows * max(rank.longest, num_tokens) if self._padded else rank.whole_tokens + num_tokens
+        return forward_tokens <= self._max_tokens and (self._max_rows is None or num_rows <= self._max_rows)
 
-    def _fits_growing(self, rank: _Rank, sequence: _Sequence) -> bool:
-        rows, tokens = len(rank.growing) + 1, sequence.num_waiting
-        if not sequence.complete and rank.held + tokens > self._max_held:
+    def _fits_growing(self, rank: _Rank, sequence: _OpenSequence) -> bool:
+        rows, num_tokens = len(rank.growing) + 1, sequence.num_waiting
+        if not sequence.complete and rank.held + num_tokens > self._max_held:
             return False
-        widest, deepest = max(rank.widest, tokens), max(rank.deepest, sequence.held)
+        widest, deepest = max(rank.widest, num_tokens), max(rank.deepest, sequence.held)
         return rows == 1 or (rows * widest <= self._max_tokens and rows * (deepest + widest) <= self._max_held)
 
-    def _add(self, number: int, sequence: _Sequence) -> None:
-        rank, tokens = self._ranks[number], sequence.num_waiting
+    def _add(self, rank_number: int, sequence: _OpenSequence) -> None:
+        rank, num_tokens = self._ranks[rank_number], sequence.num_waiting
         if sequence.whole:
-            rank.longest = max(rank.longest, tokens)
-            rank.whole_tokens += tokens
+            rank.longest = max(rank.longest, num_tokens)
+            rank.whole_tokens += num_tokens
             rank.whole.append(sequence.take())
         else:
-            rank.widest, rank.deepest = max(rank.widest, tokens), max(rank.deepest, sequence.held)
+            rank.widest, rank.deepest = max(rank.widest, num_tokens), max(rank.deepest, sequence.held)
             if sequence.complete:
                 rank.ending += sequence.held
                 sequence.held = 0
             else:
-                rank.held += tokens
-                sequence.held += tokens
+                rank.held += num_tokens
+                sequence.held += num_tokens
             rank.growing.append(sequence.take())
-        sequence.rank = number
-        rank.given += tokens
+        sequence.rank = rank_number
+        rank.given += num_tokens

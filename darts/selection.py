@@ -32,17 +32,17 @@ def select(
         [1, 3, 2]
     """
     _check(lengths, num_keep, num_long, truncated)
-    cut = [False] * len(lengths) if truncated is None else [bool(flag) for flag in truncated]
+    is_cut = [False] * len(lengths) if truncated is None else [bool(flag) for flag in truncated]
 
     def by_length(index: int) -> tuple[float, int]:
         return lengths[index], index
 
-    valid = sorted((index for index in range(len(lengths)) if not cut[index]), key=by_length)
-    if len(valid) < num_keep:
-        fill = [index for index in range(len(lengths)) if cut[index]]
-        return sorted(valid + fill[: num_keep - len(valid)], key=by_length)
+    valid_indices = sorted((index for index in range(len(lengths)) if not is_cut[index]), key=by_length)
+    if len(valid_indices) < num_keep:
+        truncated_indices = [index for index in range(len(lengths)) if is_cut[index]]
+        return sorted(valid_indices + truncated_indices[: num_keep - len(valid_indices)], key=by_length)
     num_short = num_keep - num_long
-    return valid[:num_short] + valid[len(valid) - num_long :]
+    return valid_indices[:num_short] + valid_indices[len(valid_indices) - num_long :]
 
 
 def _check(lengths: Sequence[float], num_keep: int, num_long: int, truncated: Sequence[bool] | None) -> None:

@@ -47,7 +47,7 @@ class Strategy:
     short_to_long: ClassVar[bool] = False
     """Whether rows reach the actor's update from the shortest response to the longest."""
     overrides: ClassVar[Mapping[str, Any]] = {}
-    """Of verl's configuration, which the trainer applies."""
+    """Keys of verl's configuration that the trainer sets, and their values."""
 
     def __init__(self, darts: DartsConfig, num_prompts: int) -> None:
         self.darts = darts
@@ -125,7 +125,7 @@ class ShortestK(Strategy):
 
     @staticmethod
     def rules_of(darts: DartsConfig) -> DartsConfig:
-        """As many candidates for all prompts: `allocation.mean_candidates`, or the middle of the bounds."""
+        """The same number of candidates for all prompts: `allocation.mean_candidates`, or the middle of the bounds."""
         return shortest_only(darts, darts.allocation.fallback_mean, early_stop="off")
 
 
@@ -145,9 +145,9 @@ class Queueing(Strategy):
 
     def ended(self, launched: Sequence[int], trained: Sequence[int]) -> None:
         """Those not trained on wait behind the others, in their order."""
-        done = set(trained)
-        again = [row for position, row in enumerate(launched) if position not in done]
-        self._queue = [*self._queue[self._from_queue() :], *again]
+        trained_positions = set(trained)
+        queued_again = [row for position, row in enumerate(launched) if position not in trained_positions]
+        self._queue = [*self._queue[self._from_queue() :], *queued_again]
 
     def _from_queue(self) -> int:
         """Prompts at the queue's head that the round took."""
@@ -170,12 +170,12 @@ class TailBatching(Queueing):
         """A long round as soon as the queue fills one."""
         if len(self._queue) >= self.num_prompts:
             return Round(rules=self._long, new=0, queued=tuple(self._queue[: self.num_prompts]))
-        new = times(self.num_prompts, self.darts.tail_batching.prompts)
-        return Round(rules=self.rules, new=new, harvest=self.num_prompts if new > self.num_prompts else None)
+        num_new = times(self.num_prompts, self.darts.tail_batching.prompts)
+        return Round(rules=self.rules, new=num_new, harvest=self.num_prompts if num_new > self.num_prompts else None)
 
     @staticmethod
     def rules_of(darts: DartsConfig) -> DartsConfig:
-        """Of short rounds."""
+        """The rules of short rounds."""
         return shortest_only(darts, times(darts.group_size, darts.tail_batching.candidates), early_stop="eager")
 
     @property
@@ -225,7 +225,7 @@ def strategy_class(name: str) -> type[Strategy]:
         return _CLASSES[name]
     module, _, attribute = name.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        found_class = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as cause:
         raise ConfigError(
             "darts.strategy",
@@ -233,11 +233,11 @@ def strategy_class(name: str) -> type[Strategy]:
             f"is neither one of {', '.join(_CLASSES)} nor the path of a class: {cause}.",
             "set darts.strategy=darts, or put the module on PYTHONPATH.",
         ) from cause
-    if not (isinstance(found, type) and issubclass(found, Strategy)):
+    if not (isinstance(found_class, type) and issubclass(found_class, Strategy)):
         raise ConfigError(
             "darts.strategy", name, "is not a subclass of darts.strategy.Strategy.", "derive it from that class."
         )
-    return found
+    return found_class
 
 
 def make_strategy(darts: DartsConfig, num_prompts: int) -> Strategy:

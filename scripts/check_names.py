@@ -24,6 +24,11 @@ LIMITS = {"names share": 70.0, "docstrings": 0.0, "class names": 0.0}
 TERMS = {term + end for term in ("budget", "candidate", "group", "prompt", "response", "rollout") for end in ("", "s")}
 """The field's words for what DARTS handles. They are names as they are, and do not count as names of one word."""
 NESTED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+BINDERS = {
+    ast.Name: "id", ast.arg: "arg", ast.ExceptHandler: "name", ast.MatchAs: "name", ast.MatchStar: "name",
+    ast.MatchMapping: "rest",
+}  # fmt: skip
+"""The nodes that may bind a name, and where they have it."""
 PREPOSITION = re.compile(r"\s*(Of|As|With)\b")
 
 
@@ -57,30 +62,22 @@ class Words(NamedTuple):
         }
 
 
-def bound_names(function: ast.AST) -> dict[str, int]:
+def bound_names(outer_function: ast.AST) -> dict[str, int]:
     """The names that a function binds in its own scope, with a line of each; those of functions in it are theirs."""
-    lines: dict[str, int] = {}
+    name_lines: dict[str, int] = {}
     declared = {"self", "cls"}
-    queue = list(ast.iter_child_nodes(function))
-    while queue:
-        node = queue.pop()
-        name = None
+    node_queue = list(ast.iter_child_nodes(outer_function))
+    while node_queue:
+        node = node_queue.pop()
+        name = getattr(node, BINDERS.get(type(node), ""), None)
         if isinstance(node, ast.Global | ast.Nonlocal):
             declared.update(node.names)
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            name = node.id
-        elif isinstance(node, ast.arg):
-            name = node.arg
-        elif isinstance(node, ast.ExceptHandler | ast.MatchAs | ast.MatchStar):
-            name = node.name
-        elif isinstance(node, ast.MatchMapping):
-            name = node.rest
-        if name is not None:
-            lines[name] = getattr(node, "lineno", 0)
+        elif name is not None and isinstance(getattr(node, "ctx", ast.Store()), ast.Store):
+            name_lines[name] = getattr(node, "lineno", 0)
         if not isinstance(node, NESTED):
-            queue += ast.iter_child_nodes(node)
-    names = {name: name.strip("_") for name in lines if name not in declared}
-    return {bare: lines[name] for name, bare in names.items() if bare}
+            node_queue += ast.iter_child_nodes(node)
+    stripped_names = {name: name.strip("_") for name in name_lines if name not in declared}
+    return {bare_name: name_lines[name] for name, bare_name in stripped_names.items() if bare_name}
 
 
 def words(sources: Iterable[tuple[str, str]]) -> Words:
@@ -90,16 +87,16 @@ def words(sources: Iterable[tuple[str, str]]) -> Words:
     for path, source in sources:
         for node in ast.walk(ast.parse(source, filename=path)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                local_names += [Found(path, line, name) for name, line in bound_names(node).items()]
+                local_names += [Found(path, line_number, name) for name, line_number in bound_names(node).items()]
             elif isinstance(node, ast.ClassDef):
                 classes[node.name].append(Found(path, node.lineno, node.name))
             elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
                 # Also the strings under a constant or a field.
-                text = str(node.value.value)
-                if PREPOSITION.match(text):
-                    docstrings.append(Found(path, node.lineno, text.strip().splitlines()[0]))
-    twice = [found for name in sorted(classes) if len(classes[name]) > 1 for found in classes[name]]
-    return Words(sorted(local_names), sorted(docstrings), twice)
+                doc_text = str(node.value.value)
+                if PREPOSITION.match(doc_text):
+                    docstrings.append(Found(path, node.lineno, doc_text.strip().splitlines()[0]))
+    used_twice = [same_name for name in sorted(classes) if len(classes[name]) > 1 for same_name in classes[name]]
+    return Words(sorted(local_names), sorted(docstrings), used_twice)
 
 
 def sources_in(root: Path) -> Iterator[tuple[str, str]]:
@@ -119,18 +116,18 @@ def main(arguments: list[str] | None = None) -> int:
     one_word = tree_words.one_word()
     if options.list:
         print(*one_word, *tree_words.docstrings, *tree_words.classes, sep="\n")
-    for name, count in Counter(found.text for found in one_word).most_common(options.top):
-        print(f"{count:5} {name}")
+    for name, name_count in Counter(found.text for found in one_word).most_common(options.top):
+        print(f"{name_count:5} {name}")
 
     num_names = len(tree_words.local_names)
     with_terms = sum("_" not in found.text for found in tree_words.local_names)
-    letters = sum(len(found.text) for found in tree_words.local_names) / max(num_names, 1)
-    print(f"{num_names} local names of {letters:.1f} letters in the mean")
+    mean_letters = sum(len(found.text) for found in tree_words.local_names) / max(num_names, 1)
+    print(f"{num_names} local names of {mean_letters:.1f} letters in the mean")
     print(f"{len(one_word)} have one word, {with_terms} if the field's terms counted too")
     figures = tree_words.figures()
-    for key, figure in figures.items():
-        print(f"{key}: {figure:.1f} (limit {LIMITS[key]:g})")
-    return int(any(figure > LIMITS[key] for key, figure in figures.items()))
+    for limit_name, figure in figures.items():
+        print(f"{limit_name}: {figure:.1f} (limit {LIMITS[limit_name]:g})")
+    return int(any(figure > LIMITS[limit_name] for limit_name, figure in figures.items()))
 
 
 if __name__ == "__main__":

@@ -147,17 +147,17 @@ def main() -> str | None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     options = parser.parse_args()
-    body = (FOLDER / f"run_{TEMPLATE}.sh").read_text().split(START)[1]
+    template_body = (FOLDER / f"run_{TEMPLATE}.sh").read_text().split(START)[1]
     made = {}
     for name, recipe in RECIPES.items():
-        made[FOLDER / f"run_{name}.sh"] = head(name, recipe) + START + changed(body, name, recipe)
+        made[FOLDER / f"run_{name}.sh"] = head(name, recipe) + START + changed(template_body, name, recipe)
         made[FOLDER / f"run_{name}_baseline.sh"] = baseline(name)
     if options.check:
         stored = {path: path.read_text() for path in FOLDER.glob("run_*.sh")}
         wrong_names = sorted(path.name for path in made.keys() | stored.keys() if made.get(path) != stored.get(path))
         return f"{', '.join(wrong_names)}: not what scripts/make_recipes.py makes" if wrong_names else None
-    for path, text in made.items():
-        path.write_text(text)
+    for path, script_text in made.items():
+        path.write_text(script_text)
         path.chmod(0o755)
     return None
 
@@ -179,8 +179,8 @@ def head(name: str, recipe: Recipe) -> str:
     }
     if recipe.disaggregated:
         commands[f"PLACEMENT=disaggregated {launch_command}.sh"] = recipe.disaggregated
-    width = max(map(len, commands))
-    command_lines = "".join(f"#   {command:{width}}   {meaning}\n" for command, meaning in commands.items())
+    command_width = max(map(len, commands))
+    command_lines = "".join(f"#   {command:{command_width}}   {meaning}\n" for command, meaning in commands.items())
     return f"""#!/usr/bin/env bash
 # {origin_line}
 # GRPO with DARTS | {recipe.model} | {recipe.data_title} | {recipe.engines}
@@ -199,20 +199,20 @@ def changed(body: str, name: str, recipe: Recipe) -> str:
         ValueError: a change has no place there, or several.
     """
     data_folder, validation_file = recipe.data.split("/")
-    changes = {
+    recipe_changes = {
         "MODEL_PATH": f"Qwen/{recipe.model.split()[0]}",
         "TRAIN_FILES": f"$DATA_DIR/{data_folder}/train.parquet",
         "VAL_FILES": f"$DATA_DIR/{data_folder}/{validation_file}.parquet",
         "OUTPUT_DIR": f"outputs/{name}",
     }
-    for place, new_text in (changes | recipe.changes).items():
+    for place, new_text in (recipe_changes | recipe.changes).items():
         if re.fullmatch(r"[A-Z_]+", place):
-            pattern = rf"(?<=^{place}=\${{{place}:-).*?(?=}}(?:  #|$))"
+            place_pattern = rf"(?<=^{place}=\${{{place}:-).*?(?=}}(?:  #|$))"
         elif re.fullmatch(r"\w+(\.\w+)+", place):
-            pattern = rf"(?<= {re.escape(place)}=)\S+"
+            place_pattern = rf"(?<= {re.escape(place)}=)\S+"
         else:
-            pattern = rf"(?:^ *{re.escape(place)}.*\n)+"
-        body, place_count = re.subn(pattern, lambda _, text=new_text: text, body, flags=re.M)
+            place_pattern = rf"(?:^ *{re.escape(place)}.*\n)+"
+        body, place_count = re.subn(place_pattern, lambda _, script_text=new_text: script_text, body, flags=re.M)
         if place_count != 1:
             raise ValueError(f"{name}: {place!r} has {place_count} places in run_{TEMPLATE}.sh; it must have one")
     return body

@@ -5,7 +5,8 @@
 #   scripts/test.sh --full           the slow tests too
 #   scripts/test.sh tests/unit -x    anything else goes to pytest
 #
-# Whole tiers run in two lanes (tests/conftest.py), what anything but --full and -x chooses in one, in order.
+# Whole tiers run in two lanes (tests/conftest.py) if 14 GB of memory are free. What is chosen by anything but --full and
+# -x runs in one, in order.
 #
 # DARTS_TEST_TIMEOUT=seconds   for all of pytest; default 6000, with --full 20000
 # DARTS_JUNIT=file.xml         where to leave a JUnit report
@@ -40,6 +41,7 @@ main() {
   limit=6000
   tiers="fast tiers"
   lanes=(-n 2)
+  (($(awk '/^MemAvailable/ { print int($2 / 1e6) }' /proc/meminfo) >= 14)) || lanes=()
   for argument in "$@"; do
     case $argument in
       --full) limit=20000 tiers="all tiers" ;;

@@ -51,14 +51,14 @@ def _cpu_device_module() -> ModuleType:
     module = ModuleType("verl_patches.cpu_device", "torch.cpu with the memory and RNG members of torch.cuda")
     for name in ("Event", "Stream", "current_stream", "device_count", "set_device", "stream", "synchronize"):
         setattr(module, name, getattr(torch.cpu, name))
-    process = psutil.Process()
+    this_process = psutil.Process()
 
     def resident_bytes(device: Any = None) -> int:
-        return process.memory_info().rss
+        return this_process.memory_info().rss
 
     def mem_get_info(device: Any = None) -> tuple[int, int]:
-        memory = psutil.virtual_memory()
-        return memory.available, memory.total
+        memory_info = psutil.virtual_memory()
+        return memory_info.available, memory_info.total
 
     module.is_available = lambda: False
     module.current_device = lambda: "cpu"
@@ -72,7 +72,7 @@ def _cpu_device_module() -> ModuleType:
     ):  # fmt: skip
         setattr(module, name, _nothing)
     module.get_rng_state = lambda device=None: torch.get_rng_state()
-    module.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+    module.set_rng_state = lambda rng_state, device=None: torch.set_rng_state(rng_state)
     return module
 
 
@@ -132,10 +132,10 @@ def register_platform() -> None:
     Upstream: ``verl.plugin.platform.PlatformRegistry`` (verl 0.9.1) has nvidia, huawei and amd only.
     Delete: when verl ships a CPU platform.
     """
-    current = platform_manager._current_platform
-    if current is not None and not isinstance(current, CpuPlatform):
+    current_platform = platform_manager._current_platform
+    if current_platform is not None and not isinstance(current_platform, CpuPlatform):
         raise RuntimeError(
-            f"verl has settled on {type(current).__name__} before the CPU platform was registered; "
+            f"verl has settled on {type(current_platform).__name__} before the CPU platform was registered; "
             f"set VERL_PLATFORM=cpu in the environment, or import verl before anything that calls get_platform()"
         )
     PlatformRegistry.register(platform="cpu")(CpuPlatform)
@@ -143,8 +143,8 @@ def register_platform() -> None:
 
 def activate() -> tuple[str, ...]:
     """Register and patch; return the names of what is in force."""
-    for name, value in PROCESS_ENV.items():
-        os.environ.setdefault(name, value)
+    for name, default_value in PROCESS_ENV.items():
+        os.environ.setdefault(name, default_value)
     register_platform()
     patch_process_group_backend()
     patch_offload_policy()

@@ -16,9 +16,9 @@ def is_cpu_only() -> bool:
     on a GPU cluster, where Ray hides the GPUs from actors that ask for none and where a head node may have none: such
     a process must stay with verl's own platform.
     """
-    requested = os.environ.get("VERL_PLATFORM", "").strip().lower()
-    if requested:
-        return requested == "cpu"
+    requested_platform = os.environ.get("VERL_PLATFORM", "").strip().lower()
+    if requested_platform:
+        return requested_platform == "cpu"
     if torch.cuda.is_available() or hasattr(torch, "npu"):
         return False
     if torch.version.cuda is None and torch.version.hip is None:

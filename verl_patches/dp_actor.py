@@ -79,91 +79,91 @@ class _Work:
 class RankSession:
     """One rank's sequences of one step."""
 
-    def __init__(self, actor: TrainingWorker, ref: TrainingWorker | None, lora: bool) -> None:
+    def __init__(self, actor_worker: TrainingWorker, ref: TrainingWorker | None, lora: bool) -> None:
         """`ref`: the reference in the same process; without one, `lora` says that the actor without adapter is it."""
-        self._actor_worker = actor
-        self._actor = LogProbModel(actor, NAMES)
+        self._actor_worker = actor_worker
+        self._actor = LogProbModel(actor_worker, NAMES)
         self._ref: LogProbModel | None = None
         if ref is not None or lora:
-            self._ref = LogProbModel(ref or actor, {"log_probs": "ref_log_prob"}, adapter=ref is not None)
+            self._ref = LogProbModel(ref or actor_worker, {"log_probs": "ref_log_prob"}, adapter=ref is not None)
         self._images_refused = False
         self._forget(None)
 
-    def open(self, settings: StepSettings) -> RankAbility:
+    def open(self, step_settings: StepSettings) -> RankAbility:
         """See `OverlappedActorWorker.overlap_open`."""
-        if settings.mode not in ("sequence", "token"):
-            raise ValueError(f"mode={settings.mode!r} is neither 'sequence' nor 'token'")
-        if settings.with_reference and self._ref is None:
+        if step_settings.mode not in ("sequence", "token"):
+            raise ValueError(f"mode={step_settings.mode!r} is neither 'sequence' nor 'token'")
+        if step_settings.with_reference and self._ref is None:
             raise ValueError("with_reference=True needs a reference in the actor's process: a fused one, or LoRA")
-        self._forget(settings)
-        self._actor.names = NAMES | ({"sum_pi_squared": "sum_pi_squared"} if settings.sum_pi_squared else {})
-        self._models = [self._actor, *([self._ref] if settings.with_reference else [])]
+        self._forget(step_settings)
+        self._actor.names = NAMES | ({"sum_pi_squared": "sum_pi_squared"} if step_settings.sum_pi_squared else {})
+        self._models = [self._actor, *([self._ref] if step_settings.with_reference else [])]
         self._each_engine(get_device_name())
         bytes_per_token = 0
-        if settings.mode == "token":
+        if step_settings.mode == "token":
             self._refusal = next(filter(None, (model.refusal() for model in self._models)), None)
             if self._refusal is None:
                 bytes_per_token = sum(model.geometry.bytes_per_token for model in self._models)
-        device = get_torch_device()
-        free_bytes, device_bytes = device.mem_get_info()
+        torch_device = get_torch_device()
+        free_bytes, device_bytes = torch_device.mem_get_info()
         return RankAbility(
             refusal=self._refusal,
             bytes_per_token=bytes_per_token,
             device_bytes=device_bytes,
-            free_bytes=free_bytes + device.memory_reserved() - device.memory_allocated(),
+            free_bytes=free_bytes + torch_device.memory_reserved() - torch_device.memory_allocated(),
             gathered_bytes=max(model.gathered_bytes for model in self._models),
             optimizer_bytes=self._actor.optimizer_bytes,
         )
 
     def extend(self, call: RankCall) -> RankReport:
         """See `OverlappedActorWorker.overlap_extend`."""
-        began = time.time()
+        start_time = time.time()
         # 1. One exchange tells each rank what company it owes the others, and whether the call is refused.
         refusal, extras = self._check(call), []
         if refusal is None:
             refusal, extras = fetch_extras(call.whole)
         num_unseen = sum(len(row.token_ids) > (row.start == 0) for row in call.growing)  # with something to forward
-        refused, any_whole, any_unseen, layers = self._most(
+        any_refused, any_whole, any_unseen, position_layers = self._most(
             refusal is not None, len(call.whole), num_unseen, layers_of(extras)
         )
-        if refused:
+        if any_refused:
             raise RuntimeError(refusal or "another rank has refused this call")
 
         # 2. What is dropped or begins anew makes room, then the rows are admitted.
         self._number += 1
-        for key in (*call.drop, *(row.key for row in (*call.whole, *call.growing) if not row.start)):
-            self._drop(key)
-        whole_rows, extras = self._usable(call.whole, extras, layers)
-        whole = [self._admit(row) for row in whole_rows]
-        growing = [self._admit(row) for row in call.growing]
-        num_tokens = sum(len(row.token_ids) for row in whole_rows) + sum(len(work.inputs) for work in growing)
+        for sequence_key in (*call.drop, *(row.key for row in (*call.whole, *call.growing) if not row.start)):
+            self._drop(sequence_key)
+        whole_rows, extras = self._usable(call.whole, extras, position_layers)
+        whole_works = [self._admit(row) for row in whole_rows]
+        growing_works = [self._admit(row) for row in call.growing]
+        num_tokens = sum(len(row.token_ids) for row in whole_rows) + sum(len(work.inputs) for work in growing_works)
 
         # 3. The forwards, in which all ranks take part.
         if any_whole:
             sequences = [row.token_ids for row in whole_rows] or [COMPANY]
-            self._forward_whole(whole, sequences, completed(sequences, extras, layers))
+            self._forward_whole(whole_works, sequences, completed(sequences, extras, position_layers))
         if any_unseen:
-            self._forward_growing([work for work in growing if len(work.inputs)])
-        for work in [*whole, *growing]:
+            self._forward_growing([work for work in growing_works if len(work.inputs)])
+        for work in [*whole_works, *growing_works]:
             if work.last:
                 work.sequence.finished = True
                 work.sequence.prefixes = []
         self._peak_bytes = max(self._peak_bytes, self.cache_bytes)
         return RankReport(
-            began=began, ended=time.time(), tokens=num_tokens, cache_bytes=self.cache_bytes,
+            began=start_time, ended=time.time(), tokens=num_tokens, cache_bytes=self.cache_bytes,
             peak_cache_bytes=self._peak_bytes,
         )  # fmt: skip
 
     def collect(self, step: int, keys: list[SequenceKey]) -> RankResults:
         """See `OverlappedActorWorker.overlap_collect`."""
         self._check_step(step)
-        names = [name for model in self._models for name in model.names.values()]
-        nothing = [np.empty(0, dtype=np.float32)]
+        output_names = [name for model in self._models for name in model.names.values()]
+        no_values = [np.empty(0, dtype=np.float32)]
         values = {}
         for key in keys:
             sequence = self._sequences.get(key)
             if sequence is not None and sequence.finished:
-                values[key] = {name: np.concatenate(nothing + sequence.values.get(name, [])) for name in names}
+                values[key] = {name: np.concatenate(no_values + sequence.values.get(name, [])) for name in output_names}
         return RankResults(values=values, mfu=self._mfu())
 
     def clear(self, step: int) -> None:
@@ -178,10 +178,10 @@ class RankSession:
     @property
     def cache_bytes(self) -> int:
         """The bytes of all prefixes."""
-        return sum(prefix.nbytes for sequence in self._sequences.values() for prefix in sequence.prefixes)
+        return sum(prefix.nbytes for known_sequence in self._sequences.values() for prefix in known_sequence.prefixes)
 
-    def _forget(self, settings: StepSettings | None) -> None:
-        self._settings = settings
+    def _forget(self, step_settings: StepSettings | None) -> None:
+        self._settings = step_settings
         self._models: list[LogProbModel] = []
         self._refusal: str | None = None
         self._sequences: dict[SequenceKey, _Sequence] = {}
@@ -191,11 +191,11 @@ class RankSession:
         self._dropped_lengths: list[int] = []  # forwarded tokens of dropped sequences
         self._image_patches: list[int] = []  # of each image that was forwarded
 
-    def _each_engine(self, device: str) -> None:
+    def _each_engine(self, target_device: str) -> None:
         """Moves parameters where verl would move them for each forward."""
         for engine in {id(model.engine): model.engine for model in self._models}.values():
             if engine.is_param_offload_enabled:
-                engine.to(device, model=True, optimizer=False, grad=False)
+                engine.to(target_device, model=True, optimizer=False, grad=False)
 
     def _other_step(self, step: int) -> str | None:
         """Why a call of this step is refused; None: it is not."""
@@ -206,24 +206,24 @@ class RankSession:
         if (refusal := self._other_step(step)) is not None:
             raise RuntimeError(refusal)
 
-    def _check(self, call: RankCall) -> str | None:
+    def _check(self, rank_call: RankCall) -> str | None:
         """Why the call is refused; nothing is changed by then. None: it is not."""
-        if (refusal := self._other_step(call.step)) is not None:
+        if (refusal := self._other_step(rank_call.step)) is not None:
             return refusal
-        if call.number != self._number:
-            return f"call {call.number} of step {call.step} came, call {self._number} is next"
-        if call.growing and (self._settings.mode != "token" or self._refusal is not None):
-            reason = self._refusal or f"the step's mode is {self._settings.mode}"
-            return f"growing sequences came, but {reason}"
-        rows = call.whole + call.growing
-        if len({row.key for row in rows}) != len(rows):
-            return f"a sequence has two rows in one call: {sorted(row.key for row in rows)}"
-        for row in call.whole:
+        if rank_call.number != self._number:
+            return f"call {rank_call.number} of step {rank_call.step} came, call {self._number} is next"
+        if rank_call.growing and (self._settings.mode != "token" or self._refusal is not None):
+            refusal_reason = self._refusal or f"the step's mode is {self._settings.mode}"
+            return f"growing sequences came, but {refusal_reason}"
+        all_rows = rank_call.whole + rank_call.growing
+        if len({row.key for row in all_rows}) != len(all_rows):
+            return f"a sequence has two rows in one call: {sorted(row.key for row in all_rows)}"
+        for row in rank_call.whole:
             if row.start or not row.last:
                 return f"{row.key} is a whole row with start={row.start}, last={row.last}"
-        dropped = set(call.drop)
-        for row in rows:
-            known = None if row.key in dropped else self._sequences.get(row.key)
+        dropped_keys = set(rank_call.drop)
+        for row in all_rows:
+            known = None if row.key in dropped_keys else self._sequences.get(row.key)
             if row.start and (known is None or known.finished or known.known != row.start):
                 state = "unknown" if known is None else "finished" if known.finished else f"at {known.known} tokens"
                 return f"{row.key} continues at token {row.start}, but here it is {state}"
@@ -233,8 +233,8 @@ class RankSession:
                 return f"{row.key} begins with {len(row.token_ids)} tokens, prompt {row.prompt_tokens}"
         return None
 
-    def _drop(self, key: SequenceKey) -> None:
-        sequence = self._sequences.pop(key, None)
+    def _drop(self, sequence_key: SequenceKey) -> None:
+        sequence = self._sequences.pop(sequence_key, None)
         if sequence is not None and sequence.forwarded:
             self._dropped_lengths.append(sequence.forwarded)
 
@@ -251,75 +251,77 @@ class RankSession:
         return _Work(sequence=sequence, inputs=token_ids[:-1], labels=token_ids[1:], begin=begin, last=row.last)
 
     def _usable(
-        self, rows: list[Row], extras: list[Extras | None], layers: int
+        self, rows: list[Row], extras: list[Extras | None], position_layers: int
     ) -> tuple[list[Row], list[Extras | None]]:
         """The rows that the models can forward, and their extras. Runs collectives, where `layers` is not 0."""
-        reasons = [model.images_refusal(layers) for model in self._models] if layers else []
-        reason = next(filter(None, reasons), None)
+        refusal_reasons = [model.images_refusal(position_layers) for model in self._models] if position_layers else []
+        reason = next(filter(None, refusal_reasons), None)
         if reason is None:
             return rows, extras
         if not self._images_refused and torch.distributed.get_rank() == 0:
             warnings.warn(f"overlap: responses with images are computed after generation, since {reason}", stacklevel=2)
         self._images_refused = True
-        text_only = [at for at, extra in enumerate(extras) if extra is None or not extra.multi_modal_inputs]
+        text_only = [at for at, row_extra in enumerate(extras) if row_extra is None or not row_extra.multi_modal_inputs]
         return [rows[at] for at in text_only], [extras[at] for at in text_only]
 
-    def _most(self, *counts: int) -> list[int]:
+    def _most(self, *rank_counts: int) -> list[int]:
         """The largest of each number over all ranks, also those that share sequences (Ulysses): each may refuse."""
-        largest = torch.tensor(counts, dtype=torch.int64, device=get_device_name())
-        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
-        return largest.tolist()
+        largest_counts = torch.tensor(rank_counts, dtype=torch.int64, device=get_device_name())
+        torch.distributed.all_reduce(largest_counts, op=torch.distributed.ReduceOp.MAX)
+        return largest_counts.tolist()
 
     def _forward_whole(self, whole: list[_Work], sequences: list[np.ndarray], extras: list[Extras]) -> None:
         """One forward of each model; sequences without works are company. Extras are of all sequences or of none."""
-        for extra in extras:
-            if (image_lengths := extra.multi_modal_inputs.get("images_seqlens")) is not None:
+        for row_extra in extras:
+            if (image_lengths := row_extra.multi_modal_inputs.get("images_seqlens")) is not None:
                 self._image_patches += image_lengths.tolist()
         for model in self._models:
             with self._timed(model):
-                output = model.whole(sequences, self._settings.temperature, extras)
-            if output is None:
+                model_output = model.whole(sequences, self._settings.temperature, extras)
+            if model_output is None:
                 continue
             end = 0
-            for work in whole:
-                start, end = end, end + work.sequence.known
-                self._store(model, work, output[:, start : end - 1])
+            for row_work in whole:
+                start, end = end, end + row_work.sequence.known
+                self._store(model, row_work, model_output[:, start : end - 1])
 
     def _forward_growing(self, works: list[_Work]) -> None:
         """One forward of each model; without works it is company."""
-        for number, model in enumerate(self._models):
-            prefixes = [work.sequence.prefixes[number] for work in works]
-            inputs, labels = [work.inputs for work in works], [work.labels for work in works]
+        for model_number, model in enumerate(self._models):
+            prefixes = [row_work.sequence.prefixes[model_number] for row_work in works]
+            inputs, labels = [row_work.inputs for row_work in works], [row_work.labels for row_work in works]
             with self._timed(model):
-                batch = model.batch(prefixes or [Prefix()], inputs or [COMPANY], labels or [COMPANY])
-                output = model.growing(batch, self._settings.temperature).cpu().numpy()
-            batch.keep([at for at, work in enumerate(works) if not work.last])
-            self._peak_bytes = max(self._peak_bytes, self.cache_bytes + batch.nbytes)
-            for work, values in zip(works, batch.split(output), strict=bool(works)):
-                self._store(model, work, values)
-            batch.release()
+                prefix_batch = model.batch(prefixes or [Prefix()], inputs or [COMPANY], labels or [COMPANY])
+                model_output = model.growing(prefix_batch, self._settings.temperature).cpu().numpy()
+            prefix_batch.keep([row_index for row_index, row_work in enumerate(works) if not row_work.last])
+            self._peak_bytes = max(self._peak_bytes, self.cache_bytes + prefix_batch.nbytes)
+            for row_work, values in zip(works, prefix_batch.split(model_output), strict=bool(works)):
+                self._store(model, row_work, values)
+            prefix_batch.release()
             for prefix in prefixes:
                 prefix.compact()
 
-    def _store(self, model: LogProbModel, work: _Work, output: np.ndarray) -> None:
+    def _store(self, model: LogProbModel, row_work: _Work, model_output: np.ndarray) -> None:
         """Keeps the response's part of float32 [outputs, tokens]."""
-        for name, values in zip(model.names.values(), output, strict=True):
-            work.sequence.values.setdefault(name, []).append(values[work.begin :].copy())
+        for name, values in zip(model.names.values(), model_output, strict=True):
+            row_work.sequence.values.setdefault(name, []).append(values[row_work.begin :].copy())
 
     @contextmanager
     def _timed(self, model: LogProbModel) -> Iterator[None]:
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         yield
         if model is self._actor:
-            self._busy_s += time.perf_counter() - began
+            self._busy_s += time.perf_counter() - start_time
 
     def _mfu(self) -> float:
         """The MFU of the actor's forwards on this rank. Attention's part is right for pieces too: squares telescope."""
-        counter = self._actor_worker.flops_counter
-        lengths = self._dropped_lengths + [s.forwarded for s in self._sequences.values() if s.forwarded]
-        if counter is None or not lengths or not self._busy_s:
+        flops_counter = self._actor_worker.flops_counter
+        lengths = self._dropped_lengths + [
+            sequence.forwarded for sequence in self._sequences.values() if sequence.forwarded
+        ]
+        if flops_counter is None or not lengths or not self._busy_s:
             return 0.0
-        estimated, promised = counter.estimate_flops(lengths, self._busy_s, images_seqlens=self._image_patches)
+        estimated, promised = flops_counter.estimate_flops(lengths, self._busy_s, images_seqlens=self._image_patches)
         return float(estimated / promised / 3.0 / self._actor.engine.ulysses_sequence_parallel_size)
 
 
@@ -327,20 +329,20 @@ def _for_each_rank(worker_group: WorkerGroup, *args: Any, **kwargs: Any) -> tupl
     """Dispatches lists that are split by data-parallel rank already, through verl; the rest goes to all ranks."""
     rank_of = _ranks_of(worker_group)
     num_ranks = max(rank_of) + 1
-    values = [value if isinstance(value, list) else [value] * num_ranks for value in (*args, *kwargs.values())]
-    for value in values:
+    rank_values = [value if isinstance(value, list) else [value] * num_ranks for value in (*args, *kwargs.values())]
+    for value in rank_values:
         if len(value) != num_ranks:
             raise ValueError(f"{len(value)} arguments came for {num_ranks} data-parallel ranks, one each is needed")
-    values, _ = dispatch_nd_compute(rank_of, num_ranks, worker_group, *values)
-    return values[: len(args)], dict(zip(kwargs, values[len(args) :], strict=True))
+    rank_values, _ = dispatch_nd_compute(rank_of, num_ranks, worker_group, *rank_values)
+    return rank_values[: len(args)], dict(zip(kwargs, rank_values[len(args) :], strict=True))
 
 
 def _of_each_rank(worker_group: WorkerGroup, output: list[Any]) -> list[Any]:
     """Those that verl would collect, in data-parallel order, and then those of all other ranks, which may fail too."""
     if MESH not in worker_group._collect_info:
         worker_group._collect_info[MESH] = worker_group._query_collect_info(MESH)
-    collected, rank_of = worker_group._collect_info[MESH], _ranks_of(worker_group)
-    return [output[at] for at in sorted(range(len(output)), key=lambda at: (not collected[at], rank_of[at]))]
+    is_collected, rank_of = worker_group._collect_info[MESH], _ranks_of(worker_group)
+    return [output[at] for at in sorted(range(len(output)), key=lambda at: (not is_collected[at], rank_of[at]))]
 
 
 def _ranks_of(worker_group: WorkerGroup) -> list[int]:

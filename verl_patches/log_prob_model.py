@@ -55,36 +55,36 @@ class OverlapEngine(FSDPEngineWithLMHead):
     """verl's FSDP engine for language models; see invariant 1 of the module."""
 
     def prepare_model_inputs(self, micro_batch: TensorDict) -> tuple[dict[str, Any], dict[str, Any]]:
-        batch: PrefixBatch | None = tu.get_non_tensor_data(data=micro_batch, key=_BATCH, default=None)
-        if batch is None:
+        prefix_batch: PrefixBatch | None = tu.get_non_tensor_data(data=micro_batch, key=_BATCH, default=None)
+        if prefix_batch is None:
             return super().prepare_model_inputs(micro_batch)
         temperature = float(micro_batch["temperature"])
         model_inputs = {
-            "input_ids": batch.input_ids,
-            "attention_mask": batch.attention_mask,
-            "position_ids": batch.position_ids,
-            "past_key_values": batch.cache,
+            "input_ids": prefix_batch.input_ids,
+            "attention_mask": prefix_batch.attention_mask,
+            "position_ids": prefix_batch.position_ids,
+            "past_key_values": prefix_batch.cache,
         }
         output_args = {
             "temperature_is_one": temperature == 1.0,
-            "temperature": torch.full((len(batch.lengths),), temperature, device=batch.input_ids.device),
-            "input_ids_rmpad_rolled": batch.labels,
+            "temperature": torch.full((len(prefix_batch.lengths),), temperature, device=prefix_batch.input_ids.device),
+            "input_ids_rmpad_rolled": prefix_batch.labels,
         }
         return model_inputs, output_args
 
-    def continue_prefixes(self, batch: PrefixBatch, **settings: Any) -> dict[str, torch.Tensor]:
+    def continue_prefixes(self, batch: PrefixBatch, **forward_settings: Any) -> dict[str, torch.Tensor]:
         """One forward of upstream's; returns its outputs by verl's names, each [sum of n_b]."""
         new_tokens = torch.nested.as_nested_tensor(  # jagged [rows, n_b]
-            [row[: int(length)] for row, length in zip(batch.input_ids, batch.lengths, strict=True)],
+            [row_ids[: int(num_tokens)] for row_ids, num_tokens in zip(batch.input_ids, batch.lengths, strict=True)],
             layout=torch.jagged,
         )
         micro_batch = TensorDict({"input_ids": new_tokens}, batch_size=[len(batch.lengths)])
         tu.assign_non_tensor(
-            micro_batch, **{_BATCH: batch}, **settings, use_remove_padding=False, use_fused_kernels=False
+            micro_batch, **{_BATCH: batch}, **forward_settings, use_remove_padding=False, use_fused_kernels=False
         )
         with torch.no_grad(), torch.profiler.record_function("continue_prefixes"):
             _, output = self.forward_step(micro_batch, loss_function=None, forward_only=True)
-        return {name: values.values() for name, values in output["model_output"].items()}
+        return {output_name: output_values.values() for output_name, output_values in output["model_output"].items()}
 
 
 def register_engine() -> None:
@@ -92,11 +92,11 @@ def register_engine() -> None:
 
     verl looks for an engine of the vendor first, and registers its own for all vendors.
     """
-    device = os.getenv("VERL_ENGINE_DEVICE") or get_device_name()
-    vendor = os.getenv("VERL_ENGINE_VENDOR") or get_vendor()
+    device_name = os.getenv("VERL_ENGINE_DEVICE") or get_device_name()
+    vendor_name = os.getenv("VERL_ENGINE_VENDOR") or get_vendor()
     for backend in BACKENDS:
         if EngineRegistry.get_engine_cls("language_model", backend) is FSDPEngineWithLMHead:
-            EngineRegistry.register("language_model", backend, device, vendor)(OverlapEngine)
+            EngineRegistry.register("language_model", backend, device_name, vendor_name)(OverlapEngine)
             found = EngineRegistry.get_engine_cls("language_model", backend)
             if found is not OverlapEngine:
                 raise RuntimeError(f"verl builds {found.__name__} for {backend} although OverlapEngine is registered")
@@ -105,10 +105,11 @@ def register_engine() -> None:
 class LogProbModel:
     """The actor, or the reference, as it is asked for log-probs."""
 
-    def __init__(self, worker: TrainingWorker, names: dict[str, str], *, adapter: bool = True) -> None:
-        """`names`: results by verl's names of the model's outputs, as {"log_probs": "old_log_probs"}."""
+    def __init__(self, worker: TrainingWorker, output_names: dict[str, str], *, adapter: bool = True) -> None:
+        """`output_names`: results by verl's names of the model's outputs, as {"log_probs": "old_log_probs"}."""
         self.worker = worker
-        self.names = names
+        self.engine: FSDPEngineWithLMHead = worker.engine
+        self.names = output_names
         self.adapter = adapter
         self.geometry: Geometry | None = None
         self._refusal: str | None = None
@@ -116,8 +117,8 @@ class LogProbModel:
         self._images_refusal: str | None = None
 
     @property
-    def engine(self) -> FSDPEngineWithLMHead:
-        return self.worker.engine
+    def _text_config(self) -> PretrainedConfig:
+        return plain_model(self.engine.module).config.get_text_config(decoder=True)
 
     @property
     def gathered_bytes(self) -> int:
@@ -126,14 +127,13 @@ class LogProbModel:
         if not self.adapter:
             return 0
         engine = self.engine
-        world = torch.distributed.get_world_size()
+        world_size = torch.distributed.get_world_size()
         size = engine.engine_config.fsdp_size
-        elements = sum(shard.numel() for shard in self._shards()) * (size if 0 < size < world else world)
-        text = plain_model(engine.module).config.get_text_config(decoder=True)
-        root = min(elements, 2 * text.vocab_size * text.hidden_size)
+        num_elements = sum(shard.numel() for shard in self._shards()) * (size if 0 < size < world_size else world_size)
+        root_elements = min(num_elements, 2 * self._text_config.vocab_size * self._text_config.hidden_size)
         if engine.engine_config.reshard_after_forward:
-            elements = root + 2 * (elements - root) // text.num_hidden_layers
-        return elements * engine._autocast_dtype.itemsize
+            num_elements = root_elements + 2 * (num_elements - root_elements) // self._text_config.num_hidden_layers
+        return num_elements * engine._autocast_dtype.itemsize
 
     @property
     def optimizer_bytes(self) -> int:
@@ -147,51 +147,55 @@ class LogProbModel:
 
     def _shards(self, trained: bool = False) -> list[torch.Tensor]:
         """This rank's parts of the parameters."""
-        parameters = self.engine.module.parameters()
-        return [getattr(p, "_local_tensor", p) for p in parameters if p.requires_grad or not trained]
+        all_parameters = self.engine.module.parameters()
+        return [
+            getattr(parameter, "_local_tensor", parameter)
+            for parameter in all_parameters
+            if parameter.requires_grad or not trained
+        ]
 
     def whole(
-        self, sequences: Sequence[np.ndarray], temperature: float, extras: Sequence[Extras] = ()
+        self, token_rows: Sequence[np.ndarray], temperature: float, extras: Sequence[Extras] = ()
     ) -> np.ndarray | None:
         """Outputs for complete sequences through verl's own `infer_batch`, in one micro-batch.
 
         They are float32 [outputs, sum of tokens], where each token's are those of its successor; None on a rank whose
         outputs verl does not use. `extras` are of all sequences, as values and with equally many layers, or of none.
         """
-        data = jagged_rows(sequences, extras)
+        row_data = jagged_rows(token_rows, extras)
         tu.assign_non_tensor(
-            data, **self._settings(temperature), compute_loss=False, use_dynamic_bsz=True,
+            row_data, **self._settings(temperature), compute_loss=False, use_dynamic_bsz=True,
             max_token_len_per_gpu=ANY_TOKENS, disable_auto_offload=True, no_lora_adapter=not self.adapter,
         )  # fmt: skip
-        output = self.worker.infer_batch(data)
-        if output is None:
+        model_output = self.worker.infer_batch(row_data)
+        if model_output is None:
             return None
-        return self._gather({name: tu.get(output, name).values() for name in self.names}).cpu().numpy()
+        return self._gather({name: tu.get(model_output, name).values() for name in self.names}).cpu().numpy()
 
-    def images_refusal(self, layers: int) -> str | None:
+    def images_refusal(self, position_layers: int) -> str | None:
         """Why a rank cannot forward images while another has none; None: it can. Found out once, by all ranks together:
         a forward without images must enter all that FSDP gathers, or the collectives of the two ranks do not match.
         """
         if not self._images_checked and torch.distributed.get_world_size() > 1:
             self._images_checked = True
-            hooks, missed = [], set()
+            forward_hooks, missed = [], set()
             for name, module in self.engine.module.named_modules():
                 if isinstance(module, FullyShardedDataParallel | FSDPModule):
                     missed.add(name)
-                    hooks.append(module.register_forward_pre_hook(lambda *_, name=name: missed.discard(name)))
-            self.whole([np.zeros(2, dtype=np.int64)], 1.0, [text_extras(2, layers)])
-            for hook in hooks:
+                    forward_hooks.append(module.register_forward_pre_hook(lambda *_, name=name: missed.discard(name)))
+            self.whole([np.zeros(2, dtype=np.int64)], 1.0, [text_extras(2, position_layers)])
+            for hook in forward_hooks:
                 hook.remove()
             if missed:
                 model_name = type(plain_model(self.engine.module)).__name__
                 self._images_refusal = f"a forward of {model_name} without images leaves out {min(missed)}"
         return self._images_refusal
 
-    def growing(self, batch: PrefixBatch, temperature: float) -> torch.Tensor:
+    def growing(self, prefix_batch: PrefixBatch, temperature: float) -> torch.Tensor:
         """Outputs for the new tokens of a batch, on the device; float32 [outputs, sum of n_b]."""
-        adapter = nullcontext() if self.adapter else self.engine.disable_adapter()
-        with self.engine.eval_mode(disable_auto_offload=True), adapter:
-            return self._gather(self.engine.continue_prefixes(batch, **self._settings(temperature)))
+        adapter_context = nullcontext() if self.adapter else self.engine.disable_adapter()
+        with self.engine.eval_mode(disable_auto_offload=True), adapter_context:
+            return self._gather(self.engine.continue_prefixes(prefix_batch, **self._settings(temperature)))
 
     def batch(self, prefixes: Sequence[Prefix], inputs: list[np.ndarray], labels: list[np.ndarray]) -> PrefixBatch:
         """For `growing`."""
@@ -213,7 +217,7 @@ class LogProbModel:
         }
 
     def _gather(self, outputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        return torch.stack([outputs[name].float() for name in self.names])
+        return torch.stack([outputs[output_name].float() for output_name in self.names])
 
     def _unsupported(self) -> str | None:
         """What is known without a forward."""
@@ -224,27 +228,27 @@ class LogProbModel:
             return f"ulysses_sequence_parallel_size={engine.ulysses_sequence_parallel_size} splits sequences over ranks"
         if engine.model_config.use_fused_kernels:
             return "use_fused_kernels=True computes log-probs without logits"
-        model = plain_model(engine.module)
-        config = model.config
-        sees = hasattr(config, "vision_config") or hasattr(config, "audio_config")
-        if sees or engine.model_config.processor is not None:
+        text_model = plain_model(engine.module)
+        config = text_model.config
+        is_multimodal = hasattr(config, "vision_config") or hasattr(config, "audio_config")
+        if is_multimodal or engine.model_config.processor is not None:
             return f"{type(config).__name__} is multimodal"
-        text = config.get_text_config(decoder=True)
-        if config.is_encoder_decoder or getattr(model, "_is_stateful", False):
+        text_config = self._text_config
+        if config.is_encoder_decoder or getattr(text_model, "_is_stateful", False):
             return f"{config.model_type} keeps a state that is no cache of keys and values"
-        kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+        kinds = set(getattr(text_config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
         if kinds:
             return f"{config.model_type} has layers of the kind {', '.join(sorted(kinds))}"
-        kinds = _rope_kinds(text) - FIXED_ROPE
+        kinds = _rope_kinds(text_config) - FIXED_ROPE
         if kinds:
             return (
                 f"{config.model_type} has RoPE of the kind {', '.join(sorted(kinds))}, whose frequencies may depend on "
                 "the longest sequence of a forward"
             )
-        if getattr(text, "num_kv_shared_layers", 0):
+        if getattr(text_config, "num_kv_shared_layers", 0):
             return f"{config.model_type} has layers that share keys and values"
-        if "past_key_values" not in inspect.signature(model.forward).parameters:
-            return f"{type(model).__name__}.forward takes no past_key_values"
+        if "past_key_values" not in inspect.signature(text_model.forward).parameters:
+            return f"{type(text_model).__name__}.forward takes no past_key_values"
         return None
 
     def _check(self) -> str | None:
@@ -253,83 +257,86 @@ class LogProbModel:
         The mean difference of the pieces must be within what rounding explains: that of the two ways to run them as a
         whole, and the precision of the numbers.
         """
-        random = np.random.default_rng(0)
-        vocabulary = plain_model(self.engine.module).config.get_text_config(decoder=True).vocab_size
-        sequences = [random.integers(0, vocabulary, sum(pieces) + 1) for pieces in CHECKED_PIECES]
-        ends = np.cumsum([len(tokens) for tokens in sequences])
+        random_generator = np.random.default_rng(0)
+        vocabulary_size = self._text_config.vocab_size
+        token_rows = [random_generator.integers(0, vocabulary_size, sum(pieces) + 1) for pieces in CHECKED_PIECES]
+        row_ends = np.cumsum([len(token_ids) for token_ids in token_rows])
         # Log-probs, one row after the other; the last token of a row has no successor.
-        together = np.delete(self.whole(sequences, 1.0)[0], ends - 1)
-        alone = np.concatenate([self.whole([tokens], 1.0)[0, :-1] for tokens in sequences])
+        whole_together = np.delete(self.whole(token_rows, 1.0)[0], row_ends - 1)
+        whole_alone = np.concatenate([self.whole([token_ids], 1.0)[0, :-1] for token_ids in token_rows])
         reason = None
         try:
-            in_pieces = np.concatenate([outputs[0] for outputs in self._in_pieces(sequences)])
+            in_pieces = np.concatenate([piece_outputs[0] for piece_outputs in self._in_pieces(token_rows)])
         except Exception as error:  # all ranks run the same tokens and fail alike
             reason = f"continuing a prefix failed: {error!r}"
         else:
-            noise = float(np.abs(together - alone).mean())
-            difference = float(np.abs(in_pieces - (together + alone) / 2).mean())
-            precision = torch.finfo(self.engine._autocast_dtype).eps
-            allowed = 1e-4 + 4 * noise + precision * float(np.abs(together).mean())
+            rounding_noise = float(np.abs(whole_together - whole_alone).mean())
+            difference = float(np.abs(in_pieces - (whole_together + whole_alone) / 2).mean())
+            dtype_precision = torch.finfo(self.engine._autocast_dtype).eps
+            allowed = 1e-4 + 4 * rounding_noise + dtype_precision * float(np.abs(whole_together).mean())
             if not difference <= allowed:
                 reason = f"log-probs in pieces are off by {difference:.3g} nats on average, allowed are {allowed:.3g}"
-        failed = torch.tensor(float(reason is not None), device=get_device_name())
-        torch.distributed.all_reduce(failed, op=torch.distributed.ReduceOp.MAX)
-        if failed.item() and reason is None:
+        any_failed = torch.tensor(float(reason is not None), device=get_device_name())
+        torch.distributed.all_reduce(any_failed, op=torch.distributed.ReduceOp.MAX)
+        if any_failed.item() and reason is None:
             reason = "another rank cannot"
         return reason
 
-    def _in_pieces(self, sequences: list[np.ndarray]) -> list[np.ndarray]:
+    def _in_pieces(self, token_rows: list[np.ndarray]) -> list[np.ndarray]:
         """float32 [outputs, tokens - 1] of each sequence; learns the geometry on the way."""
-        first = [tokens[: pieces[0]] for tokens, pieces in zip(sequences, CHECKED_PIECES, strict=True)]
-        batch = self.batch([Prefix() for _ in first], first, first)  # without a geometry yet
+        first_pieces = [tokens[: pieces[0]] for tokens, pieces in zip(token_rows, CHECKED_PIECES, strict=True)]
+        batch = self.batch([Prefix() for _ in first_pieces], first_pieces, first_pieces)  # without a geometry yet
         self.growing(batch, 1.0)
-        layers = plain_model(self.engine.module).config.get_text_config(decoder=True).num_hidden_layers
-        self.geometry = Geometry.of(batch.cache, layers, int(batch.lengths.max()))
+        self.geometry = Geometry.of(batch.cache, self._text_config.num_hidden_layers, int(batch.lengths.max()))
 
-        prefixes = [Prefix() for _ in sequences]
-        results: list[list[np.ndarray]] = [[] for _ in sequences]
-        for lengths in zip(*CHECKED_PIECES, strict=True):
+        prefixes = [Prefix() for _ in token_rows]
+        row_outputs: list[list[np.ndarray]] = [[] for _ in token_rows]
+        for piece_lengths in zip(*CHECKED_PIECES, strict=True):
             pieces = [  # the inputs, and the token that follows
-                tokens[prefix.tokens : prefix.tokens + length + 1]
-                for tokens, prefix, length in zip(sequences, prefixes, lengths, strict=True)
+                tokens[prefix.tokens : prefix.tokens + num_tokens + 1]
+                for tokens, prefix, num_tokens in zip(token_rows, prefixes, piece_lengths, strict=True)
             ]
             batch = self.batch(prefixes, [tokens[:-1] for tokens in pieces], [tokens[1:] for tokens in pieces])
-            for result, values in zip(results, batch.split(self.growing(batch, 1.0).cpu().numpy()), strict=True):
+            for result, values in zip(row_outputs, batch.split(self.growing(batch, 1.0).cpu().numpy()), strict=True):
                 result.append(values)
-            batch.keep(range(len(sequences)))
-        return [np.concatenate(result, axis=1) for result in results]
+            batch.keep(range(len(token_rows)))
+        return [np.concatenate(result, axis=1) for result in row_outputs]
 
 
-def jagged_rows(sequences: Sequence[np.ndarray], extras: Sequence[Extras] = ()) -> TensorDict:
+def jagged_rows(token_rows: Sequence[np.ndarray], extras: Sequence[Extras] = ()) -> TensorDict:
     """Rows as `verl.workers.utils.padding.left_right_2_no_padding` gives them; for the arguments see
     `LogProbModel.whole`."""
-    lengths = torch.tensor([len(tokens) for tokens in sequences])
-    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    tokens = torch.from_numpy(np.concatenate(sequences).astype(np.int64))
-    layers = [one.position_ids for one in extras or [text_extras(len(tokens)) for tokens in sequences]]
-    positions = torch.from_numpy(np.concatenate(layers, axis=1).astype(np.int64))  # [layers, sum of tokens]
-    flat = {"values": positions[0]} if len(positions) == 1 else {"values": positions, "jagged_dim": 2}
-    data = TensorDict(
+    row_lengths = torch.tensor([len(token_ids) for token_ids in token_rows])
+    row_offsets = torch.nn.functional.pad(row_lengths.cumsum(0), (1, 0))
+    token_ids = torch.from_numpy(np.concatenate(token_rows).astype(np.int64))
+    row_positions = [
+        row_extra.position_ids for row_extra in extras or [text_extras(len(token_ids)) for token_ids in token_rows]
+    ]
+    position_ids = torch.from_numpy(np.concatenate(row_positions, axis=1).astype(np.int64))  # [layers, sum of tokens]
+    flat = {"values": position_ids[0]} if len(position_ids) == 1 else {"values": position_ids, "jagged_dim": 2}
+    row_data = TensorDict(
         {
-            "input_ids": torch.nested.nested_tensor_from_jagged(tokens, offsets),
-            "position_ids": torch.nested.nested_tensor_from_jagged(offsets=offsets, **flat),
-            "loss_mask": torch.ones(len(sequences), 1, dtype=torch.int64),  # verl sums it for losses, of which none
+            "input_ids": torch.nested.nested_tensor_from_jagged(token_ids, row_offsets),
+            "position_ids": torch.nested.nested_tensor_from_jagged(offsets=row_offsets, **flat),
+            "loss_mask": torch.ones(len(token_rows), 1, dtype=torch.int64),  # verl sums it for losses, of which none
         },
-        batch_size=[len(sequences)],
+        batch_size=[len(token_rows)],
     )
     if extras:
-        tu.assign_non_tensor_stack(data, "multi_modal_inputs", [one.multi_modal_inputs for one in extras])
-    return data
+        tu.assign_non_tensor_stack(
+            row_data, "multi_modal_inputs", [row_extra.multi_modal_inputs for row_extra in extras]
+        )
+    return row_data
 
 
-def _rope_kinds(config: PretrainedConfig) -> set[str]:
+def _rope_kinds(model_config: PretrainedConfig) -> set[str]:
     """All that a configuration names, for the model or for each kind of layers, in today's form or the older one."""
-    found = set()
-    for name in ("rope_parameters", "rope_scaling"):
-        settings = getattr(config, name, None) or {}
-        for one in (settings, *(value for value in settings.values() if isinstance(value, dict))):
-            found |= {one[key] for key in ("rope_type", "type") if one.get(key)}
-    return found
+    rope_kinds = set()
+    for setting_name in ("rope_parameters", "rope_scaling"):
+        rope_settings = getattr(model_config, setting_name, None) or {}
+        for part_settings in (rope_settings, *(value for value in rope_settings.values() if isinstance(value, dict))):
+            rope_kinds |= {part_settings[kind_key] for kind_key in ("rope_type", "type") if part_settings.get(kind_key)}
+    return rope_kinds
 
 
 def plain_model(module: torch.nn.Module) -> torch.nn.Module:

@@ -75,8 +75,8 @@ def patch_llm_server_manager(upstream: Callable[..., None]) -> Callable[..., Non
         if OmegaConf.select(config, "darts.placement") == "disaggregated":
             worker_group = rollout_resource_pool = None
             by_node = ray._private.state.available_resources_per_node().values()  # as verl's ResourcePoolManager does
-            free = [Node(resources.get(get_resource_name(), 0), resources.get("CPU", 0)) for resources in by_node]
-            check_room_for_servers(config, free)
+            free_nodes = [Node(resources.get(get_resource_name(), 0), resources.get("CPU", 0)) for resources in by_node]
+            check_room_for_servers(config, free_nodes)
         upstream(self, config, worker_group, rollout_resource_pool, *args, **kwargs)
 
     return __init__
@@ -102,8 +102,8 @@ def patch_forward_without_images(upstream: Callable[..., Any]) -> Callable[..., 
     from verl.utils.transformers_compat import unpack_visual_output
 
     def _get_input_embeds(model: Any, *args: Any, **kwargs: Any) -> Any:
-        def visual(*inputs: Any, **settings: Any) -> Any:
-            return unpack_visual_output(model.visual(*inputs, **settings))[0]
+        def visual(*visual_inputs: Any, **visual_settings: Any) -> Any:
+            return unpack_visual_output(model.visual(*visual_inputs, **visual_settings))[0]
 
         visual.dtype = model.visual.dtype
         seen_model = SimpleNamespace(
@@ -131,10 +131,10 @@ def patch_server_adapter(upstream: Callable[..., Any]) -> Callable[..., Any]:
     from verl_patches.weights.watch import receiver
 
     async def _execute_method(self: Any, method: str, non_block: bool = False, **kwargs: Any) -> Any:
-        result = await upstream(self, method, non_block=non_block, **kwargs)
+        call_result = await upstream(self, method, non_block=non_block, **kwargs)
         if method == "update_weights_from_ipc":
-            receiver.set(result if non_block else None)
-        return result
+            receiver.set(call_result if non_block else None)
+        return call_result
 
     return _execute_method
 

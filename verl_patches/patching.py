@@ -31,15 +31,15 @@ def patch(
 
     With ``if_imported`` nothing is patched in a process that has not imported the module.
     """
-    module, path = symbol.split(":")
-    *owner_path, name = path.split(".")
+    module_name, attribute_path = symbol.split(":")
+    *owner_path, name = attribute_path.split(".")
 
     def decorate(make: Callable[[Callable], Callable]) -> Callable[[], bool]:
         @functools.wraps(make)
         def apply() -> bool:
-            if if_imported and module not in sys.modules:
+            if if_imported and module_name not in sys.modules:
                 return False
-            owner = functools.reduce(getattr, owner_path, importlib.import_module(module))
+            owner = functools.reduce(getattr, owner_path, importlib.import_module(module_name))
             return replace(owner, name, parameters, make)
 
         return apply

@@ -25,7 +25,7 @@ class PlacedActorWorker(ActorRolloutRefWorker):
     def __init__(self, config: DictConfig, role: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, role, *args, **kwargs)
         if config.rollout.checkpoint_engine.backend != "naive":
-            self.role = "_".join(part for part in role.split("_") if part != "rollout")
+            self.role = "_".join(role_part for role_part in role.split("_") if role_part != "rollout")
             self._is_rollout = False
 
 
@@ -34,8 +34,8 @@ def why_unavailable(backend: str) -> str | None:
     try:
         CheckpointEngineRegistry.get(backend)
     except ValueError:
-        module = f"{backend.split('_')[0]}_checkpoint_engine"
-        reason = CheckpointEngineRegistry._import_errors.get(module)
-        known = ", ".join(sorted(CheckpointEngineRegistry._registry))
-        return f"verl has no such checkpoint engine here (it has {known})" if reason is None else str(reason)
+        engine_module = f"{backend.split('_')[0]}_checkpoint_engine"
+        reason = CheckpointEngineRegistry._import_errors.get(engine_module)
+        known_backends = ", ".join(sorted(CheckpointEngineRegistry._registry))
+        return f"verl has no such checkpoint engine here (it has {known_backends})" if reason is None else str(reason)
     return None

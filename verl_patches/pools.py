@@ -30,17 +30,17 @@ def check_room_for_servers(config: DictConfig, free: Sequence[Node]) -> None:
     rollout = config.actor_rollout_ref.rollout
     part = min(server_size(rollout), rollout.n_gpus_per_node)
     count, sizes = rollout.nnodes * rollout.n_gpus_per_node // part, "parallel sizes of a server x number of servers"
-    require_parts([node.gpus for node in free], part, count, sizes, "are left on nodes")
-    with_cpus = [min(node.gpus, node.cpus // CPUS_PER_SERVING_GPU) for node in free]
+    require_parts([free_node.gpus for free_node in free], part, count, sizes, "are left on nodes")
+    with_cpus = [min(free_node.gpus, free_node.cpus // CPUS_PER_SERVING_GPU) for free_node in free]
     require_parts(with_cpus, part, count, sizes, f"with {CPUS_PER_SERVING_GPU} CPUs each are left on nodes")
 
 
-def require_parts(nodes: Sequence[float], size: int, count: int, sizes: str, state: str) -> None:
-    """`count` times `size` GPUs of one node each."""
-    if sum(int(gpus // size) for gpus in nodes) < count:
-        listed = ", ".join(f"{gpus:g}" for gpus in nodes)
+def require_parts(gpus_by_node: Sequence[float], part_size: int, num_parts: int, sizes: str, state: str) -> None:
+    """Checks that the nodes have `num_parts` times `part_size` GPUs, each of one node."""
+    if sum(int(node_gpus // part_size) for node_gpus in gpus_by_node) < num_parts:
+        listed_gpus = ", ".join(f"{node_gpus:g}" for node_gpus in gpus_by_node)
         raise ClusterTooSmall(
-            f"{count} times {size} GPUs of one node are asked for ({sizes}), but {listed} GPUs {state}. "
+            f"{num_parts} times {part_size} GPUs of one node are asked for ({sizes}), but {listed_gpus} GPUs {state}. "
             "Fix: choose sizes that fill whole nodes, or the same part of each."
         )
 

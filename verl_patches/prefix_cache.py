@@ -47,28 +47,28 @@ class Geometry:
         return self.layers * self.heads * (keys + values)
 
     @classmethod
-    def of(cls, cache: DynamicCache, layers: int, tokens: int) -> Geometry:
-        """Learnt from the cache of a batch without a geometry that the model has run, of `tokens` tokens a row.
+    def of(cls, cache: DynamicCache, num_layers: int, num_tokens: int) -> Geometry:
+        """The geometry learnt from the cache of a batch that the model has run without one, of `num_tokens` a row.
 
         Raises:
-            CannotContinue: the cache is not `layers` layers of equal keys and values of all tokens.
+            CannotContinue: the cache is not `num_layers` layers of equal keys and values of all tokens.
         """
-        if len(cache.layers) != layers:
-            raise CannotContinue(f"the model caches {len(cache.layers)} of its {layers} layers")
-        found = set()
-        for number, layer in enumerate(cache.layers):
-            if layer.get_seq_length() != tokens:
-                raise CannotContinue(f"layer {number} caches {layer.get_seq_length()} of {tokens} tokens")
+        if len(cache.layers) != num_layers:
+            raise CannotContinue(f"the model caches {len(cache.layers)} of its {num_layers} layers")
+        found_sizes = set()
+        for layer_number, layer in enumerate(cache.layers):
+            if layer.get_seq_length() != num_tokens:
+                raise CannotContinue(f"layer {layer_number} caches {layer.get_seq_length()} of {num_tokens} tokens")
             keys, values = layer.keys, layer.values  # [rows, heads, tokens, key_dim], [rows, heads, tokens, value_dim]
             if keys.ndim != 4 or keys.shape[:3] != values.shape[:3]:
-                raise CannotContinue(f"layer {number} caches keys {keys.shape} and values {values.shape}")
-            sizes = (keys.shape[1], keys.shape[3], values.shape[3])
-            found.add((*sizes, keys.dtype, values.dtype, keys.device))
-        if len(found) != 1:
-            raise CannotContinue(f"layers cache keys and values of different sizes: {sorted(map(str, found))}")
-        heads, key_dim, value_dim, key_dtype, value_dtype, device = found.pop()
+                raise CannotContinue(f"layer {layer_number} caches keys {keys.shape} and values {values.shape}")
+            layer_sizes = (keys.shape[1], keys.shape[3], values.shape[3])
+            found_sizes.add((*layer_sizes, keys.dtype, values.dtype, keys.device))
+        if len(found_sizes) != 1:
+            raise CannotContinue(f"layers cache keys and values of different sizes: {sorted(map(str, found_sizes))}")
+        heads, key_dim, value_dim, key_dtype, value_dtype, device = found_sizes.pop()
         return cls(
-            layers=layers, heads=heads, key_dim=key_dim, value_dim=value_dim,
+            layers=num_layers, heads=heads, key_dim=key_dim, value_dim=value_dim,
             key_dtype=key_dtype, value_dtype=value_dtype, device=device,
         )  # fmt: skip
 
@@ -85,7 +85,7 @@ class Prefix:
 
     @property
     def nbytes(self) -> int:
-        return sum(keys.nbytes + values.nbytes for keys, values in self._chunks)
+        return sum(chunk_keys.nbytes + chunk_values.nbytes for chunk_keys, chunk_values in self._chunks)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Takes keys and values, shaped as a chunk, of the next tokens; they must own their memory."""
@@ -96,17 +96,17 @@ class Prefix:
         """Merges chunks, so that there are about log2(tokens) of them and each token is copied as often at most."""
         chunks = self._chunks
         while len(chunks) > 1 and chunks[-2][0].shape[2] <= chunks[-1][0].shape[2]:
-            last, before = chunks.pop(), chunks.pop()
-            chunks.append((torch.cat((before[0], last[0]), dim=2), torch.cat((before[1], last[1]), dim=2)))
+            last_chunk, previous_chunk = chunks.pop(), chunks.pop()
+            chunks.append(tuple(torch.cat(pair, dim=2) for pair in zip(previous_chunk, last_chunk, strict=True)))
 
     def copy_to(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Fills keys [layers, heads, tokens, key_dim] and values [layers, heads, tokens, value_dim]."""
-        start = 0
+        chunk_start = 0
         for chunk_keys, chunk_values in self._chunks:
-            end = start + chunk_keys.shape[2]
-            keys[:, :, start:end] = chunk_keys
-            values[:, :, start:end] = chunk_values
-            start = end
+            chunk_end = chunk_start + chunk_keys.shape[2]
+            keys[:, :, chunk_start:chunk_end] = chunk_keys
+            values[:, :, chunk_start:chunk_end] = chunk_values
+            chunk_start = chunk_end
 
 
 class _FirstLayer(DynamicLayer):
@@ -115,7 +115,7 @@ class _FirstLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `DynamicLayer.update`, once."""
+        """Does what `DynamicLayer.update` does, once."""
         if self.is_initialized:
             raise CannotContinue("the model fills a layer of its cache twice")
         self.keys, self.values, self.is_initialized = key_states, value_states, True
@@ -125,24 +125,25 @@ class _FirstLayer(DynamicLayer):
 class _PaddedLayer(DynamicLayer):
     """A layer of the cache with room for the new tokens: `update` writes there instead of building a longer tensor."""
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, prefix: int) -> None:
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, prefix_tokens: int) -> None:
         super().__init__()
         self.keys, self.values = keys, values  # [rows, heads, P + n, key_dim], [rows, heads, P + n, value_dim]
         self.dtype, self.device = keys.dtype, keys.device
-        self.prefix = prefix
+        self.prefix = prefix_tokens
         self.filled = False
         self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `DynamicLayer.update`, once."""
-        for old, new in ((self.keys, key_states), (self.values, value_states)):
-            room = old[:, :, self.prefix :]
-            if self.filled or room.shape != new.shape or room.dtype != new.dtype:
+        """Does what `DynamicLayer.update` does, once."""
+        for cached_states, new_states in ((self.keys, key_states), (self.values, value_states)):
+            free_states = cached_states[:, :, self.prefix :]
+            if self.filled or free_states.shape != new_states.shape or free_states.dtype != new_states.dtype:
                 raise CannotContinue(
-                    f"the model caches {tuple(new.shape)} of {new.dtype}, there is room for {tuple(room.shape)} of "
-                    f"{room.dtype}{' and it was filled before' if self.filled else ''}"
+                    f"the model caches {tuple(new_states.shape)} of {new_states.dtype}, there is room for "
+                    f"{tuple(free_states.shape)} of {free_states.dtype}"
+                    f"{' and it was filled before' if self.filled else ''}"
                 )
         self.keys[:, :, self.prefix :] = key_states
         self.values[:, :, self.prefix :] = value_states
@@ -167,34 +168,36 @@ class PrefixBatch:
         device: torch.device | str | int,
     ) -> None:
         self.prefixes = prefixes
-        self.lengths = np.array([len(row) for row in inputs])  # [rows], n_b
+        self.lengths = np.array([len(tokens) for tokens in inputs])  # [rows], n_b
         self.prefix = max(prefix.tokens for prefix in prefixes)  # P
-        rows, new = len(inputs), int(self.lengths.max())  # n
-        before = np.array([prefix.tokens for prefix in prefixes])  # [rows], P_b
+        num_rows, num_new = len(inputs), int(self.lengths.max())  # n
+        tokens_before = np.array([prefix.tokens for prefix in prefixes])  # [rows], P_b
 
-        column = np.arange(new)[None]  # [1, n]
-        padded = np.zeros((rows, new), dtype=np.int64)
-        padded[column < self.lengths[:, None]] = np.concatenate(inputs)
-        position = before[:, None] + np.minimum(column, self.lengths[:, None] - 1)
-        column = np.arange(self.prefix + new)[None]  # [1, P + n]
-        seen = (column >= self.prefix - before[:, None]) & (column < self.prefix + self.lengths[:, None])
-        self.input_ids = torch.from_numpy(padded).to(device)  # [rows, n]
-        self.position_ids = torch.from_numpy(position.astype(np.int64)).to(device)  # [rows, n]
-        self.attention_mask = torch.from_numpy(seen.astype(np.int64)).to(device)  # [rows, P + n]
+        # 1. Tokens, positions and mask: a row's columns are its prefix, right-aligned, and its new tokens after it.
+        column = np.arange(num_new)[None]  # [1, n]
+        padded_ids = np.zeros((num_rows, num_new), dtype=np.int64)
+        padded_ids[column < self.lengths[:, None]] = np.concatenate(inputs)
+        position_numbers = tokens_before[:, None] + np.minimum(column, self.lengths[:, None] - 1)
+        column = np.arange(self.prefix + num_new)[None]  # [1, P + n]
+        seen_mask = (column >= self.prefix - tokens_before[:, None]) & (column < self.prefix + self.lengths[:, None])
+        self.input_ids = torch.from_numpy(padded_ids).to(device)  # [rows, n]
+        self.position_ids = torch.from_numpy(position_numbers.astype(np.int64)).to(device)  # [rows, n]
+        self.attention_mask = torch.from_numpy(seen_mask.astype(np.int64)).to(device)  # [rows, P + n]
         self.labels = torch.from_numpy(np.concatenate(labels).astype(np.int64)).to(device)  # [sum of n_b]
 
+        # 2. The cache: what the prefixes hold, and room for the new tokens.
         self.cache = DynamicCache()
         if geometry is None:
             if self.prefix:
                 raise ValueError("a prefix cannot be continued without the geometry of its model")
             self.cache.layer_class_to_replicate = _FirstLayer
             return
-        shape = (geometry.layers, rows, geometry.heads, self.prefix + new)
-        self._keys = torch.zeros(*shape, geometry.key_dim, dtype=geometry.key_dtype, device=geometry.device)
-        self._values = torch.zeros(*shape, geometry.value_dim, dtype=geometry.value_dtype, device=geometry.device)
-        for row, prefix in enumerate(prefixes):
-            where = slice(self.prefix - prefix.tokens, self.prefix)
-            prefix.copy_to(self._keys[:, row, :, where], self._values[:, row, :, where])
+        cache_shape = (geometry.layers, num_rows, geometry.heads, self.prefix + num_new)
+        self._keys = torch.zeros(*cache_shape, geometry.key_dim, dtype=geometry.key_dtype, device=geometry.device)
+        self._values = torch.zeros(*cache_shape, geometry.value_dim, dtype=geometry.value_dtype, device=geometry.device)
+        for row_number, prefix in enumerate(prefixes):
+            prefix_columns = slice(self.prefix - prefix.tokens, self.prefix)
+            prefix.copy_to(self._keys[:, row_number, :, prefix_columns], self._values[:, row_number, :, prefix_columns])
         self.cache.layers = [
             _PaddedLayer(keys, values, self.prefix) for keys, values in zip(self._keys, self._values, strict=True)
         ]
@@ -202,13 +205,13 @@ class PrefixBatch:
 
     @property
     def nbytes(self) -> int:
-        """Of the padded keys and values."""
+        """The bytes of the padded keys and values."""
         return self._keys.nbytes + self._values.nbytes
 
     def split(self, values: torch.Tensor | np.ndarray) -> list[Any]:
         """What belongs to each row of `[..., sum of n_b]`."""
-        ends = np.cumsum(self.lengths)
-        return [values[..., end - length : end] for end, length in zip(ends, self.lengths, strict=True)]
+        row_ends = np.cumsum(self.lengths)
+        return [values[..., row_end - length : row_end] for row_end, length in zip(row_ends, self.lengths, strict=True)]
 
     def keep(self, rows: Sequence[int]) -> None:
         """Appends the new keys and values to the prefixes of these rows.
@@ -216,14 +219,15 @@ class PrefixBatch:
         Raises:
             CannotContinue: the model has left a layer out.
         """
-        missing = [number for number, layer in enumerate(self.cache.layers) if not layer.filled]
-        if missing:
-            raise CannotContinue(f"the model has cached nothing in the layers {missing}")
-        for row in rows:
-            where = slice(self.prefix, self.prefix + int(self.lengths[row]))
-            keys, values = self._keys[:, row, :, where], self._values[:, row, :, where]
-            own = torch.contiguous_format
-            self.prefixes[row].append(keys.clone(memory_format=own), values.clone(memory_format=own))
+        missing_layers = [layer_number for layer_number, layer in enumerate(self.cache.layers) if not layer.filled]
+        if missing_layers:
+            raise CannotContinue(f"the model has cached nothing in the layers {missing_layers}")
+        for row_number in rows:
+            new_columns = slice(self.prefix, self.prefix + int(self.lengths[row_number]))
+            new_states = (states[:, row_number, :, new_columns] for states in (self._keys, self._values))
+            self.prefixes[row_number].append(
+                *(part.clone(memory_format=torch.contiguous_format) for part in new_states)
+            )
 
     def release(self) -> None:
         """Gives the padded keys and values back."""

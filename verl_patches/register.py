@@ -50,14 +50,14 @@ def _apply() -> tuple[str, ...]:
     """Every registration of the project, in order; returns their names."""
     from verl_patches.device import is_cpu_only
 
-    applied: tuple[str, ...] = ()
+    applied_names: tuple[str, ...] = ()
     if is_cpu_only():
         from verl_patches import cpu_platform
 
-        applied += cpu_platform.activate()
+        applied_names += cpu_platform.activate()
     # The streaming vLLM server imports vLLM: darts.training.trainer registers it in the process that starts the
     # servers.
-    return applied
+    return applied_names
 
 
 def plugin_state() -> PluginState:
@@ -67,21 +67,21 @@ def plugin_state() -> PluginState:
 
 def assert_active() -> PluginState:
     """Raise ``PluginNotActive`` if registration failed here or if verl would not load the plugin in other processes."""
-    state = register()
-    if state.error is not None:
-        raise PluginNotActive(f"verl_patches failed to register: {state.error!r}") from state.error
+    plugin_result = register()
+    if plugin_result.error is not None:
+        raise PluginNotActive(f"verl_patches failed to register: {plugin_result.error!r}") from plugin_result.error
     if __name__ in os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(","):
-        return state
-    names = {point.name for point in entry_points(group=GROUP) if point.value.split(":")[0] == __name__}
-    if not names:
+        return plugin_result
+    plugin_names = {point.name for point in entry_points(group=GROUP) if point.value.split(":")[0] == __name__}
+    if not plugin_names:
         raise PluginNotActive(
             f"no entry point {GROUP!r} names {__name__}: verl's workers would run without it. "
             f"Install the project (uv pip install -e .)."
         )
     policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto").strip().lower()
-    if policy != "auto" and not names & {name.strip() for name in policy.split(",")}:
-        raise PluginNotActive(f"VERL_USE_EXTERNAL_PLUGINS={policy!r} switches the plugin {sorted(names)} off")
-    return state
+    if policy != "auto" and not plugin_names & {plugin_name.strip() for plugin_name in policy.split(",")}:
+        raise PluginNotActive(f"VERL_USE_EXTERNAL_PLUGINS={policy!r} switches the plugin {sorted(plugin_names)} off")
+    return plugin_result
 
 
 register()

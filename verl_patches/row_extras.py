@@ -25,15 +25,15 @@ FETCH_S = 60.0
 def fetch_extras(rows: Sequence[Row]) -> tuple[str | None, list[Extras | None]]:
     """Extras of the rows, as values, or why there are none."""
     try:
-        fetched = iter(fetch([row.extras for row in rows if row.extras is not None]))
+        fetched_extras = iter(fetch([row.extras for row in rows if row.extras is not None]))
     except ray.exceptions.RayError as error:
         return f"the extras of a row are gone: {error!r}", []
-    extras = [None if row.extras is None else next(fetched) for row in rows]
-    layers = {len(extra.position_ids) for extra in extras if extra is not None}
-    for row, extra in zip(rows, extras, strict=True):
-        if extra is not None and (len(layers) > 1 or extra.position_ids.shape[1:] != row.token_ids.shape):
-            shape = extra.position_ids.shape
-            return f"{row.key}: positions {shape} of {len(row.token_ids)} tokens, layers {layers}", []
+    extras = [None if row.extras is None else next(fetched_extras) for row in rows]
+    layer_counts = {len(row_extra.position_ids) for row_extra in extras if row_extra is not None}
+    for row, row_extra in zip(rows, extras, strict=True):
+        if row_extra is not None and (len(layer_counts) > 1 or row_extra.position_ids.shape[1:] != row.token_ids.shape):
+            position_shape = row_extra.position_ids.shape
+            return f"{row.key}: positions {position_shape} of {len(row.token_ids)} tokens, layers {layer_counts}", []
     return None, extras
 
 
@@ -43,19 +43,19 @@ def fetch(extras: Sequence[Extras]) -> list[Extras]:
     Raises:
         ray.exceptions.RayError: a value is gone, as with the worker that owned it, or does not come within `FETCH_S`.
     """
-    fields = [field for extra in extras for field in (extra.position_ids, extra.multi_modal_inputs)]
-    references = list({field for field in fields if isinstance(field, ray.ObjectRef)})
+    extra_fields = [field for row_extra in extras for field in (row_extra.position_ids, row_extra.multi_modal_inputs)]
+    references = list({field for field in extra_fields if isinstance(field, ray.ObjectRef)})
     values = dict(zip(references, ray.get(references, timeout=FETCH_S), strict=True)) if references else {}
-    found = [values[field] if isinstance(field, ray.ObjectRef) else field for field in fields]
+    field_values = [values[field] if isinstance(field, ray.ObjectRef) else field for field in extra_fields]
     return [
-        Extras(position_ids=positions, multi_modal_inputs=inputs)
-        for positions, inputs in zip(found[::2], found[1::2], strict=True)
+        Extras(position_ids=position_ids, multi_modal_inputs=image_inputs)
+        for position_ids, image_inputs in zip(field_values[::2], field_values[1::2], strict=True)
     ]
 
 
 def layers_of(extras: Sequence[Extras | None]) -> int:
     """The layers of positions that a rank's rows have; 0: no row has extras."""
-    return max((len(extra.position_ids) for extra in extras if extra is not None), default=0)
+    return max((len(row_extra.position_ids) for row_extra in extras if row_extra is not None), default=0)
 
 
 def text_extras(num_tokens: int, layers: int = 1) -> Extras:
@@ -67,5 +67,5 @@ def completed(sequences: Sequence[np.ndarray], extras: Sequence[Extras | None], 
     """Extras of all sequences, of which the first have these; none at all without layers."""
     if not layers:
         return []
-    padded = [*extras, *[None] * (len(sequences) - len(extras))]
-    return [extra or text_extras(len(tokens), layers) for tokens, extra in zip(sequences, padded, strict=True)]
+    padded_extras = [*extras, *[None] * (len(sequences) - len(extras))]
+    return [extra or text_extras(len(tokens), layers) for tokens, extra in zip(sequences, padded_extras, strict=True)]

@@ -76,10 +76,12 @@ class _Stream:
     def add(self, output: RequestOutput) -> None:
         """Takes the new tokens of an output; a finished one then has all tokens."""
         for part in output.outputs:
-            new = part.token_ids if self.delta else part.token_ids[len(self.token_ids) :]
-            self.token_ids.extend(new)
-            if new and part.logprobs is not None:
-                self.logprobs.extend(part.logprobs[-len(new) :])  # of no new tokens vLLM gives the log-probs of all
+            new_tokens = part.token_ids if self.delta else part.token_ids[len(self.token_ids) :]
+            self.token_ids.extend(new_tokens)
+            if new_tokens and part.logprobs is not None:
+                self.logprobs.extend(
+                    part.logprobs[-len(new_tokens) :]
+                )  # of no new tokens vLLM gives the log-probs of all
             if output.finished:
                 part.token_ids = self.token_ids
                 part.logprobs = self.logprobs if part.logprobs is not None else None
@@ -88,8 +90,8 @@ class _Stream:
             self._send()
 
     def _send(self) -> None:
-        new = self.token_ids[self.sent :]
-        self.outbox.chunks.append(Chunk(self.request_id, self.sent, new, time.time(), len(self.streams)))
+        new_tokens = self.token_ids[self.sent :]
+        self.outbox.chunks.append(Chunk(self.request_id, self.sent, new_tokens, time.time(), len(self.streams)))
         self.outbox.filled.set()
         self.sent = len(self.token_ids)
 
@@ -108,7 +110,7 @@ class _StreamingEngine:
         return getattr(self._engine, name)
 
     def generate(self, **request: Any) -> AsyncIterator[RequestOutput]:
-        """As `AsyncLLM.generate`."""
+        """Generates as `AsyncLLM` does."""
         stream = _stream.get()
         return self._engine.generate(**request) if stream is None else self._streamed(stream, **request)
 
@@ -152,7 +154,7 @@ class StreamingServer(vLLMHttpServer):
     async def generate_streamed(
         self, *, client: str, chunk_tokens: int, request_id: str, **request: Any
     ) -> TokenOutput:
-        """As `generate`; chunks of `chunk_tokens` tokens wait for `take_chunks(client)` meanwhile.
+        """Generates as `generate` does; chunks of `chunk_tokens` tokens wait for `take_chunks(client)` meanwhile.
 
         Raises:
             ValueError: a request of this id runs already.
@@ -161,8 +163,8 @@ class StreamingServer(vLLMHttpServer):
             raise ValueError(f"request_id={request_id!r} runs already; each request needs an id of its own.")
         outbox = self._outboxes.setdefault(client, _Outbox())
         # vLLM loses `routed_experts` where it merges two outputs of kind DELTA.
-        delta = not self.config.enable_rollout_routing_replay
-        stream = self._streams[request_id] = _Stream(request_id, chunk_tokens, outbox, self._streams, delta)
+        wants_delta = not self.config.enable_rollout_routing_replay
+        stream = self._streams[request_id] = _Stream(request_id, chunk_tokens, outbox, self._streams, wants_delta)
         outbox.streams += 1
         _stream.set(stream)
         try:
@@ -192,18 +194,18 @@ class StreamingServer(vLLMHttpServer):
 
     async def abort_streams(self, request_ids: list[str]) -> list[str]:
         """Stops streamed requests. Returns the ids of those that ran."""
-        running = [request_id for request_id in request_ids if request_id in self._streams]
-        for request_id in running:
+        running_ids = [request_id for request_id in request_ids if request_id in self._streams]
+        for request_id in running_ids:
             self._streams[request_id].aborted = True
-        left = running
-        for wait in ABORT_WAITS_S:
-            await asyncio.sleep(wait)
-            left = [request_id for request_id in left if request_id in self._streams]
-            if not left:
-                return running
-            await self.engine.abort(left)
-        logger.warning("aborted requests still run: %s", left)
-        return running
+        still_running = running_ids
+        for pause_s in ABORT_WAITS_S:
+            await asyncio.sleep(pause_s)
+            still_running = [request_id for request_id in still_running if request_id in self._streams]
+            if not still_running:
+                return running_ids
+            await self.engine.abort(still_running)
+        logger.warning("aborted requests still run: %s", still_running)
+        return running_ids
 
     def _release(self, client: str, outbox: _Outbox) -> None:
         """Wakes a waiting call when nothing will come any more, and forgets a client that has left."""

@@ -31,7 +31,7 @@ from darts.bench.harness import add_options, exit_code, machine, make_parser
 from darts.bench.launch import run_trainer
 from darts.bench.plan import CONFIG, RECORDS, STATES, BenchPlan
 from darts.bench.records import Record, Records
-from darts.bench.report import BASE, document, text
+from darts.bench.report import document, text
 from darts.bench.states import POSITION
 from darts.bench.statistics import BenchResults
 from darts.config import ConfigError
@@ -136,7 +136,7 @@ def report(options: argparse.Namespace) -> str:
         target=options.target,
     )
     documents.save(options.out / DOCUMENT, bench_document)
-    tables = text(results, BASE, options.target)
+    tables = text(results, options.target)
     (options.out / TABLE).write_text(tables + "\n")
     write(results, options.out)
     return tables

@@ -33,10 +33,10 @@ MOST_BANDS = 8
 """Arms; with more there are no bands."""
 
 
-def write(bench_results: BenchResults, bench_folder: Path, base_arm: str = BASE) -> list[Drawn]:
+def write(bench_results: BenchResults, bench_folder: Path) -> list[Drawn]:
     """Draws into the folder, as `seconds.png` and so on; returns what was drawn."""
     bench_folder.mkdir(parents=True, exist_ok=True)
-    drawn_figures = draw_all(FIGURES, bench_results, base_arm)
+    drawn_figures = draw_all(FIGURES, bench_results)
     for bench_figure in drawn_figures:
         if bench_figure.png is not None:
             (bench_folder / f"{bench_figure.name}.png").write_bytes(bench_figure.png)
@@ -88,7 +88,7 @@ def _legend(bench_figure: Figure, panel_axes: Axes) -> None:
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
-def _seconds(bench_results: BenchResults, base_arm: str) -> tuple[Figure, str]:
+def _seconds(bench_results: BenchResults) -> tuple[Figure, str]:
     panel_titles = {"Step": "step_s", "Of which rollout": "rollout_s"}
     bench_figure, all_axes = _panels(bench_results, list(panel_titles))
     for panel_axes, (panel_title, field_name) in zip(all_axes, panel_titles.items(), strict=True):
@@ -98,12 +98,12 @@ def _seconds(bench_results: BenchResults, base_arm: str) -> tuple[Figure, str]:
         panel_axes.set_ylim(bottom=0)
     _legend(bench_figure, all_axes[0])
     return bench_figure, (
-        f"An arm wins where its line is below that of {base_arm}, and shapes lengths where it falls. Running means "
+        f"An arm wins where its line is below that of {BASE}, and shapes lengths where it falls. Running means "
         f"over {SMOOTH} steps of the mean over seeds; bands: lowest to highest seed."
     )
 
 
-def _accuracy(results: BenchResults, base: str) -> tuple[Figure, str]:
+def _accuracy(results: BenchResults) -> tuple[Figure, str]:
     if not any(results.validations(arm) for arm in results.arms):
         raise Missing("no validation has been measured.")
     bench_figure, (left, right) = _panels(results, ["steps", "time"], sharey=True)
@@ -112,7 +112,7 @@ def _accuracy(results: BenchResults, base: str) -> tuple[Figure, str]:
         steps = results.by_seed(arm, "accuracy")[0].astype(int).tolist()
         training_seconds = [[results.seconds_at(arm, seed, step) for seed in results.seeds] for step in steps]
         _line(right, results, arm, "accuracy", smooth=False, x=known_mean(np.array(training_seconds)))
-    goal_accuracy = results.target(base)
+    goal_accuracy = results.target(BASE)
     if math.isfinite(goal_accuracy):
         for axes in (left, right):
             axes.axhline(goal_accuracy, color=GREY, linewidth=1, linestyle=":")
@@ -120,37 +120,37 @@ def _accuracy(results: BenchResults, base: str) -> tuple[Figure, str]:
     dress(right, "Against time", "", x="seconds of training (steps alone, mean over seeds)")
     _legend(bench_figure, left)
     return bench_figure, (
-        f"Left, an arm learns as much from a step as {base} where the lines agree; right, it gets there earlier where "
-        f"its line is further left. Dotted: {base} over the last third. Bands: lowest to highest seed."
+        f"Left, an arm learns as much from a step as {BASE} where the lines agree; right, it gets there earlier where "
+        f"its line is further left. Dotted: {BASE} over the last third. Bands: lowest to highest seed."
     )
 
 
-def _tradeoff(results: BenchResults, base: str) -> tuple[Figure, str]:
-    arms = [arm for arm in results.arms if arm != base and results.steps(arm) and results.validations(arm)]
-    if not (arms and results.steps(base) and results.validations(base)):
-        raise Missing(f"needs steps and validations of {base} and of another arm.")
+def _tradeoff(results: BenchResults) -> tuple[Figure, str]:
+    arms = [arm for arm in results.arms if arm != BASE and results.steps(arm) and results.validations(arm)]
+    if not (arms and results.steps(BASE) and results.validations(BASE)):
+        raise Missing(f"needs steps and validations of {BASE} and of another arm.")
     bench_figure = Figure(figsize=(11, 5.5))
     axes = bench_figure.subplots()
     axes.axhline(0, color=GREY, linewidth=1, linestyle=":")
     axes.axvline(1, color=GREY, linewidth=1, linestyle=":")
     for arm in arms:
         arm_number = results.arms.index(arm)
-        speed = results.speed_up(arm, base, last=True).overall
-        accuracy_gain = results.accuracy_gain(arm, base, last=True).overall
+        speed = results.speed_up(arm, BASE, last=True).overall
+        accuracy_gain = results.accuracy_gain(arm, BASE, last=True).overall
         arm_color, arm_marker = COLORS[arm_number % len(COLORS)], MARKERS[arm_number % 5]
         axes.plot([speed.low, speed.high], [accuracy_gain.value] * 2, color=arm_color, linewidth=1, alpha=0.5)
         axes.plot([speed.value] * 2, [accuracy_gain.low, accuracy_gain.high], color=arm_color, linewidth=1, alpha=0.5)
         axes.plot(speed.value, accuracy_gain.value, marker=arm_marker, color=arm_color, linestyle="", markersize=8)
         axes.annotate(arm, (speed.value, accuracy_gain.value), xytext=(7, 5), textcoords="offset points", fontsize=10)
     axes.margins(x=0.12)
-    dress(axes, "What a strategy wins and costs", f"accuracy minus that of {base}", x=f"times as fast as {base}")
+    dress(axes, "What a strategy wins and costs", f"accuracy minus that of {BASE}", x=f"times as fast as {BASE}")
     return bench_figure, (
-        f"Over the last third; {base} is where the dotted lines cross, better is up and right. Lines: 95 % intervals, "
+        f"Over the last third; {BASE} is where the dotted lines cross, better is up and right. Lines: 95 % intervals, "
         "which an arm needs to have above the dotted line to be called better."
     )
 
 
-def _lengths(results: BenchResults, base: str) -> tuple[Figure, str]:
+def _lengths(results: BenchResults) -> tuple[Figure, str]:
     panels = {"kept_mean": "Mean of the kept", "pool_p99": "99th percentile of all candidates"}
     if any(one.mean_length is not None for arm in results.arms for one in results.validations(arm)):
         panels["mean_length"] = "Mean in validation"
@@ -166,7 +166,7 @@ def _lengths(results: BenchResults, base: str) -> tuple[Figure, str]:
     )
 
 
-def _phases(results: BenchResults, base: str) -> tuple[Figure, str]:
+def _phases(results: BenchResults) -> tuple[Figure, str]:
     arms = [arm for arm in results.arms if results.steps(arm)]
     if not arms:
         raise Missing("no step has been measured.")
@@ -177,21 +177,21 @@ def _phases(results: BenchResults, base: str) -> tuple[Figure, str]:
         means = np.array([max(results.mean(arm, key), 0.0) for arm in arms])
         axes.barh(arms, means, left=floor, color=color, label=label, height=0.72)
         floor += means
-    speeds = {arm: results.speed_up(arm, base).overall.value for arm in arms}
+    speeds = {arm: results.speed_up(arm, BASE).overall.value for arm in arms}
     for place, arm in enumerate(arms):
-        said = f"{floor[place]:.2f} s" + (f", {speeds[arm]:.2f}x" if math.isfinite(speeds[arm]) and arm != base else "")
+        said = f"{floor[place]:.2f} s" + (f", {speeds[arm]:.2f}x" if math.isfinite(speeds[arm]) and arm != BASE else "")
         axes.text(floor[place], place, f" {said}", va="center", fontsize=10)
     axes.invert_yaxis()
     axes.grid(False, axis="y")
     axes.set_xlim(0, 1.16 * floor.max())
     dress(axes, "Where a step's time goes", "", x="seconds, mean over steps and seeds", legend=len(PHASES))
     return figure, (
-        f"The factor is how many times faster than {base} an arm is, over the steps of both. Log-probs that are "
+        f"The factor is how many times faster than {BASE} an arm is, over the steps of both. Log-probs that are "
         "computed during generation are not in the bar of the old log-probs, but may lengthen the rollout."
     )
 
 
-FIGURES: dict[str, tuple[str, Callable[[BenchResults, str], tuple[Figure, str]]]] = {
+FIGURES: dict[str, tuple[str, Callable[[BenchResults], tuple[Figure, str]]]] = {
     "seconds": ("Seconds a step", _seconds),
     "accuracy": ("Accuracy", _accuracy),
     "tradeoff": ("Speed and accuracy", _tradeoff),

@@ -85,10 +85,13 @@ class Bench:
             if options.out is not None:
                 documents.save(options.out, document)
 
+        began = time.monotonic()
         records = self.measure(options, save)
         made = self.checks(records)
-        save(records=records, checks=[str(check) for check in made])
-        logger.info("\n\n".join(["", self.tables(records), *map(str, made), ""]))
+        lines = [str(check) for check in made]
+        save(records=records, checks=lines)
+        logger.info("\n\n" + self.tables(records) + "\n\n" + "\n".join([*lines, ""]))
+        say(f"done in {time.monotonic() - began:.0f} s")
         return 0 if all(check.passed for check in made) else 1
 
 

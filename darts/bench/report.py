@@ -6,7 +6,6 @@ records.
 """
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,22 +25,22 @@ BASE = "none"
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def time_table(results: BenchResults, base: str = BASE) -> str:
+def time_table(results: BenchResults) -> str:
     """Seconds of a step, of its phases, and how many times faster than the base."""
     table_rows = []
     for arm in results.arms:
-        speed_ups = [_speed_up(results, arm, base, last) for last in (False, True)]
+        speed_ups = [_speed_up(results, arm, last) for last in (False, True)]
         phase_names = ("rollout_s", "old_log_prob_s", "update_s", "weights_s", "other_s")
         table_rows.append([
             arm, len(results.steps(arm)), number(results.median(arm, "step_s")), number(results.mean(arm, "step_s")),
             speed_ups[0], number(results.median(arm, "step_s", last=True)),
             number(results.mean(arm, "step_s", last=True)), speed_ups[1],
-            _by_seed(results.speed_up(arm, base, last=True)) if arm != base else "-",
+            _by_seed(results.speed_up(arm, BASE, last=True)) if arm != BASE else "-",
             *(number(results.mean(arm, phase_name)) for phase_name in phase_names),
         ])  # fmt: skip
     column_titles = [
-        "arm", "steps", "s a step, median", "mean", f"speed-up over {base}", "last third: median", "mean",
-        f"speed-up over {base}", "by seed", "rollout s", "old log-probs s", "update s", "weights s", "other s",
+        "arm", "steps", "s a step, median", "mean", f"speed-up over {BASE}", "last third: median", "mean",
+        f"speed-up over {BASE}", "by seed", "rollout s", "old log-probs s", "update s", "weights s", "other s",
     ]  # fmt: skip
     return table(column_titles, table_rows)
 
@@ -66,18 +65,17 @@ def work_table(results: BenchResults) -> str:
     return table(columns, rows)
 
 
-def learning_table(results: BenchResults, base: str = BASE, target: float | None = None) -> str:
+def learning_table(results: BenchResults, target: float | None = None) -> str:
     """What was learnt: accuracy, lengths, and seconds of training to an accuracy.
 
     Args:
         results: of the bench.
-        base: what accuracies are compared with.
         target: an accuracy; None: `BenchResults.target`.
     """
-    goal = results.target(base) if target is None else target
+    goal = results.target(BASE) if target is None else target
     rows = []
     for arm in results.arms:
-        gains = ["-" if arm == base else format(results.accuracy_gain(arm, base, last), "+.3f") for last in (0, 1)]
+        gains = ["-" if arm == BASE else format(results.accuracy_gain(arm, BASE, last), "+.3f") for last in (0, 1)]
         lengths = known_mean(results.by_seed(arm, "mean_length")[1].T)
         rows.append([
             arm, number(results.accuracy(arm), ".3f"), gains[0], number(results.accuracy(arm, last=True), ".3f"),
@@ -86,13 +84,13 @@ def learning_table(results: BenchResults, base: str = BASE, target: float | None
             number(lengths[-1] if len(lengths) else math.nan, ".1f"), _reached(results, arm, goal),
         ])  # fmt: skip
     columns = [
-        "arm", "accuracy, end", f"minus {base}", "accuracy, last third", f"minus {base}", "kept length, last third",
+        "arm", "accuracy, end", f"minus {BASE}", "accuracy, last third", f"minus {BASE}", "kept length, last third",
         "pool p99", "length in validation, end", f"training to {number(goal, '.3f')}",
     ]  # fmt: skip
     return table(columns, rows)
 
 
-def notes(results: BenchResults, base: str = BASE, target: float | None = None) -> list[str]:
+def notes(results: BenchResults, target: float | None = None) -> list[str]:
     """What has to be known to read the tables."""
     seeds = len(results.seeds)
     meaning = {
@@ -106,7 +104,7 @@ def notes(results: BenchResults, base: str = BASE, target: float | None = None) 
     )
     said = [
         meaning,
-        f"Last third: steps {results.last_from} to {results.num_steps}. Speed-up: total seconds of {base} over total "
+        f"Last third: steps {results.last_from} to {results.num_steps}. Speed-up: total seconds of {BASE} over total "
         "seconds of the arm, over the same seeds and steps; steps are without validation and without the arms' swap.",
         "Bubble ratio: idle slot-steps over slots x decoding steps, with min(max_num_seqs, candidates) slots on each "
         "engine (darts.bench.slots).",
@@ -125,7 +123,7 @@ def notes(results: BenchResults, base: str = BASE, target: float | None = None) 
             "tokens: weights that are not an arm's own would show here."
         )
     if target is None:
-        said.append(f"Time to an accuracy: to that of {base} over the last third, at the first validation that has it.")
+        said.append(f"Time to an accuracy: to that of {BASE} over the last third, at the first validation that has it.")
     else:
         said.append("Time to an accuracy: at the first validation that has it.")
     pairs = {arm: {(step.seed, step.step) for step in results.steps(arm)} for arm in results.arms}
@@ -136,10 +134,10 @@ def notes(results: BenchResults, base: str = BASE, target: float | None = None) 
     return said
 
 
-def text(results: BenchResults, base: str = BASE, target: float | None = None) -> str:
+def text(results: BenchResults, target: float | None = None) -> str:
     """All tables with their notes."""
-    made_tables = [time_table(results, base), work_table(results), learning_table(results, base, target)]
-    return "\n\n".join([*made_tables, "\n".join(f"- {note_line}" for note_line in notes(results, base, target))])
+    made_tables = [time_table(results), work_table(results), learning_table(results, target)]
+    return "\n\n".join([*made_tables, "\n".join(f"- {note_line}" for note_line in notes(results, target))])
 
 
 def _at_end(bench_results: BenchResults, arm_name: str) -> str:
@@ -148,10 +146,10 @@ def _at_end(bench_results: BenchResults, arm_name: str) -> str:
     return ", ".join(map(str, queues.values())) or "-"
 
 
-def _speed_up(bench_results: BenchResults, arm_name: str, base_arm: str, last_third: bool) -> str:
-    if arm_name == base_arm:
+def _speed_up(bench_results: BenchResults, arm_name: str, last_third: bool) -> str:
+    if arm_name == BASE:
         return "1" if bench_results.steps(arm_name) else "-"
-    return format(bench_results.speed_up(arm_name, base_arm, last_third), ".2f")
+    return format(bench_results.speed_up(arm_name, BASE, last_third), ".2f")
 
 
 def _by_seed(comparison: ArmComparison) -> str:
@@ -165,9 +163,9 @@ def _reached(bench_results: BenchResults, arm_name: str, goal_accuracy: float) -
 # --- the document ----------------------------------------------------------------------------------------------------
 
 
-def summary(results: BenchResults, base: str = BASE, target: float | None = None) -> dict[str, dict[str, Any]]:
+def summary(results: BenchResults, target: float | None = None) -> dict[str, dict[str, Any]]:
     """The tables' figures, by arm; null where there is none."""
-    goal_accuracy = results.target(base) if target is None else target
+    goal_accuracy = results.target(BASE) if target is None else target
     total_keys = ("tokens_generated", "tokens_kept", "tokens_dropped")
     arm_figures = {}
     for arm in results.arms:
@@ -178,11 +176,11 @@ def summary(results: BenchResults, base: str = BASE, target: float | None = None
             for last_third in (False, True)
         }
         for third_suffix, last_third in (("", False), ("_last_third", True)):
-            summary_figures[f"speed_up{third_suffix}"] = results.speed_up(arm, base, last_third)
+            summary_figures[f"speed_up{third_suffix}"] = results.speed_up(arm, BASE, last_third)
             summary_figures[f"accuracy{third_suffix}"] = results.accuracy(arm, last_third)
-            summary_figures[f"accuracy_gain{third_suffix}"] = results.accuracy_gain(arm, base, last_third)
+            summary_figures[f"accuracy_gain{third_suffix}"] = results.accuracy_gain(arm, BASE, last_third)
         summary_figures |= {
-            "rollout_speed_up": results.ratio(arm, base, "rollout_s"),
+            "rollout_speed_up": results.ratio(arm, BASE, "rollout_s"),
             "useful_tokens_per_s": results.useful_per_s(arm),
             "bubble_ratio": results.bubble_ratio(arm),
             "kept_length_last_third": results.mean(arm, "kept_mean", last=True),
@@ -197,41 +195,26 @@ def summary(results: BenchResults, base: str = BASE, target: float | None = None
     return arm_figures
 
 
-def document(
-    results: BenchResults,
-    *,
-    arms: Sequence[Mapping[str, Any]],
-    settings: Mapping[str, Any],
-    config: Mapping[str, Any],
-    machine: Mapping[str, Any],
-    base: str = BASE,
-    target: float | None = None,
-) -> dict[str, Any]:
+def document(results: BenchResults, target: float | None = None, **facts: Any) -> dict[str, Any]:
     """What a bench leaves behind, for JSON.
 
     Args:
         results: so far.
-        arms: what each of them is (`Arm.to_dict`).
-        settings: of the command.
-        config: the resolved Hydra configuration, the arms' changes aside.
-        machine: `darts.bench.rollouts.machine`, taken before anything was measured.
-        base: what the others are compared with.
-        target: as `learning_table`.
+        target: an accuracy, for `learning_table`.
+        facts: what the figures belong to: arms, the command's settings, the resolved Hydra configuration, and the
+            machine, which is looked at before anything is measured.
     """
     return {
         "format": FORMAT,
         "version": VERSION,
-        "settings": dict(settings),
-        "machine": dict(machine),
-        "arms": [dict(arm) for arm in arms],
-        "base": base,
-        "target": _plain(results.target(base) if target is None else target),
+        **facts,
+        "base": BASE,
+        "target": _plain(results.target(BASE) if target is None else target),
         "target_is_given": target is not None,
         "planned_steps": results.num_steps,
-        "summary": summary(results, base, target),
+        "summary": summary(results, target),
         "steps": table_of(step for arm in results.arms for step in results.steps(arm)),
         "validations": table_of(bench_record for arm in results.arms for bench_record in results.validations(arm)),
-        "config": dict(config),
     }
 
 

@@ -95,9 +95,11 @@ class Workload:
             value = getattr(rollout, name)
             if not isinstance(value, int) and (value, name) != (None, "max_model_len"):
                 raise ValueError(f"actor_rollout_ref.rollout.{name}={value!r}: must be an integer.")
+        # 1. The batch sizes.
         top = rollout.max_num_seqs if largest is None else min(largest, rollout.max_num_seqs)
         if top < 2:
             raise ValueError(f"largest batch size {top}: must be at least 2 (max_num_seqs={rollout.max_num_seqs}).")
+        # 2. How many tokens are timed, and whether they fit behind the prompt.
         prompt = min(rollout.prompt_length, MOST_PROMPT_TOKENS) if prompt_tokens is None else prompt_tokens
         if prompt < 1:
             raise ValueError(f"prompt_tokens={prompt}: must be at least 1.")

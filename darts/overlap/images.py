@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 def make_extras(worker: AgentLoopWorker, output: AgentLoopOutput) -> Extras:
     """The extras of a complete response, as values."""
-    tokens = torch.tensor([[*output.prompt_ids, *output.response_ids]])  # [1, tokens]
-    inputs = worker._compute_multi_modal_inputs(output, tokens)
-    settings = output.mm_processor_kwargs
-    if settings is None:
-        settings = worker._get_mm_processor_kwargs((output.multi_modal_data or {}).get("audios"))
+    input_ids = torch.tensor([[*output.prompt_ids, *output.response_ids]])  # [1, tokens]
+    image_inputs = worker._compute_multi_modal_inputs(output, input_ids)
+    processor_settings = output.mm_processor_kwargs
+    if processor_settings is None:
+        processor_settings = worker._get_mm_processor_kwargs((output.multi_modal_data or {}).get("audios"))
     # [1, tokens] or [1, 4, tokens]; takes out of the inputs what positions alone need.
-    positions = worker._compute_position_ids(tokens, torch.ones_like(tokens), inputs, settings)
-    layers = positions.reshape(-1, tokens.shape[1]).to(torch.int32)
-    return Extras(position_ids=layers.numpy(), multi_modal_inputs=inputs)
+    position_ids = worker._compute_position_ids(input_ids, torch.ones_like(input_ids), image_inputs, processor_settings)
+    position_layers = position_ids.reshape(-1, input_ids.shape[1]).to(torch.int32)
+    return Extras(position_ids=position_layers.numpy(), multi_modal_inputs=image_inputs)
 
 
 class SharedInputs:
@@ -44,15 +44,15 @@ class SharedInputs:
 
     def put(self, extras: Extras) -> Extras:
         """The same with references; nobody changes the values any more."""
-        inputs = extras.multi_modal_inputs
-        if inputs:
-            refs = (ref for known, ref in self._known if _same(known, inputs))
-            ref = next(refs, None)
-            if ref is None:
-                ref = ray.put(inputs)
-                self._known.append((inputs, ref))
-            inputs = ref
-        return Extras(position_ids=ray.put(extras.position_ids), multi_modal_inputs=inputs)
+        image_inputs = extras.multi_modal_inputs
+        if image_inputs:
+            same_refs = (input_ref for known_inputs, input_ref in self._known if _same(known_inputs, image_inputs))
+            input_ref = next(same_refs, None)
+            if input_ref is None:
+                input_ref = ray.put(image_inputs)
+                self._known.append((image_inputs, input_ref))
+            image_inputs = input_ref
+        return Extras(position_ids=ray.put(extras.position_ids), multi_modal_inputs=image_inputs)
 
 
 def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -34,14 +34,14 @@ def response_lengths(batch: DataProto) -> torch.Tensor:
 
 def usable_rows(batch: DataProto, outcome: OverlapOutcome) -> list[bool]:
     """Which rows have an overlapped result of exactly their tokens."""
-    tokens, mask = batch.batch["input_ids"].numpy(), batch.batch["attention_mask"].numpy().astype(bool)
+    input_ids, attention_mask = batch.batch["input_ids"].numpy(), batch.batch["attention_mask"].numpy().astype(bool)
     usable = []
     for row, (key, length) in enumerate(zip(sequence_keys(batch), response_lengths(batch).tolist(), strict=True)):
-        values = outcome.values.get(key)
+        row_values = outcome.values.get(key)
         usable.append(
-            values is not None
-            and all(len(value) == length for value in values.values())
-            and checksum(tokens[row][mask[row]]) == outcome.checksums[key]
+            row_values is not None
+            and all(len(token_values) == length for token_values in row_values.values())
+            and checksum(input_ids[row][attention_mask[row]]) == outcome.checksums[key]
         )
     return usable
 
@@ -68,25 +68,25 @@ def join(
     Returns:
         float32 [rows, response length] for each name.
     """
-    rows, width = batch.batch["responses"].shape
-    joined = {name: torch.zeros(rows, width, dtype=torch.float32) for name in names}
+    num_rows, width = batch.batch["responses"].shape
+    joined_values = {name: torch.zeros(num_rows, width, dtype=torch.float32) for name in names}
     for row, key in enumerate(sequence_keys(batch)):
         if usable[row]:
             for name in names:
                 values = torch.tensor(outcome.values[key][name])  # a copy: what Ray gives is read-only
-                joined[name][row, : len(values)] = values
-    missing = _uneven(batch, np.flatnonzero(~np.asarray(usable, dtype=bool)))
-    if len(missing):
-        part, added = pad_dataproto_to_divisor(batch.select_idxs(missing), num_ranks)
-        part.meta_info = part.meta_info | {
-            "global_token_num": part.batch["attention_mask"].sum(dim=-1).tolist(),
+                joined_values[name][row, : len(values)] = values
+    missing_rows = _uneven(batch, np.flatnonzero(~np.asarray(usable, dtype=bool)))
+    if len(missing_rows):
+        padded_part, num_added = pad_dataproto_to_divisor(batch.select_idxs(missing_rows), num_ranks)
+        padded_part.meta_info = padded_part.meta_info | {
+            "global_token_num": padded_part.batch["attention_mask"].sum(dim=-1).tolist(),
             "use_dynamic_bsz": True,
             "max_token_len_per_gpu": max_tokens,
         }
-        computed = unpad_dataproto(compute(part), added)
+        computed_values = unpad_dataproto(compute(padded_part), num_added)
         for name in names:
-            joined[name][missing] = computed.batch[name].float()
-    return DataProto.from_single_dict(joined)
+            joined_values[name][missing_rows] = computed_values.batch[name].float()
+    return DataProto.from_single_dict(joined_values)
 
 
 def _uneven(batch: DataProto, rows: np.ndarray) -> np.ndarray:
@@ -94,10 +94,10 @@ def _uneven(batch: DataProto, rows: np.ndarray) -> np.ndarray:
     0.9.1 loses the positions (`left_right_2_no_padding` takes the layers for the ragged dimension, the engine the
     tokens)."""
     if len(rows) and batch.batch["position_ids"].dim() == 3:
-        lengths = batch.batch["attention_mask"].sum(dim=1).numpy()
-        others = np.flatnonzero(lengths != lengths[rows[0]])
-        if len(others) and not np.isin(rows, others).any():
-            return np.append(rows, others[0])
+        row_lengths = batch.batch["attention_mask"].sum(dim=1).numpy()
+        other_rows = np.flatnonzero(row_lengths != row_lengths[rows[0]])
+        if len(other_rows) and not np.isin(rows, other_rows).any():
+            return np.append(rows, other_rows[0])
     return rows
 
 
@@ -105,14 +105,14 @@ def actor_limits(config: DictConfig, darts: DartsConfig, num_ranks: int, with_re
     """What verl's configuration says about the actor's forwards."""
     ours = config.actor_rollout_ref
     rollout, longest = ours.rollout, ours.rollout.prompt_length + ours.rollout.response_length
-    asked = [rollout, ours.ref] if with_reference else [rollout]
-    fixed = [part.log_prob_micro_batch_size_per_gpu for part in asked if not part.log_prob_use_dynamic_bsz]
-    fixed = [size for size in fixed if size is not None]
-    dynamic = [part.log_prob_max_token_len_per_gpu for part in asked if part.log_prob_use_dynamic_bsz]
+    asked_parts = [rollout, ours.ref] if with_reference else [rollout]
+    fixed_rows = [part.log_prob_micro_batch_size_per_gpu for part in asked_parts if not part.log_prob_use_dynamic_bsz]
+    fixed_rows = [size for size in fixed_rows if size is not None]
+    dynamic_tokens = [part.log_prob_max_token_len_per_gpu for part in asked_parts if part.log_prob_use_dynamic_bsz]
     return ActorLimits(
         num_ranks=num_ranks,
-        max_tokens=min([*dynamic, *(size * longest for size in fixed)], default=longest),
-        max_rows=min(fixed, default=None if dynamic else 1),
+        max_tokens=min([*dynamic_tokens, *(size * longest for size in fixed_rows)], default=longest),
+        max_rows=min(fixed_rows, default=None if dynamic_tokens else 1),
         padded=not ours.model.use_remove_padding,
         sequence_parallel=max(
             ours.actor.ulysses_sequence_parallel_size, ours.actor.fsdp_config.get("ulysses_sequence_parallel_size", 1)
@@ -150,57 +150,57 @@ class OverlappedLogProbs:
         self._joined: _Joined | None = None
 
     def old(self, batch: DataProto, compute: Callable[[DataProto], tuple[DataProto, float]]) -> tuple[DataProto, float]:
-        """As `RayPPOTrainer._compute_old_log_prob`, which is `compute`."""
+        """Answers for `RayPPOTrainer._compute_old_log_prob`, which is `compute`."""
         self._joined = None
         if not self.session.begun:  # a replayed rollout
             return compute(batch)
-        start = time.monotonic()
+        started_at = time.monotonic()
         keys = sequence_keys(batch)
         outcome = self.session.finish(keys)
-        usable = usable_rows(batch, outcome)
-        self._joined = _Joined(outcome, keys, response_lengths(batch).tolist(), usable)
-        mfu = [outcome.mfu] if any(usable) else []
+        usable_flags = usable_rows(batch, outcome)
+        self._joined = _Joined(outcome, keys, response_lengths(batch).tolist(), usable_flags)
+        mfu_parts = [outcome.mfu] if any(usable_flags) else []
 
         def missing(part: DataProto) -> DataProto:
             output, part_mfu = compute(part)
-            mfu.append(part_mfu)
+            mfu_parts.append(part_mfu)
             return output
 
-        names = ["old_log_probs", "entropys"] + ["sum_pi_squared"] * self._limits.sum_pi_squared
-        output = self._join(batch, names, missing)
+        value_names = ["old_log_probs", "entropys"] + ["sum_pi_squared"] * self._limits.sum_pi_squared
+        output = self._join(batch, value_names, missing)
         if not self._limits.with_reference:
             outcome.release()
-        self._joined.exposed_s = time.monotonic() - start
-        return output, mfu[0]
+        self._joined.exposed_s = time.monotonic() - started_at
+        return output, mfu_parts[0]
 
     def reference(self, batch: DataProto, compute: Callable[[DataProto], DataProto]) -> DataProto:
-        """As `RayPPOTrainer._compute_ref_log_prob`, which is `compute`."""
+        """Answers for `RayPPOTrainer._compute_ref_log_prob`, which is `compute`."""
         if self._joined is None or self._joined.keys != sequence_keys(batch):
             return compute(batch)
-        start = time.monotonic()
+        started_at = time.monotonic()
         output = self._join(batch, ["ref_log_prob"], compute)
         self._joined.outcome.release()
-        self._joined.exposed_s += time.monotonic() - start
+        self._joined.exposed_s += time.monotonic() - started_at
         return output
 
     def metrics(self, rollout: Rollout) -> dict[str, float]:
-        """Of the step that was fetched last; empty if it had no overlapped results. Keys as in `METRICS`."""
-        joined = self._joined
-        if joined is None:
+        """Metrics of the step that was fetched last; empty if it had no overlapped results. Keys as in `METRICS`."""
+        joined_step = self._joined
+        if joined_step is None:
             return {}
         pool = rollout.pool
         ended_at = {
-            SequenceKey(rollout.uids[prompt], candidate): at
-            for prompt, candidate, at in zip(
+            SequenceKey(rollout.uids[prompt], candidate): time_ended
+            for prompt, candidate, time_ended in zip(
                 pool.prompt.tolist(), pool.candidate.tolist(), pool.ended_at.tolist(), strict=True
             )
         }
-        lengths = dict(zip(joined.keys, joined.lengths, strict=True))
-        metrics = overlap_metrics(joined.outcome, lengths, ended_at, rollout.ended)
-        hidden = metrics["darts/overlap/hidden_s"]
-        metrics["darts/overlap/exposed_s"] = joined.exposed_s
-        metrics["darts/overlap/hidden_share"] = hidden / max(hidden + joined.exposed_s, 1e-9)
-        metrics["darts/overlap/late_rows"] = float(joined.usable.count(False))
+        kept_lengths = dict(zip(joined_step.keys, joined_step.lengths, strict=True))
+        metrics = overlap_metrics(joined_step.outcome, kept_lengths, ended_at, rollout.ended)
+        hidden_s = metrics["darts/overlap/hidden_s"]
+        metrics["darts/overlap/exposed_s"] = joined_step.exposed_s
+        metrics["darts/overlap/hidden_share"] = hidden_s / max(hidden_s + joined_step.exposed_s, 1e-9)
+        metrics["darts/overlap/late_rows"] = float(joined_step.usable.count(False))
         return metrics
 
     @property
@@ -209,7 +209,7 @@ class OverlappedLogProbs:
         return [] if self._joined is None else self._joined.outcome.calls
 
     def _join(self, batch: DataProto, names: list[str], compute: Callable[[DataProto], DataProto]) -> DataProto:
-        joined, limits = self._joined, self._limits
+        joined_step, limits = self._joined, self._limits
         # A fixed number of rows would have to divide them; one of the longest always fits.
         max_tokens = limits.max_tokens if limits.max_rows is None else limits.longest
-        return join(batch, joined.outcome, joined.usable, names, compute, limits.num_ranks, max_tokens)
+        return join(batch, joined_step.outcome, joined_step.usable, names, compute, limits.num_ranks, max_tokens)

@@ -8,7 +8,7 @@ which has one call per worker open at a time: calls do not grow with candidates 
    was told is not how they begin.
 2. Once a group has decided, `keep` names the candidates that stay; one that is not kept is dropped once, and nothing is
    told of it afterwards.
-3. Where the model takes more than tokens (a processor), complete sequences alone are told, each at once and with its
+3. Where the model takes more than tokens (a processor), complete sequences alone are sent, each at once and with its
    extras.
 """
 
@@ -24,7 +24,7 @@ from darts.messages import Extras, Growth, Progress, Row, SequenceKey, checksum
 
 
 @dataclass(slots=True)
-class _Told:
+class _Sent:
     """What was told of a candidate."""
 
     tokens: int = 0
@@ -37,7 +37,7 @@ class GrowthOutbox:
     """Reports of one rollout that the manager has not fetched."""
 
     growing: bool  # tell of growing candidates too
-    _told: dict[SequenceKey, _Told] = field(default_factory=dict)
+    _sent: dict[SequenceKey, _Sent] = field(default_factory=dict)
     _growths: list[Growth] = field(default_factory=list)
     _kept: list[SequenceKey] = field(default_factory=list)
     _dropped: list[SequenceKey] = field(default_factory=list)
@@ -48,11 +48,11 @@ class GrowthOutbox:
         self, key: SequenceKey, prompt_ids: Sequence[int], offset: int, token_ids: Sequence[int], chance: float
     ) -> None:
         """A running response has new tokens, `offset` of it before them; a gap waits for `finish`."""
-        told = self._told.setdefault(key, _Told())
-        if not self.growing or told.over or told.tokens != (len(prompt_ids) + offset if offset else 0):
+        sent = self._sent.setdefault(key, _Sent())
+        if not self.growing or sent.over or sent.tokens != (len(prompt_ids) + offset if offset else 0):
             return
         self._tell(
-            key, told, len(prompt_ids), _array(token_ids if offset else [*prompt_ids, *token_ids]), False, chance
+            key, sent, len(prompt_ids), _array(token_ids if offset else [*prompt_ids, *token_ids]), False, chance
         )
 
     def finish(
@@ -63,15 +63,15 @@ class GrowthOutbox:
         chance: float,
         extras: Callable[[], Extras] | None = None,
     ) -> None:
-        """A response is complete. `extras` makes what the model takes besides tokens, and runs only if it is told."""
-        told = self._told.setdefault(key, _Told())
-        if told.over:
+        """A response is complete. `extras` makes what the model takes besides tokens, and runs only if it is sent."""
+        sent = self._sent.setdefault(key, _Sent())
+        if sent.over:
             return
         tokens = _array([*prompt_ids, *response_ids])
-        if extras is not None or told.tokens > len(tokens) or checksum(tokens[: told.tokens]) != told.checksum:
-            told.tokens = told.checksum = 0
-        made = None if extras is None else extras()
-        self._tell(key, told, len(prompt_ids), tokens[told.tokens :], True, chance, made)
+        if extras is not None or sent.tokens > len(tokens) or checksum(tokens[: sent.tokens]) != sent.checksum:
+            sent.tokens = sent.checksum = 0
+        made_extras = None if extras is None else extras()
+        self._tell(key, sent, len(prompt_ids), tokens[sent.tokens :], True, chance, made_extras)
 
     def keep(self, keys: Iterable[SequenceKey]) -> None:
         """The candidates that a group keeps."""
@@ -80,9 +80,9 @@ class GrowthOutbox:
 
     def drop(self, key: SequenceKey) -> None:
         """A candidate is not kept."""
-        told = self._told.pop(key, None)
-        self._told[key] = _Told(over=True)
-        if told is not None and told.tokens:
+        sent = self._sent.pop(key, None)
+        self._sent[key] = _Sent(over=True)
+        if sent is not None and sent.tokens:
             self._dropped.append(key)
             self._filled.set()
 
@@ -103,18 +103,18 @@ class GrowthOutbox:
     def _tell(
         self,
         key: SequenceKey,
-        told: _Told,
+        sent: _Sent,
         prompt_tokens: int,
         new: np.ndarray,
         last: bool,
         chance: float,
         extras: Extras | None = None,
     ) -> None:
-        row = Row(key=key, prompt_tokens=prompt_tokens, start=told.tokens, token_ids=new, last=last, extras=extras)
+        row = Row(key=key, prompt_tokens=prompt_tokens, start=sent.tokens, token_ids=new, last=last, extras=extras)
         self._growths.append(Growth(row, chance))
-        told.checksum = checksum(new, told.checksum)
-        told.tokens += len(new)
-        told.over = last
+        sent.checksum = checksum(new, sent.checksum)
+        sent.tokens += len(new)
+        sent.over = last
         self._filled.set()
 
 

@@ -147,17 +147,17 @@ class OverlapSession:
         """
         self._more = asyncio.Event()
         self._step = _Step(step, waiting=self._actor.overlap_open(self._settings(step)))
-        driver = asyncio.ensure_future(self._drive(self._step))
-        polls = asyncio.gather(*[self._poll(self._step, worker, rollout) for worker in workers])
+        driver_task = asyncio.ensure_future(self._drive(self._step))
+        poll_tasks = asyncio.gather(*[self._poll(self._step, worker, rollout) for worker in workers])
         try:
-            await asyncio.wait({driver, polls}, return_when=asyncio.FIRST_COMPLETED)
-            for ended in (driver, polls):
-                if ended.done():
-                    ended.result()
+            await asyncio.wait({driver_task, poll_tasks}, return_when=asyncio.FIRST_COMPLETED)
+            for ended_task in (driver_task, poll_tasks):
+                if ended_task.done():
+                    ended_task.result()
         finally:
-            driver.cancel()
-            polls.cancel()
-            await asyncio.gather(driver, polls, return_exceptions=True)
+            driver_task.cancel()
+            poll_tasks.cancel()
+            await asyncio.gather(driver_task, poll_tasks, return_exceptions=True)
 
     def finish(self, keys: list[SequenceKey]) -> OverlapOutcome:
         """Computes what is left of the kept sequences `keys`, fetches their results, and clears the ranks.
@@ -169,20 +169,20 @@ class OverlapSession:
         if self._step is None:
             raise RuntimeError("no step has begun: run() comes before finish().")
         step, self._step = self._step, None
-        sending = True
-        while sending:
+        was_sent = True
+        while was_sent:
             if step.waiting:
                 self._take(step, self._get(step.waiting))
             step.schedule.keep_only(keys)
-            sending = self._send(step)
-        answers = self._get(self._actor.overlap_collect(step.number, step.schedule.complete(keys)))
-        results: list[RankResults] = answers[: self._limits.num_ranks]
+            was_sent = self._send(step)
+        rank_answers = self._get(self._actor.overlap_collect(step.number, step.schedule.complete(keys)))
+        rank_results: list[RankResults] = rank_answers[: self._limits.num_ranks]
         self._get(self._actor.overlap_clear(step.number))
-        values = {key: value for result in results for key, value in result.values.items()}
+        sequence_values = {key: value for result in rank_results for key, value in result.values.items()}
         return OverlapOutcome(
-            values=values,
-            checksums={key: step.schedule.checksum(key) for key in values},
-            mfu=float(np.mean([result.mfu for result in results])),
+            values=sequence_values,
+            checksums={key: step.schedule.checksum(key) for key in sequence_values},
+            mfu=float(np.mean([result.mfu for result in rank_results])),
             calls=step.calls,
             computed=step.computed,
             restarted_tokens=step.schedule.restarted_tokens,
@@ -220,27 +220,27 @@ class OverlapSession:
         for task in tasks:
             task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # retrieved
         try:
-            done, pending = await asyncio.wait(
+            done_tasks, pending_tasks = await asyncio.wait(
                 tasks, timeout=self._limits.timeout_s, return_when=asyncio.FIRST_EXCEPTION
             )
-            for task in done:
+            for task in done_tasks:
                 task.result()
         except ray.exceptions.RayError as cause:
             raise failed(cause) from cause
         finally:
             for task in tasks:
                 task.cancel()
-        if pending:
+        if pending_tasks:
             raise self._too_late()
         return [task.result() for task in tasks]
 
     def _send(self, step: _Step) -> bool:
         """Sends the next call. Returns whether there was one."""
-        calls = step.schedule.next_call()
-        if calls is not None:
-            step.sent = calls
-            step.waiting = self._actor.overlap_extend(calls)
-        return calls is not None
+        next_calls = step.schedule.next_call()
+        if next_calls is not None:
+            step.sent = next_calls
+            step.waiting = self._actor.overlap_extend(next_calls)
+        return next_calls is not None
 
     def _take(self, step: _Step, answers: list[Any]) -> None:
         """Takes the ranks' answers to what was sent."""
@@ -260,18 +260,18 @@ class OverlapSession:
             step.early = []
             return
         reports: list[RankReport] = answers[: self._limits.num_ranks]  # the others are parts of the same ranks
-        ended = max(report.ended for report in reports)
-        call = ActorCall(min(r.began for r in reports), ended, sum(r.tokens for r in reports))
-        if call.tokens:
-            step.calls.append(call)
+        ended_at = max(report.ended for report in reports)
+        actor_call = ActorCall(min(r.began for r in reports), ended_at, sum(r.tokens for r in reports))
+        if actor_call.tokens:
+            step.calls.append(actor_call)
         step.peak_cache_bytes = max(step.peak_cache_bytes, *(report.peak_cache_bytes for report in reports))
         for rank_call in step.sent:
             for row in (*rank_call.whole, *rank_call.growing):
                 # Log-probs there are now: of all tokens but the prompt's; a row's own first token has one too.
-                new = row.start + len(row.token_ids) - max(row.start, row.prompt_tokens)
+                num_new = row.start + len(row.token_ids) - max(row.start, row.prompt_tokens)
                 if row.start == 0:
                     step.computed[row.key] = []
-                step.computed[row.key].append((ended, max(new, 0)))
+                step.computed[row.key].append((ended_at, max(num_new, 0)))
 
     def _settings(self, step: int) -> StepSettings:
         limits = self._limits
@@ -285,13 +285,13 @@ class OverlapSession:
 
     def _choose_cache(self, bytes_per_token: int) -> str | None:
         """Sets `cache_tokens`, or says why there is no room."""
-        tokens, two = int(self._overlap.kv_cache_gib * GIB / bytes_per_token), 2 * self._limits.longest
-        if tokens < two:
+        cache_tokens, least_tokens = int(self._overlap.kv_cache_gib * GIB / bytes_per_token), 2 * self._limits.longest
+        if cache_tokens < least_tokens:
             return (
-                f"darts.overlap.kv_cache_gib={self._overlap.kv_cache_gib:g} holds {tokens} tokens on a rank; two "
-                f"sequences of {self._limits.longest} need {two * bytes_per_token / GIB:.2f} GiB"
+                f"darts.overlap.kv_cache_gib={self._overlap.kv_cache_gib:g} holds {cache_tokens} tokens on a rank; two "
+                f"sequences of {self._limits.longest} need {least_tokens * bytes_per_token / GIB:.2f} GiB"
             )
-        self.cache_tokens = tokens
+        self.cache_tokens = cache_tokens
         return None
 
     def _get(self, refs: list[Any]) -> list[Any]:
@@ -320,23 +320,23 @@ def overlap_metrics(
         ended_at: `time.time()` at which each of them had been generated.
         generated: the same for the rollout.
     """
-    forwarded = sum(call.tokens for call in outcome.calls)
-    kept = sum(lengths.values())
-    early = Counter()
+    forwarded_tokens = sum(call.tokens for call in outcome.calls)
+    kept_tokens = sum(lengths.values())
+    early_tokens = Counter()
     for key in lengths.keys() & outcome.values.keys():
-        for at, tokens in outcome.computed.get(key, []):
-            early["rollout"] += tokens * (at <= generated)
-            early["response"] += tokens * (at <= ended_at[key])
-    wasted = sum(tokens for key, parts in outcome.computed.items() if key not in lengths for _, tokens in parts)
+        for computed_at, tokens in outcome.computed.get(key, []):
+            early_tokens["rollout"] += tokens * (computed_at <= generated)
+            early_tokens["response"] += tokens * (computed_at <= ended_at[key])
+    wasted_tokens = sum(tokens for key, parts in outcome.computed.items() if key not in lengths for _, tokens in parts)
     return {
         "darts/overlap/calls": float(len(outcome.calls)),
         "darts/overlap/hidden_s": sum(max(min(call.ended, generated) - call.began, 0.0) for call in outcome.calls),
-        "darts/overlap/tokens_forwarded": float(forwarded),
+        "darts/overlap/tokens_forwarded": float(forwarded_tokens),
         "darts/overlap/tokens_twice": float(outcome.restarted_tokens),
-        "darts/overlap/tokens_wasted": float(wasted),
-        "darts/overlap/forwarded_per_kept": forwarded / max(kept, 1),
-        "darts/overlap/before_end_share": early["response"] / max(kept, 1),
-        "darts/overlap/in_rollout_share": early["rollout"] / max(kept, 1),
+        "darts/overlap/tokens_wasted": float(wasted_tokens),
+        "darts/overlap/forwarded_per_kept": forwarded_tokens / max(kept_tokens, 1),
+        "darts/overlap/before_end_share": early_tokens["response"] / max(kept_tokens, 1),
+        "darts/overlap/in_rollout_share": early_tokens["rollout"] / max(kept_tokens, 1),
         "darts/overlap/cache_peak_gib": outcome.peak_cache_bytes / GIB,
     }
 

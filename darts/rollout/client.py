@@ -93,12 +93,12 @@ class OpenRequest:
     def grow(self, chunk: Chunk, step_times: StepTimes, engines: int) -> None:
         """Takes a chunk; the steps since the one before go to `step_times`, with the requests per engine of the server
         (`engines`: its data-parallel ranks)."""
-        before, self._chunk = self._chunk, chunk
+        last_chunk, self._chunk = self._chunk, chunk
         self.tokens = chunk.offset + len(chunk.token_ids)
         # Equal or earlier where the server's clock was set. The first chunk's time has the prompt's in it.
-        if before is not None and chunk.made_at > before.made_at:
-            running = (before.running + chunk.running) / (2 * engines)
-            step_times.add(max(running, 1.0), chunk.made_at - before.made_at, len(chunk.token_ids))
+        if last_chunk is not None and chunk.made_at > last_chunk.made_at:
+            mean_running = (last_chunk.running + chunk.running) / (2 * engines)
+            step_times.add(max(mean_running, 1.0), chunk.made_at - last_chunk.made_at, len(chunk.token_ids))
 
     @property
     def ended(self) -> bool:
@@ -167,30 +167,30 @@ class DartsServerClient(LLMServerClient):
 
     def take_step_times(self) -> StepTimes:
         """How long decoding steps took, since the last call, on all servers that streamed to this client."""
-        taken, self._step_times = self._step_times, StepTimes()
-        return taken
+        taken_times, self._step_times = self._step_times, StepTimes()
+        return taken_times
 
     def _send_abort(self, requests: list[OpenRequest]) -> None:
         by_server: dict[str, list[OpenRequest]] = {}
         for request in requests:
             by_server.setdefault(request.server_id, []).append(request)
         for group in by_server.values():
-            answer = group[0].server.abort_streams.remote([request.request_id for request in group])
-            task = asyncio.create_task(self._confirm(group, answer))
-            self._confirming.add(task)
-            task.add_done_callback(self._confirming.discard)
+            abort_answer = group[0].server.abort_streams.remote([request.request_id for request in group])
+            confirm_task = asyncio.create_task(self._confirm(group, abort_answer))
+            self._confirming.add(confirm_task)
+            confirm_task.add_done_callback(self._confirming.discard)
 
     async def _confirm(self, requests: list[OpenRequest], answer: Any) -> None:
         """Sends an abort again for what its server did not know yet: Ray may run an abort before its request."""
-        for wait in ABORT_AGAIN_S:
+        for wait_s in ABORT_AGAIN_S:
             try:
-                stopped = set(await _result(answer))
+                stopped_ids = set(await _result(answer))
             except ray.exceptions.RayError:
                 return  # the requests fail with the same cause
-            requests = [request for request in requests if request.request_id not in stopped and not request.ended]
+            requests = [request for request in requests if request.request_id not in stopped_ids and not request.ended]
             if not requests:
                 return
-            await asyncio.sleep(wait)
+            await asyncio.sleep(wait_s)
             answer = requests[0].server.abort_streams.remote([request.request_id for request in requests])
 
     def _vllm_request_id(self, request_id: str) -> str:
@@ -201,12 +201,12 @@ class DartsServerClient(LLMServerClient):
         listener = current_listener.get()
         if listener is None:
             return await super()._acquire_server(request_id, **extra)
-        key = listener.routing_key or request_id
-        acquired = asyncio.ensure_future(super()._acquire_server(key, **extra))
+        balancer_key = listener.routing_key or request_id
+        acquired_server = asyncio.ensure_future(super()._acquire_server(balancer_key, **extra))
         try:
-            server_id, server = await asyncio.shield(acquired)
+            server_id, server = await asyncio.shield(acquired_server)
         except asyncio.CancelledError:  # the balancer has counted this request, or will
-            acquired.add_done_callback(lambda _: self._release_acquired(acquired, key))
+            acquired_server.add_done_callback(lambda _: self._release_acquired(acquired_server, balancer_key))
             raise
         return server_id, _StreamedServer(self, server_id, server, listener)
 
@@ -225,24 +225,24 @@ class DartsServerClient(LLMServerClient):
         """Runs one request on a server, with its chunks going to the listener."""
         if listener.over:
             raise CandidateStopped
-        opened = OpenRequest(request, server_id, server, listener)
-        ref = server.generate_streamed.remote(client=self._name, chunk_tokens=listener.chunk_tokens, **request)
-        self._open[opened.request_id] = opened
+        open_request = OpenRequest(request, server_id, server, listener)
+        answer_ref = server.generate_streamed.remote(client=self._name, chunk_tokens=listener.chunk_tokens, **request)
+        self._open[open_request.request_id] = open_request
         self._running[server_id] += 1
         if server_id not in self._pollers:
             self._pollers[server_id] = asyncio.create_task(self._poll(server_id, server))
         try:
-            listener.opened(opened)
-            output = await opened.wait(ref)
+            listener.opened(open_request)
+            output = await open_request.wait(answer_ref)
         except BaseException:
-            if not (opened.ended or opened.stopping):
-                self._send_abort([opened])
-            listener.dropped(opened)
+            if not (open_request.ended or open_request.stopping):
+                self._send_abort([open_request])
+            listener.dropped(open_request)
             raise
         finally:
-            del self._open[opened.request_id]
+            del self._open[open_request.request_id]
             self._running[server_id] -= 1
-        if not listener.closed(opened, output, output.extra_fields.pop("finish_reason")):
+        if not listener.closed(open_request, output, output.extra_fields.pop("finish_reason")):
             raise CandidateStopped
         return output
 
@@ -251,17 +251,17 @@ class DartsServerClient(LLMServerClient):
         try:
             while self._running[server_id]:
                 chunks = await _result(server.take_chunks.remote(self._name, POLL_S))
-                now = time.time()
+                received_at = time.time()
                 for chunk in chunks:
-                    if (opened := self._open.get(chunk.request_id)) is not None:
-                        opened.grow(chunk, self._step_times, self._engines)
-                        opened.listener.grew(opened, chunk, max(now - chunk.made_at, 0.0))
+                    if (open_request := self._open.get(chunk.request_id)) is not None:
+                        open_request.grow(chunk, self._step_times, self._engines)
+                        open_request.listener.grew(open_request, chunk, max(received_at - chunk.made_at, 0.0))
         except ray.exceptions.RayActorError:
             pass  # the requests that run there fail with the same cause
         except Exception as error:
-            for opened in self._open.values():
-                if opened.server_id == server_id:
-                    opened.fail(error)
+            for open_request in self._open.values():
+                if open_request.server_id == server_id:
+                    open_request.fail(error)
         finally:
             del self._pollers[server_id]
 

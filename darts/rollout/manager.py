@@ -120,15 +120,15 @@ class DartsAgentLoopManager(AgentLoopManager):
 
     def _plain_pool(self, output: DataProto, ended_at: float) -> CandidatePool:
         """The candidates of a plain rollout: all have ended and are kept. One that fills the budget counts as cut."""
-        length = output.batch["response_mask"].sum(dim=-1).numpy()
-        scores = output.batch.get("rm_scores")
-        fills = length >= output.batch["responses"].shape[-1]
+        response_lengths = output.batch["response_mask"].sum(dim=-1).numpy()
+        reward_scores = output.batch.get("rm_scores")
+        fills_budget = response_lengths >= output.batch["responses"].shape[-1]
         return CandidatePool.of(
-            [self.rules.group_size] * (len(length) // self.rules.group_size),
-            length=length,
-            state=np.where(fills, State.TRUNCATED.value, State.FINISHED.value),
+            [self.rules.group_size] * (len(response_lengths) // self.rules.group_size),
+            length=response_lengths,
+            state=np.where(fills_budget, State.TRUNCATED.value, State.FINISHED.value),
             kept=True,
-            reward=np.nan if scores is None else scores.sum(dim=-1).numpy(),
+            reward=np.nan if reward_scores is None else reward_scores.sum(dim=-1).numpy(),
             ended_at=ended_at,
         )
 
@@ -142,14 +142,14 @@ class DartsAgentLoopManager(AgentLoopManager):
         self, plan: Plan, pool: CandidatePool, step_times: StepTimes, uids: np.ndarray, watch: "_Stopwatch"
     ) -> None:
         """Learns from a rollout, and keeps for `pop_rollout` what is known of it."""
-        observed, learnt = self.planner.observe(plan, self.rules, pool, watch.seconds, step_times)
-        metrics = rollout_metrics(pool, self.rules.group_size, watch.seconds) | learnt
+        observed_std, planner_metrics = self.planner.observe(plan, self.rules, pool, watch.seconds, step_times)
+        metrics = rollout_metrics(pool, self.rules.group_size, watch.seconds) | planner_metrics
         if self._harvest is not None:
             metrics = {name: value for name, value in metrics.items() if name not in FORECASTS}
         self._last = Rollout(
             plan=plan,
             pool=pool,
-            observed_std=observed,
+            observed_std=observed_std,
             metrics=metrics,
             uids=uids.tolist(),
             began=watch.began,
@@ -158,8 +158,8 @@ class DartsAgentLoopManager(AgentLoopManager):
 
     def pop_rollout(self) -> Rollout | None:
         """The last training rollout; None if there was none since."""
-        last, self._last = self._last, None
-        return last
+        last_rollout, self._last = self._last, None
+        return last_rollout
 
     @SkipManager.annotate(role="rollout")
     async def _generate_groups(self, prompts: DataProto) -> DataProto:
@@ -171,37 +171,37 @@ class DartsAgentLoopManager(AgentLoopManager):
         groups.non_tensor_batch[BUDGET] = plan.budgets
         groups.non_tensor_batch[PROMPT] = np.arange(len(uids))
         groups.non_tensor_batch["priority"] = plan.priorities
-        planned = time.monotonic()
+        planned_at = time.monotonic()
         # 2. The workers run the prompts, and the actor may compute log-probs meanwhile.
         jobs = self._launch(groups, plan)
-        overlapping = None
+        overlap_task = None
         if self.overlap is not None:
             step = prompts.meta_info.get("global_steps", -1)
-            overlapping = asyncio.ensure_future(self.overlap.run([job.worker for job in jobs], self._number, step))
+            overlap_task = asyncio.ensure_future(self.overlap.run([job.worker for job in jobs], self._number, step))
         # 3. They end, or enough prompts are complete.
-        complete: list[str] = []
-        results = await self._gather(jobs, complete, overlapping)
+        complete_uids: list[str] = []
+        worker_results = await self._gather(jobs, complete_uids, overlap_task)
         watch.stop()
         # 4. Of each prompt that is trained on, the kept rows follow one another, as in the batch.
-        wanted = uids if self._harvest is None else uids[np.isin(uids, complete[: self._harvest])]
-        output = self._joined([output for output, _, _ in results if len(output)], wanted)
-        pool = CandidatePool.concat([pool for _, pool, _ in results]).sorted()
+        wanted_uids = uids if self._harvest is None else uids[np.isin(uids, complete_uids[: self._harvest])]
+        kept_rows = self._joined([kept_rows for kept_rows, _, _ in worker_results if len(kept_rows)], wanted_uids)
+        pool = CandidatePool.concat([pool for _, pool, _ in worker_results]).sorted()
         _require_one_version(pool)
         if self._harvest is None:
-            del output.non_tensor_batch["uid"]
+            del kept_rows.non_tensor_batch["uid"]
         else:
-            chosen = np.flatnonzero(np.isin(uids, wanted))
-            pool = replace(pool, kept=pool.kept & np.isin(pool.prompt, chosen))
-            self._on_harvest(chosen.tolist())
+            chosen_prompts = np.flatnonzero(np.isin(uids, wanted_uids))
+            pool = replace(pool, kept=pool.kept & np.isin(pool.prompt, chosen_prompts))
+            self._on_harvest(chosen_prompts.tolist())
         # 5. The planner learns from all candidates.
         step_times = StepTimes()
-        for *_, seen in results:
-            step_times.merge(seen)
+        for *_, worker_times in worker_results:
+            step_times.merge(worker_times)
         self._learn(plan, pool, step_times, uids, watch)
-        self._last.metrics["darts/rollout/own_s"] = planned - watch.start + time.monotonic() - watch.end
+        self._last.metrics["darts/rollout/own_s"] = planned_at - watch.start + time.monotonic() - watch.end
         if pool.lost.any():
             logger.warning(f"rollout: {pool.lost.sum()} candidates were ended by their servers unasked")
-        return output
+        return kept_rows
 
     def _launch(self, groups: DataProto, plan: Plan) -> list["_Job"]:
         """Gives each worker its part of the prompts."""
@@ -219,25 +219,25 @@ class DartsAgentLoopManager(AgentLoopManager):
     def _joined(self, outputs: list[DataProto], wanted: np.ndarray) -> DataProto:
         """The rows of these prompts in their order, with `uid`, from the workers' outputs."""
         size = self.rules.group_size
-        rows, metrics = {}, {}
+        rows_by_uid, metrics_by_uid = {}, {}
         for output in outputs:
             row_metrics = output.meta_info.pop("metrics")
             for first in range(0, len(output), size):
                 uid = output.non_tensor_batch["uid"][first]
-                rows[uid], metrics[uid] = output[first : first + size], row_metrics[first : first + size]
+                rows_by_uid[uid], metrics_by_uid[uid] = output[first : first + size], row_metrics[first : first + size]
         if self._harvest not in (None, len(wanted)):
             raise RuntimeError(
                 f"{len(wanted)} prompts are complete of {self._harvest}; this is a bug in darts.rollout."
             )
-        joined = DataProto.concat([rows[uid] for uid in wanted if uid in rows])
-        if not np.array_equal(joined.non_tensor_batch["uid"], np.repeat(wanted, size)):
+        joined_rows = DataProto.concat([rows_by_uid[uid] for uid in wanted if uid in rows_by_uid])
+        if not np.array_equal(joined_rows.non_tensor_batch["uid"], np.repeat(wanted, size)):
             raise RuntimeError(
-                f"the rollout returned {len(joined)} rows that are not {size} for each of the {len(wanted)} prompts in "
-                "their order; this is a bug in darts.rollout."
+                f"the rollout returned {len(joined_rows)} rows that are not {size} for each of {len(wanted)} prompts "
+                "in their order; this is a bug in darts.rollout."
             )
-        timing = self._performance_metrics([metrics[uid] for uid in wanted], joined)
-        joined.meta_info = {"timing": timing, **outputs[0].meta_info}
-        return joined
+        timing = self._performance_metrics([metrics_by_uid[uid] for uid in wanted], joined_rows)
+        joined_rows.meta_info = {"timing": timing, **outputs[0].meta_info}
+        return joined_rows
 
     def _group_uids(self, prompts: DataProto) -> np.ndarray:
         """The uid of each prompt; asserts that verl repeated every prompt `rollout.n` times, interleaved."""
@@ -271,31 +271,32 @@ class DartsAgentLoopManager(AgentLoopManager):
         futures = {asyncio.wrap_future(job.ref.future()): job for job in jobs}
         pending = set(futures)
         # These end right after the workers: they have to hear their last reports.
-        listening = {asyncio.ensure_future(self._end_at_harvest(jobs, complete))}
+        listening_tasks = {asyncio.ensure_future(self._end_at_harvest(jobs, complete))}
         if overlapping is not None:
-            listening.add(overlapping)
-        beside = {asyncio.ensure_future(self._deadline(jobs)), *listening}
-        unseen = set(beside)
+            listening_tasks.add(overlapping)
+        side_tasks = {asyncio.ensure_future(self._deadline(jobs)), *listening_tasks}
+        unseen_tasks = set(side_tasks)
         try:
-            while pending or unseen & listening:
-                left = deadline - time.monotonic()
-                wait = max(min(left, self.rules.progress_s or left), 0.0)
-                done, _ = await asyncio.wait(pending | unseen, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
+            while pending or unseen_tasks & listening_tasks:
+                seconds_left = deadline - time.monotonic()
+                wait_s = max(min(seconds_left, self.rules.progress_s or seconds_left), 0.0)
+                awaited = pending | unseen_tasks
+                done, _ = await asyncio.wait(awaited, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
                 for future in done & pending:
                     futures[future].raise_failure(future)
-                for future in done & unseen:
+                for future in done & unseen_tasks:
                     future.result()
                 pending -= done
-                unseen -= done
+                unseen_tasks -= done
                 if not done:
-                    expired = time.monotonic() >= deadline
-                    running = [job for future, job in futures.items() if future in pending]
-                    await self._report(jobs, running, expired)
+                    is_expired = time.monotonic() >= deadline
+                    running_jobs = [job for future, job in futures.items() if future in pending]
+                    await self._report(jobs, running_jobs, is_expired)
             return [future.result() for future in futures]
         finally:
-            for future in beside:
+            for future in side_tasks:
                 future.cancel()
-            await asyncio.gather(*beside, return_exceptions=True)
+            await asyncio.gather(*side_tasks, return_exceptions=True)
             for future in pending:
                 futures[future].worker.give_up.remote(self._number)
 
@@ -308,44 +309,44 @@ class DartsAgentLoopManager(AgentLoopManager):
             except ray.exceptions.RayActorError:
                 pass  # the job of that worker fails with the same cause
 
-    async def _end_at_harvest(self, jobs: list["_Job"], complete: list[str]) -> None:
+    async def _end_at_harvest(self, jobs: list["_Job"], complete_uids: list[str]) -> None:
         """Once enough groups are complete, the others are given up. A message per worker and group, not per token."""
         if self._harvest is None:
             return
-        enough = asyncio.Event()
+        has_enough = asyncio.Event()
 
         async def listen(job: _Job) -> None:
-            known = 0
-            while new := await _answer(job.worker.completed.remote(self._number, known)):
-                known += len(new)
-                complete.extend(new)
-                if len(complete) >= self._harvest:
-                    enough.set()
+            num_known = 0
+            while new_uids := await _answer(job.worker.completed.remote(self._number, num_known)):
+                num_known += len(new_uids)
+                complete_uids.extend(new_uids)
+                if len(complete_uids) >= self._harvest:
+                    has_enough.set()
 
         async def abandon() -> None:
-            await enough.wait()
+            await has_enough.wait()
             await asyncio.gather(*[_answer(job.worker.abandon.remote(self._number)) for job in jobs])
 
-        abandoning = asyncio.ensure_future(abandon())
+        abandon_task = asyncio.ensure_future(abandon())
         try:
             await asyncio.gather(*[listen(job) for job in jobs])
         except ray.exceptions.RayActorError:
             pass  # the job of that worker fails with the same cause
         finally:
-            abandoning.cancel()
+            abandon_task.cancel()
 
-    async def _report(self, jobs: list["_Job"], running: list["_Job"], expired: bool) -> None:
+    async def _report(self, jobs: list["_Job"], running: list["_Job"], is_expired: bool) -> None:
         """Says how far the rollout is; raises if its time is over."""
         answers = await asyncio.gather(*[job.progress() for job in running])
-        launched = sum(job.candidates for job in jobs)
-        finished = launched - sum(job.candidates for job in running) + sum(answer[0] for answer in answers)
-        waiting = [uid for answer in answers for uid in answer[1]]
-        logger.info(f"rollout: {finished}/{launched} candidates finished, {len(waiting)} prompts wait")
-        if expired:
+        num_launched = sum(job.candidates for job in jobs)
+        num_finished = num_launched - sum(job.candidates for job in running) + sum(answer[0] for answer in answers)
+        waiting_uids = [uid for answer in answers for uid in answer[1]]
+        logger.info(f"rollout: {num_finished}/{num_launched} candidates finished, {len(waiting_uids)} prompts wait")
+        if is_expired:
             raise TimeoutError(
-                f"darts.timeout_s={self.rules.timeout_s:g}: the rollout did not end in this time. {len(waiting)} "
-                f"prompts are not complete, uids {_some(waiting)}. Raise darts.timeout_s if responses may take this "
-                "long, else look at the rollout servers' logs."
+                f"darts.timeout_s={self.rules.timeout_s:g}: the rollout did not end in this time. {len(waiting_uids)} "
+                f"prompts are not complete, uids {_first_of(waiting_uids)}. Raise darts.timeout_s if responses may "
+                "take this long, else look at the rollout servers' logs."
             )
 
 
@@ -371,11 +372,11 @@ async def _answer(ref: ray.ObjectRef) -> Any:
 
 def _require_one_version(pool: CandidatePool) -> None:
     """Asserts that the kept were generated by one version of the weights: rollouts are synchronous."""
-    versions = {*pool.weights_min[pool.kept].tolist(), *pool.weights_max[pool.kept].tolist()}
-    if len(versions) > 1:
+    kept_versions = {*pool.weights_min[pool.kept].tolist(), *pool.weights_max[pool.kept].tolist()}
+    if len(kept_versions) > 1:
         raise RuntimeError(
-            f"the kept responses were generated by weights of steps {sorted(versions)}: the weights were updated while "
-            "the rollout ran, which DARTS's synchronous training excludes."
+            f"the kept responses were generated by weights of steps {sorted(kept_versions)}: the weights were updated "
+            "while the rollout ran, which DARTS's synchronous training excludes."
         )
 
 
@@ -393,10 +394,10 @@ class _Job:
         try:
             future.result()
         except ray.exceptions.RayActorError as cause:
-            raise RuntimeError(f"an agent-loop worker died with prompts uid={_some(self.uids)}: {cause}") from cause
+            raise RuntimeError(f"an agent-loop worker died with prompts uid={_first_of(self.uids)}: {cause}") from cause
 
     async def progress(self) -> tuple[int, list[str]]:
-        """As `DartsAgentLoopWorker.progress`; a worker that has not begun or does not answer has finished nothing."""
+        """Asks `DartsAgentLoopWorker.progress`; one that has not begun or does not answer has finished nothing."""
         try:
             answer = await asyncio.wait_for(asyncio.wrap_future(self.worker.progress.remote().future()), timeout=10)
         except (asyncio.TimeoutError, ray.exceptions.RayError):
@@ -404,6 +405,6 @@ class _Job:
         return answer or (0, self.uids)
 
 
-def _some(uids: list[str]) -> str:
+def _first_of(uids: list[str]) -> str:
     """The first few of many uids."""
     return ", ".join(uids[:8]) + (" ..." if len(uids) > 8 else "")

@@ -87,26 +87,27 @@ class RunningCandidate:
         """A turn has more tokens."""
         self.chunks += 1
         self.chunk_seconds += latency
-        self.group.progress(self.index, self.generated + sum(open_.tokens for open_ in self.requests.values()))
+        tokens_so_far = self.generated + sum(open_.tokens for open_ in self.requests.values())
+        self.group.act(self.group.machine.progress(self.index, tokens_so_far))
         if self.single_turn and self.state is State.RUNNING:
             self.group.tell_growth(self.index, request.prompt_ids, chunk)
 
     def closed(self, request: OpenRequest, output: TokenOutput, finish_reason: str) -> bool:
         """A turn has ended. Returns whether the agent loop goes on."""
         del self.requests[request.request_id]
-        tokens = len(output.token_ids)
-        self.generated += tokens
+        num_tokens = len(output.token_ids)
+        self.generated += num_tokens
         self.finish_reason = finish_reason
-        if (version := output.extra_fields.get("global_steps")) is not None:
-            self.weights.add(int(version))
+        if (weights_version := output.extra_fields.get("global_steps")) is not None:
+            self.weights.add(int(weights_version))
         self.cached_tokens += output.extra_fields.get("num_cached_tokens") or 0
         if self._aborted_at is not None:
             self.stop_seconds = time.monotonic() - self._aborted_at
             # The request's own decoding rate tells how much of it came after the decision.
-            rate = tokens / (time.monotonic() - request.opened_at)
-            known = self._tokens_then.get(request.request_id, 0)
-            self.tokens_after += min(round(rate * self.stop_seconds), tokens - known)
-        elif not self.over and (finish_reason == "abort" or tokens == 0):
+            decoding_rate = num_tokens / (time.monotonic() - request.opened_at)
+            known_tokens = self._tokens_then.get(request.request_id, 0)
+            self.tokens_after += min(round(decoding_rate * self.stop_seconds), num_tokens - known_tokens)
+        elif not self.over and (finish_reason == "abort" or num_tokens == 0):
             self.lose(self.generated)
         self._leave_other_branches()
         return not self.over
@@ -127,13 +128,14 @@ class RunningCandidate:
     def lose(self, length: int) -> None:
         """The candidate has no usable response."""
         self.ended_at = time.time()
-        self.group.lose(self.index, length)
+        self.group.act(self.group.machine.lose(self.index, length))
+        self.group.tell_dropped([self.index])
         self.group.stop_requests(list(self.requests.values()))
 
     def finish(self, length: int, truncated: bool) -> None:
         """The agent loop has returned."""
         self.ended_at = time.time()
-        self.group.finish(self.index, length, truncated)
+        self.group.act(self.group.machine.finish(self.index, length, truncated))
 
     def left(self) -> None:
         """The agent loop of an aborted candidate was left. If it had ended before the abort arrived, it finished."""
@@ -145,7 +147,7 @@ class RunningCandidate:
             self.finish(self.generated, self.finish_reason == "length")
         else:
             self.ended_at = time.time()
-            self.group.stop(self.index, self.generated)
+            self.group.act(self.group.machine.stop(self.index, self.generated))
 
     def _leave_other_branches(self) -> None:
         """An agent loop with parallel branches is left in all of them, once no request of it is open."""
@@ -181,29 +183,21 @@ class RunningGroup:
         self._client = client
         self._decided = asyncio.Event()
 
-    def progress(self, index: int, length: int) -> None:
-        """As `CandidateGroup.progress`; who loses is aborted. So are the losers of the next four."""
-        self._act(self.machine.progress(index, length))
-
-    def finish(self, index: int, length: int, truncated: bool) -> None:
-        """As `CandidateGroup.finish`."""
-        self._act(self.machine.finish(index, length, truncated))
-
-    def stop(self, index: int, length: int) -> None:
-        """As `CandidateGroup.stop`."""
-        self._act(self.machine.stop(index, length))
-
-    def lose(self, index: int, length: int) -> None:
-        """As `CandidateGroup.lose`."""
-        self._act(self.machine.lose(index, length))
-        self._tell_dropped([index])
-
-    def deadline(self) -> None:
-        """As `CandidateGroup.deadline`."""
-        self._act(self.machine.deadline())
+    def act(self, losers: list[int]) -> None:
+        """Does what an event of the machine asks for: aborts the losers, and tells of a decision."""
+        self.stop_requests([request for index in losers for request in self.candidates[index].abort()])
+        self.tell_dropped(losers)
+        if self.machine.complete and not self._decided.is_set():
+            self._decided.set()
+            self._on_complete(self.uid)
+            self.tell_dropped(set(range(len(self.candidates))).difference(self.machine.kept))
+            if self._outbox is not None:
+                self._outbox.keep(SequenceKey(self.uid, index) for index in self.machine.kept)
+        if self.machine.complete or self.machine.ready:
+            self.settled.set()
 
     def abandon(self) -> list[OpenRequest]:
-        """As `CandidateGroup.abandon`: the rollout ends without this group, unless it is complete.
+        """Forwards `CandidateGroup.abandon`: the rollout ends without this group, unless it is complete.
 
         Returns:
             Its requests, for the caller to stop.
@@ -211,7 +205,7 @@ class RunningGroup:
         if self.machine.complete:
             return []
         losers = self.machine.abandon()
-        self._tell_dropped(range(len(self.candidates)))
+        self.tell_dropped(range(len(self.candidates)))
         self._decided.set()
         self.settled.set()
         return [request for index in losers for request in self.candidates[index].abort()]
@@ -223,15 +217,15 @@ class RunningGroup:
 
     def pool(self) -> CandidatePool:
         """The group's candidates, for metrics."""
-        group, everyone = self.machine, range(len(self.candidates))
-        places = {index: place for place, index in enumerate(group.arrival)}
+        group, candidate_indices = self.machine, range(len(self.candidates))
+        arrival_places = {index: arrival_place for arrival_place, index in enumerate(group.arrival)}
         return CandidatePool.of(
-            [len(everyone)],
+            [len(candidate_indices)],
             prompt=self.prompt,
             length=group.lengths,
             state=[state.value for state in group.states],
-            kept=[group.complete and group.keeps(index) for index in everyone],
-            arrival=[places.get(index, -1) for index in everyone],
+            kept=[group.complete and group.keeps(index) for index in candidate_indices],
+            arrival=[arrival_places.get(index, -1) for index in candidate_indices],
             num_long=group.rules.num_long,
             saturated=self.saturated,
             **{name: [getattr(candidate, name) for candidate in self.candidates] for name in MEASURED},
@@ -256,19 +250,8 @@ class RunningGroup:
             key, chance = SequenceKey(self.uid, index), self.machine.chance(index)
             self._outbox.finish(key, prompt_ids, response_ids, chance, extras)
 
-    def _tell_dropped(self, indices: Iterable[int]) -> None:
+    def tell_dropped(self, indices: Iterable[int]) -> None:
+        """The overlapped actor need not go on with these."""
         if self._outbox is not None:
             for index in indices:
                 self._outbox.drop(SequenceKey(self.uid, index))
-
-    def _act(self, losers: list[int]) -> None:
-        self.stop_requests([request for index in losers for request in self.candidates[index].abort()])
-        self._tell_dropped(losers)
-        if self.machine.complete and not self._decided.is_set():
-            self._decided.set()
-            self._on_complete(self.uid)
-            self._tell_dropped(set(range(len(self.candidates))).difference(self.machine.kept))
-            if self._outbox is not None:
-                self._outbox.keep(SequenceKey(self.uid, index) for index in self.machine.kept)
-        if self.machine.complete or self.machine.ready:
-            self.settled.set()

@@ -97,10 +97,10 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         if self._groups:
             raise RuntimeError(f"this worker still runs {len(self._groups)} prompts of another rollout.")
         budgets = prompts.non_tensor_batch[BUDGET].astype(np.int64)
-        rows = prompts.select_idxs(np.repeat(np.arange(len(prompts)), budgets))
+        candidate_rows = prompts.select_idxs(np.repeat(np.arange(len(prompts)), budgets))
         candidates = np.concatenate([np.arange(budget) for budget in budgets])
-        rows.non_tensor_batch[CANDIDATE] = candidates
-        rows.non_tensor_batch["priority"] = rows.non_tensor_batch["priority"] + candidates
+        candidate_rows.non_tensor_batch[CANDIDATE] = candidates
+        candidate_rows.non_tensor_batch["priority"] = candidate_rows.non_tensor_batch["priority"] + candidates
         self._step = prompts.meta_info.get("global_steps", -1)
         self._darts = darts
         self._outbox = self._new_outbox()
@@ -124,9 +124,9 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         try:
             async with self._begun:
                 self._begun.notify_all()
-            output = await super().generate_sequences(rows)
+            kept_rows = await super().generate_sequences(candidate_rows)
             pool = CandidatePool.concat([group.pool() for group in self._groups.values()])
-            return output, pool, self.llm_client.take_step_times()
+            return kept_rows, pool, self.llm_client.take_step_times()
         finally:
             self._running = None
             try:
@@ -170,7 +170,7 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         """No group of rollout `number` waits any longer."""
         if self._number == number:
             for group in self._groups.values():
-                group.deadline()
+                group.act(group.machine.deadline())
 
     async def completed(self, number: int, known: int) -> list[str]:
         """The uids of rollout `number`'s groups that were decided, without the first `known`; waits until there is one.
@@ -187,9 +187,9 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         """Rollout `number` has enough complete groups: those of this worker that are not complete are given up."""
         await self._has_begun(number)
         if self._number == number and self._groups:
-            requests = [request for group in self._groups.values() for request in group.abandon()]
-            if requests:
-                self.llm_client.abort(requests, self._darts.streaming.abort_timeout_s)
+            open_requests = [request for group in self._groups.values() for request in group.abandon()]
+            if open_requests:
+                self.llm_client.abort(open_requests, self._darts.streaming.abort_timeout_s)
             self._close()
 
     def _tell_complete(self, uid: str) -> None:
@@ -208,26 +208,26 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         return await self._outbox.take(wait_s)
 
     async def progress(self) -> tuple[int, list[str]] | None:
-        """Of the rollout that runs: finished candidates, and the uids of incomplete prompts; None if none runs."""
+        """Finished candidates of the rollout that runs, and the uids of incomplete prompts; None if none runs."""
         if not self._groups:
             return None
         groups = self._groups.values()
-        finished = sum(len(group.machine.arrival) for group in groups)
-        return finished, [group.uid for group in groups if not group.machine.ended]
+        num_finished = sum(len(group.machine.arrival) for group in groups)
+        return num_finished, [group.uid for group in groups if not group.machine.ended]
 
     async def _stop_all(self) -> None:
         """Stops what runs after a failure; after a rollout that succeeded there is nothing."""
-        tasks = [
+        running_tasks = [
             candidate.task
             for group in self._groups.values()
             for candidate in group.candidates
             if candidate.task is not None and not candidate.task.done()
         ]
-        if tasks:
+        if running_tasks:
             self.llm_client.abort_open(self._darts.streaming.abort_timeout_s)
-            for task in tasks:
+            for task in running_tasks:
                 task.cancel()
-            await asyncio.wait(tasks, timeout=self._darts.streaming.abort_timeout_s)
+            await asyncio.wait(running_tasks, timeout=self._darts.streaming.abort_timeout_s)
 
     async def _run_agent_loop(self, sampling_params: dict[str, Any], trajectory: dict[str, Any], **kwargs: Any) -> Any:
         """verl's method, told which candidate this task runs; a failure gets its uid."""
@@ -240,8 +240,8 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         candidate.task = asyncio.current_task()
         candidate.single_turn = kwargs["agent_name"] == "single_turn_agent"
         current_listener.set(candidate)
-        if (seed := self._seed()) is not None:
-            sampling_params["seed"] = candidate_seed(seed, self._step, group.prompt, candidate.index)
+        if (base_seed := self._seed()) is not None:
+            sampling_params["seed"] = candidate_seed(base_seed, self._step, group.prompt, candidate.index)
         try:
             if not candidate.over:
                 return await super()._run_agent_loop(sampling_params, trajectory, **kwargs)
@@ -270,8 +270,8 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         if candidate.over:
             candidate.left()
             return DROPPED
-        length = int(sum(output.response_mask))
-        if length == 0:  # some loops return this where their environment fails
+        num_generated = int(sum(output.response_mask))
+        if num_generated == 0:  # some loops return this where their environment fails
             candidate.lose(candidate.generated)
             return DROPPED
         if candidate.finish_reason is None:
@@ -282,27 +282,27 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         group = candidate.group
         # A loop may cut what was generated to the response budget. One that ends because a tool's answer would not fit
         # does not say so, and counts as ended.
-        cut = candidate.generated > length and len(output.response_ids) >= self.rollout_config.response_length
-        candidate.finish(length, truncated=candidate.finish_reason == "length" or cut)
+        cut = candidate.generated > num_generated and len(output.response_ids) >= self.rollout_config.response_length
+        candidate.finish(num_generated, truncated=candidate.finish_reason == "length" or cut)
         extras = None if self.processor is None else lambda: group.shared.put(make_extras(self, output))
         group.tell_end(candidate.index, output.prompt_ids, output.response_ids, extras)
         if self._darts.reward.pool:
             output.extra_fields["raw_prompt"] = kwargs["raw_prompt"]  # as verl does before it scores
             await self._compute_score([output], kwargs=kwargs)
             candidate.reward = output.reward_score
-        kept = await group.keeps(candidate.index)
+        is_kept = await group.keeps(candidate.index)
         if self._darts.selection.on_no_valid == "fail" and group.machine.num_valid == 0:
             raise RuntimeError(
                 f"none of the {len(group.candidates)} candidates ended within the response budget "
                 f"({self.rollout_config.response_length} tokens). Raise data.max_response_length, drop the prompt, or "
                 "set darts.selection.on_no_valid=fill to train on truncated ones."
             )
-        if not kept:
+        if not is_kept:
             return DROPPED
-        padded = await super()._agent_loop_postprocess(output, validate, **kwargs)
-        if padded.reward_score is not None:
-            candidate.reward = padded.reward_score
-        return padded
+        padded_output = await super()._agent_loop_postprocess(output, validate, **kwargs)
+        if padded_output.reward_score is not None:
+            candidate.reward = padded_output.reward_score
+        return padded_output
 
     def _postprocess(
         self, inputs: list[Any], input_non_tensor_batch: dict | None = None, validate: bool = False

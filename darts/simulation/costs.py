@@ -110,6 +110,7 @@ def fit(
     def seconds(phase_name: str) -> NDArray[np.float64]:
         return np.array([step.metrics.get(f"timing_s/{phase_name}", 0.0) for step in timed_steps])
 
+    # 1. What each rollout took besides decoding.
     all_lengths = [np.concatenate(list(step.lengths)) for step in timed_steps]
     step_tokens = np.array([lengths.sum() for lengths in all_lengths], dtype=np.float64)
     decode_seconds = [
@@ -117,6 +118,7 @@ def fit(
         for lengths in all_lengths
     ]
     overhead_s = max(float(np.mean(seconds("gen") - decode_seconds)), 0.0)
+    # 2. The other phases: by token where they grow with the tokens, else the mean.
     phases = ("gen", "old_log_prob", "update_actor", "update_weights", "save_checkpoint")
     rest_seconds = seconds("step") - sum(seconds(name) for name in phases)
     log_prob_s, log_prob_token_s = line(step_tokens / cluster.train_gpus, seconds("old_log_prob"))

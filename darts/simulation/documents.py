@@ -88,9 +88,10 @@ def tell(path: Path, name: str = "rows", gpus: Sequence[int] = ()) -> str:
         DocumentError: as `load`; or there is no such table, or none of these clusters.
     """
     opened_document, rows = load(path)
-    known_tables = TABLES[opened_document["kind"]]
+    kind = opened_document["kind"]
+    if name not in TABLES[kind]:
+        raise DocumentError(f"{path}: there is no table {name!r} of a {kind}, but {', '.join(TABLES[kind])}.")
     shown_rows = [row for row in rows if not gpus or getattr(row, "gpus", None) in gpus]
-    if name not in known_tables or not shown_rows:
-        known = f"the tables of a {opened_document['kind']} are {', '.join(known_tables)}"
-        raise DocumentError(f"{path}: there is no {name!r} of {', '.join(map(str, gpus)) or 'any'} GPUs; {known}.")
-    return known_tables[name](shown_rows)
+    if not shown_rows:
+        raise DocumentError(f"{path}: has no rows of {', '.join(map(str, gpus)) or 'any'} GPUs.")
+    return TABLES[kind][name](shown_rows)

@@ -149,6 +149,7 @@ def split_problems(mix: Mix, seed: int, train: int, val: int) -> tuple[list[Prob
 
 def demonstrate(rng: random.Random, problem: Problem, mix: Mix) -> str:
     """Writes one demonstration response to `problem` (without the end-of-sequence token)."""
+    # 1. How many steps are carried out; the rest is guessed.
     class_place = mix.classes.index(problem.difficulty)
     all_steps = problem.difficulty - 1
     num_steps = all_steps
@@ -163,6 +164,7 @@ def demonstrate(rng: random.Random, problem: Problem, mix: Mix) -> str:
         is_right = rng.random() < mix.guess_right[min(missing_steps, len(mix.guess_right)) - 1]
         total = problem.total if is_right else _miss(rng, problem.total)
         text_lines.append(f"guess {total}")
+    # 2. Re-checks, and the answer.
     chance = mix.wait_start[class_place]
     while rng.random() < chance:
         if rng.random() < mix.wait_corrupts:

@@ -33,12 +33,12 @@ def first_cost_model(
         saved: of the state that the run resumes from.
         adaptive: whether budgets depend on it.
     """
-    latency = darts.latency
+    latency_settings = darts.latency
     profile = latency_profile(config, darts)
     if profile is not None:
-        device = asyncio.run(asyncio.wait_for(engine_device(servers[0]), latency.profile_s))
-        profile.require(latency.profile, profile.model_id, profile.tensor_parallel, device)
-    if latency.profile == "off" or (latency.profile == "auto" and not adaptive):
+        engine_name = asyncio.run(asyncio.wait_for(engine_device(servers[0]), latency_settings.profile_s))
+        profile.require(latency_settings.profile, profile.model_id, profile.tensor_parallel, engine_name)
+    if latency_settings.profile == "off" or (latency_settings.profile == "auto" and not adaptive):
         return None
     if saved is not None:
         if profile is not None and saved.source == source_of(profile):
@@ -54,9 +54,9 @@ def first_cost_model(
 
 def _measured_profile(config: DictConfig, darts: DartsConfig, servers: list[Any]) -> LatencyProfile | None:
     """Measures the engines; None, with a warning, where they cannot be measured."""
-    path, limit_s = Path(config.trainer.default_local_dir) / "latency.json", darts.latency.profile_s
+    profile_path, limit_s = Path(config.trainer.default_local_dir) / "latency.json", darts.latency.profile_s
     logger.info(f"measuring the engines for at most {limit_s:g} s (darts.latency.profile=auto)")
-    measured = profile_servers(
+    pending_profile = profile_servers(
         servers,
         config.actor_rollout_ref.model.path,
         limit_s=limit_s,
@@ -64,7 +64,7 @@ def _measured_profile(config: DictConfig, darts: DartsConfig, servers: list[Any]
         say=logger.info,
     )
     try:
-        profile = asyncio.run(measured)
+        profile = asyncio.run(pending_profile)
     except (ProfileError, ValueError) as error:  # ValueError: the settings leave nothing to measure
         warnings.warn(
             f"darts.latency.profile=auto: {error} There is no cost model: the mean number of candidates is "
@@ -73,10 +73,10 @@ def _measured_profile(config: DictConfig, darts: DartsConfig, servers: list[Any]
         )
         return None
     try:
-        profile.save(path)
-        logger.info(f"the latency profile is in {path}")
+        profile.save(profile_path)
+        logger.info(f"the latency profile is in {profile_path}")
     except OSError as cause:
-        warnings.warn(f"{path}: the latency profile cannot be kept: {cause}", stacklevel=2)
+        warnings.warn(f"{profile_path}: the latency profile cannot be kept: {cause}", stacklevel=2)
     return profile
 
 
@@ -87,5 +87,5 @@ def source_of(profile: LatencyProfile) -> str:
 
 def engine_of(config: DictConfig) -> str:
     """How the source of a profile of this run's engines begins."""
-    ours = config.actor_rollout_ref
-    return f"{model_id(ours.model.path)}, tensor parallel {ours.rollout.tensor_model_parallel_size}, "
+    actor_config = config.actor_rollout_ref
+    return f"{model_id(actor_config.model.path)}, tensor parallel {actor_config.rollout.tensor_model_parallel_size}, "

@@ -35,7 +35,7 @@ class DartsTaskRunner(BaseTaskRunner):
     """verl's legacy task runner (`verl.trainer.main_ppo_v0.TaskRunner`, 0.9.1) with `RayDartsTrainer`."""
 
     def add_actor_rollout_worker(self, config: DictConfig) -> tuple[type, type]:
-        """As verl's; the worker holds no rollout where the servers stand alone, and has the RPCs of the overlap."""
+        """Adds verl's worker; it holds no rollout where the servers stand alone, and has the RPCs of the overlap."""
         worker, worker_group = super().add_actor_rollout_worker(config)
         darts = darts_config(config)
         if darts.enable and darts.overlap.mode != "off":
@@ -99,8 +99,8 @@ def check_ray(config: DictConfig, num_gpus: int) -> None:
     Raises:
         ClusterTooSmall: they are not.
     """
-    have = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    nodes = [Node(resources.get(get_resource_name(), 0), resources.get("CPU", 0)) for resources in have]
+    nodes_resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [Node(resources.get(get_resource_name(), 0), resources.get("CPU", 0)) for resources in nodes_resources]
     check_cluster(config, others=num_gpus - pools(config).train, nodes=nodes)
 
 

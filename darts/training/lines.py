@@ -11,19 +11,19 @@ from darts.config import DartsConfig
 
 def banner(config: DictConfig, darts: DartsConfig, cache_tokens: int = 0) -> str:
     """Whether DARTS is on, and with which settings; `cache_tokens`: of prefixes that a rank of the actor can hold."""
-    placed = f"; {pools(config)}" if darts.placement == "disaggregated" else ""
+    placement_text = f"; {pools(config)}" if darts.placement == "disaggregated" else ""
     if not darts.enable:
-        return f"plugin active, darts.enable=false: plain verl{placed}"
+        return f"plugin active, darts.enable=false: plain verl{placement_text}"
     if darts.strategy != "darts":
-        return f"plugin active: strategy {darts.strategy}, M={darts.group_size}{placed}"
+        return f"plugin active: strategy {darts.strategy}, M={darts.group_size}{placement_text}"
     allocation, selection = darts.allocation, darts.selection
-    mean = darts.group_size if allocation.mode == "off" else allocation.mean_candidates
-    count = "as many candidates as pay" if mean is None else f"{mean:g} candidates"
+    mean_budget = darts.group_size if allocation.mode == "off" else allocation.mean_candidates
+    count_text = "as many candidates as pay" if mean_budget is None else f"{mean_budget:g} candidates"
     return (
-        f"plugin active: M={darts.group_size} of {count} ({allocation.mode}, {allocation.low} to "
+        f"plugin active: M={darts.group_size} of {count_text} ({allocation.mode}, {allocation.low} to "
         f"{allocation.high}), selection {selection.mode}: K={darts.num_short} shortest and L={selection.num_long} "
         f"longest (wait: {selection.long_wait}), early stop {darts.early_stop}"
-        f"{'' if darts.some_shortest_only else ' (no group is shortest-only: it never acts)'}{placed}"
+        f"{'' if darts.some_shortest_only else ' (no group is shortest-only: it never acts)'}{placement_text}"
         f"; log-probs {_when_computed(config, darts, cache_tokens)}"
     )
 
@@ -31,10 +31,10 @@ def banner(config: DictConfig, darts: DartsConfig, cache_tokens: int = 0) -> str
 def _when_computed(config: DictConfig, darts: DartsConfig, cache_tokens: int) -> str:
     """When log-probs are computed."""
     if darts.overlap.mode == "off":
-        reason = without_overlap(config)
-        return f"after generation{'' if reason is None else f' ({reason[0]})'}"
-    held = f", prefixes of up to {cache_tokens:,} tokens on a rank" if cache_tokens else ""
-    return f"during generation (overlap {darts.overlap.mode}{held})"
+        off_reason = without_overlap(config)
+        return f"after generation{'' if off_reason is None else f' ({off_reason[0]})'}"
+    cache_text = f", prefixes of up to {cache_tokens:,} tokens on a rank" if cache_tokens else ""
+    return f"during generation (overlap {darts.overlap.mode}{cache_text})"
 
 
 def progress_line(metrics: dict[str, Any], step: int, total: int) -> str:

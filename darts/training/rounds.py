@@ -76,29 +76,29 @@ class RoundLoader:
         Raises:
             ValueError: not a position, or one in another dataset.
         """
-        given = position if isinstance(position, dict) else {}
-        epoch, drawn = given.get("epoch"), given.get("drawn")
-        if not (type(epoch) is int and type(drawn) is int and epoch >= 0 and 0 <= drawn <= len(self._dataset)):
+        saved_position = position if isinstance(position, dict) else {}
+        epoch, num_drawn = saved_position.get("epoch"), saved_position.get("drawn")
+        if not (type(epoch) is int and type(num_drawn) is int and epoch >= 0 and 0 <= num_drawn <= len(self._dataset)):
             raise ValueError(
                 f"position={position!r:.80}: must be an epoch, and how many of {len(self._dataset)} rows were drawn."
             )
         for _ in range(epoch):
             self._skip(len(self._dataset) + 1)  # to its end, where a sampler may draw the next order
             self._order = iter(self._sampler)
-        self._skip(drawn)
-        self.epoch, self._drawn = epoch, drawn
+        self._skip(num_drawn)
+        self.epoch, self._drawn = epoch, num_drawn
 
     def _skip(self, rows: int) -> None:
         for _ in islice(self._order, rows):
             pass
 
     def _draw(self, rows: int) -> Sequence[int]:
-        drawn: list[int] = []
-        while len(drawn) < rows:
-            some = list(islice(self._order, rows - len(drawn)))
-            drawn += some
-            self._drawn += len(some)
-            if len(drawn) < rows:
+        drawn_rows: list[int] = []
+        while len(drawn_rows) < rows:
+            epoch_rows = list(islice(self._order, rows - len(drawn_rows)))
+            drawn_rows += epoch_rows
+            self._drawn += len(epoch_rows)
+            if len(drawn_rows) < rows:
                 self._order = iter(self._sampler)
                 self.epoch, self._drawn = self.epoch + 1, 0
-        return drawn
+        return drawn_rows

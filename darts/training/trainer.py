@@ -98,20 +98,20 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
     def _fit_generate(self, batch: DataProto = None) -> DataProto:
         """A round of the strategy: its rollout, and what is learnt from it."""
         manager, round_ = self.async_rollout_manager, self.strategy.next_round()
-        trained = list(range(len(batch)))
+        trained_positions = list(range(len(batch)))
 
         def keep(prompts: list[int]) -> None:
             # verl's method repeats and joins the batch once its rows are there.
             harvested = batch.select_idxs(np.array(prompts))
             batch.batch, batch.non_tensor_batch = harvested.batch, harvested.non_tensor_batch
-            trained[:] = prompts
+            trained_positions[:] = prompts
 
         # 1. The manager runs the prompts' groups, and keeps M of each.
         manager.begin_round(round_.rules, harvest=round_.harvest, on_harvest=keep)
         output = super()._fit_generate(batch)
         # 2. The strategy queues what was launched and is not trained on.
         if self._rounds is not None:
-            self.strategy.ended(self._rounds.launched, trained)
+            self.strategy.ended(self._rounds.launched, trained_positions)
             self.metrics["darts/strategy/queue"] = len(self.strategy.queue)
         # 3. What the manager has learnt is reported.
         self._rollout = manager.pop_rollout()
@@ -120,10 +120,10 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
             self._warn_of_saturation()
         # 4. Rows go to the actor in the strategy's order; otherwise as verl balances them.
         if self.strategy.short_to_long:
-            lengths = output.batch["response_mask"].sum(dim=-1)
-            order = short_to_long(lengths.numpy(), self._get_dp_size(self.actor_rollout_wg, "actor"))
-            output.reorder(torch.from_numpy(order))
-            output.meta_info["global_token_num"] = [output.meta_info["global_token_num"][row] for row in order]
+            row_lengths = output.batch["response_mask"].sum(dim=-1)
+            row_order = short_to_long(row_lengths.numpy(), self._get_dp_size(self.actor_rollout_wg, "actor"))
+            output.reorder(torch.from_numpy(row_order))
+            output.meta_info["global_token_num"] = [output.meta_info["global_token_num"][row] for row in row_order]
         return output
 
     def _compute_old_log_prob(self, batch: DataProto) -> tuple[DataProto, float]:
@@ -154,9 +154,9 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
         """Done in `_fit_update_weights`."""
 
     def _stop_profiling(self, do_profile: bool, run_command: bool = False) -> None:
-        steps = self.config.global_profiler.steps
-        last = bool(steps) and (self.global_steps == max(steps) or self.is_last_step)
-        super()._stop_profiling(do_profile, run_command=run_command or last)
+        profiled_steps = self.config.global_profiler.steps
+        is_last = bool(profiled_steps) and (self.global_steps == max(profiled_steps) or self.is_last_step)
+        super()._stop_profiling(do_profile, run_command=run_command or is_last)
 
     def _fit_collect_metrics(self, batch: DataProto) -> None:
         super()._fit_collect_metrics(batch)
@@ -189,7 +189,7 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
     # --- before the first step ----------------------------------------------------------------------------------------
 
     def _create_dataloader(self, *args: Any, **kwargs: Any) -> None:
-        """As upstream; a strategy that chooses its prompts gets a loader of its own."""
+        """Makes verl's loader; a strategy that chooses its prompts gets one of its own."""
         super()._create_dataloader(*args, **kwargs)
         if self.darts.enable:
             self.use_strategy(make_strategy(self.darts, self.config.data.train_batch_size))
@@ -206,17 +206,17 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
         Raises:
             ConfigError: a round takes more prompts than there are.
         """
-        new = self.strategy.next_round().new
-        if new > len(loader.dataset):
+        num_new = self.strategy.next_round().new
+        if num_new > len(loader.dataset):
             raise ConfigError(
                 "data.train_batch_size",
                 self.strategy.num_prompts,
-                f"a round of darts.strategy={self.darts.strategy} launches {new} prompts; the data have "
+                f"a round of darts.strategy={self.darts.strategy} launches {num_new} prompts; the data have "
                 f"{len(loader.dataset)}.",
                 f"lower data.train_batch_size, or the factor in darts.{self.darts.strategy}.",
             )
-        rows = loader.dataset, loader.sampler if sampler is None else sampler, loader.collate_fn
-        return RoundLoader(*rows, lambda: self.strategy.next_round())
+        row_sources = loader.dataset, loader.sampler if sampler is None else sampler, loader.collate_fn
+        return RoundLoader(*row_sources, lambda: self.strategy.next_round())
 
     def use_strategy(self, strategy: Strategy) -> None:
         """From now on rounds are this strategy's. What it sets in verl's configuration is set; what the one before had
@@ -272,12 +272,12 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
         self.darts = replace(self.darts, overlap=replace(self.darts.overlap, mode=session.mode))
         self.use_strategy(make_strategy(self.darts, self.config.data.train_batch_size))
         rollout = self.config.actor_rollout_ref.rollout
-        asleep = self.config.trainer.device != "cpu" and rollout.free_cache_engine
+        engines_sleep = self.config.trainer.device != "cpu" and rollout.free_cache_engine
         check_memory(
             self.darts,
             abilities,
             logit_bytes=8 * limits.max_tokens * len(self.tokenizer),  # bfloat16, and what is made of it
-            server_share=rollout.gpu_memory_utilization if asleep else 0.0,
+            server_share=rollout.gpu_memory_utilization if engines_sleep else 0.0,
         )
         self._log_probs = OverlappedLogProbs(session, limits)
         self.async_rollout_manager.overlap = session
@@ -316,23 +316,23 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
             warnings.warn(f"{error} DARTS starts without what it had learnt.", stacklevel=2)
 
     def _load_state(self, state: Any) -> None:
-        rounds = state.pop("rounds", None) if isinstance(state, dict) else None
+        saved_rounds = state.pop("rounds", None) if isinstance(state, dict) else None
         try:
             if self._rounds is not None:
-                self._load_rounds(rounds)
-            elif rounds is not None:  # verl's own place in the data is not in that checkpoint
-                made = rounds.get("strategy") if isinstance(rounds, dict) else rounds
-                raise ValueError(f"it is of strategy={made!s:.80}, which has prompts of its own.")
+                self._load_rounds(saved_rounds)
+            elif saved_rounds is not None:  # verl's own place in the data is not in that checkpoint
+                saved_strategy = saved_rounds.get("strategy") if isinstance(saved_rounds, dict) else saved_rounds
+                raise ValueError(f"it is of strategy={saved_strategy!s:.80}, which has prompts of its own.")
             self.planner.load_state_dict(state)
         except ValueError as cause:
             message = f"the state of step {self.global_steps} cannot be used: {cause}"
-            raise StateError(message, loses_prompts=rounds is not None) from cause
+            raise StateError(message, loses_prompts=saved_rounds is not None) from cause
         logger.info(f"resumed with the length history of {len(self.planner.history)} prompts")
 
     def _load_rounds(self, state: Any) -> None:
         if not isinstance(state, dict) or state.get("strategy") != self.darts.strategy:
-            made = state.get("strategy") if isinstance(state, dict) else "one without a queue"
-            raise ValueError(f"darts.strategy={self.darts.strategy}, but the checkpoint's strategy is {made}.")
+            saved_name = state.get("strategy") if isinstance(state, dict) else "one without a queue"
+            raise ValueError(f"darts.strategy={self.darts.strategy}, but the checkpoint's strategy is {saved_name}.")
         self.strategy.load_state_dict(state.get("state"))
         self._rounds.go_to(state.get("position"))
 

@@ -52,9 +52,9 @@ def main(config: DictConfig) -> None:
         validate_config(config, need_reference_policy(config), need_critic(config))
     except (AssertionError, ValueError) as error:  # verl's own rules
         refuse(error)
-    if (step := finished_at(config.trainer)) is not None:
+    if (last_step := finished_at(config.trainer)) is not None:
         logger.info(
-            f"nothing to train: {config.trainer.default_local_dir} has step {step}, and "
+            f"nothing to train: {config.trainer.default_local_dir} has step {last_step}, and "
             f"trainer.total_training_steps={config.trainer.total_training_steps}. Raise it to train on; "
             "trainer.val_only=True validates, if the run was ended in its last validation."
         )

@@ -50,7 +50,6 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 PYTHON=${PYTHON:-$([[ -x $ROOT/.venv/bin/python ]] && echo "$ROOT/.venv/bin/python" || echo python3)}
 MAX_LEN=$((MAX_PROMPT + MAX_RESPONSE))
 
-########################### parameter arrays ###########################
 ALGORITHM=(algorithm.adv_estimator=grpo algorithm.use_kl_in_reward=False)
 DATA=(
     data.train_files="$TRAIN_FILES" data.val_files="$VAL_FILES"

@@ -57,7 +57,6 @@ TRAIN_GPUS_PER_NODE=$GPUS_PER_NODE
 if [[ $PLACEMENT == disaggregated ]]; then TRAIN_GPUS_PER_NODE=$((GPUS_PER_NODE - ROLLOUT_GPUS_PER_NODE))
 else ROLLOUT_GPUS_PER_NODE=$GPUS_PER_NODE; fi
 
-########################### parameter arrays ###########################
 ALGORITHM=(algorithm.adv_estimator=grpo algorithm.use_kl_in_reward=False)
 DATA=(
     data.train_files="$TRAIN_FILES" data.val_files="$VAL_FILES"

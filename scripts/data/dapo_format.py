@@ -29,12 +29,12 @@ def reader(template: str, data_source: str) -> Callable[[Example], PreparedRow]:
     """Reads rows of both datasets, with instructions of its own."""
 
     def read(example: Example) -> PreparedRow:
-        messages = example["prompt"] or []
-        if len(messages) != 1:
+        prompt_messages = example["prompt"] or []
+        if len(prompt_messages) != 1:
             raise UnusableRow("with another number of messages than one")
-        content = text(messages[0], "content")
-        found = _LINE.fullmatch(content)
-        question = found[1].strip() if found else content
+        prompt_text = text(prompt_messages[0], "content")
+        template_match = _LINE.fullmatch(prompt_text)
+        question = template_match[1].strip() if template_match else prompt_text
         answer = text(example, "reward_model.ground_truth")
         prompt = user(template.format(question))
         return PreparedRow(question=question, prompt=prompt, answer=answer, data_source=data_source)
@@ -55,5 +55,5 @@ def boxed_command(name: str, description: str, hub: str, *, question: str, answe
         prompt = user(BOXED.format(problem))
         return PreparedRow(question=problem, prompt=prompt, answer=text(example, answer), data_source=BOXED_SCORER)
 
-    train = Part(name="train", hub=hub, columns={question: "text", answer: "text"}, read=read)
-    return command(name, description, train, aime2024(BOXED))
+    train_part = Part(name="train", hub=hub, columns={question: "text", answer: "text"}, read=read)
+    return command(name, description, train_part, aime2024(BOXED))

@@ -42,22 +42,22 @@ UNUSABLE = "with tests that verl cannot run"
 
 
 def read(example: Example, wanted: str) -> PreparedRow:
-    ability, source = text(example, "ability"), text(example, "data_source")
+    ability, data_source = text(example, "ability"), text(example, "data_source")
     if wanted not in (ability, "all"):
         raise UnusableRow(f"of ability {ability or 'none'}")
-    if source not in SOURCES.get(ability, ()):
+    if data_source not in SOURCES.get(ability, ()):
         raise UnusableRow(f"of a data source that verl does not score as {ability or 'none'}")
     prompt = [{name: text(message, name) for name in ("role", "content")} for message in example["prompt"] or ()]
     if not prompt or prompt[-1]["role"] != "user":
         raise UnusableRow("without a last message of the user")
     question = prompt[-1]["content"]
-    mark, instruction = INSTRUCTIONS[ability]
-    if question and mark not in question:
-        prompt[-1]["content"] += instruction
+    required_mark, added_instruction = INSTRUCTIONS[ability]
+    if question and required_mark not in question:
+        prompt[-1]["content"] += added_instruction
     answer = text(example, "reward_model.ground_truth")
     if ability == "code" and answer:
         answer = runnable(answer)
-    return PreparedRow(question=question, prompt=prompt, answer=answer, data_source=source, ability=ability)
+    return PreparedRow(question=question, prompt=prompt, answer=answer, data_source=data_source, ability=ability)
 
 
 def runnable(published: str) -> str:
@@ -73,41 +73,41 @@ def runnable(published: str) -> str:
     inputs, outputs = (tests.get(name) if isinstance(tests, dict) else None for name in ("inputs", "outputs"))
     if not isinstance(inputs, list) or not isinstance(outputs, list) or not 0 < len(inputs) == len(outputs):
         raise UnusableRow(UNUSABLE)
-    function = tests.get("fn_name")
-    if not function:
+    function_name = tests.get("fn_name")
+    if not function_name:
         return json.dumps({"inputs": [*map(_lines, inputs)], "outputs": [*map(_lines, outputs)]})
-    calls = [_call(*call) for call in zip(inputs, outputs, strict=True)]
-    given, expected = zip(*calls, strict=True)
-    return json.dumps({"fn_name": function, "inputs": given, "outputs": expected})
+    function_calls = [_call(*published_call) for published_call in zip(inputs, outputs, strict=True)]
+    given_inputs, expected_outputs = zip(*function_calls, strict=True)
+    return json.dumps({"fn_name": function_name, "inputs": given_inputs, "outputs": expected_outputs})
 
 
-def _lines(value: Any) -> str:
+def _lines(test_value: Any) -> str:
     """What is given to, or expected from, a program."""
-    if isinstance(value, list):
-        return "\n".join(map(_lines, value))
-    if value is None or isinstance(value, dict):
+    if isinstance(test_value, list):
+        return "\n".join(map(_lines, test_value))
+    if test_value is None or isinstance(test_value, dict):
         raise UnusableRow(UNUSABLE)
-    return str(value)
+    return str(test_value)
 
 
-def _call(arguments: Any, expected: Any) -> tuple[str, str]:
+def _call(call_arguments: Any, expected_value: Any) -> tuple[str, str]:
     """What is given to, and expected from, a function."""
-    if isinstance(arguments, list) and arguments:
-        return "\n".join(map(json.dumps, arguments)), json.dumps(expected)
+    if isinstance(call_arguments, list) and call_arguments:
+        return "\n".join(map(json.dumps, call_arguments)), json.dumps(expected_value)
     try:
-        for line in [*arguments.split("\n"), expected]:
-            json.loads(line)
+        for json_line in [*call_arguments.split("\n"), expected_value]:
+            json.loads(json_line)
     except (AttributeError, TypeError, ValueError):
         raise UnusableRow(UNUSABLE) from None
-    return arguments, expected
+    return call_arguments, expected_value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser("eurus2", __doc__, HUB, HUB)
     parser.add_argument("--ability", choices=["code", "math", "all"], default="code", help="default: %(default)s")
     options = parser.parse_args(arguments)
-    reader = partial(read, wanted=options.ability)
-    return run(options, *parts("train", "validation", hub=HUB, columns=COLUMNS, read=reader))
+    read_row = partial(read, wanted=options.ability)
+    return run(options, *parts("train", "validation", hub=HUB, columns=COLUMNS, read=read_row))
 
 
 if __name__ == "__main__":

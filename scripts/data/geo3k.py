@@ -17,11 +17,11 @@ INSTRUCTION = r"Begin with your reasoning between <think> and </think>. Then giv
 
 def read(example: Example) -> PreparedRow:
     problem = text(example, "problem")
-    content = f"{problem}\n\n{INSTRUCTION}"
+    prompt_text = f"{problem}\n\n{INSTRUCTION}"
     if IMAGE not in problem:
-        content = IMAGE * len(example["images"] or ()) + content
+        prompt_text = IMAGE * len(example["images"] or ()) + prompt_text
     answer = text(example, "answer")
-    return PreparedRow(question=problem, prompt=user(content), answer=answer, data_source=HUB)
+    return PreparedRow(question=problem, prompt=user(prompt_text), answer=answer, data_source=HUB)
 
 
 COLUMNS = {"images": "images", "problem": "text", "answer": "text"}

@@ -18,11 +18,11 @@ _FINAL = re.compile(r"####\s*\$?\s*(-?[\d,]*\.?\d+)\.?\s*$")
 
 def read(example: Example) -> PreparedRow:
     question = text(example, "question")
-    final = _FINAL.search(text(example, "answer"))
-    if not final:
+    final_number = _FINAL.search(text(example, "answer"))
+    if not final_number:
         raise UnusableRow("without a number after ####")
     prompt = user(f"{question}\n\n{INSTRUCTION}")
-    return PreparedRow(question=question, prompt=prompt, answer=final[1].replace(",", ""), data_source=HUB)
+    return PreparedRow(question=question, prompt=prompt, answer=final_number[1].replace(",", ""), data_source=HUB)
 
 
 COLUMNS = {"question": "text", "answer": "text"}

@@ -16,18 +16,18 @@ INSTRUCTION = r"Think step by step, and put the final answer in \boxed{}."
 
 def last_boxed(solution: str) -> str:
     r"""What the last ``\boxed{...}``, ``\boxed x`` or ``\fbox{...}`` holds; empty if there is none, or no end to it."""
-    for box in (r"\boxed", r"\fbox"):
-        _, found, held = solution.rpartition(box)
-        if found:
+    for box_command in (r"\boxed", r"\fbox"):
+        _, found_box, box_content = solution.rpartition(box_command)
+        if found_box:
             break
-    held = held.lstrip() if found else ""
-    if not held.startswith("{"):
-        return held.split("$")[0].strip()
-    depth = 0
-    for end, character in enumerate(held):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return held[1:end].strip()
+    box_content = box_content.lstrip() if found_box else ""
+    if not box_content.startswith("{"):
+        return box_content.split("$")[0].strip()
+    brace_depth = 0
+    for end, character in enumerate(box_content):
+        brace_depth += (character == "{") - (character == "}")
+        if brace_depth == 0:
+            return box_content[1:end].strip()
     return ""
 
 

@@ -26,22 +26,19 @@ OWN_LOGS = ("raylet.*", "gcs_server.*", "ray_process_exit.log")
 
 def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on, all different."""
-    with_ports = []
-    for _ in range(count):
-        with_ports.append(socket.socket())
-        with_ports[-1].bind(("", 0))
-    ports = [each.getsockname()[1] for each in with_ports]
-    for each in with_ports:
-        each.close()
-    return ports
+    with contextlib.ExitStack() as stack:
+        open_sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for open_socket in open_sockets:
+            open_socket.bind(("", 0))
+        return [open_socket.getsockname()[1] for open_socket in open_sockets]
 
 
-def own_address(toward: str | None) -> str:
+def own_address(other_node: str | None) -> str:
     """The address that this node reaches another one from; without one, or on a loopback, what Ray takes by itself."""
-    if toward is not None:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((toward, 9))  # sends nothing
-            address = probe.getsockname()[0]
+    if other_node is not None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe_socket:
+            probe_socket.connect((other_node, 9))  # sends nothing
+            address = probe_socket.getsockname()[0]
         if not address.startswith("127."):
             return address
     from ray.util import get_node_ip_address
@@ -51,22 +48,22 @@ def own_address(toward: str | None) -> str:
 
 def ray_start(options: argparse.Namespace) -> tuple[list[str], str]:
     """The command, and the address of the cluster."""
-    command = [
+    ray_command = [
         sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--node-name={options.name}",
         f"--temp-dir={options.temp}", f"--num-cpus={options.num_cpus}", "--min-worker-port=0", "--max-worker-port=0",
     ]  # fmt: skip
     if options.num_gpus is not None:
-        command.append(f"--num-gpus={options.num_gpus}")
-    agent, port, client = free_ports(3)
-    command.append(f"--dashboard-agent-listen-port={agent}")
+        ray_command.append(f"--num-gpus={options.num_gpus}")
+    agent_port, port, client_port = free_ports(3)
+    ray_command.append(f"--dashboard-agent-listen-port={agent_port}")
     if options.address is not None:
-        return [*command, f"--address={options.address}"], options.address
-    ip = own_address(options.toward)
-    head = [
-        "--head", f"--node-ip-address={ip}", f"--port={port}", f"--ray-client-server-port={client}",
+        return [*ray_command, f"--address={options.address}"], options.address
+    node_ip = own_address(options.toward)
+    head_options = [
+        "--head", f"--node-ip-address={node_ip}", f"--port={port}", f"--ray-client-server-port={client_port}",
         "--include-dashboard=false",
     ]  # fmt: skip
-    return [*command, *head], f"{ip}:{port}"
+    return [*ray_command, *head_options], f"{node_ip}:{port}"
 
 
 def can_be_reached(address: str) -> bool:
@@ -86,10 +83,10 @@ def input_has_ended(seconds: float) -> bool:
 
 def keep_logs(temp: Path, logs: Path) -> None:
     """What Ray's own processes wrote on this machine; the output of workers is in COMMAND's."""
-    for pattern in OWN_LOGS:
-        for path in temp.glob(f"session_2*/logs/{pattern}"):
+    for log_pattern in OWN_LOGS:
+        for log_path in temp.glob(f"session_2*/logs/{log_pattern}"):
             logs.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, logs)
+            shutil.copy(log_path, logs)
 
 
 def main() -> int:
@@ -104,40 +101,43 @@ def main() -> int:
     parser.add_argument("--toward", help="another node of the job")
     parser.add_argument("--address", help="of the head")
     options = parser.parse_args()
-    asked = False
+    end_asked = False
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
+        nonlocal end_asked
+        end_asked = True
 
+    # 1. Ray starts; a head that can be reached writes its address.
     signal.signal(signal.SIGTERM, on_signal)
     options.temp.mkdir(parents=True, exist_ok=True)
-    users = (options.temp / ".users").open("w")  # virtual nodes on one machine share the folder
-    fcntl.flock(users, fcntl.LOCK_SH)
-    command, address = ray_start(options)
+    users_lock = (options.temp / ".users").open("w")  # virtual nodes on one machine share the folder
+    fcntl.flock(users_lock, fcntl.LOCK_SH)
+    ray_command, address = ray_start(options)
     # Ray's own wait for what runs on the node when it is ended: that is over by then.
-    environment = os.environ | {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
-    process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
-    told = options.head is None
-    while process.poll() is None and not asked:
-        if not told and can_be_reached(address):
-            partial = options.head.with_suffix(".partial")
-            partial.write_text(address)
-            partial.replace(options.head)
-            told = True
-        asked = asked or input_has_ended(0.2)
-    if process.poll() is None:
-        process.terminate()
+    ray_environment = os.environ | {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
+    ray_process = subprocess.Popen(ray_command, env=ray_environment, stdin=subprocess.DEVNULL)
+    address_written = options.head is None
+    while ray_process.poll() is None and not end_asked:
+        if not address_written and can_be_reached(address):
+            partial_file = options.head.with_suffix(".partial")
+            partial_file.write_text(address)
+            partial_file.replace(options.head)
+            address_written = True
+        end_asked = end_asked or input_has_ended(0.2)
+    # 2. Ray ends in order, or by force.
+    if ray_process.poll() is None:
+        ray_process.terminate()
         try:
-            process.wait(END_S)
+            ray_process.wait(END_S)
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            ray_process.kill()
+            ray_process.wait()
+    # 3. Its logs stay, its folder does not.
     keep_logs(options.temp, options.logs / f"ray-{options.name}")
     with contextlib.suppress(BlockingIOError):  # another node uses it
-        fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(users_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(options.temp, ignore_errors=True)
-    return 0 if asked else 1
+    return 0 if end_asked else 1
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Waits for the nodes of a Ray cluster: `wait_for_ray.py HOST:PORT --nodes n1 n2 --gpus 8 --limit 300`.
 
 Contract: exit code 0 as soon as every node of `--nodes` (by its `ray start --node-name`) is alive with at least
-`--gpus` GPUs, 1 after `--limit` seconds. A line every
-`PROGRESS_S` seconds, and the last one, name the nodes that are missing.
+`--gpus` GPUs, 1 after `--limit` seconds. A line every `PROGRESS_S` seconds, and the last one, name the nodes that are
+missing.
 """
 
 import argparse
@@ -15,13 +15,13 @@ import ray
 PROGRESS_S = 10
 
 
-def missing(nodes: list[str], gpus: int, cluster: list[dict]) -> list[str]:
+def missing(node_names: list[str], min_gpus: int, ray_nodes: list[dict]) -> list[str]:
     """What is missing, node by node, e.g. `["n2", "n3 (7 of 8 GPUs)"]`."""
-    have = {node["NodeName"]: node["Resources"].get("GPU", 0) for node in cluster if node["Alive"]}
+    gpus_by_node = {node["NodeName"]: node["Resources"].get("GPU", 0) for node in ray_nodes if node["Alive"]}
     return [
-        node if node not in have else f"{node} ({have[node]:g} of {gpus} GPUs)"
-        for node in nodes
-        if have.get(node, -1) < gpus
+        node if node not in gpus_by_node else f"{node} ({gpus_by_node[node]:g} of {min_gpus} GPUs)"
+        for node in node_names
+        if gpus_by_node.get(node, -1) < min_gpus
     ]
 
 
@@ -33,27 +33,24 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, required=True, help="of each node")
     parser.add_argument("--limit", type=float, required=True, help="seconds")
     options = parser.parse_args()
-    start = said = time.monotonic()
+    start_time, last_report_s = time.monotonic(), 0.0
     while True:
         try:
             if not ray.is_initialized():
                 ray.init(options.address, log_to_driver=False, logging_level=logging.ERROR)
-            lacking = missing(options.nodes, options.gpus, ray.nodes())
+            missing_nodes = missing(options.nodes, options.gpus, ray.nodes())
         except (ConnectionError, RuntimeError) as error:  # the head has only begun
-            lacking = [f"{node} ({str(error).splitlines()[0]})" for node in options.nodes[:1]] + options.nodes[1:]
-        now = time.monotonic()
-        if not lacking:
-            print(f"Ray is there after {now - start:.0f} s: {len(options.nodes)} nodes", flush=True)
+            missing_nodes = [f"{node} ({str(error).splitlines()[0]})" for node in options.nodes[:1]] + options.nodes[1:]
+        waited_s, num_nodes = time.monotonic() - start_time, len(options.nodes)
+        if not missing_nodes:
+            print(f"Ray is there after {waited_s:.0f} s: {num_nodes} nodes", flush=True)
             return 0
-        over = now - start > options.limit
-        if over or now - said > PROGRESS_S:
-            there, names = len(options.nodes) - len(lacking), ", ".join(lacking)
-            print(
-                f"{there} of {len(options.nodes)} nodes are there after {now - start:.0f} s; missing: {names}",
-                flush=True,
-            )
-            said = now
-        if over:
+        limit_reached = waited_s > options.limit
+        if limit_reached or waited_s - last_report_s > PROGRESS_S:
+            there = f"{num_nodes - len(missing_nodes)} of {num_nodes} nodes are there after {waited_s:.0f} s"
+            print(f"{there}; missing: {', '.join(missing_nodes)}", flush=True)
+            last_report_s = waited_s
+        if limit_reached:
             return 1
         time.sleep(1)
 

@@ -95,7 +95,7 @@ class Rank:
     ):  # fmt: skip
         """An actor, whose weights then move away from the reference's."""
         import torch
-        from hydra import compose, initialize_config_module
+        from compositions import composed_by_verl
 
         from verl_patches.dp_actor import OverlappedActorWorker
 
@@ -111,24 +111,20 @@ class Rank:
                 f"fsdp_config.mixed_precision={precision}",
             )
         ]
-        with initialize_config_module("verl.trainer.config", version_base=None):
-            config = compose(
-                "ppo_trainer",
-                [
-                    f"actor_rollout_ref.model.path={path}",
-                    "+actor_rollout_ref.model.load_tokenizer=false",
-                    f"+actor_rollout_ref.model.override_config.attn_implementation={attention}",
-                    "actor_rollout_ref.model.use_remove_padding=false",
-                    "actor_rollout_ref.model.enable_gradient_checkpointing=false",
-                    f"actor_rollout_ref.model.lora_rank={lora_rank}",
-                    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=2",
-                    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=2",
-                    "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=2",
-                    f"actor_rollout_ref.actor.fsdp_config.param_offload={param_offload}",
-                    *engines,
-                    *overrides,
-                ],
-            ).actor_rollout_ref
+        config = composed_by_verl(
+            f"actor_rollout_ref.model.path={path}",
+            "+actor_rollout_ref.model.load_tokenizer=false",
+            f"+actor_rollout_ref.model.override_config.attn_implementation={attention}",
+            "actor_rollout_ref.model.use_remove_padding=false",
+            "actor_rollout_ref.model.enable_gradient_checkpointing=false",
+            f"actor_rollout_ref.model.lora_rank={lora_rank}",
+            "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=2",
+            "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=2",
+            "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=2",
+            f"actor_rollout_ref.actor.fsdp_config.param_offload={param_offload}",
+            *engines,
+            *overrides,
+        ).actor_rollout_ref
         self.worker = OverlappedActorWorker(config, role="actor")
         self.worker.role = "actor_ref" if with_reference else "actor"  # no rollout
         self.worker.init_model()

@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 
 from darts.bench import command, launch
 from darts.bench.arms import PRESETS
-from darts.bench.command import LOG, main, options_of
+from darts.bench.command import main, options_of
+from darts.bench.launch import LOG
 from darts.bench.plan import PLAN, BenchPlan
 from darts.bench.records import Records
 from darts.config import ConfigError, DartsConfig

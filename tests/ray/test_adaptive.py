@@ -42,12 +42,17 @@ def lengths_at(step: int, order: list[int]) -> list[list[int]]:
     ]
 
 
-def run(cluster, step: int, order: list[int] | None = None):
-    """One rollout of the prompts in this order; returns the kept rows, the rollout, and what the servers were asked."""
+def run(cluster, step: int, order: list[int] | None = None, held: tuple[int, ...] = ()):
+    """One rollout of the prompts in this order; returns the kept rows, the rollout, and what the servers were asked.
+
+    The two longest of the prompts in `held` never end by themselves.
+    """
     manager, servers = cluster
     order = list(range(len(QUESTIONS))) if order is None else order
     turns = {
-        candidate_seed(0, step, place, candidate): [Turn(length, delay=length / 100)]
+        candidate_seed(0, step, place, candidate): [
+            Turn(length, delay=length / 100, held=order[place] in held and candidate in np.argsort(row)[-2:])
+        ]
         for place, row in enumerate(lengths_at(step, order))
         for candidate, length in enumerate(row)
     }
@@ -135,13 +140,12 @@ def test_early_stop_feeds_the_history_with_censored_lengths(fresh, monkeypatch):
     manager, _ = fresh
     monkeypatch.setattr(manager, "rules", dataclasses.replace(manager.rules, early_stop="eager"))
     run(fresh, step=1)
-    _, rollout, _ = run(fresh, step=2)
-    saturated = np.flatnonzero(rollout.plan.budgets == HIGH)
-    assert rollout.pool.aborted[np.isin(rollout.pool.prompt, saturated)].any()
-    for prompt in saturated:
+    _, rollout, _ = run(fresh, step=2, held=(1, 4))
+    assert np.flatnonzero(rollout.plan.budgets == HIGH).tolist() == [1, 4], "the saturated"
+    for prompt in (1, 4):
         rows = rollout.pool.prompt == prompt
-        if rollout.pool.aborted[rows].any():
-            assert rollout.observed_std[prompt] > rollout.pool.length[rows].std()
+        assert rollout.pool.aborted[rows].any()
+        assert rollout.observed_std[prompt] > rollout.pool.length[rows].std()
 
 
 def test_the_planner_is_told_the_engines_limits(fresh, make_config):

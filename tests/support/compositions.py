@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra._internal.config_repository import ConfigRepository
 from omegaconf import DictConfig, OmegaConf
 
@@ -33,8 +33,12 @@ def files_read_once() -> Iterator[None]:
 
 
 @cache
-def _composed(name: str, overrides: tuple[str, ...]) -> bytes:
-    with files_read_once(), initialize_config_dir(str(CONFIG_DIR), version_base=None):
+def _composed(of_verl: bool, name: str, overrides: tuple[str, ...]) -> bytes:
+    if of_verl:
+        source = initialize_config_module("verl.trainer.config", version_base=None)
+    else:
+        source = initialize_config_dir(str(CONFIG_DIR), version_base=None)
+    with files_read_once(), source:
         config = compose(name, overrides=list(overrides))
     OmegaConf.resolve(config)
     return pickle.dumps(config)
@@ -42,4 +46,9 @@ def _composed(name: str, overrides: tuple[str, ...]) -> bytes:
 
 def composed(name: str, *overrides: str) -> DictConfig:
     """A resolved configuration of the project, made once for the same overrides."""
-    return pickle.loads(_composed(name, overrides))
+    return pickle.loads(_composed(False, name, overrides))
+
+
+def composed_by_verl(*overrides: str) -> DictConfig:
+    """The same of verl's own `ppo_trainer`."""
+    return pickle.loads(_composed(True, "ppo_trainer", overrides))

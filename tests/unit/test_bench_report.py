@@ -171,7 +171,7 @@ def test_the_notes_tell_of_queues_and_of_the_served_weights():
 
 
 def draw(results: BenchResults):
-    return draw_all(figures.FIGURES, results, report.BASE)
+    return draw_all(figures.FIGURES, results)
 
 
 NAMES = ["seconds", "accuracy", "tradeoff", "lengths", "phases"]

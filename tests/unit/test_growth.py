@@ -133,11 +133,11 @@ def test_a_wait_ends_with_reports_time_or_the_end():
         waiting = asyncio.ensure_future(outbox.take(30))
         await asyncio.sleep(0)
         outbox.grow(A, PROMPT, 0, [4], 0.5)
-        assert len((await asyncio.wait_for(waiting, 1)).growths) == 1
+        assert len((await asyncio.wait_for(waiting, 100)).growths) == 1
         waiting = asyncio.ensure_future(outbox.take(30))
         await asyncio.sleep(0)
         outbox.end()
-        assert (await asyncio.wait_for(waiting, 1)).ended
+        assert (await asyncio.wait_for(waiting, 100)).ended
         return await outbox.take(0.0)
 
     assert asyncio.run(main()).ended

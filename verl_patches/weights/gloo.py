@@ -70,10 +70,6 @@ class Group:
     store: dist.Store | None = field(default=None, repr=False)  # None outside of the group
     gloo: dist.ProcessGroupGloo | None = field(default=None, repr=False)
 
-    def cause(self) -> str | None:
-        """What another member says about its failure."""
-        return self.store.get(FAILED).decode() if self.store.check([FAILED]) else None
-
 
 @CheckpointEngineRegistry.register("gloo")
 class GlooCheckpointEngine(CheckpointEngine):
@@ -115,10 +111,10 @@ class GlooCheckpointEngine(CheckpointEngine):
         name = sender.group[0] if sender.group else None
         if [member.group for member in metadata] != [(name, rank, world_size) for rank in actor_ranks + server_ranks]:
             name = uuid4().hex
-        shared = {"world_size": world_size, "group": name, "address": sender.address, "port": sender.port}
+        shared_arguments = {"world_size": world_size, "group": name, "address": sender.address, "port": sender.port}
 
         def arguments(ranks: list[int]) -> dict[str, list[Any]]:
-            return {"rank": ranks} | {key: [value] * len(ranks) for key, value in shared.items()}
+            return {"rank": ranks} | {key: [value] * len(ranks) for key, value in shared_arguments.items()}
 
         return arguments(actor_ranks), arguments(server_ranks)
 
@@ -134,11 +130,11 @@ class GlooCheckpointEngine(CheckpointEngine):
             group,
             self._store or dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=self._limit),
         )
-        options = dist.ProcessGroupGloo._Options()
-        options._timeout = self._limit
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=own_address())]
-        gloo = dist.ProcessGroupGloo(store, rank, world_size, options)
-        self._group = Group(name=group, rank=rank, world_size=world_size, store=store, gloo=gloo)
+        gloo_options = dist.ProcessGroupGloo._Options()
+        gloo_options._timeout = self._limit
+        gloo_options._devices = [dist.ProcessGroupGloo.create_device(hostname=own_address())]
+        process_group = dist.ProcessGroupGloo(store, rank, world_size, gloo_options)
+        self._group = Group(name=group, rank=rank, world_size=world_size, store=store, gloo=process_group)
 
     def finalize(self) -> None:
         """Nothing: buffers live as long as an update, the group until its members change."""
@@ -153,17 +149,17 @@ class GlooCheckpointEngine(CheckpointEngine):
             return
         with self._failing_together():
             bucket = torch.empty(self.bucket_size, dtype=torch.uint8)
-            metas, length = [], 0
+            bucket_metas, filled_bytes = [], 0
             with_bytes = ((name, weight.detach().contiguous()) async for name, weight in ensure_async_iterator(weights))
-            async for meta, chunk in split_weight_chunks(with_bytes, self.bucket_size):
-                offset = -(-length // ALIGNMENT) * ALIGNMENT
-                if offset + meta.chunk_size > self.bucket_size:
-                    await self._send_bucket(metas, bucket[:length], is_last=False)
-                    metas, offset = [], 0
-                meta.offset, length = offset, offset + meta.chunk_size
-                bucket[offset:length].copy_(chunk)
-                metas.append(meta)
-            await self._send_bucket(metas, bucket[:length], is_last=True)
+            async for tensor_meta, chunk_bytes in split_weight_chunks(with_bytes, self.bucket_size):
+                offset = -(-filled_bytes // ALIGNMENT) * ALIGNMENT
+                if offset + tensor_meta.chunk_size > self.bucket_size:
+                    await self._send_bucket(bucket_metas, bucket[:filled_bytes], is_last=False)
+                    bucket_metas, offset = [], 0
+                tensor_meta.offset, filled_bytes = offset, offset + tensor_meta.chunk_size
+                bucket[offset:filled_bytes].copy_(chunk_bytes)
+                bucket_metas.append(tensor_meta)
+            await self._send_bucket(bucket_metas, bucket[:filled_bytes], is_last=True)
 
     async def receive_weights(self, global_steps: int | None = None) -> AsyncGenerator[tuple[str, torch.Tensor], None]:
         """Yields the weights as they were sent, on the CPU."""
@@ -171,52 +167,54 @@ class GlooCheckpointEngine(CheckpointEngine):
             async for name, weight in merge_weight_chunks(self._receive_chunks(), self.bucket_size):
                 yield name, weight
 
-    async def _send_bucket(self, metas: list[TensorMeta], content: torch.Tensor, is_last: bool) -> None:
-        about = torch.frombuffer(bytearray(pickle.dumps((metas, is_last))), dtype=torch.uint8)
-        for part in (torch.tensor([about.numel(), content.numel()]), about, content):
-            await self._broadcast(part)
+    async def _send_bucket(self, bucket_metas: list[TensorMeta], bucket_content: torch.Tensor, is_last: bool) -> None:
+        meta_bytes = torch.frombuffer(bytearray(pickle.dumps((bucket_metas, is_last))), dtype=torch.uint8)
+        for bucket_part in (torch.tensor([meta_bytes.numel(), bucket_content.numel()]), meta_bytes, bucket_content):
+            await self._broadcast(bucket_part)
 
     async def _receive_chunks(self) -> AsyncIterator[tuple[TensorMeta, torch.Tensor]]:
         is_last = False
         while not is_last:
-            sizes = await self._broadcast(torch.empty(2, dtype=torch.int64))
-            about, content = [torch.empty(size, dtype=torch.uint8) for size in sizes.tolist()]
-            metas, is_last = pickle.loads((await self._broadcast(about)).numpy().tobytes())
-            await self._broadcast(content)
-            for meta in metas:
-                yield meta, content[meta.offset : meta.offset + meta.chunk_size]
+            part_sizes = await self._broadcast(torch.empty(2, dtype=torch.int64))
+            meta_bytes, bucket_content = [torch.empty(size, dtype=torch.uint8) for size in part_sizes.tolist()]
+            bucket_metas, is_last = pickle.loads((await self._broadcast(meta_bytes)).numpy().tobytes())
+            await self._broadcast(bucket_content)
+            for tensor_meta in bucket_metas:
+                yield tensor_meta, bucket_content[tensor_meta.offset : tensor_meta.offset + tensor_meta.chunk_size]
 
     async def _broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sender's tensor in everybody's; the event loop goes on meanwhile."""
         if tensor.numel() == 0:
             return tensor
-        work = self._group.gloo.broadcast(tensor, SENDER)
-        start = looked = time.monotonic()
-        while not work.is_completed():
+        broadcast_work = self._group.gloo.broadcast(tensor, SENDER)
+        start_time = last_look = time.monotonic()
+        while not broadcast_work.is_completed():
             await asyncio.sleep(0.0005)
-            now = time.monotonic()
-            if now > looked + POLL_S:
-                looked = now
+            current_time = time.monotonic()
+            if current_time > last_look + POLL_S:
+                last_look = current_time
                 self._raise_cause()
-            if now > start + self.timeout_s:
+            if current_time > start_time + self.timeout_s:
                 raise TimeoutError(
                     f"nothing of the weights moved for {self.timeout_s:g} s (VERL_PATCHES_WEIGHT_TIMEOUT_S): a process "
                     "of the update is stuck, or a single weight takes longer to gather."
                 )
         try:
-            work.wait()
+            broadcast_work.wait()
         except RuntimeError as error:
             self._raise_cause()
             raise WeightTransferError(f"a process of the weight update is gone: {error}") from error
         return tensor
 
     def _raise_cause(self) -> None:
+        """Raises what another member says about its failure."""
+        store = self._group.store
         try:
-            cause = self._group.cause()
+            failure_cause = store.get(FAILED).decode() if store.check([FAILED]) else None
         except RuntimeError as error:
             raise WeightTransferError("actor rank 0, which sends the weights, is gone") from error
-        if cause is not None:
-            raise WeightTransferError(f"the weight update failed in another process: {cause}")
+        if failure_cause is not None:
+            raise WeightTransferError(f"the weight update failed in another process: {failure_cause}")
 
     @contextmanager
     def _failing_together(self) -> Iterator[None]:
@@ -224,13 +222,13 @@ class GlooCheckpointEngine(CheckpointEngine):
         try:
             yield
         except BaseException as error:  # a receiver whose consumer fails is closed: GeneratorExit
-            failed, self._group = self._group, None
-            self._failed_groups.append(failed)
-            who = "the sender" if failed.rank == SENDER else f"receiver {failed.rank}"
-            why = "what takes the weights stopped" if isinstance(error, GeneratorExit) else repr(error)
+            failed_group, self._group = self._group, None
+            self._failed_groups.append(failed_group)
+            failed_member = "the sender" if failed_group.rank == SENDER else f"receiver {failed_group.rank}"
+            failure_reason = "what takes the weights stopped" if isinstance(error, GeneratorExit) else repr(error)
             try:
-                if not failed.store.check([FAILED]):
-                    failed.store.set(FAILED, f"{who}: {why}")
+                if not failed_group.store.check([FAILED]):
+                    failed_group.store.set(FAILED, f"{failed_member}: {failure_reason}")
             except RuntimeError:  # the store's process is gone, and with it who would listen
                 pass
             raise

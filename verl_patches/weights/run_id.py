@@ -26,25 +26,25 @@ JOB = "VERL_RAY_JOB_ID"
 
 def name_run() -> None:
     """Names this run in the environment, if vLLM loads the plugin there."""
-    allowed = os.environ.get("VLLM_PLUGINS")
-    names = {
+    allowed_plugins = os.environ.get("VLLM_PLUGINS")
+    plugin_names = {
         point.name for point in entry_points(group="vllm.general_plugins") if point.module == "verl_patches.vllm_plugin"
     }
     os.environ.pop(RUN, None)
-    if names and (allowed is None or names & set(allowed.split(","))):
+    if plugin_names and (allowed_plugins is None or plugin_names & set(allowed_plugins.split(","))):
         os.environ[RUN] = uuid.uuid4().hex[:8]
 
 
 def mark_engine() -> None:
     """Adds the run's name to what this engine process takes for the job; safe to call again."""
-    run, job = os.environ.get(RUN), os.environ.get(JOB)
-    if run and job and not job.endswith(f"-{run}"):
-        os.environ[JOB] = f"{job}-{run}"
+    run_name, job_id = os.environ.get(RUN), os.environ.get(JOB)
+    if run_name and job_id and not job_id.endswith(f"-{run_name}"):
+        os.environ[JOB] = f"{job_id}-{run_name}"
 
 
-def of_this_run(handle: str) -> str:
+def of_this_run(socket_handle: str) -> str:
     """The sender's socket as ``mark_engine`` makes the engine look for it; safe to call again."""
-    run = os.environ.get(RUN)
-    if not run or f"-{run}-replica-" in handle:
-        return handle
-    return handle.replace("-replica-", f"-{run}-replica-", 1)
+    run_name = os.environ.get(RUN)
+    if not run_name or f"-{run_name}-replica-" in socket_handle:
+        return socket_handle
+    return socket_handle.replace("-replica-", f"-{run_name}-replica-", 1)

@@ -43,13 +43,13 @@ class WatchedSocket:
         self._wait_for(zmq.POLLIN)
         return self._socket.recv(*args, **kwargs)
 
-    def _wait_for(self, event: int) -> None:
+    def _wait_for(self, poll_event: int) -> None:
         deadline = time.monotonic() + self._timeout_s
-        while not self._socket.poll(POLL_S * 1000, event):
+        while not self._socket.poll(POLL_S * 1000, poll_event):
             if self._receiver is not None and ray.wait([self._receiver], timeout=0)[0]:
                 ray.get(self._receiver)  # raises if the call has failed
             if time.monotonic() > deadline:
-                what_failed = "acknowledge" if event == zmq.POLLIN else "come for"
+                what_failed = "acknowledge" if poll_event == zmq.POLLIN else "come for"
                 raise TimeoutError(
                     f"vLLM did not {what_failed} a bucket of weights within {self._timeout_s:g} s "
                     f"(VERL_PATCHES_WEIGHT_TIMEOUT_S): its engine process is dead or stuck, see its log"

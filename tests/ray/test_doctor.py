@@ -58,7 +58,7 @@ def two_nodes():
 
 def test_two_ranks_on_a_ray_of_its_own(tmp_path):
     path = tmp_path / "facts.json"
-    code, lines = doctor("--communication", "--ranks", "2", "--json", str(path))
+    code, lines = doctor("--communication", "--ranks", "2", "--limit-s", "500", "--json", str(path))
     assert code == 0, lines
     assert " 1, with GPUs: " in named(lines, "nodes ")
     assert named(lines, "versions ").endswith("the same as here")

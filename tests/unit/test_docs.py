@@ -105,6 +105,7 @@ def test_every_command_is_understood(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     write_example(tmp_path)  # which some commands name
+    (tmp_path / "outputs").mkdir()
     understood([word.replace("$PWD", str(tmp_path)) for word in command])
 
 

@@ -253,7 +253,7 @@ class RankSession:
     def _usable(
         self, rows: list[Row], extras: list[Extras | None], position_layers: int
     ) -> tuple[list[Row], list[Extras | None]]:
-        """The rows that the models can forward, and their extras. Runs collectives, where `layers` is not 0."""
+        """The rows that the models can forward, and their extras. Runs collectives, unless `position_layers` is 0."""
         refusal_reasons = [model.images_refusal(position_layers) for model in self._models] if position_layers else []
         reason = next(filter(None, refusal_reasons), None)
         if reason is None:

@@ -273,11 +273,16 @@ def test_over_budget_nothing_is_lost(cluster, overlap):
 )
 @pytest.mark.parametrize("call", [0, 2])
 def test_a_rank_that_fails_ends_the_step_with_the_cause(cluster, overlap, trouble, cause, call):
-    """No candidate of the step would have ended by itself."""
+    """The first prompt's candidates would never have ended."""
+
+    def turn(prompt, candidate):
+        length = 4 + PROMPTS * candidate + prompt
+        return Turn(length, delay=length / 10, held=prompt == 0)
+
     made = overlap(mortal=True, seconds=0.02)
     ray.get(made.actor.ranks[1].set_trouble.remote((trouble, call)))
     with pytest.raises(RuntimeError, match=f"overlapped actor failed: {cause}"):
-        made.log_probs.old(roll(cluster, 10, turn=lambda *_: Turn(30, delay=2.0, held=True)), nothing_left)
+        made.log_probs.old(roll(cluster, 10, turn=turn), nothing_left)
     wait_until_stopped(cluster)
     cancelled = ray.get([server.count_cancelled.remote() for server in cluster.servers])
     assert cancelled == [0, 0], "what runs is aborted: cancelled calls leave holes in the queues of Ray's actors"

@@ -85,7 +85,7 @@ def test_an_exception_of_vllm_ends_the_update_though_nobody_takes_what_is_sent(u
     """The chain of a standalone server: its engine, verl's adapter beside it, the manager in the trainer."""
     vllm = ray.remote(two_pools.FailingVllm).options(name="vllm_server_0_0").remote()
     pools = update(sending="blocks", taking="vLLM fails", module=WITH_VLLM)
-    fails_soon(pools, cause="no attribute 'weight_loader'")
+    fails(pools, cause="no attribute 'weight_loader'", survivor=pools.trainers[0])
     ray.kill(vllm)
 
 
@@ -101,18 +101,17 @@ def test_a_side_that_ends_ends_the_update_with_the_cause_and_leaves_nobody_waiti
     update, sending, taking, cause, module
 ):
     pools = update(sending, taking, module)
-    fails_soon(pools, cause)
-    survivors = [pools.server] if sending == "dies" else pools.trainers
-    deadline = time.monotonic() + 300
-    while any(map(in_group, survivors)):
-        assert time.monotonic() < deadline, "the other side still waits"
-        time.sleep(0.2)
+    fails(pools, cause, survivor=pools.server if sending == "dies" else pools.trainers[0])
 
 
-def fails_soon(pools, cause: str) -> None:
+def fails(pools, cause: str, survivor) -> None:
     """Long before the limit for silence, or this would have another cause."""
     with pytest.raises(Exception, match=cause):
         pools.manager.update_weights(1)
+    deadline = time.monotonic() + 300
+    while in_group(survivor):
+        assert time.monotonic() < deadline, "the other side still waits"
+        time.sleep(0.1)
 
 
 def in_group(worker) -> bool:

@@ -164,13 +164,9 @@ def main() -> str | None:
 
 def head(name: str, recipe: Recipe) -> str:
     """The comment that opens a script."""
-    origin_line = (
-        f"Made by scripts/make_recipes.py: run_{TEMPLATE}.sh, and what differs. Change those, or a copy of this."
-    )
+    made_by = f"Made by scripts/make_recipes.py: run_{TEMPLATE}.sh, and what differs. Change those, or a copy of this."
     if name == TEMPLATE:
-        origin_line = (
-            "The template of the others: scripts/make_recipes.py makes them, and this head, after each change."
-        )
+        made_by = "The template of the others: scripts/make_recipes.py makes them, and this head, after each change."
     launch_command = f"bash recipe/darts/run_{name}"
     commands = {
         f".venv/bin/python scripts/data/{recipe.data.split('/')[0]}.py{recipe.prepare_options}": "the data, once",
@@ -182,7 +178,7 @@ def head(name: str, recipe: Recipe) -> str:
     command_width = max(map(len, commands))
     command_lines = "".join(f"#   {command:{command_width}}   {meaning}\n" for command, meaning in commands.items())
     return f"""#!/usr/bin/env bash
-# {origin_line}
+# {made_by}
 # GRPO with DARTS | {recipe.model} | {recipe.data_title} | {recipe.engines}
 {textwrap.fill(recipe.note, 120, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)}
 # Composed and checked on CPUs; not run on GPUs yet.
@@ -212,7 +208,7 @@ def changed(body: str, name: str, recipe: Recipe) -> str:
             place_pattern = rf"(?<= {re.escape(place)}=)\S+"
         else:
             place_pattern = rf"(?:^ *{re.escape(place)}.*\n)+"
-        body, place_count = re.subn(place_pattern, lambda _, script_text=new_text: script_text, body, flags=re.M)
+        body, place_count = re.subn(place_pattern, lambda _, text=new_text: text, body, flags=re.M)
         if place_count != 1:
             raise ValueError(f"{name}: {place!r} has {place_count} places in run_{TEMPLATE}.sh; it must have one")
     return body

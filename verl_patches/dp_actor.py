@@ -36,7 +36,7 @@ from verl.utils.device import get_device_name, get_torch_device
 from verl.workers.engine_workers import TrainingWorker
 
 from darts.messages import Extras, RankAbility, RankCall, RankReport, RankResults, Row, SequenceKey, StepSettings
-from verl_patches.log_prob_model import LogProbModel, register_engine
+from verl_patches.log_prob_model import LogProbModel, largest_of_all_ranks, register_engine
 from verl_patches.patches import patch_forward_without_images
 from verl_patches.placement import PlacedActorWorker
 from verl_patches.prefix_cache import Prefix
@@ -123,7 +123,7 @@ class RankSession:
         if refusal is None:
             refusal, extras = fetch_extras(call.whole)
         num_unseen = sum(len(row.token_ids) > (row.start == 0) for row in call.growing)  # with something to forward
-        any_refused, any_whole, any_unseen, position_layers = self._most(
+        any_refused, any_whole, any_unseen, position_layers = largest_of_all_ranks(
             refusal is not None, len(call.whole), num_unseen, layers_of(extras)
         )
         if any_refused:
@@ -263,12 +263,6 @@ class RankSession:
         self._images_refused = True
         text_only = [at for at, row_extra in enumerate(extras) if row_extra is None or not row_extra.multi_modal_inputs]
         return [rows[at] for at in text_only], [extras[at] for at in text_only]
-
-    def _most(self, *rank_counts: int) -> list[int]:
-        """The largest of each number over all ranks, also those that share sequences (Ulysses): each may refuse."""
-        largest_counts = torch.tensor(rank_counts, dtype=torch.int64, device=get_device_name())
-        torch.distributed.all_reduce(largest_counts, op=torch.distributed.ReduceOp.MAX)
-        return largest_counts.tolist()
 
     def _forward_whole(self, whole: list[_Work], sequences: list[np.ndarray], extras: list[Extras]) -> None:
         """One forward of each model; sequences without works are company. Extras are of all sequences or of none."""

@@ -276,11 +276,8 @@ class LogProbModel:
             allowed = 1e-4 + 4 * rounding_noise + dtype_precision * float(np.abs(whole_together).mean())
             if not difference <= allowed:
                 reason = f"log-probs in pieces are off by {difference:.3g} nats on average, allowed are {allowed:.3g}"
-        any_failed = torch.tensor(float(reason is not None), device=get_device_name())
-        torch.distributed.all_reduce(any_failed, op=torch.distributed.ReduceOp.MAX)
-        if any_failed.item() and reason is None:
-            reason = "another rank cannot"
-        return reason
+        any_failed = largest_of_all_ranks(reason is not None)[0]
+        return "another rank cannot" if any_failed and reason is None else reason
 
     def _in_pieces(self, token_rows: list[np.ndarray]) -> list[np.ndarray]:
         """float32 [outputs, tokens - 1] of each sequence; learns the geometry on the way."""
@@ -301,6 +298,13 @@ class LogProbModel:
                 result.append(values)
             batch.keep(range(len(token_rows)))
         return [np.concatenate(result, axis=1) for result in row_outputs]
+
+
+def largest_of_all_ranks(*rank_counts: int) -> list[int]:
+    """The largest of each number over all ranks, also those that share sequences (Ulysses): each may refuse."""
+    largest_counts = torch.tensor(rank_counts, dtype=torch.int64, device=get_device_name())
+    torch.distributed.all_reduce(largest_counts, op=torch.distributed.ReduceOp.MAX)
+    return largest_counts.tolist()
 
 
 def jagged_rows(token_rows: Sequence[np.ndarray], extras: Sequence[Extras] = ()) -> TensorDict:

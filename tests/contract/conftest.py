@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from compositions import files_read_once
+from compositions import files_merged_once
 
 from darts.checks import run as checks
 
@@ -14,6 +14,6 @@ def flash_attention_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def files_are_read_once() -> Iterator[None]:
-    with files_read_once():
+def files_are_merged_once() -> Iterator[None]:
+    with files_merged_once():
         yield

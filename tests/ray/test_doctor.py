@@ -86,13 +86,13 @@ def test_all_nodes_of_a_cluster(two_nodes):
     ids=["torch ends the wait of the others", "the others wait for ever"],
 )
 def test_the_rank_that_does_not_answer_is_named(method, what, others_wait):
-    code, lines = doctor(SILENT.format(method=method, limit_s=8, others_wait=others_wait))
+    code, lines = doctor(SILENT.format(method=method, limit_s=30, others_wait=others_wait))
     assert code == 1
     line = named(lines, "all-reduce ")
     assert line.startswith("FAILED ")
     assert f"{what}: rank 1 (" in line
     assert "rank 0" not in line
-    assert "did not answer within 8 s" in line
+    assert "did not answer within 30 s" in line
 
 
 def test_a_cluster_that_is_not_there_fails():

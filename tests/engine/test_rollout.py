@@ -15,6 +15,7 @@ from fakes import CountingReward, prompts
 from start_together import hold, release
 
 from darts.messages import CANDIDATE
+from darts.rollout import manager as manager_module
 from darts.rollout.manager import DartsAgentLoopManager
 from darts.selection import select
 from darts.testbed import assets_dir
@@ -79,11 +80,9 @@ def responses(output):
 
 def pools(manager, monkeypatch):
     """Collects the pool of each rollout, which the manager otherwise turns into metrics at once."""
-    import darts.rollout.manager
-
-    collected, metrics = [], darts.rollout.rollout_metrics
+    collected, metrics = [], manager_module.rollout_metrics
     monkeypatch.setattr(
-        darts.rollout, "rollout_metrics", lambda pool, *args: (collected.append(pool), metrics(pool, *args))[1]
+        manager_module, "rollout_metrics", lambda pool, *args: (collected.append(pool), metrics(pool, *args))[1]
     )
     return collected
 

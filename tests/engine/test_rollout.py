@@ -110,10 +110,14 @@ def test_exact_keeps_what_the_same_seeds_give_without_stopping(manager, configur
 
 
 def test_eager_and_exact_agree_where_all_start_together(manager, configure, server, monkeypatch):
-    """The engine holds the twelve back until all are there. On its way an answer may overtake another now and then."""
+    """The engine holds the twelve back until all are there.
+
+    Of rollouts whose ends were heard in another order than that of their lengths, as a busy machine may do, eager and
+    exact keep what they heard of; they come again with another step.
+    """
     collected = pools(manager, monkeypatch)
     kept, agreed = {}, 0
-    for step in range(2, 7):
+    for step in range(2, 32):
         for mode in ("eager", "exact"):
             configure(early_stop=mode)
             run_in_server(server, hold)
@@ -121,14 +125,24 @@ def test_eager_and_exact_agree_where_all_start_together(manager, configure, serv
             thread.start()
             kept[mode] = responses(manager.generate_sequences(batch(1, step=step)))
             thread.join(timeout=LIMIT_S)
+        if not heard_in_order(collected[-2]):
+            continue
         lengths = {mode: sorted(len(tokens) for tokens in rows.values()) for mode, rows in kept.items()}
-        assert all(np.array(lengths["eager"]) >= lengths["exact"]), "the shortest are the shortest"
+        assert lengths["eager"] == lengths["exact"], "ties apart, the same responses"
         same = set(kept["eager"]) & set(kept["exact"])
         assert all(kept["eager"][row] == kept["exact"][row] for row in same)
         ties = lengths["eager"].count(lengths["eager"][-1])
-        agreed += lengths["eager"] == lengths["exact"] and len(same) >= M - ties
-    assert agreed >= 3, "ties apart, the same responses"
+        assert len(same) >= M - ties
+        agreed += 1
+        if agreed == 5:
+            break
+    assert agreed == 5
     assert sum(pool.aborted.sum() for pool in collected) >= 5
+
+
+def heard_in_order(pool):
+    """Whether nobody who was dropped has fewer tokens than one who was kept."""
+    return pool.length[~pool.kept].min() >= pool.length[pool.kept].max()
 
 
 def release_when_all_wait(server):

@@ -1,11 +1,14 @@
 """Weights over gloo between real processes: the bytes, the group, and what happens when a side fails."""
 
+import asyncio
+
 import pytest
 import torch
 import weight_transfer as wt
 from verl.checkpoint_engine import CheckpointEngineRegistry
 
-from verl_patches.weights.gloo import GlooCheckpointEngine
+from verl_patches.weights import gloo
+from verl_patches.weights.gloo import GlooCheckpointEngine, WeightTransferError
 
 BUCKET = 4096
 F32, BF16, I64 = torch.float32, torch.bfloat16, torch.int64
@@ -148,3 +151,34 @@ def test_a_group_is_made_anew_when_a_member_is_new():
         made[2].call(wt.receive)
         expected = wt.described(wt.weights_of(1, SIZES))
         assert [member.answer() for member in made] == [len(SIZES), expected, expected]
+
+
+def test_an_update_that_begins_before_the_sender_has_seen_the_last_ones_failure_is_whole(monkeypatch):
+    """Both ends live on, as where the driver learns of the failure from the receiver and begins anew at once."""
+    sender, receiver = (GlooCheckpointEngine(BUCKET, is_master=is_master) for is_master in (True, False))
+
+    async def connect() -> None:
+        sides = GlooCheckpointEngine.build_topology(1, 1, [sender.prepare(), receiver.prepare()])
+        rows = [{key: value[0] for key, value in side.items()} for side in sides]
+        ends = zip((sender, receiver), rows, strict=True)
+        await asyncio.gather(*(asyncio.to_thread(end.init_process_group, **row) for end, row in ends))
+
+    async def updates() -> list[tuple]:
+        monkeypatch.setattr(gloo, "POLL_S", float("inf"))  # the sender has not looked yet
+        await connect()
+        failing = asyncio.ensure_future(wt.send(sender, 1, [(f"w{i}", (BUCKET,), F32) for i in range(2000)]))
+        weights = receiver.receive_weights()
+        await anext(weights)
+        await weights.aclose()
+        await connect()
+        assert not failing.done(), "there is more than sockets hold"
+        whole = asyncio.ensure_future(wt.receive(receiver))
+        await wt.send(sender, 2, SIZES)
+        received = await whole
+        monkeypatch.setattr(gloo, "POLL_S", 0.0)
+        with pytest.raises(WeightTransferError, match="failed in another process: receiver 1"):
+            await failing
+        assert sender.prepare().group is not None, "the new update's group is kept"
+        return received
+
+    assert asyncio.run(asyncio.wait_for(updates(), 300)) == wt.described(wt.weights_of(2, SIZES))

@@ -164,7 +164,7 @@ async def send_and_die(engine: Any, seed: int, sizes: list) -> None:
 
 
 def limit_silence(engine: Any, seconds: float) -> None:
-    engine.timeout_s = seconds
+    engine._group.timeout_s = seconds
 
 
 async def send_late(engine: Any, seed: int, sizes: list, gate: Path) -> None:

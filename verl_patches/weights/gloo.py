@@ -69,6 +69,40 @@ class Group:
     world_size: int
     store: dist.Store | None = field(default=None, repr=False)  # None outside of the group
     gloo: dist.ProcessGroupGloo | None = field(default=None, repr=False)
+    timeout_s: float = TIMEOUT_S
+
+    async def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sender's tensor in everybody's; the event loop goes on meanwhile."""
+        if tensor.numel() == 0:
+            return tensor
+        broadcast_work = self.gloo.broadcast(tensor, SENDER)
+        start_time = last_look = time.monotonic()
+        while not broadcast_work.is_completed():
+            await asyncio.sleep(0.0005)
+            current_time = time.monotonic()
+            if current_time > last_look + POLL_S:
+                last_look = current_time
+                self._raise_cause()
+            if current_time > start_time + self.timeout_s:
+                raise TimeoutError(
+                    f"nothing of the weights moved for {self.timeout_s:g} s (VERL_PATCHES_WEIGHT_TIMEOUT_S): a process "
+                    "of the update is stuck, or a single weight takes longer to gather."
+                )
+        try:
+            broadcast_work.wait()
+        except RuntimeError as error:
+            self._raise_cause()
+            raise WeightTransferError(f"a process of the weight update is gone: {error}") from error
+        return tensor
+
+    def _raise_cause(self) -> None:
+        """Raises what another member says about its failure."""
+        try:
+            failure_cause = self.store.get(FAILED).decode() if self.store.check([FAILED]) else None
+        except RuntimeError as error:
+            raise WeightTransferError("actor rank 0, which sends the weights, is gone") from error
+        if failure_cause is not None:
+            raise WeightTransferError(f"the weight update failed in another process: {failure_cause}")
 
 
 @CheckpointEngineRegistry.register("gloo")
@@ -134,7 +168,9 @@ class GlooCheckpointEngine(CheckpointEngine):
         gloo_options._timeout = self._limit
         gloo_options._devices = [dist.ProcessGroupGloo.create_device(hostname=own_address())]
         process_group = dist.ProcessGroupGloo(store, rank, world_size, gloo_options)
-        self._group = Group(name=group, rank=rank, world_size=world_size, store=store, gloo=process_group)
+        self._group = Group(
+            name=group, rank=rank, world_size=world_size, store=store, gloo=process_group, timeout_s=self.timeout_s
+        )
 
     def finalize(self) -> None:
         """Nothing: buffers live as long as an update, the group until its members change."""
@@ -147,88 +183,61 @@ class GlooCheckpointEngine(CheckpointEngine):
             async for _ in ensure_async_iterator(weights):
                 pass
             return
-        with self._failing_together():
+        with self._failing_together() as group:
             bucket = torch.empty(self.bucket_size, dtype=torch.uint8)
             bucket_metas, filled_bytes = [], 0
             with_bytes = ((name, weight.detach().contiguous()) async for name, weight in ensure_async_iterator(weights))
             async for tensor_meta, chunk_bytes in split_weight_chunks(with_bytes, self.bucket_size):
                 offset = -(-filled_bytes // ALIGNMENT) * ALIGNMENT
                 if offset + tensor_meta.chunk_size > self.bucket_size:
-                    await self._send_bucket(bucket_metas, bucket[:filled_bytes], is_last=False)
+                    await self._send_bucket(group, bucket_metas, bucket[:filled_bytes], is_last=False)
                     bucket_metas, offset = [], 0
                 tensor_meta.offset, filled_bytes = offset, offset + tensor_meta.chunk_size
                 bucket[offset:filled_bytes].copy_(chunk_bytes)
                 bucket_metas.append(tensor_meta)
-            await self._send_bucket(bucket_metas, bucket[:filled_bytes], is_last=True)
+            await self._send_bucket(group, bucket_metas, bucket[:filled_bytes], is_last=True)
 
     async def receive_weights(self, global_steps: int | None = None) -> AsyncGenerator[tuple[str, torch.Tensor], None]:
         """Yields the weights as they were sent, on the CPU."""
-        with self._failing_together():
-            async for name, weight in merge_weight_chunks(self._receive_chunks(), self.bucket_size):
+        with self._failing_together() as group:
+            async for name, weight in merge_weight_chunks(self._receive_chunks(group), self.bucket_size):
                 yield name, weight
 
-    async def _send_bucket(self, bucket_metas: list[TensorMeta], bucket_content: torch.Tensor, is_last: bool) -> None:
+    async def _send_bucket(
+        self, group: Group, bucket_metas: list[TensorMeta], bucket_content: torch.Tensor, is_last: bool
+    ) -> None:
         meta_bytes = torch.frombuffer(bytearray(pickle.dumps((bucket_metas, is_last))), dtype=torch.uint8)
         for bucket_part in (torch.tensor([meta_bytes.numel(), bucket_content.numel()]), meta_bytes, bucket_content):
-            await self._broadcast(bucket_part)
+            await group.broadcast(bucket_part)
 
-    async def _receive_chunks(self) -> AsyncIterator[tuple[TensorMeta, torch.Tensor]]:
+    async def _receive_chunks(self, group: Group) -> AsyncIterator[tuple[TensorMeta, torch.Tensor]]:
         is_last = False
         while not is_last:
-            part_sizes = await self._broadcast(torch.empty(2, dtype=torch.int64))
+            part_sizes = await group.broadcast(torch.empty(2, dtype=torch.int64))
             meta_bytes, bucket_content = [torch.empty(size, dtype=torch.uint8) for size in part_sizes.tolist()]
-            bucket_metas, is_last = pickle.loads((await self._broadcast(meta_bytes)).numpy().tobytes())
-            await self._broadcast(bucket_content)
+            bucket_metas, is_last = pickle.loads((await group.broadcast(meta_bytes)).numpy().tobytes())
+            await group.broadcast(bucket_content)
             for tensor_meta in bucket_metas:
                 yield tensor_meta, bucket_content[tensor_meta.offset : tensor_meta.offset + tensor_meta.chunk_size]
 
-    async def _broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sender's tensor in everybody's; the event loop goes on meanwhile."""
-        if tensor.numel() == 0:
-            return tensor
-        broadcast_work = self._group.gloo.broadcast(tensor, SENDER)
-        start_time = last_look = time.monotonic()
-        while not broadcast_work.is_completed():
-            await asyncio.sleep(0.0005)
-            current_time = time.monotonic()
-            if current_time > last_look + POLL_S:
-                last_look = current_time
-                self._raise_cause()
-            if current_time > start_time + self.timeout_s:
-                raise TimeoutError(
-                    f"nothing of the weights moved for {self.timeout_s:g} s (VERL_PATCHES_WEIGHT_TIMEOUT_S): a process "
-                    "of the update is stuck, or a single weight takes longer to gather."
-                )
-        try:
-            broadcast_work.wait()
-        except RuntimeError as error:
-            self._raise_cause()
-            raise WeightTransferError(f"a process of the weight update is gone: {error}") from error
-        return tensor
-
-    def _raise_cause(self) -> None:
-        """Raises what another member says about its failure."""
-        store = self._group.store
-        try:
-            failure_cause = store.get(FAILED).decode() if store.check([FAILED]) else None
-        except RuntimeError as error:
-            raise WeightTransferError("actor rank 0, which sends the weights, is gone") from error
-        if failure_cause is not None:
-            raise WeightTransferError(f"the weight update failed in another process: {failure_cause}")
-
     @contextmanager
-    def _failing_together(self) -> Iterator[None]:
-        """What ends an update early here ends it everywhere; the group is not used again."""
+    def _failing_together(self) -> Iterator[Group]:
+        """Gives the group of an update. What ends it early here ends it everywhere; the group is not used again.
+
+        A new update may have begun by then, with a group of its own: the other side may see a failure first.
+        """
+        group = self._group
         try:
-            yield
+            yield group
         except BaseException as error:  # a receiver whose consumer fails is closed: GeneratorExit
-            failed_group, self._group = self._group, None
-            self._failed_groups.append(failed_group)
-            failed_member = "the sender" if failed_group.rank == SENDER else f"receiver {failed_group.rank}"
+            if self._group is group:
+                self._group = None
+            self._failed_groups.append(group)
+            failed_member = "the sender" if group.rank == SENDER else f"receiver {group.rank}"
             failure_reason = "what takes the weights stopped" if isinstance(error, GeneratorExit) else repr(error)
             try:
-                if not failed_group.store.check([FAILED]):
-                    failed_group.store.set(FAILED, f"{failed_member}: {failure_reason}")
+                if not group.store.check([FAILED]):
+                    group.store.set(FAILED, f"{failed_member}: {failure_reason}")
             except RuntimeError:  # the store's process is gone, and with it who would listen
                 pass
             raise

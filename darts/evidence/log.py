@@ -28,7 +28,6 @@ class LineHandler(logging.Handler):
 logger = logging.getLogger("darts")
 logger.handlers = [LineHandler()]
 logger.propagate = False
-logger.setLevel(os.environ.get("DARTS_LOG_LEVEL", "INFO").upper())
 
 
 def refuse(reason: object) -> NoReturn:
@@ -40,3 +39,10 @@ def refuse(reason: object) -> NoReturn:
 def say(line: str) -> None:
     """Logs how far a long command is, with the time."""
     logger.info(f"{time.strftime('%H:%M:%S')} {line}")
+
+
+LEVEL = os.environ.get("DARTS_LOG_LEVEL", "INFO")
+try:
+    logger.setLevel(LEVEL.upper())
+except ValueError:
+    refuse(f"DARTS_LOG_LEVEL={LEVEL!r}: must be one of DEBUG, INFO, WARNING, ERROR. Fix: unset it, for INFO.")

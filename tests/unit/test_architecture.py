@@ -54,7 +54,7 @@ def test_importing_the_method_and_the_simulator_loads_nothing_heavy() -> None:
     assert run.stdout.split() == []
 
 
-@pytest.mark.parametrize("moved", sorted(FOLDERS))
-def test_every_folder_says_what_it_is(moved: str) -> None:
-    text = (ROOT / moved.replace(".", "/") / "__init__.py").read_text()
+@pytest.mark.parametrize("folder", sorted(FOLDERS))
+def test_every_folder_says_what_it_is(folder: str) -> None:
+    text = (ROOT / folder.replace(".", "/") / "__init__.py").read_text()
     assert text.startswith('"""')

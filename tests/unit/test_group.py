@@ -55,7 +55,10 @@ def test_how_each_ended_is_on_record_whatever_is_reported_later(case):
     for _ in world.live():
         ended = {name: [index in which for index in range(case.size)] for name, which in world.ended.items()}
         assert (world.group.lengths, world.group.arrival) == (world.reported, world.ended["finish"])
-        assert (world.group.stopped, world.group.lost) == (ended["stop"], ended["lose"])
+        assert ([state is State.STOPPED for state in world.group.states], world.group.lost) == (
+            ended["stop"],
+            ended["lose"],
+        )
         asked = [index in world.asked and index in world.running for index in range(case.size)]
         assert [state is State.ABORTING for state in world.group.states] == asked
         assert {index for index, state in enumerate(world.group.states) if not state.ended} == world.running
@@ -167,7 +170,7 @@ def test_a_scenario_by_hand():
     assert group.ended
     assert group.lengths == [7, 8, 1, 6, 2, 8]
     assert group.truncated == [False, False, False, False, False, True]
-    assert group.stopped == [False, True, False, False, False, False]
+    assert [state is State.STOPPED for state in group.states] == [False, True, False, False, False, False]
     assert group.lost == [False, False, True, False, False, False]
     assert group.arrival == [5, 3, 0, 4]
     assert group.num_valid == 2

@@ -35,3 +35,12 @@ def test_a_line_comes_once_also_where_root_has_a_handler_and_from_the_level_that
     environment |= {} if level is None else {"DARTS_LOG_LEVEL": level}
     result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert (result.stdout, result.stderr, result.returncode) == (said, "", 0)
+
+
+def test_a_level_that_is_none_is_one_line():
+    command = [sys.executable, "-c", "import darts.evidence.log"]
+    result = subprocess.run(command, env=os.environ | {"DARTS_LOG_LEVEL": "loud"}, capture_output=True, text=True)
+    assert (result.stdout, result.returncode) == ("", 2)
+    assert result.stderr == (
+        "[darts] DARTS_LOG_LEVEL='loud': must be one of DEBUG, INFO, WARNING, ERROR. Fix: unset it, for INFO.\n"
+    )

@@ -26,7 +26,6 @@ candidates to abort now; each is named once.
 
 import math
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from darts.pool import State
@@ -125,7 +124,7 @@ class CandidateGroup:
             return []
         self._lengths[index] = length
         is_running = self._states[index] is State.RUNNING
-        return self._decide([index]) if is_running and self.rules.follows_growth else []
+        return self._decide(index) if is_running and self.rules.follows_growth else []
 
     def finish(self, index: int, length: int, truncated: bool) -> list[int]:
         """Candidate `index` ended after `length` tokens (end token included); `truncated` at the length limit.
@@ -138,7 +137,7 @@ class CandidateGroup:
             insort(self._valid, (length, index))
         self._arrival.append(index)
         self._end(index, length, State.TRUNCATED if truncated else State.FINISHED)
-        return self._decide(self._all(State.RUNNING))
+        return self._decide()
 
     def stop(self, index: int, length: int) -> list[int]:
         """Candidate `index`, which was asked to abort, ended with `length` tokens.
@@ -165,7 +164,7 @@ class CandidateGroup:
         if not self._decided and num_left < self.rules.num_keep:
             raise ValueError(f"{num_lost} candidates were lost, {num_left} are left: {self.rules.num_keep} are needed.")
         self._end(index, length, State.LOST)
-        return self._decide(self._all(State.RUNNING))
+        return self._decide()
 
     def deadline(self) -> list[int]:
         """A ready group waits no longer: what still runs is to be aborted.
@@ -311,8 +310,11 @@ class CandidateGroup:
     def _end(self, index: int, length: int, state: State) -> None:
         self._states[index], self._lengths[index] = state, length
 
-    def _decide(self, changed: Sequence[int]) -> list[int]:
-        """Which of the `changed`, who all run, to abort; completes the group if nothing that it needs runs any more."""
+    def _decide(self, grown: int | None = None) -> list[int]:
+        """Which of those that run to abort; completes the group if nothing that it needs runs any more.
+
+        Where one has `grown` and nobody has ended, nothing has changed for the others.
+        """
         if self._decided:
             return []
         losers: list[int] = []
@@ -320,7 +322,8 @@ class CandidateGroup:
             # One that has grown to this length ends there or later, and ties go to the lower index.
             last_needed = self._valid[self.rules.num_keep - 1]
             is_exact = self.rules.follows_growth
-            losers = [index for index in changed if not is_exact or (self._lengths[index], index) > last_needed]
+            running = self._all(State.RUNNING) if grown is None else [grown]
+            losers = [index for index in running if not is_exact or (self._lengths[index], index) > last_needed]
         return self._abort(losers)
 
     def _abort(self, losers: list[int]) -> list[int]:

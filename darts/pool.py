@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from enum import StrEnum
+from enum import Enum
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 
-class State(StrEnum):
+class State(Enum):
     """What a candidate does, or how it ended; the letter is a trace's for one that was not kept.
 
     RUNNING -> FINISHED | TRUNCATED | LOST, or RUNNING -> ABORTING -> STOPPED | FINISHED | TRUNCATED | LOST.

@@ -8,7 +8,7 @@
 # Whole tiers run in two lanes (tests/conftest.py) if 14 GB of memory are free. What is chosen by anything but --full and
 # -x runs in one, in order.
 #
-# DARTS_TEST_TIMEOUT=seconds   for all of pytest; default 6000, with --full 20000
+# DARTS_TEST_TIMEOUT=seconds   for all of pytest; default 4800, with --full 20000
 # DARTS_JUNIT=file.xml         where to leave a JUnit report
 set -Eeuo pipefail
 # shellcheck source=scripts/lib.sh
@@ -38,7 +38,7 @@ count() { sed -nE "1,3s/.*<testsuite [^>]*\b$1=\"([0-9]+)\".*/\1/p" "$work/junit
 
 # One function, so that bash has read all of this file before a `git pull` may change it.
 main() {
-  limit=6000
+  limit=4800
   tiers="fast tiers"
   lanes=(-n 2)
   (($(awk '/^MemAvailable/ { print int($2 / 1e6) }' /proc/meminfo) >= 14)) || lanes=()

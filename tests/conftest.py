@@ -15,6 +15,8 @@ from hypothesis import settings
 
 HERE = Path(__file__).parent
 TIERS = ("unit", "contract", "actor", "ray", "engine", "e2e")
+LANES = ("e2e", "ray", "engine", "actor", "contract", "unit")
+"""The order in lanes. A Ray lives to the end of its process, but the engines' ends the one before."""
 DIVISIBLE = ("unit", "contract")
 """Tiers whose files may run in different lanes."""
 LANE = os.environ.get("PYTEST_XDIST_WORKER")
@@ -44,7 +46,7 @@ def tier_of(item: pytest.Item) -> str:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         item.add_marker(tier_of(item))
-    items.sort(key=lambda item: TIERS.index(tier_of(item)) * (-1 if LANE else 1))
+    items.sort(key=lambda item: (LANES if LANE else TIERS).index(tier_of(item)))
 
     if config.getoption("--full"):
         return

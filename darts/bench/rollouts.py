@@ -19,6 +19,7 @@ import asyncio
 import dataclasses
 import random
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 from darts.bench import harness
@@ -45,10 +46,10 @@ def streaming(running_servers: Any, options: argparse.Namespace) -> list[dict[st
 
     def once(arm_name: str, requests: int, repetition: int) -> dict[str, Any]:
         request_tokens = options.tokens if repetition >= 0 else options.tokens // 8
-        return runner.run(stream_once(server_client, requests, request_tokens, arms[arm_name], log_probs))
+        return loop.run_until_complete(stream_once(server_client, requests, request_tokens, arms[arm_name], log_probs))
 
     turn_places = harness.repetitions(options.repetitions, requests=options.requests)
-    with asyncio.Runner() as runner:
+    with closing(asyncio.new_event_loop()) as loop:
         return harness.take_turns(turn_places, list(arms), once, shown="tokens_per_s")
 
 

@@ -132,7 +132,7 @@ def start_servers(
 
 def process_of(actor: Any) -> psutil.Process:
     """The process that an actor of this machine runs in."""
-    return psutil.Process(ray.get(actor.__ray_call__.remote(lambda self: os.getpid()), timeout=30))
+    return psutil.Process(ray.get(actor.__ray_call__.remote(lambda self: os.getpid()), timeout=300))
 
 
 def engine_processes(server: Any) -> list[psutil.Process]:

@@ -25,7 +25,7 @@ from verl_patches.prefix_cache import Prefix, PrefixBatch
 
 
 def parameters(function) -> tuple[str, ...]:
-    return tuple(inspect.signature(function).parameters)
+    return tuple(name for name in inspect.signature(function).parameters if name != "_ray_trace_ctx")
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,8 @@ def test_verl_reads_of_the_last_output_what_the_stream_puts_there():
 
 
 def test_the_hooks_of_server_and_replica_are_there():
-    assert list(inspect.signature(vLLMHttpServer._post_init).parameters) == ["self", "cuda_visible_devices"]
+    parameters = inspect.signature(vLLMHttpServer._post_init).parameters
+    assert [name for name in parameters if name != "_ray_trace_ctx"] == ["self", "cuda_visible_devices"]
     assert "self._post_init(" in inspect.getsource(vLLMHttpServer.__init__)
     assert "self.server_class = " in inspect.getsource(vLLMReplica.__init__)
     assert "max_concurrency=self.max_concurrency" in inspect.getsource(vLLMReplica.launch_servers)

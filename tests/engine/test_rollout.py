@@ -15,6 +15,7 @@ from fakes import CountingReward, prompts
 from start_together import hold, release
 
 from darts.messages import CANDIDATE
+from darts.rollout import manager as manager_module
 from darts.rollout.manager import DartsAgentLoopManager
 from darts.selection import select
 from darts.testbed import assets_dir
@@ -79,11 +80,9 @@ def responses(output):
 
 def pools(manager, monkeypatch):
     """Collects the pool of each rollout, which the manager otherwise turns into metrics at once."""
-    import darts.rollout.manager
-
-    collected, metrics = [], darts.rollout.rollout_metrics
+    collected, metrics = [], manager_module.rollout_metrics
     monkeypatch.setattr(
-        darts.rollout, "rollout_metrics", lambda pool, *args: (collected.append(pool), metrics(pool, *args))[1]
+        manager_module, "rollout_metrics", lambda pool, *args: (collected.append(pool), metrics(pool, *args))[1]
     )
     return collected
 
@@ -111,10 +110,14 @@ def test_exact_keeps_what_the_same_seeds_give_without_stopping(manager, configur
 
 
 def test_eager_and_exact_agree_where_all_start_together(manager, configure, server, monkeypatch):
-    """The engine holds the twelve back until all are there."""
+    """The engine holds the twelve back until all are there.
+
+    Of rollouts whose ends were heard in another order than that of their lengths, as a busy machine may do, eager and
+    exact keep what they heard of; they come again with another step.
+    """
     collected = pools(manager, monkeypatch)
-    kept = {}
-    for step in range(2, 7):
+    kept, agreed = {}, 0
+    for step in range(2, 32):
         for mode in ("eager", "exact"):
             configure(early_stop=mode)
             run_in_server(server, hold)
@@ -123,12 +126,24 @@ def test_eager_and_exact_agree_where_all_start_together(manager, configure, serv
             kept[mode] = responses(manager.generate_sequences(batch(1, step=step)))
             thread.join(timeout=LIMIT_S)
         lengths = {mode: sorted(len(tokens) for tokens in rows.values()) for mode, rows in kept.items()}
+        assert all(np.array(lengths["eager"]) >= lengths["exact"]), "the shortest are the shortest"
+        if not heard_in_order(collected[-2]):
+            continue
         assert lengths["eager"] == lengths["exact"], "ties apart, the same responses"
         same = set(kept["eager"]) & set(kept["exact"])
         assert all(kept["eager"][row] == kept["exact"][row] for row in same)
         ties = lengths["eager"].count(lengths["eager"][-1])
         assert len(same) >= M - ties
+        agreed += 1
+        if agreed == 5:
+            break
+    assert agreed == 5
     assert sum(pool.aborted.sum() for pool in collected) >= 5
+
+
+def heard_in_order(pool):
+    """Whether nobody who was dropped has fewer tokens than one who was kept."""
+    return pool.length[~pool.kept].min() >= pool.length[pool.kept].max()
 
 
 def release_when_all_wait(server):

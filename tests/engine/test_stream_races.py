@@ -46,7 +46,7 @@ def test_aborts_that_race_the_ends_leave_each_request_with_one_consistent_end(se
         server.abort_streams.remote(names[start : start + 3])
     ended = dict(zip(limits, end(*pending), strict=True))
     EngineState.wait_idle(server)
-    assert books(server) == NOTHING
+    wait_until(lambda: books(server) == NOTHING)
     counts = sampled(server)
     for name, (reason, tokens) in ended.items():
         assert reason in ("abort", "length")
@@ -66,7 +66,7 @@ def test_an_abort_beside_the_last_token_is_an_abort_or_comes_too_late(server):
         assert len(done.output.log_probs) == tokens
         reasons[reason] += 1
     print(f"\n{dict(reasons)}")
-    assert books(server) == NOTHING
+    wait_until(lambda: books(server) == NOTHING)
     EngineState.wait_idle(server)
 
 
@@ -87,7 +87,7 @@ def test_a_weight_update_ends_open_streams_with_abort_and_parks_new_ones(server,
     ended = end(*pending)
     assert {reason for reason, _ in ended} == {"abort"}
     assert all(0 < tokens < 1024 for _, tokens in ended)
-    assert books(server) == NOTHING
+    wait_until(lambda: books(server) == NOTHING)
     EngineState.wait_idle(server)
 
     parked = stream(server, "parked", max_tokens=100)
@@ -150,7 +150,7 @@ def test_an_abort_is_quick_among_1500_requests_and_one_call_ends_them_all(server
     assert ended == {"abort": CROWD - 20}
     assert max(latency.values()) < taken, "one is ended in less time than it took to ask for all"
     assert sum(sampled(server).values()) < CROWD * 1024 / 2, "what was aborted ended early"
-    assert books(server) == NOTHING
+    wait_until(lambda: books(server) == NOTHING)
 
 
 # --- deaths; last, since they start a server of their own ------------------------------------------------------------

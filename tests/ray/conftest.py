@@ -52,7 +52,7 @@ def virtual_time(monkeypatch):
     return use_virtual_time(monkeypatch)
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def local_ray():
     support = str(Path(__file__).resolve().parents[1] / "support")
     ray.init(
@@ -66,7 +66,7 @@ def local_ray():
     ray.shutdown()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def scripted(local_ray, make_config):
     """Processes for rollouts, which the tier shares."""
     return ScriptedCluster(make_config("actor_rollout_ref.rollout.agent.num_workers=3"))

@@ -12,7 +12,12 @@ from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, Ra
 from verl.utils.config import omega_conf_to_dataclass
 from weight_transfer import described, weights_of
 
-MODULE, WITH_VLLM = "verl_patches.weights.gloo", "verl_patches.weight_sync"  # which imports vLLM besides
+MODULES = {
+    "one": "verl_patches.weights.gloo",
+    "mortal": "verl_patches.weights.gloo",
+    "vLLM": "verl_patches.weight_sync",
+}
+"""Of each server; the last imports vLLM besides."""
 CALLS = ("abort_all_requests", "release_kv_cache", "resume_kv_cache", "resume_generation")
 
 
@@ -31,10 +36,10 @@ def start(local_ray, make_config):
         groups.append(group)
         return group
 
-    def rollout(module: str):
+    def rollout(server: str):
         config = make_config(
             "actor_rollout_ref.rollout.checkpoint_engine.backend=gloo",
-            f"actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module={module}",
+            f"actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module={MODULES[server]}",
             "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes=1",
         )
         return omega_conf_to_dataclass(config.actor_rollout_ref.rollout)
@@ -53,8 +58,8 @@ def update(start):
     """Two trainers and one server that do as they are told; a call is an update."""
     group, rollout = start
 
-    def begin(sending: str, taking: str, module: str = MODULE):
-        actors, servers = group("trainers"), group(module)
+    def begin(sending: str, taking: str, server: str = "one"):
+        actors, servers = group("trainers"), group(server)
         ray.get([worker.__ray_call__.remote(two_pools.Trainer.begin, sending) for worker in actors.workers])
         ray.get([worker.__ray_call__.remote(two_pools.Server.begin, taking) for worker in servers.workers])
         calls = []
@@ -66,7 +71,7 @@ def update(start):
             return call
 
         replica = SimpleNamespace(workers=servers.workers, **{name: server_call(name) for name in CALLS})
-        manager = CheckpointEngineManager(rollout(module).checkpoint_engine, actor_wg=actors, replicas=[replica])
+        manager = CheckpointEngineManager(rollout(server).checkpoint_engine, actor_wg=actors, replicas=[replica])
         return SimpleNamespace(manager=manager, trainers=actors.workers, server=servers.workers[0], calls=calls)
 
     return begin
@@ -84,37 +89,38 @@ def test_updates_arrive_bit_for_bit_with_their_version_while_the_server_is_stopp
 def test_an_exception_of_vllm_ends_the_update_though_nobody_takes_what_is_sent(update):
     """The chain of a standalone server: its engine, verl's adapter beside it, the manager in the trainer."""
     vllm = ray.remote(two_pools.FailingVllm).options(name="vllm_server_0_0").remote()
-    pools = update(sending="blocks", taking="vLLM fails", module=WITH_VLLM)
-    fails(pools, cause="no attribute 'weight_loader'", survivor=pools.trainers[0])
+    pools = update(sending="blocks", taking="vLLM fails", server="vLLM")
+    fails(pools, cause="no attribute 'weight_loader'")
     ray.kill(vllm)
+    ray.kill(pools.server)  # as with the run, which ends
+    wait_until_left(pools.trainers[0])
 
 
 @pytest.mark.parametrize(
-    ("sending", "taking", "cause", "module"),
+    ("sending", "taking", "cause", "server"),
     [
-        pytest.param("blocks", "fails", "vLLM knows no w0", MODULE, id="the server fails", marks=pytest.mark.slow),
-        pytest.param("blocks", "dies", "gone|died|crash", WITH_VLLM, id="the server's worker dies"),
-        pytest.param("dies", "works", "gone|died|crash", MODULE, id="the trainer dies"),
+        pytest.param("blocks", "fails", "vLLM knows no w0", "one", id="the server fails", marks=pytest.mark.slow),
+        pytest.param("blocks", "dies", "gone|died|crash", "mortal", id="the server's worker dies"),
+        pytest.param("dies", "works", "gone|died|crash", "one", id="the trainer dies"),
     ],
 )
 def test_a_side_that_ends_ends_the_update_with_the_cause_and_leaves_nobody_waiting(
-    update, sending, taking, cause, module
+    update, sending, taking, cause, server
 ):
-    pools = update(sending, taking, module)
-    fails(pools, cause, survivor=pools.server if sending == "dies" else pools.trainers[0])
+    pools = update(sending, taking, server)
+    fails(pools, cause)
+    wait_until_left(pools.server if sending == "dies" else pools.trainers[0])
 
 
-def fails(pools, cause: str, survivor) -> None:
+def fails(pools, cause: str) -> None:
     """Long before the limit for silence, or this would have another cause."""
     with pytest.raises(Exception, match=cause):
         pools.manager.update_weights(1)
+
+
+def wait_until_left(worker) -> None:
+    """An update that is over and failed has left its group."""
     deadline = time.monotonic() + 300
-    while in_group(survivor):
+    while ray.get(worker.__ray_call__.remote(lambda self: self.checkpoint_engine.prepare())).group is not None:
         assert time.monotonic() < deadline, "the other side still waits"
         time.sleep(0.1)
-
-
-def in_group(worker) -> bool:
-    """An update that is over and failed has left its group."""
-    member = ray.get(worker.__ray_call__.remote(lambda self: self.checkpoint_engine.prepare()))
-    return member.group is not None

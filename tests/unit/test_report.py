@@ -23,11 +23,8 @@ from darts.report.run import first_and_last, read_run
 def fake_steps(steps=40, prompts=8, seed=0, resumes=(), history=True, pool=True, gaps=False):
     """Lines of a run as the trainer writes them; lengths shrink, rewards rise, budgets follow the predicted std.
 
-    Args:
-        resumes: (killed after this step, resumed from that one).
-        history: whether stds are predicted and budgets adaptive.
-        pool: whether all that ended are scored.
-        gaps: step 13 has no rollout, step 17 neither time nor reward.
+    `resumes` has pairs (killed after this step, resumed from that one); without `history` no std is predicted, without
+    `pool` not all that ended are scored. With `gaps` step 13 has no rollout, step 17 neither time nor reward.
     """
     rng, group, high, limit = np.random.default_rng(seed), 8, 16, 800
     scales = rng.lognormal(np.log(60), 0.5, 4 * prompts)

@@ -73,6 +73,14 @@ def imported_packages(path: Path) -> set[str]:
     return packages
 
 
+def test_the_oldest_python_that_is_promised_has_all_that_the_code_uses(pyproject) -> None:
+    oldest = re.match(r">=(3\.\d+)", pyproject["project"]["requires-python"])[1]
+    command = [Path(sys.executable).with_name("vermin"), f"-t={oldest}-", "--violations", "--no-tips"]
+    command += ["darts", "verl_patches", "recipe", "scripts"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stdout
+
+
 @pytest.mark.parametrize("package", ["recipe", "tests", "scripts"])
 def test_shared_names_stay_namespaces(package: str) -> None:
     """verl's wheel installs `tests` and `scripts`, and other recipes live in `recipe`: ours must not shadow them."""

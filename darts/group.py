@@ -223,21 +223,6 @@ class CandidateGroup:
         return list(self._lengths)
 
     @property
-    def truncated(self) -> list[bool]:
-        """Which candidates filled the response budget without ending."""
-        return [state is State.TRUNCATED for state in self._states]
-
-    @property
-    def stopped(self) -> list[bool]:
-        """Which candidates were aborted and did stop: their length is that of a part."""
-        return [state is State.STOPPED for state in self._states]
-
-    @property
-    def lost(self) -> list[bool]:
-        """Which candidates ended without a usable response."""
-        return [state is State.LOST for state in self._states]
-
-    @property
     def arrival(self) -> list[int]:
         """Candidates in the order in which they finished; without stopped and lost ones."""
         return list(self._arrival)

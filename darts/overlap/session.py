@@ -193,7 +193,7 @@ class OverlapSession:
         """Takes what one worker reports until it has ended."""
         try:
             while True:
-                progress: Progress = await _answer(worker.take_growth.remote(rollout, POLL_S))
+                progress: Progress = await worker.take_growth.remote(rollout, POLL_S)
                 if step.schedule is None:
                     step.early.append(progress)
                 else:
@@ -216,7 +216,7 @@ class OverlapSession:
 
     async def _answers(self, refs: list[Any]) -> list[Any]:
         """What all ranks answer, or the first failure. If it is cancelled the ranks go on."""
-        tasks = [asyncio.ensure_future(_answer(ref)) for ref in refs]
+        tasks = [asyncio.ensure_future(ref) for ref in refs]
         for task in tasks:
             task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # retrieved
         try:
@@ -354,7 +354,3 @@ def _report(schedule: OverlapSchedule, progress: Progress) -> None:
         schedule.keep(key)
     for key in progress.dropped:
         schedule.drop(key)
-
-
-async def _answer(ref: Any) -> Any:
-    return await ref

@@ -22,6 +22,8 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import ray
@@ -191,7 +193,9 @@ class DartsServerClient(LLMServerClient):
         except asyncio.CancelledError:  # the balancer has counted this request, or will
             acquired_server.add_done_callback(lambda _: self._release_acquired(acquired_server, balancer_key))
             raise
-        return server_id, _StreamedServer(self, server_id, server, listener)
+        # verl's `generate` calls `server.generate.remote(...)`.
+        streamed_call = partial(self.generate_streamed, server_id, server, listener)
+        return server_id, SimpleNamespace(generate=SimpleNamespace(remote=streamed_call))
 
     def _release_acquired(self, acquired: asyncio.Future, key: str) -> None:
         if not acquired.cancelled() and acquired.exception() is None:
@@ -203,7 +207,7 @@ class DartsServerClient(LLMServerClient):
         super()._release_server(server_id, request_id=routing_key or request_id)
 
     async def generate_streamed(
-        self, server_id: str, server: Any, listener: RequestListener, request: dict[str, Any]
+        self, server_id: str, server: Any, listener: RequestListener, /, **request: Any
     ) -> TokenOutput:
         """Runs one request on a server, with its chunks going to the listener."""
         if listener.over:
@@ -247,18 +251,3 @@ class DartsServerClient(LLMServerClient):
                     open_request.fail(error)
         finally:
             del self._pollers[server_id]
-
-
-class _StreamedServer:
-    """Stands for a server's handle in verl's `LLMServerClient.generate`, which calls `server.generate.remote(...)`."""
-
-    def __init__(self, client: DartsServerClient, server_id: str, server: Any, listener: RequestListener) -> None:
-        self._arguments = client, server_id, server, listener
-
-    @property
-    def generate(self) -> "_StreamedServer":
-        return self
-
-    def remote(self, **request: Any) -> Any:
-        client, server_id, server, listener = self._arguments
-        return client.generate_streamed(server_id, server, listener, request)

@@ -65,7 +65,7 @@ class DartsAgentLoopManager(AgentLoopManager):
             self.agent_loop_workers_class = ray.remote(DartsAgentLoopWorker)
         self.begin_round(darts_config(config))
         self._candidates = self.rules.enable  # whether the workers know candidates
-        self.overlap: OverlapSession | None = None  # set by whoever owns the actor
+        self._overlap: OverlapSession | None = None
         super().__init__(config, DartsServerClient.of(llm_client) if self._candidates else llm_client, *args, **kwargs)
         rollout = config.actor_rollout_ref.rollout
         self.planner = RolloutPlanner(
@@ -76,6 +76,10 @@ class DartsAgentLoopManager(AgentLoopManager):
         self._last: Rollout | None = None
         self._number = 0  # of the last rollout
         self._warned_of_keys = False
+
+    def overlap_with(self, session: OverlapSession | None) -> None:
+        """From now on `session` computes log-probs while training rollouts run; None: nobody does."""
+        self._overlap = session
 
     def begin_round(
         self,
@@ -175,9 +179,9 @@ class DartsAgentLoopManager(AgentLoopManager):
         # 2. The workers run the prompts, and the actor may compute log-probs meanwhile.
         jobs = self._launch(groups, plan)
         overlap_task = None
-        if self.overlap is not None:
+        if self._overlap is not None:
             step = prompts.meta_info.get("global_steps", -1)
-            overlap_task = asyncio.ensure_future(self.overlap.run([job.worker for job in jobs], self._number, step))
+            overlap_task = asyncio.ensure_future(self._overlap.run([job.worker for job in jobs], self._number, step))
         # 3. They end, or enough prompts are complete.
         complete_uids: list[str] = []
         worker_results = await self._gather(jobs, complete_uids, overlap_task)
@@ -304,8 +308,8 @@ class DartsAgentLoopManager(AgentLoopManager):
         """Once every group of the batch is ready or complete, no group waits any longer."""
         if self.rules.selection.long_wait == "deadline":
             try:
-                await asyncio.gather(*[_answer(job.worker.settled.remote(self._number)) for job in jobs])
-                await asyncio.gather(*[_answer(job.worker.deadline.remote(self._number)) for job in jobs])
+                await asyncio.gather(*[job.worker.settled.remote(self._number) for job in jobs])
+                await asyncio.gather(*[job.worker.deadline.remote(self._number) for job in jobs])
             except ray.exceptions.RayActorError:
                 pass  # the job of that worker fails with the same cause
 
@@ -317,7 +321,7 @@ class DartsAgentLoopManager(AgentLoopManager):
 
         async def listen(job: _Job) -> None:
             num_known = 0
-            while new_uids := await _answer(job.worker.completed.remote(self._number, num_known)):
+            while new_uids := await job.worker.completed.remote(self._number, num_known):
                 num_known += len(new_uids)
                 complete_uids.extend(new_uids)
                 if len(complete_uids) >= self._harvest:
@@ -325,7 +329,7 @@ class DartsAgentLoopManager(AgentLoopManager):
 
         async def abandon() -> None:
             await has_enough.wait()
-            await asyncio.gather(*[_answer(job.worker.abandon.remote(self._number)) for job in jobs])
+            await asyncio.gather(*[job.worker.abandon.remote(self._number) for job in jobs])
 
         abandon_task = asyncio.ensure_future(abandon())
         try:
@@ -364,10 +368,6 @@ class _Stopwatch:
     def seconds(self) -> float:
         """How long it took."""
         return self.end - self.start
-
-
-async def _answer(ref: ray.ObjectRef) -> Any:
-    return await ref
 
 
 def _require_one_version(pool: CandidatePool) -> None:

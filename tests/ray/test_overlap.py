@@ -66,12 +66,12 @@ def overlap(cluster, actor):
         # As the trainer does.
         rules = cluster.manager.rules
         cluster.manager.begin_round(replace(rules, overlap=replace(rules.overlap, mode=session.mode)))
-        cluster.manager.overlap = session
+        cluster.manager.overlap_with(session)
         log_probs = OverlappedLogProbs(session, limits)
         return types.SimpleNamespace(actor=ranks, session=session, said=lines, log_probs=log_probs)
 
     yield make
-    cluster.manager.overlap = None
+    cluster.manager.overlap_with(None)
     for ranks in mortals:
         ranks.kill()
 

@@ -154,11 +154,7 @@ class CostModel:
 
     @classmethod
     def from_state(cls, state: Any) -> "CostModel":
-        """What `state_dict` gave.
-
-        Raises:
-            ValueError: something else; the message says what is wrong.
-        """
+        """The model that `state_dict` gave; a `ValueError` says what is wrong with something else."""
         if not isinstance(state, dict) or set(state) != {"curve", "source", "overheads"}:
             raise ValueError(f"cost model={state!r:.80}: must have curve, source and overheads.")
         source, overheads = state["source"], state["overheads"]

@@ -362,11 +362,7 @@ class StopCorrection:
         return None if self._means is None else list(self._means)
 
     def load_state_dict(self, state: Any) -> None:
-        """Goes on where `state_dict` was called.
-
-        Raises:
-            ValueError: something else.
-        """
+        """Goes on where `state_dict` was called; a `ValueError` where `state` is something else."""
         if state is not None and not (are_amounts(state) and len(state) == 2):
             raise ValueError(f"correction={state!r:.80}: must be null or two finite numbers that are not negative.")
         self._means = None if state is None else (float(state[0]), float(state[1]))

@@ -81,11 +81,7 @@ class Strategy:
         return {"num_prompts": self.num_prompts, "queue": list(self.queue)}
 
     def load_state_dict(self, state: Any) -> None:
-        """Goes on where `state_dict` was called.
-
-        Raises:
-            ValueError: not a state of such a strategy.
-        """
+        """Goes on where `state_dict` was called; a `ValueError` on what is no state of such a strategy."""
         if self._checked_queue(state):
             raise ValueError(f"queue={state['queue']!r:.80}: darts.strategy={self.darts.strategy} has no queue.")
 

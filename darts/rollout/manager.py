@@ -208,7 +208,6 @@ class DartsAgentLoopManager(AgentLoopManager):
         return kept_rows
 
     def _launch(self, groups: DataProto, plan: Plan) -> list["_Job"]:
-        """Gives each worker its part of the prompts."""
         self._number += 1
         return [
             _Job(
@@ -406,5 +405,4 @@ class _Job:
 
 
 def _first_of(uids: list[str]) -> str:
-    """The first few of many uids."""
     return ", ".join(uids[:8]) + (" ..." if len(uids) > 8 else "")

@@ -52,7 +52,7 @@ def actor(local_ray):
 
 
 @pytest.fixture
-def overlap(cluster, actor):
+def overlap(cluster, actor, monkeypatch):
     """Gives the cluster's manager an actor of scripted ranks; `mortal` ones are for this test alone."""
     mortals = []
 
@@ -62,7 +62,9 @@ def overlap(cluster, actor):
         ranks.begin(**script)
         lines: list[str] = []
         session = OverlapSession(ranks, OverlapConfig(mode=cluster.mode, kv_cache_gib=kv_cache_gib), limits)
-        session.prepare(lines.append)
+        with monkeypatch.context() as patch:
+            patch.setattr("darts.overlap.session.logger.warning", lines.append)
+            session.prepare()
         # As the trainer does.
         rules = cluster.manager.rules
         cluster.manager.begin_round(replace(rules, overlap=replace(rules.overlap, mode=session.mode)))

@@ -182,10 +182,7 @@ class Sorted(Queueing):
     """
 
     short_to_long = True
-    overrides: ClassVar[Mapping[str, Any]] = {
-        "trainer.balance_batch": False,
-        "actor_rollout_ref.actor.shuffle": False,
-    }
+    overrides: ClassVar[Mapping[str, Any]] = {"trainer.balance_batch": False, "actor_rollout_ref.actor.shuffle": False}
 
     def next_round(self) -> Round:
         """All that is cached, or a new cache."""

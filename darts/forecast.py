@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darts.config import DartsConfig
+from darts.history import are_amounts
 from darts.latency import LatencyCurve, StepTimes, decode_seconds
 
 REFINE_WEIGHT = 0.3
@@ -153,20 +154,12 @@ class CostModel:
 
     @classmethod
     def from_state(cls, state: Any) -> "CostModel":
-        """What `state_dict` gave.
-
-        Raises:
-            ValueError: something else; the message says what is wrong.
-        """
+        """The model that `state_dict` gave; a `ValueError` says what is wrong with something else."""
         if not isinstance(state, dict) or set(state) != {"curve", "source", "overheads"}:
             raise ValueError(f"cost model={state!r:.80}: must have curve, source and overheads.")
         source, overheads = state["source"], state["overheads"]
         if not isinstance(source, str):
             raise ValueError(f"source={source!r}: must be a text.")
-        if not (isinstance(overheads, list) and all(_is_seconds(overhead) for overhead in overheads)):
+        if not are_amounts(overheads):
             raise ValueError(f"overheads={overheads!r:.80}: must be finite numbers that are not negative.")
         return cls(LatencyCurve.from_dict(state["curve"]), source, overheads)
-
-
-def _is_seconds(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value)) and value >= 0

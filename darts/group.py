@@ -223,38 +223,20 @@ class CandidateGroup:
         return list(self._lengths)
 
     @property
-    def truncated(self) -> list[bool]:
-        """Which candidates filled the response budget without ending."""
-        return [state is State.TRUNCATED for state in self._states]
-
-    @property
-    def lost(self) -> list[bool]:
-        """Which candidates ended without a usable response."""
-        return [state is State.LOST for state in self._states]
-
-    @property
     def arrival(self) -> list[int]:
         """Candidates in the order in which they finished; without stopped and lost ones."""
         return list(self._arrival)
 
     @property
     def kept(self) -> list[int]:
-        """The kept candidates, ordered by length.
-
-        Raises:
-            RuntimeError: the group is not complete.
-        """
+        """The kept candidates, ordered by length; a `RuntimeError` where the group is not complete."""
         if self._kept is None:
             phase = "abandoned" if self._abandoned else "not decided yet"
             raise RuntimeError(f"{len(self._arrival)} of {len(self._lengths)} candidates have finished; {phase}.")
         return list(self._kept)
 
     def keeps(self, index: int) -> bool:
-        """Whether candidate `index` is kept.
-
-        Raises:
-            RuntimeError: the group is not complete.
-        """
+        """Whether candidate `index` is kept; a `RuntimeError` where the group is not complete."""
         return index in self.kept
 
     def chance(self, index: int) -> float:
@@ -291,7 +273,6 @@ class CandidateGroup:
         return self._kept is not None or self._abandoned
 
     def _all(self, *states: State) -> list[int]:
-        """The candidates in these states."""
         return [index for index, state in enumerate(self._states) if state in states]
 
     def _check(self, index: int, length: int, at_least: int, running: bool = False) -> None:

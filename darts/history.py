@@ -182,8 +182,7 @@ class LengthHistory:
         if not isinstance(prompts, dict):
             raise ValueError(f"prompts={prompts!r:.200}: must be a dict of key to [mean, variance].")
         for key, values in prompts.items():
-            is_pair = isinstance(values, list) and len(values) == 2
-            if not (isinstance(key, str) and is_pair and all(map(_is_moment, values))):
+            if not (isinstance(key, str) and are_amounts(values) and len(values) == 2):
                 raise ValueError(f"prompts[{key!r}]={values!r}: must be text: [mean, variance], both finite and >= 0.")
         self._prompts = {key: (float(mean), float(variance)) for key, (mean, variance) in prompts.items()}
         self._dataset = None
@@ -226,8 +225,9 @@ def _encode(content: object) -> bytes:
     return b"%b%d:%b" % (kind_letter, len(body_bytes), body_bytes)
 
 
-def _is_moment(value: object) -> bool:
-    return type(value) in (int, float) and 0 <= value <= sys.float_info.max
+def are_amounts(values: object) -> bool:
+    """Whether `values`, read from JSON, is a list of finite numbers that are not negative."""
+    return isinstance(values, list) and all(type(x) in (int, float) and 0 <= x <= sys.float_info.max for x in values)
 
 
 def _completed_moments(observed: NDArray[np.float64], bounds: NDArray[np.float64]) -> tuple[float, float]:
@@ -362,13 +362,7 @@ class StopCorrection:
         return None if self._means is None else list(self._means)
 
     def load_state_dict(self, state: Any) -> None:
-        """Goes on where `state_dict` was called.
-
-        Raises:
-            ValueError: something else.
-        """
-        if state is not None:
-            is_pair = isinstance(state, list) and len(state) == 2
-            if not (is_pair and all(isinstance(v, int | float) and np.isfinite(v) and v >= 0 for v in state)):
-                raise ValueError(f"correction={state!r:.80}: must be null or two finite numbers that are not negative.")
+        """Goes on where `state_dict` was called; a `ValueError` where `state` is something else."""
+        if state is not None and not (are_amounts(state) and len(state) == 2):
+            raise ValueError(f"correction={state!r:.80}: must be null or two finite numbers that are not negative.")
         self._means = None if state is None else (float(state[0]), float(state[1]))

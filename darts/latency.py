@@ -127,11 +127,7 @@ class LatencyCurve:
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> "LatencyCurve":
-        """The curve that `to_dict` described.
-
-        Raises:
-            ValueError: other keys than these two, or as the class.
-        """
+        """The curve that `to_dict` described; a `ValueError` on other keys, or as the class raises it."""
         if not isinstance(state, Mapping) or set(state) != {"batch_sizes", "seconds"}:
             raise ValueError(f"latency curve={state!r}: must have the keys batch_sizes and seconds, and no other.")
         return cls(state["batch_sizes"], state["seconds"])

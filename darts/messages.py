@@ -22,11 +22,7 @@ class SequenceKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepSettings:
-    """How the log-probs of a step are computed.
-
-    Example:
-        >>> StepSettings(step=3, mode="token", temperature=1.0)
-    """
+    """How the log-probs of a step are computed, e.g. `StepSettings(step=3, mode="token", temperature=1.0)`."""
 
     step: int
     mode: str  # sequence or token

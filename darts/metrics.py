@@ -16,19 +16,13 @@ METRICS: dict[str, tuple[str, str]] = {
     "darts/allocation/budget_min": ("count", "smallest M'_i of the batch; every prompt's budget is in the trace"),
     "darts/allocation/budget_median": ("count", "median M'_i"),
     "darts/allocation/budget_max": ("count", "largest M'_i; see also darts/group/saturated_share"),
-    "darts/allocation/utility": (
-        "",
-        "U = E - lambda T of the total, before generation; like E and T with a cost model only",
-    ),
+    "darts/allocation/utility": ("", "U = E - lambda T of the total, before generation; the three need a cost model"),
     "darts/allocation/gain": ("", "E, expected shaping: sigma_D / mean length x (1 - M / mean M'_i)"),
     "darts/allocation/time_cost": (
         "",
-        "T, expected: seconds with these budgets over seconds with M candidates, minus 1; nothing is stopped early",
+        "T, expected: seconds over those with M candidates, minus 1; without early stop",
     ),
-    "darts/allocation/time_cost_measured": (
-        "",
-        "the same with the measured seconds above the line; below darts/allocation/time_cost where early stop helps",
-    ),
+    "darts/allocation/time_cost_measured": ("", "the same with the seconds measured; lower where early stop helps"),
     "darts/history/prompts": ("count", "prompts with a length history"),
     "darts/history/known_share": ("share", "prompts of the batch that were seen before; the others take the mean"),
     "darts/history/std_mean": ("tokens", "sigma_D: std of response length within a prompt, mean of recent prompts"),
@@ -48,10 +42,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "darts/candidates/finished": ("count", "of them, those that ended by themselves"),
     "darts/candidates/truncated": ("count", "of them, those that filled the response budget without ending"),
     "darts/candidates/aborted": ("count", "of them, those that early stop or the deadline ended before their end"),
-    "darts/candidates/lost": (
-        "count",
-        "of them, those that a server ended unasked or that gave no token; 0 in a healthy run",
-    ),
+    "darts/candidates/lost": ("count", "of them, those a server ended unasked or without a token; 0 in a healthy run"),
     "darts/candidates/kept": ("count", "rows that are trained on: M x prompts"),
     "darts/candidates/dropped": ("count", "launched, not kept: what redundancy costs"),
     "darts/candidates/per_prompt": ("count", "mean M'_i"),
@@ -64,31 +55,19 @@ METRICS: dict[str, tuple[str, str]] = {
         "mean response length of all candidates, aborted ones with what they had: the policy's own distribution if "
         "none is aborted, else below it",
     ),
-    "darts/length/pool_p99": (
-        "tokens",
-        "99th percentile of the same, a lower bound where some are aborted: the tail that DARTS shapes",
-    ),
+    "darts/length/pool_p99": ("tokens", "its 99th percentile, a lower bound where some are aborted: what DARTS shapes"),
     "darts/length/pool_max": ("tokens", "longest candidate, a lower bound where some are aborted"),
     "darts/length/kept_mean": ("tokens", "mean length of the kept; below pool_mean, selection is length-biased"),
     "darts/length/kept_max": ("tokens", "longest kept response"),
     "darts/group/max_over_mean": ("ratio", "longest over mean length within a group, mean over groups; 1 is no tail"),
     "darts/group/max_over_median": ("ratio", "longest over median length within a group, median over groups"),
-    "darts/group/saturated_share": (
-        "share",
-        "groups with a budget at M_up; about 5 % in the paper",
-    ),
+    "darts/group/saturated_share": ("share", "groups with a budget at M_up; about 5 % in the paper"),
     "darts/group/shortest_only_share": ("share", "groups without a long response: the saturated, or as the mode says"),
     "darts/group/filled": ("count", "truncated candidates that filled a group; 0 unless the limit is too tight"),
     "darts/group/no_valid": ("count", "groups in which every candidate was truncated; 0 unless the limit is too tight"),
-    "darts/group/returned": (
-        "count",
-        "groups that were launched and not trained on (tail_batching, sorted): their prompts come again",
-    ),
+    "darts/group/returned": ("count", "groups launched and not trained on (tail_batching, sorted): they come again"),
     "darts/group/mixed_reward_share": ("share", "groups whose kept rewards differ; only these teach GRPO anything"),
-    "darts/selection/arrival_disagreement": (
-        "share",
-        "groups in which choosing by order of arrival would have kept other candidates than choosing by length",
-    ),
+    "darts/selection/arrival_disagreement": ("share", "groups of which order of arrival would have kept others"),
     "darts/reward/kept_mean": ("reward", "mean reward of the kept"),
     "darts/reward/pool_mean": (
         "reward",
@@ -126,10 +105,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "darts/overlap/tokens_wasted": ("tokens", "response tokens of candidates that were not kept"),
     "darts/overlap/forwarded_per_kept": ("ratio", "tokens forwarded per kept response token; prompts count too"),
     "darts/overlap/in_rollout_share": ("share", "kept tokens whose log-probs were there when generation ended"),
-    "darts/overlap/before_end_share": (
-        "share",
-        "kept tokens whose log-probs were there when their own response ended; 0 in mode sequence",
-    ),
+    "darts/overlap/before_end_share": ("share", "kept tokens computed when their response ended; 0 in mode sequence"),
     "darts/overlap/late_rows": ("count", "kept rows that verl computed after generation; 0 in a healthy run"),
     "darts/overlap/cache_peak_gib": ("GiB", "keys and values of prefixes on the fullest rank, the forward's included"),
 }

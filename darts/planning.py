@@ -30,7 +30,7 @@ from darts.allocation import (
 )
 from darts.config import DartsConfig
 from darts.forecast import CostModel, draw_lengths, stopped_lengths
-from darts.history import LengthHistory, StopCorrection
+from darts.history import LengthHistory, StopCorrection, are_amounts
 from darts.latency import StepTimes
 from darts.pool import CandidatePool
 
@@ -214,7 +214,7 @@ class RolloutPlanner:
             raise ValueError(f"steps={steps!r}: must be an integer that is not negative.")
         cost = None if state.get("cost") is None else CostModel.from_state(state["cost"])
         times = state.get("times")
-        if not (isinstance(times, list) and all(isinstance(t, float) and np.isfinite(t) and t >= 0 for t in times)):
+        if not are_amounts(times):
             raise ValueError(f"times={times!r:.80}: must be finite numbers that are not negative.")
         correction = StopCorrection()
         correction.load_state_dict(state.get("correction"))

@@ -117,12 +117,8 @@ class CandidatePool:
     @staticmethod
     def concat(pools: list["CandidatePool"]) -> "CandidatePool":
         """Joins pools whose `prompt` already count over the whole batch."""
-        return CandidatePool(
-            **{
-                column.name: np.concatenate([getattr(pool, column.name) for pool in pools])
-                for column in fields(CandidatePool)
-            }
-        )
+        names = [column.name for column in fields(CandidatePool)]
+        return CandidatePool(**{name: np.concatenate([getattr(pool, name) for pool in pools]) for name in names})
 
     def sorted(self) -> "CandidatePool":
         """The same candidates by prompt, those of a prompt by their number."""

@@ -33,8 +33,6 @@ from darts.messages import Extras, Growth, RankCall, Row, SequenceKey, Tokens, c
 
 @dataclass(slots=True, eq=False)
 class _OpenSequence:
-    """A sequence that has not been dropped."""
-
     key: SequenceKey
     order: int  # of its first report
     prompt_tokens: int
@@ -226,14 +224,12 @@ class OverlapSchedule:
         return sequence
 
     def _forget(self, sequence: _OpenSequence) -> None:
-        """Lets its rank forget what it has of it."""
         if sequence.rank is not None and sequence.sent:
             rank = self._ranks[sequence.rank]
             rank.held -= sequence.held
             rank.drop.append(sequence.key)
 
     def _is_ready(self, sequence: _OpenSequence) -> bool:
-        """Whether something of it may be sent."""
         if sequence.done or sequence.chance <= 0:
             return False
         return sequence.complete or (bool(self._max_held) and bool(sequence.waiting))

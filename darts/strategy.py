@@ -81,11 +81,7 @@ class Strategy:
         return {"num_prompts": self.num_prompts, "queue": list(self.queue)}
 
     def load_state_dict(self, state: Any) -> None:
-        """Goes on where `state_dict` was called.
-
-        Raises:
-            ValueError: not a state of such a strategy.
-        """
+        """Goes on where `state_dict` was called; a `ValueError` on what is no state of such a strategy."""
         if self._checked_queue(state):
             raise ValueError(f"queue={state['queue']!r:.80}: darts.strategy={self.darts.strategy} has no queue.")
 
@@ -147,11 +143,8 @@ class Queueing(Strategy):
         """Those not trained on wait behind the others, in their order."""
         trained_positions = set(trained)
         queued_again = [row for position, row in enumerate(launched) if position not in trained_positions]
-        self._queue = [*self._queue[self._from_queue() :], *queued_again]
-
-    def _from_queue(self) -> int:
-        """Prompts at the queue's head that the round took."""
-        return len(self.next_round().queued)
+        num_taken = len(self.next_round().queued)  # at the queue's head, by the round
+        self._queue = [*self._queue[num_taken:], *queued_again]
 
     def load_state_dict(self, state: Any) -> None:
         """Upstream: `Strategy.load_state_dict`."""
@@ -169,7 +162,7 @@ class TailBatching(Queueing):
     def next_round(self) -> Round:
         """A long round as soon as the queue fills one."""
         if len(self._queue) >= self.num_prompts:
-            return Round(rules=self._long, new=0, queued=tuple(self._queue[: self.num_prompts]))
+            return Round(rules=all_kept(self.darts), new=0, queued=tuple(self._queue[: self.num_prompts]))
         num_new = times(self.num_prompts, self.darts.tail_batching.prompts)
         return Round(rules=self.rules, new=num_new, harvest=self.num_prompts if num_new > self.num_prompts else None)
 
@@ -177,10 +170,6 @@ class TailBatching(Queueing):
     def rules_of(darts: DartsConfig) -> DartsConfig:
         """The rules of short rounds."""
         return shortest_only(darts, times(darts.group_size, darts.tail_batching.candidates), early_stop="eager")
-
-    @property
-    def _long(self) -> DartsConfig:
-        return all_kept(self.darts)
 
 
 class Sorted(Queueing):
@@ -193,10 +182,7 @@ class Sorted(Queueing):
     """
 
     short_to_long = True
-    overrides: ClassVar[Mapping[str, Any]] = {
-        "trainer.balance_batch": False,
-        "actor_rollout_ref.actor.shuffle": False,
-    }
+    overrides: ClassVar[Mapping[str, Any]] = {"trainer.balance_batch": False, "actor_rollout_ref.actor.shuffle": False}
 
     def next_round(self) -> Round:
         """All that is cached, or a new cache."""
@@ -216,11 +202,7 @@ _CLASSES: dict[str, type[Strategy]] = dict(
 
 
 def strategy_class(name: str) -> type[Strategy]:
-    """The class of `darts.strategy`.
-
-    Raises:
-        ConfigError: a path that leads to no subclass of `Strategy`.
-    """
+    """The class of `darts.strategy`; a `ConfigError` where a path leads to no subclass of `Strategy`."""
     if name in _CLASSES:
         return _CLASSES[name]
     module, _, attribute = name.rpartition(".")
@@ -241,11 +223,7 @@ def strategy_class(name: str) -> type[Strategy]:
 
 
 def make_strategy(darts: DartsConfig, num_prompts: int) -> Strategy:
-    """The strategy that `darts.strategy` names.
-
-    Raises:
-        ConfigError: as `strategy_class`.
-    """
+    """The strategy that `darts.strategy` names; a `ConfigError` as `strategy_class`."""
     return strategy_class(darts.strategy)(darts, num_prompts)
 
 

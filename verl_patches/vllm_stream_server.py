@@ -7,8 +7,9 @@ three methods more. Everything else is upstream's: gates, LoRA, limits, HTTP, an
    and, in `extra_fields["finish_reason"]`, vLLM's own reason: `stop`, `length` or `abort`; aborted requests too.
 2. `take_chunks` gives the chunks of all requests of one client at once, so its calls do not grow with the requests.
    Each chunk says how many streamed requests the server had open, whoever's, so that clients learn what a step costs.
-3. `abort_streams` stops any number of requests in one call, keeps the prefix cache, and answers which of them ran;
-   other ids are ignored. A request on its way into the engine is stopped as soon as the engine knows it.
+3. `abort_streams` stops any number of requests in one call, keeps the prefix cache, and answers which of them ran. One
+   abort is enough: a request on its way into the engine is stopped as soon as the engine knows it, and one on its way
+   to the server, whose abort Ray ran first, ends without tokens. So an id that was aborted is not used again.
 4. `generate` reaches the engine through `_StreamingEngine`, which cuts the output of streamed requests into chunks. On
    vLLM before 0.28, which has no stream interval per request, the engine's front end wakes for every token, as it does
    under plain verl.
@@ -41,6 +42,9 @@ logger = logging.getLogger(__name__)
 
 MAX_OPEN_CALLS = 65_536
 """Calls that a server actor runs at once; waiting calls cost it next to nothing."""
+
+MAX_EARLY_ABORTS = 65_536
+"""Aborts that came before their request, or after its end, and are remembered."""
 
 ABORT_WAITS_S = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 """Pauses between the attempts to abort a request that the engine does not know yet."""
@@ -79,9 +83,8 @@ class _Stream:
             new_tokens = part.token_ids if self.delta else part.token_ids[len(self.token_ids) :]
             self.token_ids.extend(new_tokens)
             if new_tokens and part.logprobs is not None:
-                self.logprobs.extend(
-                    part.logprobs[-len(new_tokens) :]
-                )  # of no new tokens vLLM gives the log-probs of all
+                # Where there are no new tokens, vLLM gives the log-probs of all.
+                self.logprobs.extend(part.logprobs[-len(new_tokens) :])
             if output.finished:
                 part.token_ids = self.token_ids
                 part.logprobs = self.logprobs if part.logprobs is not None else None
@@ -146,6 +149,7 @@ class StreamingServer(vLLMHttpServer):
         super()._post_init(cuda_visible_devices)
         self._streams: dict[str, _Stream] = {}
         self._outboxes: dict[str, _Outbox] = {}
+        self._early_aborts: dict[str, None] = {}  # ids, the oldest first
 
     async def run_server(self, args: Any) -> None:
         await super().run_server(args)
@@ -165,6 +169,8 @@ class StreamingServer(vLLMHttpServer):
         # vLLM loses `routed_experts` where it merges two outputs of kind DELTA.
         wants_delta = not self.config.enable_rollout_routing_replay
         stream = self._streams[request_id] = _Stream(request_id, chunk_tokens, outbox, self._streams, wants_delta)
+        stream.aborted = request_id in self._early_aborts
+        self._early_aborts.pop(request_id, None)
         outbox.streams += 1
         _stream.set(stream)
         try:
@@ -197,6 +203,9 @@ class StreamingServer(vLLMHttpServer):
         running_ids = [request_id for request_id in request_ids if request_id in self._streams]
         for request_id in running_ids:
             self._streams[request_id].aborted = True
+        self._early_aborts |= dict.fromkeys(name for name in request_ids if name not in self._streams)
+        for request_id in list(self._early_aborts)[:-MAX_EARLY_ABORTS]:
+            del self._early_aborts[request_id]
         still_running = running_ids
         for pause_s in ABORT_WAITS_S:
             await asyncio.sleep(pause_s)

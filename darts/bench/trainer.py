@@ -65,13 +65,13 @@ class ArmsTrainer(RayDartsTrainer):
         """One session with the actor for each mode that an arm has."""
         base, block, size = self.darts, OmegaConf.to_container(self.config.darts), self.darts.group_size
         self._settings = {arm.name: arm.config(block, size) for arm in self._plan.arms}
-        self._sessions: dict[str, tuple[Any, Any]] = {"off": (None, None)}
+        self._log_probs_of: dict[str, Any] = {"off": None}
         for name, settings in self._settings.items():
             mode = settings.overlap.mode
-            if mode not in self._sessions:
+            if mode not in self._log_probs_of:
                 self.darts = settings
                 super()._prepare_overlap()
-                self._sessions[mode] = self._log_probs, self.async_rollout_manager.overlap
+                self._log_probs_of[mode] = self._log_probs
                 if self.darts.overlap.mode != mode:
                     raise RuntimeError(f"arm {name}: darts.overlap.mode={mode} is not possible on these ranks.")
         self.darts = base
@@ -150,7 +150,7 @@ class ArmsTrainer(RayDartsTrainer):
     def _take_up(self, bench_arm: BenchArm, seed: int, step: int, arm_state: Any) -> None:
         """From now on the trainer is this arm's, after its last step."""
         self.darts = self._settings[bench_arm.name]
-        self._log_probs, self.async_rollout_manager.overlap = self._sessions[self.darts.overlap.mode]
+        self.use_log_probs(self._log_probs_of[self.darts.overlap.mode])
         self.use_strategy(make_strategy(self.darts, self.config.data.train_batch_size))
         bypass_mode = self._bypass or bench_arm.bypass or bool(self.strategy.overrides.get(BYPASS_MODE))
         OmegaConf.update(self.config, BYPASS_MODE, bypass_mode)

@@ -179,7 +179,7 @@ async def profile_servers(
         raise ValueError(f"limit_s={limit_s}: must be positive.")
     end_s = time.monotonic() + limit_s
     try:
-        rollout = await asyncio.wait_for(_result(servers[0].get_rollout_config.remote()), limit_s)
+        rollout = await asyncio.wait_for(servers[0].get_rollout_config.remote(), limit_s)
         device = await asyncio.wait_for(engine_device(servers[0]), limit_s)
     except asyncio.TimeoutError:
         raise ProfileError(f"a server did not answer within {limit_s:g} s: look at its log.") from None
@@ -272,7 +272,7 @@ class _Batch:
         requests = [work.request() for _ in range(size)]
         self._answers = {
             request["request_id"]: asyncio.ensure_future(
-                _result(server.generate_streamed.remote(client=self._client, **request))
+                server.generate_streamed.remote(client=self._client, **request)
             )
             for request in requests
         }
@@ -301,23 +301,19 @@ class _Batch:
         return paces if len(paces) == len(self._answers) else None
 
     async def stop(self) -> None:
-        """Aborts what runs and waits for its end; again and again, since a request may be on its way to the server."""
-        end_s = time.monotonic() + STOP_S
-        while unended := [name for name, answer in self._answers.items() if not answer.done()]:
-            if time.monotonic() > end_s:
-                late = f"{len(unended)} requests within {STOP_S:g} s of their abort"
-                raise StuckRequests(f"a server did not stop {late}.")
-            # If the call fails, so do the requests.
-            abort_call = asyncio.wait_for(_result(self._server.abort_streams.remote(unended)), STOP_S)
+        """Aborts what runs and waits for its end."""
+        unended = {name: answer for name, answer in self._answers.items() if not answer.done()}
+        if unended:
+            abort_call = asyncio.ensure_future(self._server.abort_streams.remote(list(unended)))
+            _, stuck_answers = await asyncio.wait(unended.values(), timeout=STOP_S)
+            abort_call.cancel()  # if it fails, so do the requests
             await asyncio.gather(abort_call, return_exceptions=True)
-            await asyncio.wait([self._answers[name] for name in unended], timeout=0.1)
+            if stuck_answers:
+                late = f"{len(stuck_answers)} requests within {STOP_S:g} s of their abort"
+                raise StuckRequests(f"a server did not stop {late}.")
         for answer in self._answers.values():
             if not answer.cancelled():
                 answer.exception()  # whoever needed it has heard it
-
-
-async def _result(ref: Any) -> Any:
-    return await ref
 
 
 async def engine_device(server: Any) -> str:

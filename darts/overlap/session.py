@@ -15,7 +15,7 @@ exposed.
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,7 +120,7 @@ class OverlapSession:
         """Whether a step has run and is not finished."""
         return self._step is not None
 
-    def prepare(self, say: Callable[[str], None] = logger.warning) -> list[RankAbility]:
+    def prepare(self) -> list[RankAbility]:
         """Finds out what the ranks can do, in a step of its own, number 0, and says once if that excludes `token`.
 
         Raises:
@@ -135,7 +135,7 @@ class OverlapSession:
                 refusal = self._choose_cache(max(ability.bytes_per_token for ability in abilities))
             if refusal is not None:
                 self.mode = "sequence"
-                say(f"overlap: complete responses alone (mode sequence), since {refusal}")
+                logger.warning(f"overlap: complete responses alone (mode sequence), since {refusal}")
         return abilities
 
     async def run(self, workers: Iterable[Any], rollout: int, step: int) -> None:
@@ -193,7 +193,7 @@ class OverlapSession:
         """Takes what one worker reports until it has ended."""
         try:
             while True:
-                progress: Progress = await _answer(worker.take_growth.remote(rollout, POLL_S))
+                progress: Progress = await worker.take_growth.remote(rollout, POLL_S)
                 if step.schedule is None:
                     step.early.append(progress)
                 else:
@@ -206,7 +206,6 @@ class OverlapSession:
             return  # the rollout fails with the same cause
 
     async def _drive(self, step: _Step) -> None:
-        """Calls the ranks, one call after the other."""
         while True:
             reports = await self._answers(step.waiting)
             self._take(step, reports)
@@ -216,7 +215,7 @@ class OverlapSession:
 
     async def _answers(self, refs: list[Any]) -> list[Any]:
         """What all ranks answer, or the first failure. If it is cancelled the ranks go on."""
-        tasks = [asyncio.ensure_future(_answer(ref)) for ref in refs]
+        tasks = [asyncio.ensure_future(ref) for ref in refs]
         for task in tasks:
             task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # retrieved
         try:
@@ -243,7 +242,6 @@ class OverlapSession:
         return next_calls is not None
 
     def _take(self, step: _Step, answers: list[Any]) -> None:
-        """Takes the ranks' answers to what was sent."""
         step.waiting = []
         if not step.sent:
             limits = self._limits
@@ -354,7 +352,3 @@ def _report(schedule: OverlapSchedule, progress: Progress) -> None:
         schedule.keep(key)
     for key in progress.dropped:
         schedule.drop(key)
-
-
-async def _answer(ref: Any) -> Any:
-    return await ref

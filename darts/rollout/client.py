@@ -5,8 +5,9 @@ variable, so agent loops never see it) the request is streamed; without one it t
 
 1. Chunks of one server come in batches: one call per server is open at a time, however many requests run there. They
    are a side channel: the answer of `generate` holds all tokens, so a chunk that comes after it is dropped.
-2. `abort` sends one call per server, however many requests it stops, and does not wait. A server that has not ended an
-   aborted request after its limit is an error: an abort that does not arrive is worse than none.
+2. `abort` sends one call per server, however many requests it stops, and does not wait; the server sees to it that they
+   stop, also where Ray runs the abort before its request. A server that has not ended an aborted request after its
+   limit is an error: an abort that does not arrive is worse than none.
 3. A candidate that shall not go on after a request leaves its agent loop by `CandidateStopped`, a `CancelledError`:
    no tool and no further turn runs, and what the loop holds is released.
 4. From the second chunk of a request on, the time between two chunks tells how long the server's decoding steps take;
@@ -21,6 +22,8 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import ray
@@ -31,7 +34,6 @@ from darts.latency import StepTimes
 from darts.messages import Chunk
 
 POLL_S = 5.0
-ABORT_AGAIN_S = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
 
 
 class AbortTimeout(TimeoutError):
@@ -83,7 +85,7 @@ class OpenRequest:
 
     async def wait(self, ref: ray.ObjectRef) -> TokenOutput:
         """The server's answer, or the failure that was set in between. A cancelled wait leaves the request watched."""
-        self._answer = asyncio.ensure_future(_result(ref))
+        self._answer = asyncio.ensure_future(ref)
         self._answer.add_done_callback(self._ended)
         await asyncio.wait({self._answer, self._failure}, return_when=asyncio.FIRST_COMPLETED)
         if self._answer.done():
@@ -141,7 +143,6 @@ class DartsServerClient(LLMServerClient):
         self._open: dict[str, OpenRequest] = {}
         self._running: Counter[str] = Counter()
         self._pollers: dict[str, asyncio.Task] = {}
-        self._confirming: set[asyncio.Task] = set()
         self._step_times = StepTimes()
         self._engines: int = self.config.actor_rollout_ref.rollout.data_parallel_size  # of a server
 
@@ -175,23 +176,7 @@ class DartsServerClient(LLMServerClient):
         for request in requests:
             by_server.setdefault(request.server_id, []).append(request)
         for group in by_server.values():
-            abort_answer = group[0].server.abort_streams.remote([request.request_id for request in group])
-            confirm_task = asyncio.create_task(self._confirm(group, abort_answer))
-            self._confirming.add(confirm_task)
-            confirm_task.add_done_callback(self._confirming.discard)
-
-    async def _confirm(self, requests: list[OpenRequest], answer: Any) -> None:
-        """Sends an abort again for what its server did not know yet: Ray may run an abort before its request."""
-        for wait_s in ABORT_AGAIN_S:
-            try:
-                stopped_ids = set(await _result(answer))
-            except ray.exceptions.RayError:
-                return  # the requests fail with the same cause
-            requests = [request for request in requests if request.request_id not in stopped_ids and not request.ended]
-            if not requests:
-                return
-            await asyncio.sleep(wait_s)
-            answer = requests[0].server.abort_streams.remote([request.request_id for request in requests])
+            group[0].server.abort_streams.remote([request.request_id for request in group])
 
     def _vllm_request_id(self, request_id: str) -> str:
         """An id for each request: under `full_determinism` verl's would be the same in every turn and step."""
@@ -208,7 +193,9 @@ class DartsServerClient(LLMServerClient):
         except asyncio.CancelledError:  # the balancer has counted this request, or will
             acquired_server.add_done_callback(lambda _: self._release_acquired(acquired_server, balancer_key))
             raise
-        return server_id, _StreamedServer(self, server_id, server, listener)
+        # verl's `generate` calls `server.generate.remote(...)`.
+        streamed_call = partial(self.generate_streamed, server_id, server, listener)
+        return server_id, SimpleNamespace(generate=SimpleNamespace(remote=streamed_call))
 
     def _release_acquired(self, acquired: asyncio.Future, key: str) -> None:
         if not acquired.cancelled() and acquired.exception() is None:
@@ -220,7 +207,7 @@ class DartsServerClient(LLMServerClient):
         super()._release_server(server_id, request_id=routing_key or request_id)
 
     async def generate_streamed(
-        self, server_id: str, server: Any, listener: RequestListener, request: dict[str, Any]
+        self, server_id: str, server: Any, listener: RequestListener, /, **request: Any
     ) -> TokenOutput:
         """Runs one request on a server, with its chunks going to the listener."""
         if listener.over:
@@ -250,7 +237,7 @@ class DartsServerClient(LLMServerClient):
         """Hands out the chunks of one server while requests run there."""
         try:
             while self._running[server_id]:
-                chunks = await _result(server.take_chunks.remote(self._name, POLL_S))
+                chunks = await server.take_chunks.remote(self._name, POLL_S)
                 received_at = time.time()
                 for chunk in chunks:
                     if (open_request := self._open.get(chunk.request_id)) is not None:
@@ -264,22 +251,3 @@ class DartsServerClient(LLMServerClient):
                     open_request.fail(error)
         finally:
             del self._pollers[server_id]
-
-
-class _StreamedServer:
-    """Stands for a server's handle in verl's `LLMServerClient.generate`, which calls `server.generate.remote(...)`."""
-
-    def __init__(self, client: DartsServerClient, server_id: str, server: Any, listener: RequestListener) -> None:
-        self._arguments = client, server_id, server, listener
-
-    @property
-    def generate(self) -> "_StreamedServer":
-        return self
-
-    def remote(self, **request: Any) -> Any:
-        client, server_id, server, listener = self._arguments
-        return client.generate_streamed(server_id, server, listener, request)
-
-
-async def _result(ref: Any) -> Any:
-    return await ref

@@ -36,11 +36,8 @@ class CandidateError(RuntimeError):
     """A candidate could not be generated or scored. The message names uid, candidate and cause."""
 
 
-class _Dropped:
-    """Stands in for the output of a candidate that was not kept."""
-
-
-DROPPED = _Dropped()
+DROPPED = object()
+"""Stands in for the output of a candidate that was not kept."""
 
 
 def candidate_seed(seed: int, step: int, prompt: int, candidate: int) -> int:

@@ -57,11 +57,7 @@ def _measured_profile(config: DictConfig, darts: DartsConfig, servers: list[Any]
     profile_path, limit_s = Path(config.trainer.default_local_dir) / "latency.json", darts.latency.profile_s
     logger.info(f"measuring the engines for at most {limit_s:g} s (darts.latency.profile=auto)")
     pending_profile = profile_servers(
-        servers,
-        config.actor_rollout_ref.model.path,
-        limit_s=limit_s,
-        seeded=darts.seed is not None,
-        say=logger.info,
+        servers, config.actor_rollout_ref.model.path, limit_s=limit_s, seeded=darts.seed is not None, say=logger.info
     )
     try:
         profile = asyncio.run(pending_profile)

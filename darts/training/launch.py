@@ -50,7 +50,6 @@ class DartsTaskRunner(BaseTaskRunner):
 
     def trainer_class(self) -> type:
         """`RayDartsTrainer`; a subclass may train with a subclass of it."""
-
         return RayDartsTrainer
 
     def run(self, config: DictConfig) -> None:

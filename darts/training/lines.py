@@ -29,7 +29,6 @@ def banner(config: DictConfig, darts: DartsConfig, cache_tokens: int = 0) -> str
 
 
 def _when_computed(config: DictConfig, darts: DartsConfig, cache_tokens: int) -> str:
-    """When log-probs are computed."""
     if darts.overlap.mode == "off":
         off_reason = without_overlap(config)
         return f"after generation{'' if off_reason is None else f' ({off_reason[0]})'}"

@@ -279,8 +279,12 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
             logit_bytes=8 * limits.max_tokens * len(self.tokenizer),  # bfloat16, and what is made of it
             server_share=rollout.gpu_memory_utilization if engines_sleep else 0.0,
         )
-        self._log_probs = OverlappedLogProbs(session, limits)
-        self.async_rollout_manager.overlap = session
+        self.use_log_probs(OverlappedLogProbs(session, limits))
+
+    def use_log_probs(self, log_probs: OverlappedLogProbs | None) -> None:
+        """From now on log-probs are computed so; None: after generation, as verl does it."""
+        self._log_probs = log_probs
+        self.async_rollout_manager.overlap_with(None if log_probs is None else log_probs.session)
 
     def _set_cost_model(self) -> None:
         """Before the first rollout: what the settings ask for, unless the state has a refinement of it."""

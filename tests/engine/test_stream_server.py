@@ -26,6 +26,7 @@ from server_probe import (
 )
 
 from darts.rollout.client import DartsServerClient
+from verl_patches.vllm_stream_server import MAX_EARLY_ABORTS
 
 LENGTH = 600
 
@@ -289,6 +290,20 @@ def test_an_abort_of_a_request_on_its_way_into_the_engine_stops_it(server, ticks
         assert books(server) == NOTHING
     EngineState.wait_idle(server)
     assert all(count <= 40 for count in sampled(server).values())
+
+
+def test_an_abort_that_comes_before_its_request_ends_it_without_tokens(server):
+    assert abort(server, ["early", "other"]) == []
+    assert end(stream(server, "early"), stream(server, "later", max_tokens=5)) == [("abort", 0), ("length", 5)]
+    assert "early" not in sampled(server)
+    assert end(stream(server, "early", max_tokens=5)) == [("length", 5)], "it is remembered once"
+
+
+def test_the_server_remembers_so_many_early_aborts(server):
+    newest = [f"unknown-{n}" for n in range(MAX_EARLY_ABORTS)]
+    assert abort(server, ["oldest"]) == abort(server, newest) == []
+    assert end(stream(server, "oldest", max_tokens=5)) == [("length", 5)]
+    assert end(stream(server, newest[0])) == [("abort", 0)]
 
 
 @pytest.mark.parametrize("payload", [0, 300_000], ids=["small", "large"])

@@ -52,7 +52,7 @@ def actor(local_ray):
 
 
 @pytest.fixture
-def overlap(cluster, actor):
+def overlap(cluster, actor, monkeypatch):
     """Gives the cluster's manager an actor of scripted ranks; `mortal` ones are for this test alone."""
     mortals = []
 
@@ -62,16 +62,18 @@ def overlap(cluster, actor):
         ranks.begin(**script)
         lines: list[str] = []
         session = OverlapSession(ranks, OverlapConfig(mode=cluster.mode, kv_cache_gib=kv_cache_gib), limits)
-        session.prepare(lines.append)
+        with monkeypatch.context() as patch:
+            patch.setattr("darts.overlap.session.logger.warning", lines.append)
+            session.prepare()
         # As the trainer does.
         rules = cluster.manager.rules
         cluster.manager.begin_round(replace(rules, overlap=replace(rules.overlap, mode=session.mode)))
-        cluster.manager.overlap = session
+        cluster.manager.overlap_with(session)
         log_probs = OverlappedLogProbs(session, limits)
         return types.SimpleNamespace(actor=ranks, session=session, said=lines, log_probs=log_probs)
 
     yield make
-    cluster.manager.overlap = None
+    cluster.manager.overlap_with(None)
     for ranks in mortals:
         ranks.kill()
 

@@ -62,6 +62,7 @@ class ScriptedServer:
         self.most_running = 0
         self.cancelled = 0  # requests that Ray cancelled, which a real server may not hear of
         self._stop: dict[str, asyncio.Event] = {}
+        self._early_aborts: set[str] = set()
         self._released = False
         self._chunks: dict[str, list[Chunk]] = defaultdict(list)  # by client
 
@@ -82,6 +83,7 @@ class ScriptedServer:
         self.aborts.append(request_ids)
         running = [request_id for request_id in request_ids if request_id in self._stop]
         if not self.script.deaf:
+            self._early_aborts.update(set(request_ids).difference(running))
             for request_id in running:
                 self._stop[request_id].set()
         return running
@@ -109,6 +111,8 @@ class ScriptedServer:
             if tokens and not turn.cut:
                 tokens[-1] = self.script.end_token
         stop = self._stop[request_id] = asyncio.Event()
+        if request_id in self._early_aborts:
+            stop.set()
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         done = 0

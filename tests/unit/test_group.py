@@ -53,18 +53,14 @@ def test_kept_are_the_best_of_those_that_finished_before_they_were_asked_to_abor
 def test_how_each_ended_is_on_record_whatever_is_reported_later(case):
     world = World(case)
     for _ in world.live():
-        ended = {name: [index in which for index in range(case.size)] for name, which in world.ended.items()}
         assert (world.group.lengths, world.group.arrival) == (world.reported, world.ended["finish"])
-        assert ([state is State.STOPPED for state in world.group.states], world.group.lost) == (
-            ended["stop"],
-            ended["lose"],
-        )
         asked = [index in world.asked and index in world.running for index in range(case.size)]
         assert [state is State.ABORTING for state in world.group.states] == asked
         assert {index for index, state in enumerate(world.group.states) if not state.ended} == world.running
-        assert world.group.truncated == [
-            it.truncated and done for it, done in zip(case.candidates, ended["finish"], strict=True)
-        ]
+        how = dict.fromkeys(world.ended["stop"], State.STOPPED) | dict.fromkeys(world.ended["lose"], State.LOST)
+        for index in world.ended["finish"]:
+            how[index] = State.TRUNCATED if case.candidates[index].truncated else State.FINISHED
+        assert {index: state for index, state in enumerate(world.group.states) if state.ended} == how
 
 
 @over(*EVERY_MODE, any_losses=True)
@@ -169,9 +165,7 @@ def test_a_scenario_by_hand():
     assert group.stop(1, 8) == []
     assert group.ended
     assert group.lengths == [7, 8, 1, 6, 2, 8]
-    assert group.truncated == [False, False, False, False, False, True]
-    assert [state is State.STOPPED for state in group.states] == [False, True, False, False, False, False]
-    assert group.lost == [False, False, True, False, False, False]
+    assert group.states == [State.FINISHED, State.STOPPED, State.LOST, *[State.FINISHED] * 2, State.TRUNCATED]
     assert group.arrival == [5, 3, 0, 4]
     assert group.num_valid == 2
 
@@ -202,7 +196,7 @@ def test_impossible_reports_are_refused_and_change_nothing(event, arguments, mes
     group.stop(1, 6)
     with pytest.raises(ValueError, match=message):
         getattr(group, event)(*arguments)
-    assert (group.lengths, group.arrival, group.lost) == ([5, 6, 6, 0], [0], [False] * 4)
+    assert (group.lengths, group.arrival, State.LOST in group.states) == ([5, 6, 6, 0], [0], False)
     assert group.progress(3, 6) == [3]
 
 

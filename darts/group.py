@@ -138,7 +138,7 @@ class CandidateGroup:
             insort(self._valid, (length, index))
         self._arrival.append(index)
         self._end(index, length, State.TRUNCATED if truncated else State.FINISHED)
-        return self._decide(self._all(State.RUNNING))
+        return self._decide()
 
     def stop(self, index: int, length: int) -> list[int]:
         """Candidate `index`, which was asked to abort, ended with `length` tokens.
@@ -165,7 +165,7 @@ class CandidateGroup:
         if not self._decided and num_left < self.rules.num_keep:
             raise ValueError(f"{num_lost} candidates were lost, {num_left} are left: {self.rules.num_keep} are needed.")
         self._end(index, length, State.LOST)
-        return self._decide(self._all(State.RUNNING))
+        return self._decide()
 
     def deadline(self) -> list[int]:
         """A ready group waits no longer: what still runs is to be aborted.
@@ -311,8 +311,9 @@ class CandidateGroup:
     def _end(self, index: int, length: int, state: State) -> None:
         self._states[index], self._lengths[index] = state, length
 
-    def _decide(self, changed: Sequence[int]) -> list[int]:
-        """Which of the `changed`, who all run, to abort; completes the group if nothing that it needs runs any more."""
+    def _decide(self, changed: Sequence[int] | None = None) -> list[int]:
+        """Which of the `changed`, who run (None: of all who do), to abort; completes the group if nothing that it needs
+        runs any more."""
         if self._decided:
             return []
         losers: list[int] = []
@@ -320,6 +321,7 @@ class CandidateGroup:
             # One that has grown to this length ends there or later, and ties go to the lower index.
             last_needed = self._valid[self.rules.num_keep - 1]
             is_exact = self.rules.follows_growth
+            changed = self._all(State.RUNNING) if changed is None else changed
             losers = [index for index in changed if not is_exact or (self._lengths[index], index) > last_needed]
         return self._abort(losers)
 

@@ -22,7 +22,6 @@ from dataclasses import asdict
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import NoReturn
 
 from darts.doctor.facts import (
     FAILED,
@@ -38,21 +37,14 @@ from darts.doctor.facts import (
     machine_facts,
     version_facts,
 )
-from darts.evidence.log import logger, refuse
+from darts.evidence.log import OptionParser, logger
 
 GROUPS = ("versions", "plugin", "device", "machine")
 PADDED = "or actor_rollout_ref.model.override_config.attn_implementation=sdpa with model.use_remove_padding=False"
 
 
-class DoctorParser(argparse.ArgumentParser):
-    """Says in one line what is wrong."""
-
-    def error(self, message: str) -> NoReturn:
-        refuse(f"{' '.join(message.split())}; --help lists the options.")
-
-
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = DoctorParser(prog="python -m darts.doctor", description="What is there, and will it work?")
+    parser = OptionParser(prog="python -m darts.doctor", description="What is there, and will it work?")
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="these facts alone")
     parser.add_argument(
         "--communication",

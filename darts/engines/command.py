@@ -17,24 +17,17 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from darts.checks.model import MODEL_KEY, model_config, vocabulary
 from darts.config import ConfigError
 from darts.engines.measure import MOST_PROMPT_TOKENS, TOKENS, ProfileError, Workload, profile_servers
-from darts.evidence.log import logger
+from darts.evidence.log import OptionParser, logger, refuse
 from darts.evidence.profile import KEY, LatencyProfile
 
 
-class _ProfileParser(argparse.ArgumentParser):
-    """Says in one line what is wrong."""
-
-    def error(self, message: str) -> NoReturn:
-        _refuse(f"{message}; --help lists the options.")
-
-
 def _parse(given: Sequence[str] | None) -> argparse.Namespace:
-    parser = _ProfileParser(
+    parser = OptionParser(
         prog="python -m darts.engines",
         description="Measures how long a decoding step of a rollout engine takes, by the number of running sequences, "
         "and writes the file that darts.latency.profile=FILE reads. Starts one engine, as a training run with this "
@@ -102,7 +95,7 @@ def main(given: Sequence[str] | None = None) -> int:
     try:
         config = _configure(options)
     except (ValueError, HydraException, OmegaConfBaseException) as error:
-        _refuse(str(error))
+        refuse(" ".join(str(error).split()))
     from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
     from darts.engines.start import gpus_per_engine, local_ray, start_servers
@@ -146,8 +139,3 @@ def table(profile: LatencyProfile) -> str:
     for batch_size, seconds in zip(profile.batch_sizes, profile.seconds, strict=True):
         table_lines.append(f"{batch_size:9d}  {seconds * 1e3:11.3f}  {batch_size / seconds:9,.0f}")
     return "\n".join(table_lines) + "\n"
-
-
-def _refuse(message: str) -> NoReturn:
-    logger.error(" ".join(message.split()))
-    sys.exit(2)

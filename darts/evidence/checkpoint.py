@@ -9,9 +9,10 @@ Contract.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from darts.evidence import documents
 
 FILE_NAME = "darts.json"
 FORMAT = "verl-darts"
@@ -64,14 +65,8 @@ def finished_at(trainer: Any) -> int | None:
 
 def save_state(folder: Path, step: int, state: dict[str, Any]) -> None:
     """Writes the state of a step into its folder, which is made if it is not there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    draft_path = folder / f".{FILE_NAME}.tmp"
-    with draft_path.open("w") as file:
-        # Not json.dump, which takes twice as long.
-        file.write(json.dumps({"format": FORMAT, "step": step, "state": state}, allow_nan=False, separators=(",", ":")))
-        file.flush()
-        os.fsync(file.fileno())
-    draft_path.replace(folder / FILE_NAME)
+    saved_content = {"format": FORMAT, "step": step, "state": state}
+    documents.write(folder / FILE_NAME, json.dumps(saved_content, allow_nan=False, separators=(",", ":")))
 
 
 def load_state(folder: Path, step: int) -> dict[str, Any]:

@@ -18,9 +18,17 @@ class DocumentError(ValueError):
 
 def save(path: Path, document: Mapping[str, Any]) -> None:
     """Writes a document in one go; its folder is made if it is not there."""
+    write(path, json.dumps(document, default=str, allow_nan=False) + "\n")
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file in one go, and on the disk when this returns; its folder is made if it is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft_path = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    draft_path.write_text(json.dumps(document, default=str, allow_nan=False) + "\n")
+    with draft_path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     draft_path.replace(path)
 
 

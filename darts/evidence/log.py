@@ -5,6 +5,7 @@ root logger, so that no line comes twice. Refusals and errors go to stderr, all 
 `DARTS_LOG_LEVEL` says from which level on. Modules below this one ask for `logging.getLogger("darts")`.
 """
 
+import argparse
 import logging
 import os
 import sys
@@ -34,6 +35,14 @@ def refuse(reason: object) -> NoReturn:
     """Ends the program with the one line that says what is wrong."""
     logger.error(reason)
     sys.exit(2)
+
+
+class OptionParser(argparse.ArgumentParser):
+    """Says in one line what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        """Upstream: `argparse.ArgumentParser.error`."""
+        refuse(f"{' '.join(message.split())}; --help lists the options.")
 
 
 def say(line: str) -> None:

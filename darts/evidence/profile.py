@@ -6,13 +6,13 @@ slow or too fast, and what running engines show corrects it.
 """
 
 import json
-import os
 import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 from darts.config import ConfigError
+from darts.evidence import documents
 from darts.latency import LatencyCurve
 
 KEY = "darts.latency.profile"
@@ -43,11 +43,7 @@ class LatencyProfile:
 
     def save(self, path: str | Path) -> None:
         """Writes the file in one go: it is the old one or the new one, never a part."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft_path = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        draft_path.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        os.replace(draft_path, path)
+        documents.write(Path(path), json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "LatencyProfile":

@@ -12,6 +12,7 @@ and learns; `darts.simulation.rollout` runs the groups.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from darts.simulation.bound import Throughput, shortest
 from darts.simulation.cluster import Cluster
 from darts.simulation.costs import StepCosts, StepTime
 from darts.simulation.draws import Dataset
-from darts.simulation.rollout import Outcome, run_rollout
+from darts.simulation.rollout import SimulatedRollout
 from darts.strategy import BYPASS_MODE, Strategy, make_strategy
 
 Reshape = Callable[[NDArray[np.int64], int], NDArray[np.int64]]
@@ -93,9 +94,90 @@ def replay(
     Raises:
         ConfigError: settings that cannot work.
     """
-    replay_state = _Replay(arm, setting, dataset, reshape)
+    # The strategy, the planner with its cost model, and the bound.
+    cluster, costs = setting.cluster, setting.costs
+    darts = arm.config(setting.group_size, cluster.placement)
+    strategy = make_strategy(darts, setting.num_prompts)
+    planner = RolloutPlanner(
+        ema_weight=darts.allocation.ema_weight,
+        response_length=setting.response_length,
+        num_engines=cluster.engines,
+        max_running=cluster.max_num_seqs,
+    )
+    latency = darts.latency.profile
+    if latency != "off" and (latency != "auto" or strategy.rules.allocation.mode == "adaptive"):
+        planner.cost = CostModel(setting.curve, "simulated")
+    throughput = Throughput(setting.curve, cluster.engines, cluster.max_num_seqs)
+    next_row, row_launches = 0, {}  # launches of rows that are queued
     for steps_done in range(num_steps):
-        yield replay_state.step(steps_done)
+        # 1. The prompts, and lengths of their candidates.
+        round_ = strategy.next_round()
+        rules = round_.rules
+        dataset_rows = [*round_.queued, *range(next_row, next_row + round_.new)]
+        next_row += round_.new
+        drawn_candidates = dataset.draw(dataset_rows, [row_launches.get(row, 0) for row in dataset_rows])
+        lengths = drawn_candidates.lengths if reshape is None else reshape(drawn_candidates.lengths, steps_done)
+        # 2. How many candidates each launches, and in which order.
+        plan, budgets, launch_order = None, np.full(len(dataset_rows), setting.group_size), None
+        if rules.enable:
+            plan = planner.plan([dataset.key(row) for row in dataset_rows], rules)
+            budgets, launch_order = plan.budgets, plan.launch_order.tolist()
+        # 3. The rollout.
+        is_launched = np.arange(dataset.width) < budgets[:, None]
+        outcome = SimulatedRollout(
+            lengths[is_launched],
+            drawn_candidates.truncated[is_launched],
+            budgets,
+            rules,
+            cluster.fleet(setting.curve, int(budgets.sum())),
+            order=launch_order,
+            harvest=round_.harvest,
+        ).run()
+        pool, count, num_rows = outcome.pool, len(outcome.complete), int(outcome.pool.kept.sum())
+        if count != setting.num_prompts or num_rows != setting.group_size * count:
+            raise RuntimeError(
+                f"{count} prompts with {num_rows} rows were to be trained on, not {setting.num_prompts} with "
+                f"{setting.group_size} each: the strategy {darts.strategy} breaks the contract of darts.strategy."
+            )
+        kept_lengths = pool.length[pool.kept]
+        seconds_of = partial(costs.time, cluster=cluster, overlap=rules.enable and rules.overlap.mode != "off")
+        step_time = seconds_of(
+            decode_s=outcome.seconds,
+            launched=len(pool),
+            tokens=int(kept_lengths.sum()),
+            bypass=bypasses(arm, strategy),
+        )
+        # 4. What is learnt of it, and who comes again.
+        if plan is not None:
+            planner.observe(plan, rules, pool, max(step_time.rollout, 1e-9), StepTimes())
+        strategy.ended(dataset_rows, outcome.complete)
+        launched_rows = set(dataset_rows)
+        row_launches = {row: row_launches.get(row, 0) + (row in launched_rows) for row in strategy.queue}
+        # 5. What is told of it, beside the oracle's step.
+        oracle = shortest(lengths[outcome.complete], setting.group_size)
+        num_slots = min(cluster.max_num_seqs, -(-len(pool) // cluster.engines)) * cluster.engines
+        reward = drawn_candidates.reward[is_launched]
+        yield SimulatedStep(
+            time=step_time,
+            prompts=len(budgets),
+            launched=len(pool),
+            generated=int(pool.length.sum()),
+            kept=int(kept_lengths.sum()),
+            longest_kept=int(kept_lengths.max()),
+            reward_kept=float(reward[pool.kept].mean()),
+            reward_pool=float(reward[~pool.aborted].mean()),
+            slot_s=outcome.slot_seconds,
+            slot_capacity_s=num_slots * outcome.seconds,
+            bound=seconds_of(
+                decode_s=throughput.least_seconds(oracle),
+                launched=oracle.size,
+                tokens=int(oracle.sum()),
+                bypass=True,
+            ),
+            oracle=oracle,
+            queue=len(strategy.queue),
+            saturated=float((budgets >= rules.allocation.high).mean()) if rules.enable else 0.0,
+        )
 
 
 def width(arm: ReplayArm, setting: Setting) -> int:
@@ -109,110 +191,3 @@ def width(arm: ReplayArm, setting: Setting) -> int:
 def bypasses(arm: ReplayArm, strategy: Strategy) -> bool:
     """Whether the servers' log-probs are taken for the old ones."""
     return arm.bypass or bool(strategy.overrides.get(BYPASS_MODE, False))
-
-
-class _Replay:
-    """The state of `replay`."""
-
-    def __init__(self, arm: ReplayArm, setting: Setting, dataset: Dataset, reshape: Reshape | None) -> None:
-        self.setting, self.dataset, self.reshape = setting, dataset, reshape
-        cluster = setting.cluster
-        self.darts = arm.config(setting.group_size, cluster.placement)
-        self.strategy: Strategy = make_strategy(self.darts, setting.num_prompts)
-        self.bypass = bypasses(arm, self.strategy)
-        self.planner = RolloutPlanner(
-            ema_weight=self.darts.allocation.ema_weight,
-            response_length=setting.response_length,
-            num_engines=cluster.engines,
-            max_running=cluster.max_num_seqs,
-        )
-        latency = self.darts.latency.profile
-        if latency != "off" and (latency != "auto" or self.strategy.rules.allocation.mode == "adaptive"):
-            self.planner.cost = CostModel(setting.curve, "simulated")
-        self.throughput = Throughput(setting.curve, cluster.engines, cluster.max_num_seqs)
-        self.next_row = 0
-        self.launches: dict[int, int] = {}  # of rows that are queued
-
-    def step(self, done: int) -> SimulatedStep:
-        """The next step; so many are done."""
-        # 1. The prompts, and lengths of their candidates.
-        setting, round_ = self.setting, self.strategy.next_round()
-        rules = round_.rules
-        dataset_rows = [*round_.queued, *range(self.next_row, self.next_row + round_.new)]
-        self.next_row += round_.new
-        drawn_candidates = self.dataset.draw(dataset_rows, [self.launches.get(row, 0) for row in dataset_rows])
-        lengths = drawn_candidates.lengths if self.reshape is None else self.reshape(drawn_candidates.lengths, done)
-        # 2. How many candidates each launches, and in which order.
-        plan, budgets, launch_order = None, np.full(len(dataset_rows), setting.group_size), None
-        if rules.enable:
-            plan = self.planner.plan([self.dataset.key(row) for row in dataset_rows], rules)
-            budgets, launch_order = plan.budgets, plan.launch_order.tolist()
-        # 3. The rollout.
-        is_launched = np.arange(self.dataset.width) < budgets[:, None]
-        outcome = run_rollout(
-            lengths[is_launched],
-            drawn_candidates.truncated[is_launched],
-            budgets,
-            rules,
-            setting.cluster.fleet(setting.curve, int(budgets.sum())),
-            order=launch_order,
-            harvest=round_.harvest,
-        )
-        self._check(outcome)
-        step_time = self._seconds(outcome.seconds, len(outcome.length), outcome.length[outcome.kept], rules)
-        # 4. What is learnt of it, and who comes again.
-        if plan is not None:
-            self.planner.observe(plan, rules, outcome.pool(rules), max(step_time.rollout, 1e-9), StepTimes())
-        self.strategy.ended(dataset_rows, outcome.complete)
-        launched_rows = set(dataset_rows)
-        self.launches = {row: self.launches.get(row, 0) + (row in launched_rows) for row in self.strategy.queue}
-        return self._measured(outcome, step_time, rules, lengths, drawn_candidates.reward[is_launched])
-
-    def _check(self, outcome: Outcome) -> None:
-        count, wanted, size = len(outcome.complete), self.setting.num_prompts, self.setting.group_size
-        if count != wanted or outcome.kept.sum() != size * count:
-            raise RuntimeError(
-                f"{count} prompts with {outcome.kept.sum()} rows were to be trained on, not {wanted} with {size} each: "
-                f"the strategy {self.darts.strategy} breaks the contract of darts.strategy."
-            )
-
-    def _seconds(
-        self, decode_s: float, launched: int, trained: NDArray[np.int64], rules: DartsConfig, bypass: bool | None = None
-    ) -> StepTime:
-        """A step that trains on responses of these lengths."""
-        return self.setting.costs.time(
-            decode_s=decode_s,
-            launched=launched,
-            tokens=int(trained.sum()),
-            cluster=self.setting.cluster,
-            bypass=self.bypass if bypass is None else bypass,
-            overlap=rules.enable and rules.overlap.mode != "off",
-        )
-
-    def _measured(
-        self,
-        outcome: Outcome,
-        step_time: StepTime,
-        rules: DartsConfig,
-        lengths: NDArray[np.int64],
-        reward: NDArray[np.float64],
-    ) -> SimulatedStep:
-        cluster, kept_lengths = self.setting.cluster, outcome.length[outcome.kept]
-        oracle = shortest(lengths[outcome.complete], self.setting.group_size)
-        num_slots = min(cluster.max_num_seqs, -(-len(outcome.length) // cluster.engines)) * cluster.engines
-        return SimulatedStep(
-            time=step_time,
-            prompts=len(outcome.budgets),
-            launched=len(outcome.length),
-            generated=int(outcome.length.sum()),
-            kept=int(kept_lengths.sum()),
-            longest_kept=int(kept_lengths.max()),
-            reward_kept=float(reward[outcome.kept].mean()),
-            reward_pool=float(reward[~outcome.aborted].mean()),
-            slot_s=outcome.slot_seconds,
-            slot_capacity_s=num_slots * outcome.seconds,
-            bound=self._seconds(self.throughput.least_seconds(oracle), oracle.size, oracle, rules, bypass=True),
-            oracle=oracle,
-            queue=len(self.strategy.queue),
-            saturated=float((outcome.budgets >= rules.allocation.high).mean()) if rules.enable else 0.0,
-        )

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from darts.config import DartsConfig
 from darts.group import CandidateGroup
-from darts.pool import CandidatePool, State
+from darts.pool import CandidatePool
 from darts.simulation.engine import NEVER, Engine
 
 ABORT = -1
@@ -43,34 +43,12 @@ class Fleet:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Outcome:
-    """What became of a rollout; arrays are by candidate, prompt after prompt."""
+    """What became of a rollout."""
 
     seconds: float  # until the last candidate has ended
-    budgets: NDArray[np.int64]  # candidates of each prompt
     complete: list[int]  # positions of the prompts that are trained on, in their order
-    length: NDArray[np.int64]  # generated tokens
-    state: NDArray[np.str_]  # letters of `State`
-    kept: NDArray[np.bool_]
-    ended_at: NDArray[np.float64]
     slot_seconds: float  # in which a slot ran a sequence, sum over the slots
-
-    @property
-    def aborted(self) -> NDArray[np.bool_]:
-        """Which were stopped: their length is that of a part."""
-        return self.state == State.STOPPED.value
-
-    def pool(self, rules: DartsConfig) -> CandidatePool:
-        """For `RolloutPlanner.observe`; nothing is known of rewards, chunks and caches."""
-        num_long = [rules.group_rules(budget).num_long for budget in self.budgets.tolist()]
-        return CandidatePool.of(
-            self.budgets,
-            length=self.length,
-            state=self.state,
-            kept=self.kept,
-            num_long=np.repeat(num_long, self.budgets),
-            saturated=np.repeat(self.budgets >= rules.allocation.high, self.budgets),
-            ended_at=self.ended_at,
-        )
+    pool: CandidatePool  # nothing is known of rewards, chunks and caches
 
 
 def route(budgets: Sequence[int], order: Sequence[int], engines: int, routing: str) -> list[int]:
@@ -91,17 +69,8 @@ def route(budgets: Sequence[int], order: Sequence[int], engines: int, routing: s
     return engine_numbers.tolist()
 
 
-def run_rollout(
-    lengths: NDArray[np.int64],
-    truncated: NDArray[np.bool_],
-    budgets: NDArray[np.int64],
-    rules: DartsConfig,
-    fleet: Fleet,
-    *,
-    order: Sequence[int] | None = None,
-    harvest: int | None = None,
-) -> Outcome:
-    """Runs candidates until every group is decided and every candidate has ended.
+class SimulatedRollout:
+    """Candidates until every group is decided and every candidate has ended.
 
     Args:
         lengths: tokens of each candidate if nobody stops it, at least 1; prompt after prompt, shape [num_candidates].
@@ -112,11 +81,6 @@ def run_rollout(
         order: positions of the prompts in the order of launch; None: as they stand.
         harvest: the rollout ends once so many prompts are complete; None: with its last.
     """
-    return _Rollout(lengths, truncated, budgets, rules, fleet, order, harvest).run()
-
-
-class _Rollout:
-    """The state of `run_rollout`."""
 
     def __init__(
         self,
@@ -125,8 +89,9 @@ class _Rollout:
         budgets: NDArray[np.int64],
         rules: DartsConfig,
         fleet: Fleet,
-        order: Sequence[int] | None,
-        harvest: int | None,
+        *,
+        order: Sequence[int] | None = None,
+        harvest: int | None = None,
     ) -> None:
         self.rules, self.fleet, self.budgets = rules, fleet, budgets
         self.cut = truncated.tolist()
@@ -150,6 +115,7 @@ class _Rollout:
         self.touched: set[int] = set()
 
     def run(self) -> Outcome:
+        """Runs them, once."""
         for prompt in self.order:
             first_candidate = self.firsts[prompt]
             for candidate in range(first_candidate, first_candidate + int(self.budgets[prompt])):
@@ -270,11 +236,15 @@ class _Rollout:
         ]
         return Outcome(
             seconds=float(ended.max(initial=0.0)),
-            budgets=self.budgets,
             complete=sorted(self.complete),
-            length=np.array(self.lengths, dtype=np.int64),
-            state=np.array([state.value for group in self.groups for state in group.states], dtype=str),
-            kept=is_kept,
-            ended_at=ended,
             slot_seconds=float((ended - began_at).sum()),
+            pool=CandidatePool.of(
+                self.budgets,
+                length=self.lengths,
+                state=[state.value for group in self.groups for state in group.states],
+                kept=is_kept,
+                num_long=np.repeat([group.rules.num_long for group in self.groups], self.budgets),
+                saturated=np.repeat(self.budgets >= self.rules.allocation.high, self.budgets),
+                ended_at=ended,
+            ),
         )

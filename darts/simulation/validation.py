@@ -5,10 +5,9 @@ per strategy. Measured and simulated figures are means over all steps: strategie
 kinds, of which a median shows the most frequent alone. Noise of the machine is in the means of all arms, which take
 turns.
 
-Of the JSON of a benchmark little is read, so that the format may grow. The steps are a list `records`, or a table
-`steps` of columns; each has `arm`, `step_s` and maybe `rollout_s`. Of `arms` (a list with `name`, or a mapping by name)
-are read, where they are there: `strategy` (else the arm's name), `changes` (by path within `darts:`), `overlap`,
-`bypass`, and a block `darts`; below them lies `darts` of `config`.
+Of the JSON of a benchmark little is read, so that the format may grow: the table `steps` by column, with `arm`,
+`step_s` and maybe `rollout_s`; of each of `arms` its `name`, `strategy` (else the name), `changes` (by path within
+`darts:`), `overlap` and `bypass`, where they are there; below them lies `darts` of `config`.
 """
 
 import json
@@ -47,49 +46,40 @@ def read_bench(path: Path) -> list[MeasuredArm]:
         bench_state = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise SimulationError(f"{path}: must be JSON, but {error}; give the JSON of a benchmark.") from None
+    columns = bench_state.get("steps") if isinstance(bench_state, Mapping) else None
+    if not isinstance(columns, Mapping) or not columns:
+        raise SimulationError(f"{path}: has no steps; give the JSON that the benchmark of strategies wrote.")
+    try:
+        records = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    except (TypeError, ValueError) as error:
+        raise SimulationError(f"{path}: steps must be columns of one length, but {error}.") from None
     found_arms: dict[str, MeasuredArm] = {}
-    for place, record in enumerate(_records(path, bench_state)):
-        name, step_s, rollout_s = _times(f"{path}, records[{place}]", record)
+    for place, record in enumerate(records):
+        name, step_s, rollout_s = _times(f"{path}, steps[{place}]", record)
         measured = found_arms.setdefault(name, MeasuredArm(arm=_arm(bench_state, name), step_s=[], rollout_s=[]))
         measured.step_s.append(step_s)
         measured.rollout_s.append(rollout_s)
     return list(found_arms.values())
 
 
-def _times(where: str, record: Any) -> tuple[str, float, float]:
+def _times(where: str, record: Mapping[str, Any]) -> tuple[str, float, float]:
     try:
         name, step_s, rollout_s = str(record["arm"]), float(record["step_s"]), record.get("rollout_s", math.nan)
         if not 0 < step_s < math.inf:
             raise ValueError(f"step_s={step_s}")
         return name, step_s, float(rollout_s)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         rule = f"must have arm and a positive step_s, but {error!r}"
         raise SimulationError(f"{where}: {rule}; remove the record.") from None
 
 
-def _records(path: Path, state: Any) -> list[Any]:
-    records = state.get("records") if isinstance(state, Mapping) else None
-    columns = state.get("steps") if isinstance(state, Mapping) else None
-    if records is None and isinstance(columns, Mapping) and columns:
-        try:
-            records = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        except (TypeError, ValueError) as error:
-            raise SimulationError(f"{path}: steps must be columns of one length, but {error}.") from None
-    if not isinstance(records, list) or not records:
-        raise SimulationError(f"{path}: has no records; give the JSON that the benchmark of strategies wrote.")
-    return records
-
-
 def _arm(state: Mapping[str, Any], name: str) -> ReplayArm:
-    """The arm as the benchmark describes it."""
-    arms = state.get("arms") or {}
-    described_arms = arms if isinstance(arms, Mapping) else {str(arm.get("name")): arm for arm in arms}
-    arm = described_arms.get(name) or {}
-    block = merged((state.get("config") or {}).get("darts") or {}, arm.get("darts") or {})
+    arm = next((arm for arm in state.get("arms") or () if arm.get("name") == name), {})
+    block = (state.get("config") or {}).get("darts") or {}
     overlap = {} if arm.get("overlap") is None else {"overlap.mode": arm["overlap"]}
     for key, value in (dict(arm.get("changes") or {}) | overlap).items():
         block = merged(block, nested(key, value))
-    block |= {"enable": True, "strategy": arm.get("strategy", name)}
+    block = merged(block, {"enable": True, "strategy": arm.get("strategy", name)})
     return ReplayArm(name=name, block=block, bypass=bool(arm.get("bypass", False)))
 
 

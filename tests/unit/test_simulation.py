@@ -11,7 +11,7 @@ from darts.config import DartsConfig
 from darts.group import CandidateGroup
 from darts.latency import LatencyCurve, makespan
 from darts.simulation.engine import Engine
-from darts.simulation.rollout import Fleet, route, run_rollout
+from darts.simulation.rollout import Fleet, SimulatedRollout, route
 
 BY_HAND = (0.0, 1.0, 2.0, 4.0)  # seconds of a step with 0, 1, 2, 3 running
 
@@ -31,7 +31,7 @@ def shortest(group_size, early_stop="eager", **block):
 def run(lengths, budgets, some_rules, some_fleet, truncated=None, **options):
     lengths = np.array(lengths, dtype=np.int64)
     cut = np.zeros(len(lengths), dtype=bool) if truncated is None else np.array(truncated, dtype=bool)
-    return run_rollout(lengths, cut, np.array(budgets, dtype=np.int64), some_rules, some_fleet, **options)
+    return SimulatedRollout(lengths, cut, np.array(budgets, dtype=np.int64), some_rules, some_fleet, **options).run()
 
 
 # --- by hand ---------------------------------------------------------------------------------------------------------
@@ -41,29 +41,29 @@ def test_all_run_to_their_end():
     """10 steps of three, 10 of two, 20 of one: 40 + 20 + 20."""
     outcome = run([10, 20, 40], [3], rules(3, enable=False), fleet(step_seconds=BY_HAND))
     assert outcome.seconds == 80.0
-    assert outcome.ended_at.tolist() == [40.0, 60.0, 80.0]
-    assert outcome.kept.all()
+    assert outcome.pool.ended_at.tolist() == [40.0, 60.0, 80.0]
+    assert outcome.pool.kept.all()
     assert outcome.slot_seconds == 40 + 60 + 80
 
 
 def test_eager_stops_the_rest_and_the_rollout_ends_with_it():
     outcome = run([10, 20, 40], [3], shortest(2), fleet(step_seconds=BY_HAND))
     assert outcome.seconds == 60.0
-    assert outcome.length.tolist() == [10, 20, 20]
-    assert outcome.aborted.tolist() == [False, False, True]
-    assert outcome.kept.tolist() == [True, True, False]
+    assert outcome.pool.length.tolist() == [10, 20, 20]
+    assert outcome.pool.aborted.tolist() == [False, False, True]
+    assert outcome.pool.kept.tolist() == [True, True, False]
 
 
 def test_an_abort_takes_its_time():
     """It arrives 5 s after 60 s; the loser runs alone then, a token each second."""
     outcome = run([10, 20, 40], [3], shortest(2), fleet(step_seconds=BY_HAND, abort_s=5.0))
     assert outcome.seconds == 65.0
-    assert outcome.length.tolist() == [10, 20, 25]
+    assert outcome.pool.length.tolist() == [10, 20, 25]
     late = run([10, 20, 24], [3], shortest(2), fleet(step_seconds=BY_HAND, abort_s=5.0))
     assert late.seconds == 64.0  # it has ended while the abort was on its way
-    assert late.aborted.tolist() == [False] * 3
-    assert late.ended_at.tolist() == [40.0, 60.0, 64.0]
-    assert late.kept.tolist() == [True, True, False]
+    assert late.pool.aborted.tolist() == [False] * 3
+    assert late.pool.ended_at.tolist() == [40.0, 60.0, 64.0]
+    assert late.pool.kept.tolist() == [True, True, False]
 
 
 def test_a_freed_slot_goes_to_the_next_in_the_queue():
@@ -71,41 +71,41 @@ def test_a_freed_slot_goes_to_the_next_in_the_queue():
     outcome = run([10, 20, 30, 5, 5, 9], [3, 3], shortest(2), fleet(slots=2, step_seconds=BY_HAND))
     # 10 and 20 run until 10; then 30 starts; at step 20 the 20 ends, 30 (10 tokens so far) is aborted, two 5 start; 9
     # waits, and is aborted at step 25 without a token.
-    assert outcome.length.tolist() == [10, 20, 10, 5, 5, 0]
+    assert outcome.pool.length.tolist() == [10, 20, 10, 5, 5, 0]
     assert outcome.seconds == 25 * 2.0
-    assert outcome.kept.tolist() == [True, True, False, True, True, False]
+    assert outcome.pool.kept.tolist() == [True, True, False, True, True, False]
 
 
 def test_exact_hears_of_growth_in_chunks():
     some = shortest(2, "exact", streaming={"chunk_tokens": 8})
     outcome = run([10, 20, 40], [3], some, fleet(step_seconds=BY_HAND))
-    assert outcome.length.tolist() == [10, 20, 24]  # 24 is the first report above 20
+    assert outcome.pool.length.tolist() == [10, 20, 24]  # 24 is the first report above 20
     assert outcome.seconds == 60 + 4
-    assert run([10, 20, 22], [3], some, fleet(step_seconds=BY_HAND)).length.tolist() == [10, 20, 22]
+    assert run([10, 20, 22], [3], some, fleet(step_seconds=BY_HAND)).pool.length.tolist() == [10, 20, 22]
 
 
 def test_the_deadline_falls_once_all_groups_are_ready():
     some = rules(2, selection={"mode": "dual_end", "long_wait": "deadline"})
     outcome = run([2, 4, 40, 3, 8, 50], [3, 3], some, fleet(step_seconds=(0.0, *[1.0] * 6)))
     assert outcome.seconds == 8.0
-    assert outcome.length.tolist() == [2, 4, 8, 3, 8, 8]
+    assert outcome.pool.length.tolist() == [2, 4, 8, 3, 8, 8]
     assert outcome.complete == [0, 1]
-    assert outcome.kept.tolist() == [True, True, False, True, True, False]
+    assert outcome.pool.kept.tolist() == [True, True, False, True, True, False]
 
 
 def test_a_group_that_is_complete_before_the_deadline_counts():
     some = rules(2, selection={"mode": "dual_end", "long_wait": "deadline"})
     outcome = run([2, 4, 5, 3, 8, 50], [3, 3], some, fleet(step_seconds=(0.0, *[1.0] * 6)))
     assert outcome.complete == [0, 1]
-    assert outcome.kept.tolist() == [True, False, True, True, True, False]
+    assert outcome.pool.kept.tolist() == [True, False, True, True, True, False]
 
 
 def test_the_harvest_abandons_the_others():
     outcome = run([4, 9, 2, 3, 7, 30], [2, 2, 2], shortest(2), fleet(step_seconds=(0.0, *[1.0] * 6)), harvest=2)
     assert outcome.seconds == 9.0
     assert outcome.complete == [0, 1]
-    assert outcome.length.tolist() == [4, 9, 2, 3, 7, 9]
-    assert outcome.kept.tolist() == [True] * 4 + [False] * 2
+    assert outcome.pool.length.tolist() == [4, 9, 2, 3, 7, 9]
+    assert outcome.pool.kept.tolist() == [True] * 4 + [False] * 2
 
 
 def test_routing():
@@ -145,7 +145,7 @@ def test_without_aborts_the_seconds_are_those_of_the_cost_model(lengths, engines
     outcome = run(lengths, [1] * len(lengths), rules(1, enable=False), some)
     parts = [lengths[engine::engines] for engine in range(engines)]
     assert outcome.seconds == pytest.approx(makespan(parts, curve, slots), rel=1e-12)
-    assert outcome.length.tolist() == lengths
+    assert outcome.pool.length.tolist() == lengths
 
 
 # --- against a simulator without events ------------------------------------------------------------------------------
@@ -264,13 +264,13 @@ def test_it_is_what_a_simulator_without_events_gives(case):
     lengths, truncated, budgets, some, some_fleet, order, harvest = case
     outcome = run(lengths, budgets, some, some_fleet, truncated, order=order, harvest=harvest)
     naive = Naive(*case).live()
-    assert outcome.ended_at.tolist() == naive.ended_at
-    assert outcome.length.tolist() == naive.total
-    assert outcome.aborted.tolist() == naive.aborted
+    assert outcome.pool.ended_at.tolist() == naive.ended_at
+    assert outcome.pool.length.tolist() == naive.total
+    assert outcome.pool.aborted.tolist() == naive.aborted
     assert outcome.complete == sorted(naive.finished)
     for prompt, group in enumerate(naive.groups):
         first = naive.first[prompt]
-        kept = outcome.kept[first : first + budgets[prompt]]
+        kept = outcome.pool.kept[first : first + budgets[prompt]]
         chosen = group.kept if group.complete else []
         assert sorted(chosen) == np.flatnonzero(kept).tolist()
         assert kept.sum() == (2 if prompt in outcome.complete else 0)
@@ -282,11 +282,11 @@ def test_late_aborts_change_times_but_no_rule(case, abort_s):
     lengths, truncated, budgets, some, some_fleet, order, harvest = case
     slow = fleet(some_fleet.engines, some_fleet.slots, abort_s=abort_s)
     outcome = run(lengths, budgets, some, slow, truncated, order=order, harvest=harvest)
-    assert np.isfinite(outcome.ended_at).all()
-    assert outcome.kept.sum() == 2 * len(outcome.complete)
+    assert np.isfinite(outcome.pool.ended_at).all()
+    assert outcome.pool.kept.sum() == 2 * len(outcome.complete)
     assert len(outcome.complete) == (harvest or len(budgets))
-    assert not (outcome.kept & outcome.aborted).any()
-    assert (outcome.length <= lengths).all()
+    assert not (outcome.pool.kept & outcome.pool.aborted).any()
+    assert (outcome.pool.length <= lengths).all()
 
 
 @settings(max_examples=60)
@@ -297,5 +297,5 @@ def test_exact_keeps_what_a_run_without_stops_keeps(case):
         run(lengths, budgets, shortest(2, early, streaming={"chunk_tokens": 2}), some_fleet, truncated, order=order)
         for early in ("exact", "off")
     ]
-    assert outcomes[0].kept.tolist() == outcomes[1].kept.tolist()
+    assert outcomes[0].pool.kept.tolist() == outcomes[1].pool.kept.tolist()
     assert outcomes[0].seconds <= outcomes[1].seconds

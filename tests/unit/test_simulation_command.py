@@ -99,15 +99,21 @@ def test_plan_recommends_and_says_what_it_cannot_know(trace, tmp_path, capsys):
     assert flags(chosen).startswith("darts.strategy=darts darts.allocation.high=")
 
 
+def write_bench(path, rows, arms=()):
+    """The JSON of a benchmark; a row is an arm, its seconds a step, and those of the rollout."""
+    columns = dict(zip(("arm", "step_s", "rollout_s"), zip(*rows, strict=True), strict=True))
+    path.write_text(json.dumps({"steps": columns, "arms": arms}))
+
+
 def test_validate_compares_with_what_was_measured(trace, tmp_path, capsys):
     bench = tmp_path / "bench.json"
-    records = [
-        {"arm": arm, "seed": 0, "step": step, "step_s": seconds + step / 100, "rollout_s": seconds - 1}
+    rows = [
+        (arm, seconds + step / 100, seconds - 1)
         for arm, seconds in (("none", 5.0), ("fewer", 4.0), ("bypass", 4.5))
         for step in range(3)
     ]
-    arms = {"fewer": {"strategy": "darts", "darts": {"allocation": {"mode": "off"}}}}
-    bench.write_text(json.dumps({"records": records, "arms": arms}))
+    arms = [{"name": "fewer", "strategy": "darts", "changes": {"allocation.mode": "off"}}]
+    write_bench(bench, rows, arms)
     fewer = read_bench(bench)[1]
     assert (fewer.arm.name, fewer.arm.block) == (
         "fewer",
@@ -134,8 +140,8 @@ def test_validate_compares_means_over_rounds_of_every_kind_and_over_seeds(tmp_pa
     """A tail-batching arm: four short rounds and a long one. Its median is that of the short ones."""
     bench, told = tmp_path / "bench.json", tmp_path / "validate.json"
     seconds = {"none": [4.0] * 5, "tail": [2.0, 2.0, 2.0, 2.0, 7.0]}
-    records = [{"arm": arm, "step_s": s, "rollout_s": s - 1} for arm, some in seconds.items() for s in some]
-    bench.write_text(json.dumps({"records": records, "arms": {"tail": {"strategy": "tail_batching"}}}))
+    rows = [(arm, s, s - 1) for arm, some in seconds.items() for s in some]
+    write_bench(bench, rows, [{"name": "tail", "strategy": "tail_batching"}])
     for seed, tokens in ((0, 100), (1, 300)):
         run_file(tmp_path / f"seed{seed}" / "none.jsonl", [[tokens] * 2] * 4, ["kk"] * 4, gen=20.0 + seed)
     seeds = [str(tmp_path / f"seed{seed}") for seed in (0, 1)]
@@ -261,10 +267,11 @@ def test_bad_input_is_one_line_and_exit_code_2(trace, capsys, arguments, told):
     ("content", "told"),
     [
         ("{", "must be JSON"),
-        ("[]", "has no records"),
+        ("[]", "has no steps"),
+        ('{"steps": {}}', "has no steps"),
         ('{"steps": {"arm": ["none"], "step_s": []}}', "steps must be columns of one length"),
-        ('{"records": [{"step_s": 1}]}', "records[0]: must have arm"),
-        ('{"records": [{"arm": "none", "step_s": 0}]}', "records[0]: must have arm and a positive step_s"),
+        ('{"steps": {"step_s": [1]}}', "steps[0]: must have arm"),
+        ('{"steps": {"arm": ["none"], "step_s": [0]}}', "steps[0]: must have arm and a positive step_s"),
     ],
 )
 def test_bad_benchmarks(trace, tmp_path, capsys, content, told):

@@ -8,10 +8,10 @@ import pytest
 from darts.config import STRATEGIES
 from darts.evidence.trace import fate
 from darts.latency import LatencyCurve
-from darts.simulation import rollout
 from darts.simulation.cluster import Cluster
 from darts.simulation.draws import Dataset
 from darts.simulation.replay import ReplayArm, Setting, replay, width
+from darts.simulation.rollout import SimulatedRollout
 from darts.simulation.run_trace import read_trace
 from darts.simulation.trace import LengthTrace, PromptLengths
 
@@ -57,21 +57,22 @@ def test_a_run_replayed_on_its_own_trace_takes_as_long(name, data, tmp_path, mon
             lines.append([self.key(row) for row in rows])
             return super().draw(rows, launches)
 
-    def run(lengths, truncated, budgets, rules, fleet, **options):
-        outcome = rollout.run_rollout(lengths, truncated, budgets, rules, fleet, **options)
-        ends = np.cumsum(budgets)[:-1]
-        fates = ["".join(some) for some in np.split(fate(outcome.pool(rules)), ends)]
+    run = SimulatedRollout.run
+
+    def recorded(rollout):
+        outcome, ends = run(rollout), np.cumsum(rollout.budgets)[:-1]
+        fates = ["".join(some) for some in np.split(fate(outcome.pool), ends)]
         columns = {
             "key": lines[-1],
             "fate": fates,
-            "length": [some.tolist() for some in np.split(outcome.length, ends)],
+            "length": [some.tolist() for some in np.split(outcome.pool.length, ends)],
         }
         lines[-1] = json.dumps({"version": 1, "step": len(lines), "metrics": {}, "rollout": columns})
         return outcome
 
     arm = ReplayArm(name=name, block=BLOCKS[name])
     with monkeypatch.context() as patched:
-        patched.setattr("darts.simulation.replay.run_rollout", run)
+        patched.setattr(SimulatedRollout, "run", recorded)
         took = seconds_a_step(arm, Recorded(data, 4 * GROUP, seed=1))
     path = tmp_path / "darts.jsonl"
     path.write_text("\n".join(lines) + "\n")

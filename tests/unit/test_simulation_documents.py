@@ -35,7 +35,7 @@ def test_a_replay_can_be_told_again(trace, tmp_path, capsys):
 
 def test_a_validation_can_be_told_again(trace, tmp_path, capsys):
     path, bench = tmp_path / "validation.json", tmp_path / "bench.json"
-    bench.write_text(json.dumps({"records": [{"arm": name, "step_s": 4.0} for name in ("none", "bypass")]}))
+    bench.write_text(json.dumps({"steps": {"arm": ["none", "bypass"], "step_s": [4.0, 4.0]}}))
     words = ["validate", trace, "--bench", bench, "--gpus", 2, "--steps", 2, "--group-size", 4, "--json", path]
     printed = ran(capsys, *words)
     opened, rows = documents.load(path)

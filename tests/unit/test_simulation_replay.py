@@ -14,13 +14,13 @@ from darts.evidence.trace import TracedStep
 from darts.latency import LatencyCurve, makespan
 from darts.selection import select
 from darts.simulation import SimulationError, shaping
-from darts.simulation import rollout as rollout_module
 from darts.simulation.cluster import Cluster
 from darts.simulation.comparison import compare, markdown
 from darts.simulation.costs import StepCosts, fit, line
 from darts.simulation.documents import row_to_dict
 from darts.simulation.draws import Dataset
 from darts.simulation.replay import ReplayArm, Setting, replay, width
+from darts.simulation.rollout import SimulatedRollout
 from darts.simulation.run_trace import read_trace
 from darts.simulation.trace import LengthTrace, PromptLengths
 from darts.strategy import Darts, strategy_class
@@ -71,15 +71,16 @@ def steps_of(block, setting, dataset, steps):
 
 @pytest.fixture
 def outcomes(monkeypatch):
-    """What `run_rollout` was given and gave, at each step."""
-    seen = []
+    """What each step's rollout was given and gave."""
+    seen, run = [], SimulatedRollout.run
 
-    def recorded(lengths, truncated, budgets, rules, fleet, **options):
-        outcome = rollout_module.run_rollout(lengths, truncated, budgets, rules, fleet, **options)
-        seen.append((lengths.copy(), truncated, budgets, rules, outcome))
+    def recorded(rollout):
+        lengths, truncated = np.array(rollout.lengths), np.array(rollout.cut)
+        outcome = run(rollout)
+        seen.append((lengths, truncated, rollout.budgets, rollout.rules, outcome))
         return outcome
 
-    monkeypatch.setattr("darts.simulation.replay.run_rollout", recorded)
+    monkeypatch.setattr(SimulatedRollout, "run", recorded)
     return seen
 
 
@@ -92,12 +93,12 @@ def test_every_step_trains_on_m_of_each_prompt_within_its_budget(name, outcomes)
         assert len(outcome.complete) == 12
         assert step.launched == budgets.sum() == len(lengths)
         for prompt, group in enumerate(groups):
-            kept = np.flatnonzero(outcome.kept[group])
+            kept = np.flatnonzero(outcome.pool.kept[group])
             assert len(kept) == (4 if prompt in outcome.complete else 0)
             if rules.enable and rules.early_stop != "eager" and prompt in outcome.complete:
                 num_long = rules.group_rules(len(group)).num_long
                 assert sorted(select(lengths[group], 4, num_long, truncated[group])) == kept.tolist()
-        assert step.kept == outcome.length[outcome.kept].sum() <= step.generated <= lengths.sum()
+        assert step.kept == outcome.pool.length[outcome.pool.kept].sum() <= step.generated <= lengths.sum()
         assert 0 < step.slot_s <= step.slot_capacity_s * (1 + 1e-9)
         assert step.bound.rollout <= step.time.rollout * (1 + 1e-9)
 
@@ -161,12 +162,10 @@ def test_prompts_that_come_again_have_fresh_draws(outcomes):
     assert len(set(drawn)) == 3
 
 
-def test_prompts_are_launched_as_the_planner_says(outcomes, monkeypatch):
+def test_prompts_are_launched_as_the_planner_says(monkeypatch):
     orders = []
-    run = rollout_module.run_rollout
-    monkeypatch.setattr(
-        rollout_module, "run_rollout", lambda *a, **given: orders.append(given["order"]) or run(*a, **given)
-    )
+    run = SimulatedRollout.run
+    monkeypatch.setattr(SimulatedRollout, "run", lambda rollout: orders.append(rollout.order) or run(rollout))
     steps_of({"strategy": "darts"}, setting_of(20), Dataset(drawn_trace(20), 16), 2)
     assert orders[0] == list(range(20))
     assert sorted(orders[1]) == list(range(20)) != orders[1]  # the heaviest first

@@ -204,8 +204,8 @@ class StreamingServer(vLLMHttpServer):
         for request_id in running_ids:
             self._streams[request_id].aborted = True
         self._early_aborts |= dict.fromkeys(name for name in request_ids if name not in self._streams)
-        for request_id in list(self._early_aborts)[:-MAX_EARLY_ABORTS]:
-            del self._early_aborts[request_id]
+        while len(self._early_aborts) > MAX_EARLY_ABORTS:
+            del self._early_aborts[next(iter(self._early_aborts))]
         still_running = running_ids
         for pause_s in ABORT_WAITS_S:
             await asyncio.sleep(pause_s)

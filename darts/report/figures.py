@@ -17,7 +17,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 
 from darts.evidence.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PHASES, PINK, RED, SKY, STEPS, Missing, dress
 from darts.evidence.trace import INSIDE_STEP
-from darts.report.run import UTILITY, Array, Run, RunStep, first_and_last, tenths
+from darts.report.run import Array, Run, RunStep, first_and_last, tenths
 
 FATES = {
     "kept": BLUE, "kept, truncated": SKY, "dropped": ORANGE, "dropped, truncated": RED, "aborted": PINK, "lost": BLACK,
@@ -322,7 +322,10 @@ def _reward(run: Run) -> tuple[Figure, str]:
 
 def _cost(run: Run) -> tuple[Figure, str]:
     predicted_s, measured_s = run.series("darts/latency/predicted_s"), run.series("darts/rollout/seconds")
-    utility_terms = {key.rpartition("/")[2].replace("_", " "): run.series(key) for key in UTILITY}
+    utility_terms = {
+        name.replace("_", " "): run.series(f"darts/allocation/{name}")
+        for name in ("utility", "gain", "time_cost", "time_cost_measured")
+    }
     utility_terms = {name: values for name, values in utility_terms.items() if np.isfinite(values).any()}
     has_latency = bool(np.isfinite(predicted_s).any())
     if not has_latency and not utility_terms:

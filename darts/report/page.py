@@ -40,7 +40,7 @@ def summary(run: Run) -> list[tuple[str, str]]:
     def per_cent(part: float, whole: float) -> str:
         return f"{part / whole:.1%}" if whole else ""
 
-    rolled, (reward_key, _) = run.rolled, run.reward()
+    rolled, reward_key = run.rolled, run.reward()
     prompts = sum(step.rollout.budgets.total() for step in rolled)
     fate_counts = sum((step.rollout.fates for step in rolled), np.zeros(len(FATES), dtype=int))
     launched, aborted = int(fate_counts.sum()), int(fate_counts[FATES.index("a")])

@@ -75,10 +75,13 @@ class Run:
         """A value by step, NaN where it is missing."""
         return np.array([step.values.get(key, math.nan) for step in self.steps])
 
-    def reward(self) -> tuple[str, Array]:
-        """Name and values of the reward that the page reports; all NaN without any."""
-        key = next((key for key in REWARDS if np.isfinite(self.series(key)).any()), REWARDS[0])
-        return key, self.series(key)
+    def has(self, *keys: str) -> bool:
+        """Whether a step has one of the values."""
+        return any(key in step.values for step in self.steps for key in keys)
+
+    def reward(self) -> str:
+        """Name of the reward that the page reports."""
+        return next(filter(self.has, REWARDS), REWARDS[0])
 
     def validations(self) -> list[str]:
         """The validation metrics: the means over samples, or where there is none, all."""

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from darts.evidence.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PHASES, RED, Missing, dress
 from darts.evidence.trace import INSIDE_STEP
-from darts.report.figures import Figures, how_drawn, plot_line, plot_stack
+from darts.report.figures import Figures, how_drawn, plot_lines, plot_stack
 from darts.report.run import Run, RunStep, Timeline, first_and_last
 
 HIDDEN, EXPOSED, CANDIDATES, SHADE = BLUE, RED, "#B9B4DA", "#F3F2F9"
@@ -179,13 +179,9 @@ def _overlap(run: Run) -> tuple[Figure, str]:
     stack_parts = {"hidden under the rollout": hidden_s, "exposed": exposed_s}
     plot_stack(left_axes, run, stack_parts, dict(zip(stack_parts, (HIDDEN, EXPOSED), strict=True)))
     dress(left_axes, "Log-probs of a step", "seconds", legend=2)
-    share_lines = {
-        "seconds": ("hidden_share", BLUE, "-"),
-        "kept tokens, before own end": ("before_end_share", ORANGE, "-"),
-        "kept tokens": ("in_rollout_share", GREEN, "--"),
-    }
-    for share_label, (name, line_color, line_style) in share_lines.items():
-        plot_line(right_axes, run, 100 * run.series(f"darts/overlap/{name}"), line_color, share_label, line_style)
+    shares = {"seconds": "hidden", "kept tokens, before own end": "before_end", "kept tokens": "in_rollout"}
+    metrics = {label: f"darts/overlap/{name}_share" for label, name in shares.items()}
+    plot_lines(right_axes, run, metrics, (BLUE, ORANGE, GREEN), scale=100)
     right_axes.set_ylim(0, 104)
     dress(right_axes, "Share done under the rollout", "%", legend=3)
     return figure, overlap_sentence(run) + how_drawn(run, "lines", "columns")

@@ -16,11 +16,7 @@ DYNAMIC = "log_prob_use_dynamic_bsz"
 
 
 def check_batches(config: DictConfig) -> None:
-    """Checks that batches split evenly between the ranks, into mini-batches and micro-batches.
-
-    Raises:
-        ConfigError: see the module's contract.
-    """
+    """Refuses batches that do not split evenly between the ranks, into mini-batches and micro-batches."""
     actor, batch_size = config.actor_rollout_ref.actor, config.data.train_batch_size
     if batch_size % actor.ppo_mini_batch_size:
         rule = f"must divide data.train_batch_size={batch_size}: verl would stop in the first update."
@@ -39,11 +35,7 @@ def check_batches(config: DictConfig) -> None:
 
 
 def check_token_limits(config: DictConfig) -> None:
-    """Checks that micro-batches which are filled by tokens take the longest row: verl asserts it of each that it gets.
-
-    Raises:
-        ConfigError: see the module's contract.
-    """
+    """Refuses micro-batches, filled by tokens, that do not take the longest row: verl asserts it of each that it gets."""
     if not config.actor_rollout_ref.actor.strategy.startswith("fsdp"):
         return
     actor, rollout, reference = (config.actor_rollout_ref[name] for name in ("actor", "rollout", "ref"))

@@ -41,15 +41,12 @@ def pools(config: DictConfig) -> Pools:
 
 
 def check_cluster(config: DictConfig, others: int, nodes: Sequence[Node]) -> None:
-    """Checks that the cluster has the GPUs and CPUs that verl reserves, before anything waits for them for ever.
+    """Raises `ClusterTooSmall` without the GPUs and CPUs that verl reserves, before anything waits for them for ever.
 
     Args:
         config: of the run.
         others: GPUs of further pools (reward model, teacher).
         nodes: what each node has, as Ray counts it.
-
-    Raises:
-        ClusterTooSmall: it has not.
     """
     asked_pools, trainer = pools(config), config.trainer
     serve = asked_pools.serve if asked_pools.separate else 0

@@ -29,11 +29,7 @@ def choose_backend(config: DictConfig) -> None:
 
 
 def check_placement(config: DictConfig) -> None:
-    """Checks that both pools can be what the configuration says, and that weights get from one to the other.
-
-    Raises:
-        ConfigError: see the module's contract.
-    """
+    """Refuses pools that cannot be what the configuration says, and weights that cannot get from one to the other."""
     _check_backend(config)
     _check_sizes(config)
     if is_disaggregated(config):

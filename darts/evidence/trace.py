@@ -111,21 +111,12 @@ def timeline_columns(rollout: Rollout, calls: Sequence[ActorCall]) -> dict[str, 
     ended = ended[np.isfinite(ended)]
     shown_ranks = np.unique(np.linspace(0, len(ended) - 1, min(len(ended), MOST)).astype(int))
     running = [[0.0, len(ended)], *([round(float(ended[rank]), 3), len(ended) - 1 - int(rank)] for rank in shown_ranks)]
-    joined_calls = [
-        calls[start : start + -(-len(calls) // MOST)] for start in range(0, len(calls), -(-len(calls) // MOST) or 1)
-    ]
-    return {
-        "seconds": round(rollout.ended - rollout.began, 3),
-        "running": running,
-        "calls": [
-            [
-                round(call_group[0].began - rollout.began, 3),
-                round(call_group[0].began - rollout.began + sum(call.ended - call.began for call in call_group), 3),
-                sum(call.tokens for call in call_group),
-            ]
-            for call_group in joined_calls
-        ],
-    }
+    num_joined, call_rows = math.ceil(len(calls) / MOST), []
+    for start in range(0, len(calls), num_joined or 1):
+        joined = calls[start : start + num_joined]
+        begin_s, call_s = joined[0].began - rollout.began, sum(call.ended - call.began for call in joined)
+        call_rows.append([round(begin_s, 3), round(begin_s + call_s, 3), sum(call.tokens for call in joined)])
+    return {"seconds": round(rollout.ended - rollout.began, 3), "running": running, "calls": call_rows}
 
 
 def fate(pool: CandidatePool) -> np.ndarray:
@@ -156,11 +147,8 @@ class TraceError(ValueError):
 
 
 def find_file(run: Path) -> Path:
-    """The `darts.jsonl` of a run; what the quickstart keeps of the run before, in `previous/`, is not looked at.
-
-    Raises:
-        TraceError: there is no such path, no such file below it, or more than one.
-    """
+    """The only `darts.jsonl` of a run, else `TraceError`; what the quickstart keeps of the run before, in `previous/`,
+    is not looked at."""
     if run.is_file():
         return run
     if not run.is_dir():
@@ -197,20 +185,15 @@ Held = TypeVar("Held")
 
 
 def read_steps(path: Path, hold: Callable[[TracedStep], Held]) -> tuple[list[Held], list[str]]:
-    """The steps of a run that count, in order, and what is odd about the file.
-
-    Args:
-        path: of the file; it is read line by line, so that it may be larger than memory.
-        hold: what is held of a step.
+    """The steps of a run that count, in order, and what is odd about the file, which may be larger than memory.
 
     Returns:
-        What is held of each step, and one sentence, without its full stop, for each oddity.
+        What `hold` holds of each step, and one sentence, without its full stop, for each oddity.
 
     Raises:
         TraceError: a file that cannot be read or has no whole step, or a line that is no step (but a cut last one).
     """
-    step_numbers: list[int] = []
-    steps: list[Held] = []
+    steps: list[tuple[int, Held]] = []
     notes, num_replaced, line_offset = [], 0, 0
     try:
         with path.open("rb") as file:
@@ -229,12 +212,10 @@ def read_steps(path: Path, hold: Callable[[TracedStep], Held]) -> tuple[list[Hel
                 except (AttributeError, KeyError, TypeError, ValueError) as error:
                     why = str(error) if type(error) is ValueError else repr(error)
                     raise TraceError(f"{path}, line {count}: must be a step, but {why}; remove the line") from None
-                while step_numbers and step_numbers[-1] >= step.number:
-                    step_numbers.pop()
+                while steps and steps[-1][0] >= step.number:
                     steps.pop()
                     num_replaced += 1
-                step_numbers.append(step.number)
-                steps.append(hold(step))
+                steps.append((step.number, hold(step)))
                 line_offset += len(line)
     except OSError as error:
         raise TraceError(f"{path}: cannot be read ({error.strerror}); give the {FILE} of a run") from None
@@ -242,7 +223,7 @@ def read_steps(path: Path, hold: Callable[[TracedStep], Held]) -> tuple[list[Hel
         raise TraceError(f"{path}: must hold a whole step, but holds none; did the run end before its first?")
     if num_replaced:
         notes.append(f"Repeated or undone by a resume: {num_replaced} steps; only what replaced them counts")
-    return steps, notes
+    return [held for _, held in steps], notes
 
 
 def _traced(record: Any, line: int, offset: int) -> TracedStep:

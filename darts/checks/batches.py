@@ -35,7 +35,7 @@ def check_batches(config: DictConfig) -> None:
 
 
 def check_token_limits(config: DictConfig) -> None:
-    """Refuses micro-batches, filled by tokens, that do not take the longest row: verl asserts it of each that it gets."""
+    """Refuses micro-batches, filled by tokens, that do not take the longest row: verl asserts it of each it gets."""
     if not config.actor_rollout_ref.actor.strategy.startswith("fsdp"):
         return
     actor, rollout, reference = (config.actor_rollout_ref[name] for name in ("actor", "rollout", "ref"))

@@ -254,8 +254,8 @@ def without_overlap(config: DictConfig) -> tuple[str, str] | None:
 
 
 def check_model(config: DictConfig) -> None:
-    """Refuses (`ConfigError`) a model whose own configuration, which a hub may have to be asked for, cannot be read; one
-    made for fewer positions than are to be served; a vision model whose rows verl would pack without flash-attn."""
+    """Refuses (`ConfigError`) a model whose own configuration, which a hub may have to be asked for, cannot be read;
+    one made for fewer positions than are to be served; a vision model whose rows verl packs without flash-attn."""
     actor, max_model_len = config.actor_rollout_ref, config.actor_rollout_ref.rollout.max_model_len
     made_for = model_config(actor.model.path)
     text_config = made_for.get("text_config") or made_for

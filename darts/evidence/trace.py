@@ -35,11 +35,7 @@ LONGEST_LINE = 1 << 26
 
 
 class Trace:
-    """Appends steps to a file, which is made with its folder by the first.
-
-    Args:
-        path: of the file; None writes nothing.
-    """
+    """Appends steps to a file, which is made with its folder by the first; without a path nothing is written."""
 
     def __init__(self, path: str | None) -> None:
         self._path = None if path is None else Path(path)
@@ -86,14 +82,13 @@ def rollout_columns(rollout: Rollout) -> dict[str, Any]:
     """
     plan, pool = rollout.plan, rollout.pool
     group_ends = np.cumsum(plan.budgets)[:-1]
-    fates = "".join(fate(pool).tolist())
     columns = {
         "key": plan.keys,
         "std": [round(std, 3) if known else None for std, known in zip(plan.std.tolist(), plan.known, strict=True)],
         "observed_std": [round(std, 3) for std in rollout.observed_std.tolist()],
         "budget": plan.budgets.tolist(),
         "length": [lengths.tolist() for lengths in np.split(pool.length, group_ends)],
-        "fate": [fates[start:end] for start, end in zip([0, *group_ends], [*group_ends, len(fates)], strict=True)],
+        "fate": ["".join(fates) for fates in np.split(fate(pool), group_ends)],
     }
     if not np.isnan(pool.reward).all():
         columns["reward"] = [[_number(reward) for reward in rewards] for rewards in np.split(pool.reward, group_ends)]

@@ -7,8 +7,7 @@ end a run in its first update, once all models are loaded, or hours later with t
 from omegaconf import DictConfig, OmegaConf
 
 from darts.checks import ACTOR, REFERENCE, ROLLOUT
-from darts.checks.cluster import pools
-from darts.checks.placement import has_adapter
+from darts.checks.placement import has_adapter, pools
 from darts.config import ConfigError
 from darts.strategy import BYPASS_MODE
 

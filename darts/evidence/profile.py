@@ -54,10 +54,10 @@ class LatencyProfile:
             _refuse_file(path, f"the file cannot be read ({error.strerror}).")
         except ValueError:
             _refuse_file(path, "the file is not JSON: it was cut off, or it is no profile.")
-        field_names = {field.name for field in fields(cls)}
-        if not isinstance(saved_state, dict) or set(saved_state) != field_names:
-            differing = ", ".join(sorted(field_names ^ set(saved_state))) if isinstance(saved_state, dict) else "all"
-            _refuse_file(path, f"the file is no profile of this version; missing or unknown: {differing}.")
+        saved_names = set(saved_state) if isinstance(saved_state, dict) else set()
+        if differing := saved_names ^ {field.name for field in fields(cls)}:
+            differing_text = ", ".join(sorted(differing))
+            _refuse_file(path, f"the file is no profile of this version; missing or unknown: {differing_text}.")
         try:
             profile = cls(**saved_state)
             profile.curve()

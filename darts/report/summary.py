@@ -24,6 +24,8 @@ from darts.evidence.checkpoint import TRACKER
 from darts.strategy import strategy_class
 from darts.testbed import register_resolver
 
+LAUNCHED = "darts/candidates/launched"  # DARTS was on in a run that has it
+
 
 def read_metrics(path: Path) -> tuple[pd.DataFrame, list[float]]:
     """The metrics of the training steps, a row each, and the validation accuracies in the order of their records.
@@ -73,15 +75,10 @@ def _models(folder: Path, config: DictConfig) -> tuple[Path, Path]:
     return Path(config.actor_rollout_ref.model.path), final_model
 
 
-def _is_darts(steps: pd.DataFrame) -> bool:
-    """Whether DARTS was on in this run."""
-    return "darts/candidates/launched" in steps
-
-
 def failures(steps: pd.DataFrame, weight_moved: float, config: DictConfig) -> list[str]:
     """What the run did not do, one line each; empty if all is well."""
     checks = {"the weights did not move": weight_moved > 0}
-    if _is_darts(steps):
+    if LAUNCHED in steps:
         block: Any = OmegaConf.to_container(config.darts)
         darts_config = DartsConfig.from_block(block, config.actor_rollout_ref.rollout.n)
         rules = strategy_class(darts_config.strategy).rules_of(darts_config)
@@ -119,7 +116,7 @@ def summarise(steps: pd.DataFrame, validation_scores: list[float], weight_moved:
 
     later_steps = steps[1:] if len(steps) > 1 else steps
     step_s, rollout_s = (_column(later_steps, f"timing_s/{name}").mean() for name in ("step", "gen"))
-    of_plain, kept_note = ("", ", the kept") if _is_darts(steps) else (", plain verl", "")
+    of_plain, kept_note = ("", ", the kept") if LAUNCHED in steps else (", plain verl", "")
     rows = {
         "steps": f"{len(steps)}{of_plain}",
         "seconds a step": f"{step_s:.1f}, of which rollout {rollout_s:.1f}",
@@ -128,7 +125,7 @@ def summarise(steps: pd.DataFrame, validation_scores: list[float], weight_moved:
         "validation accuracy": " -> ".join(f"{score:.2f}" for score in validation_scores) or "not measured",
         "weights moved": f"by at most {weight_moved:.1e}",
     }
-    if _is_darts(steps):
+    if LAUNCHED in steps:
         names = (
             "candidates/launched",
             "candidates/dropped",

@@ -67,16 +67,14 @@ def _timeline(run: Run) -> tuple[Figure, str]:
     phases, step_s = phases_after(step, timeline.seconds), step.values["timing_s/step"]
     end_s = max(step_s, *(begin_s + seconds for _, begin_s, seconds in phases), timeline.seconds)
     # 1. A panel for the candidates, one for the calls if there are some, one for the phases.
-    panel_heights = [2.0, *([1.15] if has_calls else []), 0.27 * len(phases) + 0.1]
-    figure = Figure(figsize=(11, sum(panel_heights) + 2.0 + 0.3 * has_calls))
-    grid = list(figure.subplots(len(panel_heights), 1, sharex=True, squeeze=False, height_ratios=panel_heights)[:, 0])
-    for axes in grid:
+    calls_panel = {_draw_calls: 1.15} if has_calls else {}
+    panels = {_draw_candidates: 2.0, **calls_panel, _draw_phases: 0.27 * len(phases) + 0.1}
+    figure = Figure(figsize=(11, sum(panels.values()) + 2.0 + 0.3 * has_calls))
+    grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=list(panels.values()))[:, 0]
+    for axes, draw_panel in zip(grid, panels, strict=True):
         axes.axvspan(0, timeline.seconds, color=SHADE, zorder=0)
         axes.axvline(timeline.seconds, color=GREY, linewidth=1, linestyle="--")
-    _draw_candidates(grid[0], timeline)
-    if has_calls:
-        _draw_calls(grid[1], timeline)
-    _draw_phases(grid[-1], phases)
+        draw_panel(axes, timeline)
     for axes in grid[:-1]:
         axes.set_xlabel("")
     grid[-1].set_xlim(0, 1.1 * end_s)  # there is room for the last label
@@ -106,24 +104,19 @@ def _label(axes: Axes, text: str, at: tuple[float, float], color: str, weight: s
 def _caption(timeline: Timeline) -> str:
     median_text = f"has the median time of the last {timeline.chosen_of} steps with a timeline"
     choice_text = {0: "was asked for", 1: "is the last with a timeline"}.get(timeline.chosen_of, median_text)
-    caption_parts = [
-        f"Step {timeline.step.number} {choice_text}.",
-        "Above: candidates that have not ended, those included that wait for a place in an engine; a flat part on "
-        "the right is a tail.",
-    ]
-    if len(timeline.calls):
-        caption_parts.append(
-            "Middle: calls of the actor for log-probs; a bar's area is its tokens, blue is hidden under the rollout, "
-            "orange is not."
-        )
-        calls = timeline.step.values.get("darts/overlap/calls", 0)
-        if calls > len(timeline.calls):
-            caption_parts.append(f"The {calls:,.0f} calls are drawn as {len(timeline.calls)}: neighbours are joined.")
-    caption_parts.append(
-        "Below: what the step did after the rollout, end to end in the order of the trainer; where in it the "
-        "other, which verl does not name, was is not known. Orange: log-probs that training waits for."
+    calls, num_calls = timeline.step.values.get("darts/overlap/calls", 0), len(timeline.calls)
+    middle = (
+        " Middle: calls of the actor for log-probs; a bar's area is its tokens, blue is hidden under the rollout, "
+        "orange is not."
+    ) * (num_calls > 0)
+    if calls > num_calls > 0:
+        middle += f" The {calls:,.0f} calls are drawn as {num_calls}: neighbours are joined."
+    return (
+        f"Step {timeline.step.number} {choice_text}. Above: candidates that have not ended, those included that wait "
+        f"for a place in an engine; a flat part on the right is a tail.{middle} Below: what the step did after the "
+        "rollout, end to end in the order of the trainer; where in it the other, which verl does not name, was is not "
+        "known. Orange: log-probs that training waits for."
     )
-    return " ".join(caption_parts)
 
 
 def _draw_candidates(axes: Axes, timeline: Timeline) -> None:
@@ -153,7 +146,8 @@ def _draw_calls(axes: Axes, timeline: Timeline) -> None:
     dress(axes, f"Actor: {call_count:,.0f} calls for log-probs, {call_tokens.sum():,.0f} tokens{busy_text}", "tokens/s")
 
 
-def _draw_phases(axes: Axes, phases: list[tuple[str, float, float]]) -> None:
+def _draw_phases(axes: Axes, timeline: Timeline) -> None:
+    phases = phases_after(timeline.step, timeline.seconds)
     for row, (name, begin_s, seconds) in enumerate(phases):
         is_exposed = name in LOG_PROBS
         bar_color = EXPOSED if is_exposed else PHASES["gen" if name == REST else name]

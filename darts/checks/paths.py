@@ -18,8 +18,7 @@ READ = (
     "trainer.resume_from_path",
 )  # fmt: skip
 MADE = "trainer.default_local_dir"
-NO_PATHS = ("auto", "off")
-"""What the latency profile may be besides a path."""
+NO_PATHS = ("auto", "off")  # what the latency profile may be besides a path
 
 
 def settle_paths(config: DictConfig) -> None:

@@ -6,6 +6,7 @@ work but is outside the method's theory. It reads the configuration and versions
 
 import os
 import warnings
+from functools import reduce
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
@@ -27,8 +28,7 @@ VERL_VERSION = "0.9.1"
 ALLOW_OTHER_VERL = "DARTS_ALLOW_OTHER_VERL"
 WITHOUT_GROUP_BASELINE = ("gae", "reinforce_plus_plus")
 GIB = 1 << 30
-FLASH_ATTENTION = "flash_attention_2"
-"""What verl's actor attends with unless `model.override_config` says otherwise."""
+FLASH_ATTENTION = "flash_attention_2"  # with which verl's actor attends unless model.override_config says otherwise
 MANAGER = "darts.rollout.manager.DartsAgentLoopManager"
 MOVED = {
     "darts.rollout.DartsAgentLoopManager": MANAGER,
@@ -198,10 +198,7 @@ def refuse_unknown_overrides(arguments: list[str]) -> None:
     for argument in arguments:
         key, has_value, value = argument.lstrip("+").partition("=")
         if has_value and key.startswith("darts."):
-            override_block: Any = value
-            for name in reversed(key.split(".")[1:]):
-                override_block = {name: override_block}
-            refuse_unknown_keys(override_block)
+            refuse_unknown_keys(reduce(lambda block, name: {name: block}, reversed(key.split(".")[1:]), value))
 
 
 def _check_strategy(config: DictConfig, darts: DartsConfig) -> None:

@@ -32,8 +32,7 @@ GIB = 2**30
 PADDED = "or actor_rollout_ref.model.override_config.attn_implementation=sdpa with model.use_remove_padding=False"
 SETUP = "bash scripts/setup.sh --force"
 SHARED_MEMORY = "in a container: docker run --ipc=host, or --shm-size=64g"
-MIB = {"nccl": 256, "gloo": 16}
-"""Size of what all-reduce sums."""
+MIB = {"nccl": 256, "gloo": 16}  # of what all-reduce sums
 SLOW_GB_S = 5.0
 NETWORK = (
     "is a firewall between them? NCCL_DEBUG=INFO says what is used, NCCL_SOCKET_IFNAME and NCCL_IB_HCA choose; "

@@ -16,8 +16,7 @@ from darts.evidence import documents
 
 FILE_NAME = "darts.json"
 FORMAT = "verl-darts"
-TRACKER = "latest_checkpointed_iteration.txt"
-"""verl's file beside the steps' folders: the number of the last one."""
+TRACKER = "latest_checkpointed_iteration.txt"  # verl's file beside the steps' folders: the number of the last one
 
 
 class StateError(RuntimeError):

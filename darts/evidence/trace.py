@@ -25,13 +25,10 @@ from darts.pool import CandidatePool
 
 VERSION = 1
 FILE = "darts.jsonl"
-FATES = "kfdtax"
-"""Kept, kept although truncated, finished and dropped, truncated and dropped, aborted, lost."""
-LONGEST_RESPONSE = 1 << 30
-"""Tokens; a longer response is a mistake."""
+FATES = "kfdtax"  # kept, kept although truncated, finished and dropped, truncated and dropped, aborted, lost
+LONGEST_RESPONSE = 1 << 30  # tokens; a longer response is a mistake
 MOST = 256  # points of a timeline
-LONGEST_LINE = 1 << 26
-"""Bytes; a step with 2,048 candidates takes some 30,000."""
+LONGEST_LINE = 1 << 26  # bytes; a step with 2,048 candidates takes some 30,000
 
 
 class Trace:

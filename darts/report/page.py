@@ -1,28 +1,21 @@
-"""What a run did, as one page: `python -m darts.report RUN [--step N]` reads `darts.jsonl`, draws and explains.
+"""The page of a run: a table, and PNG figures in one `index.html` that needs nothing else.
 
-Contract.
-1. The trace is read as `darts.evidence.trace` says. It is read once, line by line, and of a step only what the page
-   needs is held: some kilobytes. The line of the step whose timeline is shown is read again.
-2. The output is PNG figures and one `index.html` that needs nothing else. A figure without data is left out, and the
-   page says why. "First" and "last" are means over the first and last tenth of the steps that have the value.
-3. Time is the sum of the steps' own times, without validation: what lies between a kill and a resume does not count.
-4. Errors are one line on stderr (name, value, rule, fix) and exit code 2.
+Contract: a figure without data is left out, and the page says why. "First" and "last" are means over the first and last
+tenth of the steps that have the value. Time is the sum of the steps' own times, without validation: what lies between a
+kill and a resume does not count.
 """
 
-import argparse
 import math
-import sys
 from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from darts.evidence.trace import FATES, FILE, TraceError, find_file
-from darts.report.run import Run, first_and_last, mean_of, read_run
+from darts.evidence.trace import FATES
+from darts.report.run import Run, first_and_last, mean_of
 
 if TYPE_CHECKING:
     from darts.evidence.figures import Drawn
@@ -116,27 +109,3 @@ def write_report(run: Run, folder: Path) -> Path:
     index_page = folder / "index.html"
     index_page.write_text(page(run, drawn_figures), encoding="utf-8")
     return index_page
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Writes the report and says where it is."""
-    parser = argparse.ArgumentParser(prog="python -m darts.report", description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, metavar="RUN", help=f"folder of a run, or its {FILE}")
-    parser.add_argument("--out", type=Path, metavar="DIR", help=f"where to write (default: report/ beside {FILE})")
-    parser.add_argument("--step", type=int, metavar="N", help="whose timeline is drawn (default: a typical late one)")
-    options = parser.parse_args(arguments)
-    try:
-        if find_spec("matplotlib") is None:
-            raise TraceError("matplotlib must be installed, but is missing; install verl-darts[report]")
-        trace_path = find_file(options.run)
-        run = read_run(trace_path, options.step)
-        run.name = (trace_path.parent if options.run.is_file() else options.run).resolve().name
-        index_page = write_report(run, options.out or trace_path.parent / "report")
-    except (TraceError, OSError) as error:
-        print(f"no report: {error}", file=sys.stderr)
-        return 2
-    for name, value in summary(run):
-        print(f"  {name:<38}{value}")
-    print(*(f"  {note}\n" for note in run.notes), sep="", end="")
-    print(f"report: {index_page}")
-    return 0

@@ -16,11 +16,9 @@ from numpy.typing import NDArray
 from darts.evidence.trace import FATES, TracedStep, TraceError, read_steps
 
 Array = NDArray[np.float64]
-REWARDS = ("critic/rewards/mean", "critic/score/mean", "darts/reward/kept_mean")
-"""The reward of a run is the first of these that it has."""
+REWARDS = ("critic/rewards/mean", "critic/score/mean", "darts/reward/kept_mean")  # the first that is there
 VALIDATION = "val-core/"
-HELD = ("timing_s/", "darts/", VALIDATION, *REWARDS)
-"""What the names of the metrics that are held of a step begin with."""
+HELD = ("timing_s/", "darts/", VALIDATION, *REWARDS)  # names of the metrics that are held of a step begin so
 MAX_LENGTHS = 512  # held of a step; of more, as many evenly spaced ranks
 MAX_PROMPTS = 128  # held of a step for the scatter plots
 PROGRESS_S = 3.0

@@ -18,8 +18,7 @@ from darts.report.figures import Figures, how_drawn, plot_lines, plot_stack
 from darts.report.run import Run, RunStep, Timeline, first_and_last
 
 HIDDEN, EXPOSED, CANDIDATES, SHADE = BLUE, RED, "#B9B4DA", "#F3F2F9"
-LOG_PROBS = ("old_log_prob", "ref")
-"""Phases whose work can be done under the rollout."""
+LOG_PROBS = ("old_log_prob", "ref")  # phases whose work can be done under the rollout
 REST, OTHER = "rest of gen", "other"
 SHORTEST_CALL_S = 1e-3  # times of calls are told to the millisecond
 

@@ -16,7 +16,8 @@ from darts.evidence.trace import find_file
 from darts.metrics import METRICS
 from darts.report import figures as report_figures
 from darts.report import run as report_run
-from darts.report.page import main, summary
+from darts.report.__main__ import main
+from darts.report.page import summary
 from darts.report.run import first_and_last, read_run
 
 

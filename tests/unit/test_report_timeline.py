@@ -14,7 +14,8 @@ from darts.messages import ActorCall
 from darts.metrics import METRICS
 from darts.report import figures as report_figures
 from darts.report import timeline as report_timeline
-from darts.report.page import main, summary
+from darts.report.__main__ import main
+from darts.report.page import summary
 from darts.report.run import read_run
 from darts.report.timeline import EXPOSED, HIDDEN, hidden_and_exposed, overlap_sentence, phases_after
 

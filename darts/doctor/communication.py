@@ -14,9 +14,12 @@ from datetime import timedelta
 from typing import Any, NamedTuple
 
 import ray
+import torch
+import torch.distributed as dist
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from darts.doctor.facts import FAILED, MIB, NETWORK, OK, SETUP, Fact, judge_reduce, judge_same, machine_facts, versions
+from verl_patches.device import is_cpu_only
 
 REPEATS = 5
 GRACE_S = 10
@@ -54,9 +57,6 @@ class Rank:
 
     def join(self, address: tuple[str, int], nodes: list[list[int]], backend: str, limit_s: float) -> None:
         """Makes the group of all ranks, and one for the ranks of each node."""
-        import torch
-        import torch.distributed as dist
-
         self.entered += 1
         self.device = torch.device("cuda", 0) if backend == "nccl" else torch.device("cpu")
         dist.init_process_group(
@@ -67,24 +67,16 @@ class Rank:
             timeout=timedelta(seconds=limit_s),
             device_id=self.device if backend == "nccl" else None,
         )
-        groups = [dist.new_group(ranks) for ranks in nodes]
-        node_index = next(each_index for each_index, ranks in enumerate(nodes) if self.number in ranks)
-        self.groups = {
-            "node": (groups[node_index], nodes[node_index]),
-            "all": (dist.group.WORLD, [number for ranks in nodes for number in ranks]),
-        }
+        self.groups = {"node": dist.new_subgroups_by_enumeration(nodes)[0], "all": dist.group.WORLD}
 
     def reduce(self, scope_name: str, mib: int) -> tuple[float, float, float]:
         """Sums each rank's number plus one; returns what is expected, how far the result is off, and seconds."""
-        import torch
-        import torch.distributed as dist
-
         self.entered += 1
-        group, ranks = self.groups[scope_name]
+        group = self.groups[scope_name]
         wait_for_device = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
         summed_data = torch.full((mib * 2**18,), self.number + 1.0, device=self.device)
         dist.all_reduce(summed_data, group=group)
-        expected = sum(ranks) + len(ranks)
+        expected = sum(rank + 1 for rank in dist.get_process_group_ranks(group))
         largest_error = (summed_data - expected).abs().max().item()
         summed_data.zero_()
         dist.barrier(group=group)  # a rank that is late is not a slow network
@@ -107,8 +99,6 @@ def communication_facts(logical: int, limit_s: float, rank_class: type[Rank] = R
         limit_s: of every single wait.
         rank_class: what runs on each GPU.
     """
-    from verl_patches.device import is_cpu_only
-
     backend = "gloo" if is_cpu_only() else "nccl"
     try:
         with _cluster(logical if backend == "gloo" else None, limit_s):
@@ -176,9 +166,11 @@ def _reduce_facts(nodes: list[RayNode], backend: str, limit_s: float, rank_class
     nodes = [node for node in nodes if node.gpus]
     total_gpus, free_gpus = sum(node.gpus for node in nodes), int(ray.available_resources().get("GPU", 0))
     if free_gpus < total_gpus or total_gpus == 0:
-        fix = "end what runs on the cluster, then repeat"
-        if total_gpus == 0:
-            fix = "start Ray where GPUs are (ray start --num-gpus=8)"
+        fix = (
+            "end what runs on the cluster, then repeat"
+            if total_gpus
+            else "start Ray where GPUs are (ray start --num-gpus=8)"
+        )
         yield Fact("all-reduce", FAILED, f"{free_gpus} of {total_gpus} GPUs are free in Ray", fix)
         return
     if total_gpus == 1:

@@ -186,7 +186,7 @@ def read_steps(path: Path, hold: Callable[[TracedStep], Held]) -> tuple[list[Hel
         TraceError: a file that cannot be read or has no whole step, or a line that is no step (but a cut last one).
     """
     steps: list[tuple[int, Held]] = []
-    notes, num_replaced, line_offset = [], 0, 0
+    notes, num_replaced = [], 0
     try:
         with path.open("rb") as file:
             for count, line in enumerate(file, 1):
@@ -198,7 +198,7 @@ def read_steps(path: Path, hold: Callable[[TracedStep], Held]) -> tuple[list[Hel
                     notes.append(f"Line {count}, the last, was cut off (a killed run?) and is left out")
                     break
                 try:
-                    step = _traced(record, count, line_offset)
+                    step = _traced(record, count, file.tell() - len(line))
                 except TraceError as error:
                     raise TraceError(f"{path}, line {count}: {error}") from None
                 except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -208,7 +208,6 @@ def read_steps(path: Path, hold: Callable[[TracedStep], Held]) -> tuple[list[Hel
                     steps.pop()
                     num_replaced += 1
                 steps.append((step.number, hold(step)))
-                line_offset += len(line)
     except OSError as error:
         raise TraceError(f"{path}: cannot be read ({error.strerror}); give the {FILE} of a run") from None
     if not steps:
@@ -234,17 +233,14 @@ def _traced(record: Any, line: int, offset: int) -> TracedStep:
         if type(length) is not int or not least_length <= length <= LONGEST_RESPONSE:
             rule = f"must be a whole number of tokens in [{least_length}, {LONGEST_RESPONSE}]"
             raise ValueError(f"length={length!r} with fate={fate_letter!r}, {rule}")
-    std_column, observed_std = (
-        np.array(block.get(name) or [None] * len(keys), dtype=np.float64) for name in ("std", "observed_std")
-    )
+    columns = {name: block.get(name) or [None] * len(keys) for name in ("std", "observed_std")}
     return TracedStep(
         number=int(record["step"]),
         line=line,
         offset=offset,
         metrics={name: float(value) for name, value in record["metrics"].items() if isinstance(value, int | float)},
         keys=keys,
-        std=std_column,
-        observed_std=observed_std,
+        **{name: np.array(column, dtype=np.float64) for name, column in columns.items()},
         lengths=[np.array(row, dtype=np.int64) for row in lengths],
         fates=fates,
         rewards=[np.array(row, dtype=np.float64) for row in rewards],

@@ -88,9 +88,6 @@ class Rank:
         return expected, largest_error, (time.monotonic() - start_s) / REPEATS
 
 
-# --- the cluster -----------------------------------------------------------------------------------------------------
-
-
 def communication_facts(logical: int, limit_s: float, rank_class: type[Rank] = Rank) -> Iterator[Fact]:
     """Facts of the nodes, then of all-reduce.
 
@@ -157,9 +154,6 @@ def _node_facts(nodes: list[RayNode], limit_s: float) -> Iterator[Fact]:
             for fact in facts:
                 if fact.status != OK:
                     yield Fact(name, fact.status, f"{fact.name} {fact.value}", fact.fix)
-
-
-# --- all-reduce ------------------------------------------------------------------------------------------------------
 
 
 def _reduce_facts(nodes: list[RayNode], backend: str, limit_s: float, rank_class: type[Rank]) -> Iterator[Fact]:

@@ -24,6 +24,7 @@ FATES = {
 }  # fmt: skip
 SHARES = LinearSegmentedColormap.from_list("shares", ["#DCE9F5", "#6BAED6", "#08306B"])
 SMOOTH_FROM, MAX_COLUMNS, MAX_POINTS, MAX_BARS = 100, 75, 2000, 40
+CORRELATIONS = ("darts/history/std_correlation", "std_correlation")  # the first: of prompts that were seen before
 TERMS = ("utility", "gain", "time_cost", "time_cost_measured")
 UTILITY = {term.replace("_", " "): f"darts/allocation/{term}" for term in TERMS}
 Figures = dict[str, tuple[str, Callable[[Run], tuple[Figure, str]]]]
@@ -165,27 +166,21 @@ def _budgets(run: Run) -> tuple[Figure, str]:
     end_points = {name: np.concatenate([step.rollout.std for step in end]) for name, end in known_ends.items()}
     end_points = {name: rows[:: len(rows) // MAX_POINTS + 1] for name, rows in end_points.items()}
     has_observed = any(np.isfinite(rows[:, 1]).any() for rows in end_points.values())
-    key = "darts/history/std_correlation"  # of the prompts that were seen before
-    key = key if run.has(key) else "std_correlation"
-    spread_text = "budgets rise with the predicted spread of a prompt's lengths where allocation is adaptive"
-    map_text = "dark cells are the budgets of most prompts, the line is their mean"
-    observed_text = "predictions are good where the points follow the diagonal"
-    panels = [
-        (end_points, spread_text, lambda axes: _budget_by_std(axes, end_points)),
-        (True, map_text, lambda axes: _budget_map(axes, run)),
-        (has_observed, observed_text, lambda axes: _observed_by_predicted(axes, end_points)),
-        (run.has(key), "a correlation near 1 says the same of a step", lambda axes: _correlations(axes, run, key)),
-    ]
-    panels = [(how_read, draw_panel) for has_data, how_read, draw_panel in panels if has_data]
+    panels = {
+        _budget_by_std: bool(end_points),
+        _budget_map: True,
+        _observed_by_predicted: has_observed,
+        _correlations: run.has(*CORRELATIONS),
+    }
+    panels = [draw_panel for draw_panel, has_data in panels.items() if has_data]
     rows, num_columns = (2, 2) if len(panels) > 2 else (1, len(panels))
     figure = Figure(figsize=(11, 4.3 * rows))
     grid = figure.subplots(rows, num_columns, squeeze=False).ravel()
-    for axes, (_, draw_panel) in zip(grid, panels, strict=False):
-        draw_panel(axes)
+    how_read = [draw_panel(axes, run, end_points) for axes, draw_panel in zip(grid, panels, strict=False)]
     for axes in grid[len(panels) :]:
         axes.remove()
     missing_note = "" if end_points else " No standard deviation was predicted, so budgets are shown alone."
-    return figure, _sentence([how_read for how_read, _ in panels]) + missing_note + how_drawn(run, "lines", "columns")
+    return figure, _sentence(how_read) + missing_note + how_drawn(run, "lines", "columns")
 
 
 def _scatter(axes: Axes, end_points: dict[str, Array], y_column: int, jitter: float) -> Array:
@@ -200,13 +195,14 @@ def _scatter(axes: Axes, end_points: dict[str, Array], y_column: int, jitter: fl
     return np.concatenate(drawn_points)
 
 
-def _budget_by_std(axes: Axes, end_points: dict[str, Array]) -> None:
+def _budget_by_std(axes: Axes, _: Run, end_points: dict[str, Array]) -> str:
     _log(axes, "x", _scatter(axes, end_points, 2, 0.25)[:, 0], 20)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     dress(axes, "Budget by predicted spread", "candidates M' (jittered)", "predicted std of length, tokens", legend=2)
+    return "budgets rise with the predicted spread of a prompt's lengths where allocation is adaptive"
 
 
-def _observed_by_predicted(axes: Axes, end_points: dict[str, Array]) -> None:
+def _observed_by_predicted(axes: Axes, _: Run, end_points: dict[str, Array]) -> str:
     all_values = _scatter(axes, end_points, 1, 0)
     axis_limits = 0.9 * all_values.min(), 1.1 * all_values.max() + 1e-9
     axes.plot(axis_limits, axis_limits, color=GREY, linewidth=1)
@@ -214,16 +210,19 @@ def _observed_by_predicted(axes: Axes, end_points: dict[str, Array]) -> None:
     for axis_name in "xy":
         _log(axes, axis_name, all_values, 10)
     dress(axes, "Observed by predicted spread", "observed std, tokens", "predicted std of length, tokens", legend=2)
+    return "predictions are good where the points follow the diagonal"
 
 
-def _correlations(axes: Axes, run: Run, key: str) -> None:
-    plot_line(axes, run, run.series(key), BLUE, "over the prompts of a step")
+def _correlations(axes: Axes, run: Run, _: dict[str, Array]) -> str:
+    correlations = run.series(next(filter(run.has, CORRELATIONS)))
+    plot_line(axes, run, correlations, BLUE, "over the prompts of a step")
     axes.axhline(0, color=GREY, linewidth=1)
-    axes.set_ylim(min(-0.05, np.nanmin(run.series(key)) - 0.05), 1.02)
+    axes.set_ylim(min(-0.05, np.nanmin(correlations) - 0.05), 1.02)
     dress(axes, "Predicted with observed spread", "correlation", legend=1)
+    return "a correlation near 1 says the same of a step"
 
 
-def _budget_map(axes: Axes, run: Run) -> None:
+def _budget_map(axes: Axes, run: Run, _: dict[str, Array]) -> str:
     column_edges, groups = _columns(run)
     budget_counts = [step.rollout.budgets if step.rollout else {} for step in run.steps]
     low, high = (find_end(budget for counts in budget_counts for budget in counts) for find_end in (min, max))
@@ -239,6 +238,7 @@ def _budget_map(axes: Axes, run: Run) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(False)
     dress(axes, "Budgets over the run", "candidates M'", legend=1)
+    return "dark cells are the budgets of most prompts, the line is their mean"
 
 
 def _selection(run: Run) -> tuple[Figure, str]:

@@ -23,9 +23,6 @@ REST, OTHER = "rest of gen", "other"
 SHORTEST_CALL_S = 1e-3  # times of calls are told to the millisecond
 
 
-# --- one step --------------------------------------------------------------------------------------------------------
-
-
 def phases_after(step: RunStep, rollout_s: float) -> list[tuple[str, float, float]]:
     """What a step did after its rollout: name, begin and length in seconds since the rollout began, end to end.
 
@@ -158,9 +155,6 @@ def _draw_phases(axes: Axes, timeline: Timeline) -> None:
     axes.tick_params(axis="y", length=0)
     axes.grid(False, axis="y")
     dress(axes, "After the rollout", "", "seconds since the rollout began")
-
-
-# --- over the run ----------------------------------------------------------------------------------------------------
 
 
 def _overlap(run: Run) -> tuple[Figure, str]:

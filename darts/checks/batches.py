@@ -42,15 +42,13 @@ def check_token_limits(config: DictConfig) -> None:
     if rollout.max_model_len:
         longest = min(longest, rollout.max_model_len)
     is_bypassed = OmegaConf.select(config, BYPASS_MODE, default=False)
+    (_, at_actor), (_, at_reference) = _ulysses(ACTOR, actor), _ulysses(REFERENCE, reference)
     token_limits = {
-        f"{ACTOR}.ppo_max_token_len_per_gpu": (actor.use_dynamic_bsz, _ulysses(ACTOR, actor)),
-        f"{ROLLOUT}.log_prob_max_token_len_per_gpu": (rollout[DYNAMIC] and not is_bypassed, _ulysses(ACTOR, actor)),
-        f"{REFERENCE}.log_prob_max_token_len_per_gpu": (
-            _uses_reference(config) and reference[DYNAMIC],
-            _ulysses(REFERENCE, reference),
-        ),
+        f"{ACTOR}.ppo_max_token_len_per_gpu": (actor.use_dynamic_bsz, at_actor),
+        f"{ROLLOUT}.log_prob_max_token_len_per_gpu": (rollout[DYNAMIC] and not is_bypassed, at_actor),
+        f"{REFERENCE}.log_prob_max_token_len_per_gpu": (_uses_reference(config) and reference[DYNAMIC], at_reference),
     }
-    for key, (is_used, (_, ulysses)) in token_limits.items():
+    for key, (is_used, ulysses) in token_limits.items():
         token_limit = OmegaConf.select(config, key)
         if is_used and token_limit and token_limit * ulysses < longest:
             rule = (

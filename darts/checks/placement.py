@@ -22,8 +22,7 @@ OUR_BACKEND_MODULE = "verl_patches.weight_sync"
 BACKEND = f"{ROLLOUT}.checkpoint_engine.backend"
 GPU_BACKENDS = ("nccl", "nixl", "kimi_ckpt_engine", "mooncake", "delta_sharded")
 SEPARATE = "with darts.placement=disaggregated"
-CPUS_PER_GPU = 3
-"""CPUs that verl reserves with a GPU that trains: `max_colocate_count` of `ResourcePoolManager`."""
+CPUS_PER_GPU = 3  # that verl reserves with a GPU that trains: `max_colocate_count` of `ResourcePoolManager`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,12 +158,7 @@ def _check_servers(config: DictConfig) -> None:
 
 def check_cluster(config: DictConfig, others: int, nodes: Sequence[Node]) -> None:
     """Raises `ClusterTooSmall` without the GPUs and CPUs that verl reserves, before anything waits for them for ever.
-
-    Args:
-        config: of the run.
-        others: GPUs of further pools (reward model, teacher).
-        nodes: what each node has, as Ray counts it.
-    """
+    `others`: GPUs of further pools (reward model, teacher); `nodes`: what each node has, as Ray counts it."""
     asked_pools, trainer = pools(config), config.trainer
     serve = asked_pools.serve if asked_pools.separate else 0
     wanted, gpus = asked_pools.train + serve + others, [node.gpus for node in nodes]

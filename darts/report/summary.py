@@ -28,11 +28,8 @@ LAUNCHED = "darts/candidates/launched"  # DARTS was on in a run that has it
 
 
 def read_metrics(path: Path) -> tuple[pd.DataFrame, list[float]]:
-    """The metrics of the training steps, a row each, and the validation accuracies in the order of their records.
-
-    Raises:
-        ValueError: the file holds no training step.
-    """
+    """The metrics of the training steps, a row each, and the validation accuracies in the order of their records;
+    `ValueError` without a training step."""
     records = pd.DataFrame([json.loads(line)["data"] for line in path.read_text().splitlines()])
     if "timing_s/step" not in records:
         raise ValueError(f"{path}: no training step was logged; did the run end early?")
@@ -46,11 +43,8 @@ def _column(steps: pd.DataFrame, key: str) -> pd.Series:
 
 
 def weight_change(before: Path, after: Path) -> float:
-    """Largest absolute difference between two checkpoints' parameters.
-
-    Raises:
-        ValueError: a folder without safetensors, or no parameter in common.
-    """
+    """Largest absolute difference between two checkpoints' parameters; `ValueError` for a folder without safetensors,
+    or no parameter in common."""
     old_weights, new_weights = _parameters(before), _parameters(after)
     common_names = old_weights.keys() & new_weights.keys()
     if not common_names:

@@ -11,7 +11,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from darts.evidence.trace import FILE, TraceError, find_file
-from darts.report.page import summary, write_report
 from darts.report.run import read_run
 
 
@@ -25,6 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if find_spec("matplotlib") is None:
             raise TraceError("matplotlib must be installed, but is missing; install verl-darts[report]")
+        from darts.report.page import summary, write_report
+
         trace_path = find_file(options.run)
         run = read_run(trace_path, options.step)
         run.name = (trace_path.parent if options.run.is_file() else options.run).resolve().name

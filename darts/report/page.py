@@ -10,15 +10,13 @@ from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from darts.evidence.figures import Drawn, draw_all
 from darts.evidence.trace import FATES
+from darts.report import figures, timeline
 from darts.report.run import Run, first_and_last, mean_of
-
-if TYPE_CHECKING:
-    from darts.evidence.figures import Drawn
 
 
 def summary(run: Run) -> list[tuple[str, str]]:
@@ -78,10 +76,10 @@ LEGEND = (
 )
 
 
-def page(run: Run, figures: Sequence["Drawn"]) -> str:
+def page(run: Run, drawn_figures: Sequence[Drawn]) -> str:
     """One HTML document with the figures inside."""
     page_title, sections = f"DARTS run {escape(run.name)}", []
-    for figure in figures:
+    for figure in drawn_figures:
         content = f'<p class="small">Left out: {escape(figure.caption)}</p>'
         if figure.png is not None:
             image = f'<img src="data:image/png;base64,{b64encode(figure.png).decode()}" alt="{escape(figure.title)}">'
@@ -96,11 +94,7 @@ def page(run: Run, figures: Sequence["Drawn"]) -> str:
 
 def write_report(run: Run, folder: Path) -> Path:
     """Draws all figures into a folder, also as one page; returns the page. Figures of a report before are replaced."""
-    from darts.evidence.figures import draw_all  # needs matplotlib
-    from darts.report import figures as report_figures
-    from darts.report import timeline as report_timeline
-
-    drawn_figures = draw_all(report_figures.FIGURES | report_timeline.FIGURES, run)
+    drawn_figures = draw_all(figures.FIGURES | timeline.FIGURES, run)
     folder.mkdir(parents=True, exist_ok=True)
     for figure in drawn_figures:
         (folder / f"{figure.name}.png").unlink(missing_ok=True)

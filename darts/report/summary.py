@@ -59,16 +59,6 @@ def _parameters(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
-def _models(folder: Path, config: DictConfig) -> tuple[Path, Path]:
-    """The model that a run started from, and the one it ended with; raises `ValueError` without a checkpoint."""
-    latest_file = folder / "checkpoints" / TRACKER
-    if not latest_file.is_file():
-        reason = "no checkpoint, so nobody can say whether the weights moved; set trainer.save_freq"
-        raise ValueError(f"{latest_file.parent}: {reason}")
-    final_model = latest_file.parent / f"global_step_{latest_file.read_text()}" / "actor" / "huggingface"
-    return Path(config.actor_rollout_ref.model.path), final_model
-
-
 def failures(steps: pd.DataFrame, weight_moved: float, config: DictConfig) -> list[str]:
     """What the run did not do, one line each; empty if all is well."""
     checks = {"the weights did not move": weight_moved > 0}
@@ -153,7 +143,12 @@ def main(arguments: list[str] | None = None) -> int:
         steps, validation_scores = read_metrics(folder / "metrics.jsonl")
         register_resolver()
         config = OmegaConf.load(folder / "hydra" / ".hydra" / "config.yaml")
-        weight_moved = weight_change(*_models(folder, config))
+        latest_file = folder / "checkpoints" / TRACKER
+        if not latest_file.is_file():
+            reason = "no checkpoint, so nobody can say whether the weights moved; set trainer.save_freq"
+            raise ValueError(f"{latest_file.parent}: {reason}")
+        final_model = latest_file.parent / f"global_step_{latest_file.read_text()}" / "actor" / "huggingface"
+        weight_moved = weight_change(Path(config.actor_rollout_ref.model.path), final_model)
         problems = failures(steps, weight_moved, config)
     except (OSError, ValueError) as error:
         print(f"no summary: {error}", file=sys.stderr)

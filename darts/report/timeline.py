@@ -176,16 +176,13 @@ def _overlap(run: Run) -> tuple[Figure, str]:
 
 def overlap_sentence(run: Run) -> str:
     """What overlap did in the last tenth of the steps, in words, and what is not healthy."""
-
-    def at_end(name: str) -> float:
-        return first_and_last(run.series(f"darts/overlap/{name}"))[1]
-
     share_forms = {
         "hidden_share": "{:.1%} of the seconds for log-probs are hidden under the rollout",
         "forwarded_per_kept": "{:.2f} tokens (prompts too) are forwarded per kept response token",
         "before_end_share": "{:.1%} of the kept tokens have their log-probs before their response's own end",
     }
-    shares = "; ".join(form.format(at_end(name)) for name, form in share_forms.items() if math.isfinite(at_end(name)))
+    end_shares = {form: first_and_last(run.series(f"darts/overlap/{name}"))[1] for name, form in share_forms.items()}
+    shares = "; ".join(form.format(share) for form, share in end_shares.items() if math.isfinite(share))
     text = f"Over the last tenth of the steps {shares}." if shares else ""
     peak_gib = np.nan_to_num(run.series("darts/overlap/cache_peak_gib")).max()
     if peak_gib > 0:

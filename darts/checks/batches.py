@@ -7,8 +7,7 @@ end a run in its first update, once all models are loaded, or hours later with t
 from omegaconf import DictConfig, OmegaConf
 
 from darts.checks import ACTOR, REFERENCE, ROLLOUT
-from darts.checks.cluster import pools
-from darts.checks.placement import has_adapter
+from darts.checks.placement import has_adapter, pools
 from darts.config import ConfigError
 from darts.strategy import BYPASS_MODE
 
@@ -16,11 +15,7 @@ DYNAMIC = "log_prob_use_dynamic_bsz"
 
 
 def check_batches(config: DictConfig) -> None:
-    """Checks that batches split evenly between the ranks, into mini-batches and micro-batches.
-
-    Raises:
-        ConfigError: see the module's contract.
-    """
+    """Refuses batches that do not split evenly between the ranks, into mini-batches and micro-batches."""
     actor, batch_size = config.actor_rollout_ref.actor, config.data.train_batch_size
     if batch_size % actor.ppo_mini_batch_size:
         rule = f"must divide data.train_batch_size={batch_size}: verl would stop in the first update."
@@ -39,11 +34,7 @@ def check_batches(config: DictConfig) -> None:
 
 
 def check_token_limits(config: DictConfig) -> None:
-    """Checks that micro-batches which are filled by tokens take the longest row: verl asserts it of each that it gets.
-
-    Raises:
-        ConfigError: see the module's contract.
-    """
+    """Refuses micro-batches, filled by tokens, that do not take the longest row: verl asserts it of each it gets."""
     if not config.actor_rollout_ref.actor.strategy.startswith("fsdp"):
         return
     actor, rollout, reference = (config.actor_rollout_ref[name] for name in ("actor", "rollout", "ref"))
@@ -51,15 +42,13 @@ def check_token_limits(config: DictConfig) -> None:
     if rollout.max_model_len:
         longest = min(longest, rollout.max_model_len)
     is_bypassed = OmegaConf.select(config, BYPASS_MODE, default=False)
+    (_, at_actor), (_, at_reference) = _ulysses(ACTOR, actor), _ulysses(REFERENCE, reference)
     token_limits = {
-        f"{ACTOR}.ppo_max_token_len_per_gpu": (actor.use_dynamic_bsz, _ulysses(ACTOR, actor)),
-        f"{ROLLOUT}.log_prob_max_token_len_per_gpu": (rollout[DYNAMIC] and not is_bypassed, _ulysses(ACTOR, actor)),
-        f"{REFERENCE}.log_prob_max_token_len_per_gpu": (
-            _uses_reference(config) and reference[DYNAMIC],
-            _ulysses(REFERENCE, reference),
-        ),
+        f"{ACTOR}.ppo_max_token_len_per_gpu": (actor.use_dynamic_bsz, at_actor),
+        f"{ROLLOUT}.log_prob_max_token_len_per_gpu": (rollout[DYNAMIC] and not is_bypassed, at_actor),
+        f"{REFERENCE}.log_prob_max_token_len_per_gpu": (_uses_reference(config) and reference[DYNAMIC], at_reference),
     }
-    for key, (is_used, (_, ulysses)) in token_limits.items():
+    for key, (is_used, ulysses) in token_limits.items():
         token_limit = OmegaConf.select(config, key)
         if is_used and token_limit and token_limit * ulysses < longest:
             rule = (

@@ -15,19 +15,13 @@ VOLATILE = {"transformers_version", "dtype", "torch_dtype", "use_cache", "bos_to
 
 
 def model_id(path: str) -> str:
-    """Fingerprint of a model's architecture: of its config.json without what changes when it is saved again.
-
-    Args:
-        path: A folder, a name on the hub, or an address that verl can copy (hdfs://...).
-
-    Raises:
-        ConfigError: there is no config.json to be read.
-    """
+    """Fingerprint of a model's architecture: of its config.json without what changes when it is saved again."""
     return hashlib.sha256(json.dumps(_settled(model_config(path)), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def model_config(path: str) -> dict[str, Any]:
-    """The config.json of a model; arguments and errors as `model_id`."""
+    """The config.json of a model: a folder, a name on the hub, or an address that verl can copy (hdfs://...). Raises
+    `ConfigError` where there is none to be read."""
     try:
         if "://" in path:
             from verl.utils.fs import copy_to_local

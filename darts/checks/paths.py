@@ -18,8 +18,7 @@ READ = (
     "trainer.resume_from_path",
 )  # fmt: skip
 MADE = "trainer.default_local_dir"
-NO_PATHS = ("auto", "off")
-"""What the latency profile may be besides a path."""
+NO_PATHS = ("auto", "off")  # what the latency profile may be besides a path
 
 
 def settle_paths(config: DictConfig) -> None:
@@ -41,11 +40,7 @@ def _settled(path: str, key: str) -> str:
 
 
 def check_paths(config: DictConfig) -> None:
-    """Checks that local paths exist, and that parquet files have rows and prompts.
-
-    Raises:
-        ConfigError: see the module's contract.
-    """
+    """Refuses local paths that do not exist, and parquet files without rows or prompts."""
     data, model = config.data, config.actor_rollout_ref.model.path
     path_values = {"data.train_files": data.train_files, "data.val_files": data.val_files, MODEL_KEY: model}
     for key, value in path_values.items():

@@ -6,6 +6,7 @@ work but is outside the method's theory. It reads the configuration and versions
 
 import os
 import warnings
+from functools import reduce
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
@@ -27,8 +28,7 @@ VERL_VERSION = "0.9.1"
 ALLOW_OTHER_VERL = "DARTS_ALLOW_OTHER_VERL"
 WITHOUT_GROUP_BASELINE = ("gae", "reinforce_plus_plus")
 GIB = 1 << 30
-FLASH_ATTENTION = "flash_attention_2"
-"""What verl's actor attends with unless `model.override_config` says otherwise."""
+FLASH_ATTENTION = "flash_attention_2"  # with which verl's actor attends unless model.override_config says otherwise
 MANAGER = "darts.rollout.manager.DartsAgentLoopManager"
 MOVED = {
     "darts.rollout.DartsAgentLoopManager": MANAGER,
@@ -40,11 +40,7 @@ MOVED = {
 
 
 def darts_config(config: DictConfig) -> DartsConfig:
-    """The typed `darts:` block of a run.
-
-    Raises:
-        ConfigError: as `DartsConfig.from_block`, or the block is missing.
-    """
+    """The typed `darts:` block of a run; `ConfigError` as `DartsConfig.from_block`, or where the block is missing."""
     if not isinstance(config.get("darts"), DictConfig):
         rule = "the block `darts:` is missing."
         raise ConfigError("darts", config.get("darts"), rule, "start from configs/darts_trainer.yaml.")
@@ -56,11 +52,7 @@ def darts_config(config: DictConfig) -> DartsConfig:
 
 
 def check_run(config: DictConfig) -> DartsConfig:
-    """Checks everything that DARTS needs of verl's configuration and version. Returns the typed block.
-
-    Raises:
-        ConfigError: see the module's contract.
-    """
+    """Checks everything that DARTS needs of verl's configuration and version. Returns the typed block."""
     # 1. What every run needs, plain verl's too.
     _check_verl_version()
     _refuse_old_paths(OmegaConf.to_container(config))
@@ -157,11 +149,8 @@ def _rewarded_after_generation(config: DictConfig) -> bool:
 
 
 def latency_profile(config: DictConfig, darts: DartsConfig) -> LatencyProfile | None:
-    """The profile that `darts.latency.profile` names; None for `auto` and `off`.
-
-    Raises:
-        ConfigError: a file that cannot be read, or is of another model or tensor-parallel size.
-    """
+    """The profile that `darts.latency.profile` names; None for `auto` and `off`. Raises `ConfigError` for a file that
+    cannot be read, or is of another model or tensor-parallel size."""
     profile_path = darts.latency.profile
     if profile_path in ("auto", "off"):
         return None
@@ -172,17 +161,14 @@ def latency_profile(config: DictConfig, darts: DartsConfig) -> LatencyProfile | 
 
 
 def check_memory(darts: DartsConfig, abilities: list[RankAbility], *, logit_bytes: int, server_share: float) -> None:
-    """Checks that actor and server fit on one device while both work, which plain verl never has them do.
+    """Raises `ConfigError` where actor and server work on one device, as plain verl never has them do, and do not fit.
 
     Args:
-        darts: the settings; nothing is checked unless log-probs are overlapped on the servers' devices.
+        darts: the settings.
         abilities: of the ranks, with the servers asleep.
         logit_bytes: of the largest forward.
         server_share: of the device that an awake server takes, `rollout.gpu_memory_utilization`; 0 where it never
             sleeps, and so holds its memory already.
-
-    Raises:
-        ConfigError: they do not fit.
     """
     if darts.placement != "colocated" or darts.overlap.mode == "off":
         return
@@ -208,18 +194,11 @@ def check_memory(darts: DartsConfig, abilities: list[RankAbility], *, logit_byte
 
 
 def refuse_unknown_overrides(arguments: list[str]) -> None:
-    """Refuses command-line overrides of unknown `darts.*` keys, for which Hydra would advise to append them with `+`.
-
-    Raises:
-        ConfigError: an unknown key.
-    """
+    """Refuses (`ConfigError`) overrides of unknown `darts.*` keys, which Hydra would advise to append with `+`."""
     for argument in arguments:
         key, has_value, value = argument.lstrip("+").partition("=")
         if has_value and key.startswith("darts."):
-            override_block: Any = value
-            for name in reversed(key.split(".")[1:]):
-                override_block = {name: override_block}
-            refuse_unknown_keys(override_block)
+            refuse_unknown_keys(reduce(lambda block, name: {name: block}, reversed(key.split(".")[1:]), value))
 
 
 def _check_strategy(config: DictConfig, darts: DartsConfig) -> None:
@@ -250,10 +229,8 @@ def without_overlap(config: DictConfig) -> tuple[str, str] | None:
     """Why verl's settings exclude overlapped log-probs, and what to change; None where they do not."""
     strategy = OmegaConf.select(config, "darts.strategy")
     if isinstance(strategy, str) and issubclass(strategy_class(strategy), Plain):
-        return (
-            f"darts.strategy={strategy} generates as plain verl does, whose servers do not stream.",
-            "set darts.overlap.mode=off; darts.allocation.mode=off overlaps without redundancy.",
-        )
+        rule = f"darts.strategy={strategy} generates as plain verl does, whose servers do not stream."
+        return rule, "set darts.overlap.mode=off; darts.allocation.mode=off overlaps without redundancy."
     if OmegaConf.select(config, BYPASS_MODE, default=False):
         return (
             f"with {BYPASS_MODE}=True the servers' own log-probs are the old log-probs, so there is nothing to compute "
@@ -268,20 +245,14 @@ def without_overlap(config: DictConfig) -> tuple[str, str] | None:
         )
     strategy = config.actor_rollout_ref.actor.strategy
     if strategy not in ("fsdp", "fsdp2"):
-        return (
-            f"the overlapped actor is verl's FSDP engine; {ACTOR}.strategy={strategy!r} is not.",
-            f"set darts.overlap.mode=off, or {ACTOR}.strategy=fsdp2.",
-        )
+        rule = f"the overlapped actor is verl's FSDP engine; {ACTOR}.strategy={strategy!r} is not."
+        return rule, f"set darts.overlap.mode=off, or {ACTOR}.strategy=fsdp2."
     return None
 
 
 def check_model(config: DictConfig) -> None:
-    """Checks the model's own configuration, which a hub may have to be asked for: nothing else is loaded.
-
-    Raises:
-        ConfigError: it cannot be read; it is made for fewer positions than the servers are to serve; it is a vision
-            model whose rows verl would pack without flash-attn.
-    """
+    """Refuses (`ConfigError`) a model whose own configuration, which a hub may have to be asked for, cannot be read;
+    one made for fewer positions than are to be served; a vision model whose rows verl packs without flash-attn."""
     actor, max_model_len = config.actor_rollout_ref, config.actor_rollout_ref.rollout.max_model_len
     made_for = model_config(actor.model.path)
     text_config = made_for.get("text_config") or made_for

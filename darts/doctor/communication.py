@@ -8,30 +8,29 @@ it is while a collective waits for others.
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
+import torch
+import torch.distributed as dist
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from darts.doctor.facts import (
-    FAILED,
-    MIB,
-    NETWORK,
-    OK,
-    SETUP,
-    Fact,
-    judge_reduce,
-    judge_same,
-    machine_facts,
-    versions,
-    worst,
-)
+from darts.doctor.facts import FAILED, MIB, NETWORK, OK, SETUP, Fact, judge_reduce, judge_same, machine_facts, versions
+from verl_patches.device import is_cpu_only
 
 REPEATS = 5
 GRACE_S = 10
+
+
+class RayNode(NamedTuple):
+    """One node; `here` has an actor or a task run there."""
+
+    address: str
+    gpus: int
+    here: NodeAffinitySchedulingStrategy
 
 
 class NoAnswer(Exception):
@@ -58,9 +57,6 @@ class Rank:
 
     def join(self, address: tuple[str, int], nodes: list[list[int]], backend: str, limit_s: float) -> None:
         """Makes the group of all ranks, and one for the ranks of each node."""
-        import torch
-        import torch.distributed as dist
-
         self.entered += 1
         self.device = torch.device("cuda", 0) if backend == "nccl" else torch.device("cpu")
         dist.init_process_group(
@@ -71,24 +67,16 @@ class Rank:
             timeout=timedelta(seconds=limit_s),
             device_id=self.device if backend == "nccl" else None,
         )
-        groups = [dist.new_group(ranks) for ranks in nodes]
-        node_index = next(each_index for each_index, ranks in enumerate(nodes) if self.number in ranks)
-        self.groups = {
-            "node": (groups[node_index], nodes[node_index]),
-            "all": (dist.group.WORLD, [number for ranks in nodes for number in ranks]),
-        }
+        self.groups = {"node": dist.new_subgroups_by_enumeration(nodes)[0], "all": dist.group.WORLD}
 
     def reduce(self, scope_name: str, mib: int) -> tuple[float, float, float]:
         """Sums each rank's number plus one; returns what is expected, how far the result is off, and seconds."""
-        import torch
-        import torch.distributed as dist
-
         self.entered += 1
-        group, ranks = self.groups[scope_name]
+        group = self.groups[scope_name]
         wait_for_device = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
         summed_data = torch.full((mib * 2**18,), self.number + 1.0, device=self.device)
         dist.all_reduce(summed_data, group=group)
-        expected = sum(ranks) + len(ranks)
+        expected = sum(rank + 1 for rank in dist.get_process_group_ranks(group))
         largest_error = (summed_data - expected).abs().max().item()
         summed_data.zero_()
         dist.barrier(group=group)  # a rank that is late is not a slow network
@@ -100,23 +88,22 @@ class Rank:
         return expected, largest_error, (time.monotonic() - start_s) / REPEATS
 
 
-# --- the cluster -----------------------------------------------------------------------------------------------------
-
-
 def communication_facts(logical: int, limit_s: float, rank_class: type[Rank] = Rank) -> Iterator[Fact]:
     """Facts of the nodes, then of all-reduce.
 
     Args:
-        logical: Ranks on a machine without GPUs and without a cluster.
-        limit_s: Of every single wait.
-        rank_class: What runs on each GPU.
+        logical: ranks on a machine without GPUs and without a cluster.
+        limit_s: of every single wait.
+        rank_class: what runs on each GPU.
     """
-    from verl_patches.device import is_cpu_only
-
     backend = "gloo" if is_cpu_only() else "nccl"
     try:
         with _cluster(logical if backend == "gloo" else None, limit_s):
-            nodes = [node for node in ray.nodes() if node["Alive"]]
+            nodes = []
+            for node in ray.nodes():
+                if node["Alive"]:
+                    here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                    nodes.append(RayNode(node["NodeManagerAddress"], int(node["Resources"].get("GPU", 0)), here))
             yield from _node_facts(nodes, limit_s)
             yield from _reduce_facts(nodes, backend, limit_s, rank_class)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
@@ -143,60 +130,41 @@ def _cluster(num_gpus: int | None, limit_s: float) -> Iterator[None]:
         ray.shutdown()
 
 
-def _address(node: Mapping[str, Any]) -> str:
-    return node["NodeManagerAddress"]
-
-
-def _on(node: Mapping[str, Any]) -> NodeAffinitySchedulingStrategy:
-    return NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-
-
-def _gpus(node: Mapping[str, Any]) -> int:
-    return int(node["Resources"].get("GPU", 0))
-
-
-def _look() -> tuple[dict[str, str], list[Fact]]:
-    return versions(), list(machine_facts())
-
-
-def _node_facts(nodes: list[Mapping[str, Any]], limit_s: float) -> Iterator[Fact]:
+def _node_facts(nodes: list[RayNode], limit_s: float) -> Iterator[Fact]:
     """Which nodes, with the same versions everywhere, and what is not ok there."""
-    node_list = ", ".join(f"{_address(node)} {_gpus(node)}" for node in nodes)
+    node_list = ", ".join(f"{node.address} {node.gpus}" for node in nodes)
     yield Fact("nodes", OK, f"{len(nodes)}, with GPUs: {node_list}")
-    look_task = ray.remote(num_cpus=0, max_retries=0)(_look)
-    asked_refs = [look_task.options(scheduling_strategy=_on(node)).remote() for node in nodes]
+    look_task = ray.remote(num_cpus=0, max_retries=0)(lambda: (versions(), list(machine_facts())))
+    asked_refs = [look_task.options(scheduling_strategy=node.here).remote() for node in nodes]
     done_refs, _ = ray.wait(asked_refs, num_returns=len(asked_refs), timeout=limit_s)
     for node, reference in zip(nodes, asked_refs, strict=True):
-        name = f"node {_address(node)}"
-        if reference not in done_refs:
+        name = f"node {node.address}"
+        if reference in done_refs:
+            (answer, error), fix = _answer(reference), f"the same folder and environment on every node: {SETUP}"
+        else:
             ray.cancel(reference, force=True)
+            error = f"did not answer within {limit_s:g} s"
             fix = "look at Ray's logs there; the first process of a slow disk takes long: --limit-s 300"
-            yield Fact(name, FAILED, f"did not answer within {limit_s:g} s", fix)
-            continue
-        answer, error = _answer(reference)
         if error:
-            fix = f"the same folder and environment on every node: {SETUP}"
             yield Fact(name, FAILED, error, fix)
             continue
         found_versions, facts = answer
-        yield judge_same(_address(node), versions(), found_versions)
+        yield judge_same(node.address, versions(), found_versions)
         if len(nodes) > 1:
-            for fact in worst(facts):
-                yield Fact(name, fact.status, f"{fact.name} {fact.value}", fact.fix)
+            for fact in facts:
+                if fact.status != OK:
+                    yield Fact(name, fact.status, f"{fact.name} {fact.value}", fact.fix)
 
 
-# --- all-reduce ------------------------------------------------------------------------------------------------------
-
-
-def _reduce_facts(
-    nodes: list[Mapping[str, Any]], backend: str, limit_s: float, rank_class: type[Rank]
-) -> Iterator[Fact]:
-    nodes = [node for node in nodes if _gpus(node)]
-    total_gpus, free_gpus = sum(map(_gpus, nodes)), int(ray.available_resources().get("GPU", 0))
+def _reduce_facts(nodes: list[RayNode], backend: str, limit_s: float, rank_class: type[Rank]) -> Iterator[Fact]:
+    nodes = [node for node in nodes if node.gpus]
+    total_gpus, free_gpus = sum(node.gpus for node in nodes), int(ray.available_resources().get("GPU", 0))
     if free_gpus < total_gpus or total_gpus == 0:
-        fix = "end what runs on the cluster, then repeat"
-        if total_gpus == 0:
-            fix = "start Ray where GPUs are (ray start --num-gpus=8)"
+        fix = (
+            "end what runs on the cluster, then repeat"
+            if total_gpus
+            else "start Ray where GPUs are (ray start --num-gpus=8)"
+        )
         yield Fact("all-reduce", FAILED, f"{free_gpus} of {total_gpus} GPUs are free in Ray", fix)
         return
     if total_gpus == 1:
@@ -204,16 +172,16 @@ def _reduce_facts(
         return
     members, rank_nodes = [], []  # the ranks of each node; the node of each rank
     for node in nodes:
-        members.append(list(range(len(rank_nodes), len(rank_nodes) + _gpus(node))))
-        rank_nodes += [node] * _gpus(node)
+        members.append(list(range(len(rank_nodes), len(rank_nodes) + node.gpus)))
+        rank_nodes += [node] * node.gpus
     rank_actor = ray.remote(num_cpus=0, num_gpus=1, max_concurrency=2, max_restarts=0)(rank_class)
     # Otherwise NCCL's watchdog would end a process that has waited too long, before it can say so.
     environment = {"env_vars": {"TORCH_NCCL_BLOCKING_WAIT": "1", "OMP_NUM_THREADS": "1"}}
     ranks = [
-        rank_actor.options(scheduling_strategy=_on(node), runtime_env=environment).remote(number)
+        rank_actor.options(scheduling_strategy=node.here, runtime_env=environment).remote(number)
         for number, node in enumerate(rank_nodes)
     ]
-    rank_names = [f"rank {number} ({_address(node)})" for number, node in enumerate(rank_nodes)]
+    rank_names = [f"rank {number} ({node.address})" for number, node in enumerate(rank_nodes)]
     try:
         address = _ask(ranks, rank_names, "the start of the processes", limit_s, "address")[0]
         _ask(ranks, rank_names, "joining the group", limit_s, "join", address, members, backend, limit_s)

@@ -1,32 +1,38 @@
 """What the doctor finds on one machine, and how it is judged.
 
-Contract: the standard library and `packaging` alone: `--only versions` is fast, and tests need no torch. A `Fact` is
-one line. What is wanted is read from the metadata of what is installed, verl's included: there is no second list of
-versions. What cannot be found out is a fact too.
+Contract: torch and verl are imported when their facts are asked for: `--only versions` is fast, and tests need no
+torch. A `Fact` is one line. What is wanted is read from the metadata of what is installed, verl's included: there is no
+second list of versions. What cannot be found out is a fact too.
 """
 
-import csv
 import math
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+import sysconfig
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, distribution, version
+from importlib import import_module
+from importlib.metadata import distribution, entry_points
 from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from darts.evidence.machine import installed
+
 OK, WARNING, FAILED = "ok", "warning", "FAILED"
 OURS = "verl-darts"
 GIB = 2**30
+PADDED = "or actor_rollout_ref.model.override_config.attn_implementation=sdpa with model.use_remove_padding=False"
 SETUP = "bash scripts/setup.sh --force"
 SHARED_MEMORY = "in a container: docker run --ipc=host, or --shm-size=64g"
-MIB = {"nccl": 256, "gloo": 16}
-"""Size of what all-reduce sums."""
+MIB = {"nccl": 256, "gloo": 16}  # of what all-reduce sums
 SLOW_GB_S = 5.0
 NETWORK = (
     "is a firewall between them? NCCL_DEBUG=INFO says what is used, NCCL_SOCKET_IFNAME and NCCL_IB_HCA choose; "
@@ -50,14 +56,6 @@ class Fact:
 
 
 # --- versions --------------------------------------------------------------------------------------------------------
-
-
-def installed(name: str) -> str | None:
-    """The version of a distribution."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def installed_for() -> str:
@@ -199,11 +197,8 @@ class Gpu:
 
 def parse_gpus(text: str) -> list[Gpu]:
     """The GPUs in what `nvidia-smi --query-gpu=... --format=csv,noheader,nounits` writes for `QUERY`."""
-    rows = [[field.strip() for field in row] for row in csv.reader(text.splitlines())]
-    return [
-        Gpu(name=name, total=_mib(total), used=_mib(used), driver=driver)
-        for name, total, used, driver in (row for row in rows if len(row) == len(QUERY))
-    ]
+    rows = re.findall("^(.+), (.+), (.+), (.+)$", text, flags=re.MULTILINE)
+    return [Gpu(name=name, total=_mib(total), used=_mib(used), driver=driver) for name, total, used, driver in rows]
 
 
 def _mib(text: str) -> float:
@@ -232,11 +227,9 @@ def judge_gpus(gpus: list[Gpu] | str, seen_gpus: int, cuda: str | None, error: s
         status, fix = (WARNING, "") if elsewhere else (FAILED, "run it on a node with GPUs (Slurm: inside the job)")
         yield Fact("GPUs", status, f"none here: {reason}", fix)
         return
-    gpu_kinds = ", ".join(
-        f"{sum(gpu.name == name for gpu in gpus)} x {name} {total / 1024:.0f} GiB"
-        for name, total in dict.fromkeys((gpu.name, gpu.total) for gpu in gpus)
-    )
-    yield Fact("GPUs", OK, f"{gpu_kinds}, driver {gpus[0].driver}, torch for CUDA {cuda}")
+    kinds = Counter(f"{gpu.name} {gpu.total / 1024:.0f} GiB" for gpu in gpus)
+    kinds_text = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+    yield Fact("GPUs", OK, f"{kinds_text}, driver {gpus[0].driver}, torch for CUDA {cuda}")
     if seen_gpus == 0:
         fix = f"a driver for CUDA {cuda}; is CUDA_VISIBLE_DEVICES empty?"
         yield Fact("GPUs of torch", FAILED, error or "torch sees none", fix)
@@ -248,9 +241,72 @@ def judge_gpus(gpus: list[Gpu] | str, seen_gpus: int, cuda: str | None, error: s
         yield Fact("memory of GPUs", WARNING, f"in use: {', '.join(busy)}", fix)
 
 
-def worst(facts: Iterable[Fact]) -> list[Fact]:
-    """Those that are not ok."""
-    return [fact for fact in facts if fact.status != OK]
+# --- plugin and device ------------------------------------------------------------------------------------------------
+
+
+def plugin_facts() -> Iterator[Fact]:
+    """verl and vLLM load the plugin by themselves, in every process; a run without it would be plain verl."""
+    try:
+        import verl  # noqa: F401
+
+        was_loaded = "verl_patches.register" in sys.modules
+        from verl_patches import register  # raises what verl logs at DEBUG only
+
+        plugin_state = register.assert_active()
+    except Exception as error:
+        yield Fact("plugin in verl", FAILED, f"{type(error).__name__}: {error}", SETUP)
+    else:
+        fix = "unset VERL_USE_EXTERNAL_PLUGINS, or name the plugin in it"
+        value = ", ".join(("active", *plugin_state.applied)) if was_loaded else "verl did not load it"
+        yield Fact("plugin in verl", OK if was_loaded else FAILED, value, fix="" if was_loaded else fix)
+    points = [point for point in entry_points(group="vllm.general_plugins") if "verl_patches" in point.value]
+    allowed_plugins = os.environ.get("VLLM_PLUGINS")
+    if not points:
+        yield Fact("plugin in vLLM", FAILED, "no entry point 'vllm.general_plugins'", SETUP)
+    elif allowed_plugins is not None and points[0].name not in allowed_plugins.split(","):
+        value = f"VLLM_PLUGINS={allowed_plugins} leaves it out"
+        yield Fact("plugin in vLLM", FAILED, value, f"add {points[0].name} to it, or unset it")
+    else:
+        yield _importable("plugin in vLLM", points[0].module, f"{points[0].name} ({points[0].value})", SETUP)
+
+
+def device_facts(elsewhere: bool = False) -> Iterator[Fact]:
+    """The accelerator, and what only runs with it need."""
+    import torch
+
+    from verl_patches.device import is_cpu_only
+
+    if is_cpu_only():
+        yield Fact("device", OK, "no GPU: platform=cpu, with logical GPUs; for tries, not for timing")
+        return
+    seen_gpus, error_text = torch.cuda.device_count(), ""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as init_error:
+        seen_gpus, error_text = 0, str(init_error).splitlines()[0]
+    yield from judge_gpus(list_gpus(), seen_gpus, torch.version.cuda, error_text, elsewhere)
+    if installed("flash-attn") is None:
+        value = "missing: verl's default attention, flash_attention_2, cannot be loaded"
+        yield Fact("flash-attn", WARNING, value, f"install it (docs/smoke.md), {PADDED}")
+    else:
+        yield _importable("flash-attn", "flash_attn", str(installed("flash-attn")), "build it anew for this torch")
+    cupy = "missing or broken: darts.placement=disaggregated cannot send weights"
+    yield _importable("cupy", "cupy", cupy, SETUP, status=WARNING)
+    if not (shutil.which("gcc") or shutil.which("clang") or os.environ.get("CC")):
+        yield Fact("C compiler", FAILED, "none: Triton needs one", "install gcc, or set CC")
+    yield judge_headers(sysconfig.get_paths()["include"], sysconfig.get_python_version())
+    if not shutil.which("nvcc") and not os.environ.get("CUDA_HOME"):
+        value = "missing: vLLM (FlashInfer) compiles some kernels when they are first used"
+        fix = f"install CUDA {torch.version.cuda}'s nvcc if an engine asks for it"
+        yield Fact("nvcc", WARNING, value, fix)
+
+
+def _importable(name: str, module: str, value: str, fix: str, status: str = FAILED) -> Fact:
+    try:
+        imported_module = import_module(module)
+    except Exception as error:
+        return Fact(name, status, f"{value}: {type(error).__name__}: {error}", fix)
+    return Fact(name, OK, getattr(imported_module, "__version__", value))
 
 
 # --- communication ---------------------------------------------------------------------------------------------------
@@ -261,12 +317,7 @@ def judge_reduce(
 ) -> Fact:
     """All sums right, and how fast: bytes over seconds, times 2 (n - 1) / n as for a ring; the slowest rank counts.
 
-    Args:
-        place: which ranks took part.
-        names: of the ranks.
-        found: what `Rank.reduce` returned, by rank.
-        sizes: ranks in the group of each rank; 1 is left out.
-        backend: nccl or gloo.
+    `found` has what `Rank.reduce` returned, and `sizes` the ranks in the group, by rank; groups of 1 are left out.
     """
     wrong_ranks = [name for name, (_, sum_error, _) in zip(names, found, strict=True) if sum_error != 0]
     if wrong_ranks:

@@ -26,7 +26,7 @@ from typing import Any
 from uuid import uuid4
 
 from darts.checks.model import model_config, model_id, vocabulary
-from darts.evidence.machine import processor, version_of
+from darts.evidence.machine import UNKNOWN, installed, processor
 from darts.evidence.profile import LatencyProfile
 
 TOKENS = 96
@@ -190,7 +190,7 @@ async def profile_servers(
         model_id=model_id(model),
         tensor_parallel=rollout.tensor_model_parallel_size,
         device=device,
-        versions={name: version_of(name) for name in ("verl", "vllm", "torch")},
+        versions={name: installed(name) or UNKNOWN for name in ("verl", "vllm", "torch")},
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         command=command,
         engines=len(servers) * workload.engines_per_server,

@@ -16,17 +16,12 @@ from darts.evidence import documents
 
 FILE_NAME = "darts.json"
 FORMAT = "verl-darts"
-TRACKER = "latest_checkpointed_iteration.txt"
-"""verl's file beside the steps' folders: the number of the last one."""
+TRACKER = "latest_checkpointed_iteration.txt"  # verl's file beside the steps' folders: the number of the last one
 
 
 class StateError(RuntimeError):
-    """A checkpoint without usable state. The message names the file and what is wrong with it.
-
-    Args:
-        message: for people.
-        loses_prompts: to go on without the state would train on other prompts than those that come next.
-    """
+    """A checkpoint without usable state; the message names the file and what is wrong with it. `loses_prompts`: to go
+    on without the state would train on other prompts than those that come next."""
 
     def __init__(self, message: str, loses_prompts: bool = False) -> None:
         super().__init__(message)
@@ -34,12 +29,8 @@ class StateError(RuntimeError):
 
 
 def step_folder(trainer: Any, step: int) -> Path:
-    """Where verl 0.9.1's `RayPPOTrainer` saves a step, and what it resumes from.
-
-    Args:
-        trainer: the block `trainer:` of the configuration.
-        step: that was saved or loaded.
-    """
+    """Where verl 0.9.1's `RayPPOTrainer` saves a step, and what it resumes from; `trainer`: that block of the
+    configuration."""
     resume_path = trainer.get("resume_from_path") if trainer.get("resume_mode") == "resume_path" else None
     if resume_path is not None and resume_path.rstrip("/").endswith(f"global_step_{step}"):
         return Path(resume_path)
@@ -47,13 +38,8 @@ def step_folder(trainer: Any, step: int) -> Path:
 
 
 def finished_at(trainer: Any) -> int | None:
-    """The last checkpoint's step, if a run that goes on from it (`resume_mode=auto`) would have nothing left to train.
-
-    verl 0.9.1 trains one more step then, whatever `total_training_steps` says.
-
-    Args:
-        trainer: the block `trainer:` of the configuration.
-    """
+    """The last checkpoint's step, if a run that goes on from it (`resume_mode=auto`) would have nothing left to train:
+    verl 0.9.1 trains one more step then, whatever `total_training_steps` says."""
     if trainer.get("resume_mode") != "auto" or trainer.get("total_training_steps") is None or trainer.get("val_only"):
         return None
     try:
@@ -70,11 +56,7 @@ def save_state(folder: Path, step: int, state: dict[str, Any]) -> None:
 
 
 def load_state(folder: Path, step: int) -> dict[str, Any]:
-    """The state of a step.
-
-    Raises:
-        StateError: no file, one that was cut, or one of something else or of another step.
-    """
+    """The state of a step; `StateError` for no file, one that was cut, or one of something else or another step."""
     state_path = folder / FILE_NAME
     try:
         saved_content = json.loads(state_path.read_text())

@@ -33,16 +33,8 @@ def write(path: Path, text: str) -> None:
 
 
 def load(path: Path, command: str, version: int) -> dict[str, Any]:
-    """The document in a file.
-
-    Args:
-        path: of the file.
-        command: the module that writes such documents, which is the name of their format.
-        version: of the format.
-
-    Raises:
-        DocumentError: the file cannot be read, or is something else.
-    """
+    """The document in a file; its format is named after the module that writes it, `command`. Raises `DocumentError`
+    if the file cannot be read, or is something else."""
     try:
         document = json.loads(path.read_text())
     except (OSError, ValueError) as cause:

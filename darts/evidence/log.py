@@ -13,21 +13,18 @@ import time
 from typing import NoReturn
 
 
-class LineHandler(logging.Handler):
+class LineHandler(logging.StreamHandler):
     """Writes lines to what `sys.stdout` and `sys.stderr` are at that moment."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Upstream: `logging.Handler.emit`."""
-        line_stream = sys.stderr if record.levelno >= logging.ERROR else sys.stdout
-        try:
-            line_stream.write(f"[darts] {self.format(record)}\n")
-            line_stream.flush()
-        except Exception:
-            self.handleError(record)
+        """Upstream: `logging.StreamHandler.emit`."""
+        self.stream = sys.stderr if record.levelno >= logging.ERROR else sys.stdout
+        super().emit(record)
 
 
 logger = logging.getLogger("darts")
 logger.handlers = [LineHandler()]
+logger.handlers[0].setFormatter(logging.Formatter("[darts] %(message)s"))
 logger.propagate = False
 
 

@@ -16,10 +16,8 @@ PACKAGES = ("verl", "vllm", "torch", "ray")
 
 
 def machine(environment: tuple[str, ...] = ()) -> dict[str, Any]:
-    """For JSON; to be called before anything is measured, for the machine's load.
-
-    Args:
-        environment: variables whose values belong to the figures.
+    """For JSON; to be called before anything is measured, for the machine's load. `environment`: variables whose
+    values belong to the figures.
 
     Example:
         {"date": "2026-11-21T19:41:01+00:00", "commit": "2a674a9eb1...", "changed_files": [], "cores": 2, "processor":
@@ -34,7 +32,7 @@ def machine(environment: tuple[str, ...] = ()) -> dict[str, Any]:
         "architecture": platform.machine(),
         "load": os.getloadavg(),
         "python": platform.python_version(),
-        **{name: version_of(name) for name in PACKAGES},
+        **{name: installed(name) or UNKNOWN for name in PACKAGES},
         "environment": {name: os.environ.get(name) for name in environment},
     }
 
@@ -47,12 +45,12 @@ def _git(*arguments: str) -> str:
     return git_run.stdout.rstrip() if git_run.returncode == 0 else UNKNOWN
 
 
-def version_of(package: str) -> str:
+def installed(package: str) -> str | None:
     """The version of an installed package."""
     try:
         return version(package)
     except PackageNotFoundError:
-        return UNKNOWN
+        return None
 
 
 def processor() -> str:

@@ -47,21 +47,17 @@ class LatencyProfile:
 
     @classmethod
     def load(cls, path: str | Path) -> "LatencyProfile":
-        """What `save` wrote.
-
-        Raises:
-            ConfigError: no such file, or not a profile with a curve.
-        """
+        """What `save` wrote; `ConfigError` for no such file, or not a profile with a curve."""
         try:
             saved_state = json.loads(Path(path).read_text())
         except OSError as error:
             _refuse_file(path, f"the file cannot be read ({error.strerror}).")
         except ValueError:
             _refuse_file(path, "the file is not JSON: it was cut off, or it is no profile.")
-        field_names = {field.name for field in fields(cls)}
-        if not isinstance(saved_state, dict) or set(saved_state) != field_names:
-            differing = ", ".join(sorted(field_names ^ set(saved_state))) if isinstance(saved_state, dict) else "all"
-            _refuse_file(path, f"the file is no profile of this version; missing or unknown: {differing}.")
+        saved_names = set(saved_state) if isinstance(saved_state, dict) else set()
+        if differing := saved_names ^ {field.name for field in fields(cls)}:
+            differing_text = ", ".join(sorted(differing))
+            _refuse_file(path, f"the file is no profile of this version; missing or unknown: {differing_text}.")
         try:
             profile = cls(**saved_state)
             profile.curve()
@@ -70,18 +66,13 @@ class LatencyProfile:
         return profile
 
     def require(self, path: str | Path, model_id: str, tensor_parallel: int, device: str | None = None) -> None:
-        """Checks that this profile, read from `path`, is one of the engines that will run. Another device: a warning.
-
-        Raises:
-            ConfigError: another model or tensor-parallel size.
-        """
+        """Checks that this profile, read from `path`, is one of the engines that will run: `ConfigError` for another
+        model or tensor-parallel size, a warning for another device."""
         if self.model_id != model_id:
             _refuse_file(path, f"measured for the model {self.model} ({self.model_id}), this run's is {model_id}.")
         if self.tensor_parallel != tensor_parallel:
-            _refuse_file(
-                path,
-                f"measured with tensor_model_parallel_size={self.tensor_parallel}, this run has {tensor_parallel}.",
-            )
+            measured = f"tensor_model_parallel_size={self.tensor_parallel}"
+            _refuse_file(path, f"measured with {measured}, this run has {tensor_parallel}.")
         if device is not None and self.device != device:
             warnings.warn(f"{KEY}={path}: measured on {self.device!r}, this run has {device!r}.", stacklevel=2)
 

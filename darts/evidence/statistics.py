@@ -1,8 +1,7 @@
 """Statistics of response lengths and correctness, in groups of responses to one prompt.
 
-Arrays have shape (groups, size): lengths in tokens with the end-of-sequence token, correctness
-0 or 1. Confidence intervals are 95 % percentile bootstraps over groups, so that responses to one
-prompt are never treated as independent.
+Arrays have shape (groups, size): lengths in tokens with the end-of-sequence token, correctness 0 or 1. Intervals are
+95 % percentile bootstraps over groups, so that responses to one prompt are never treated as independent.
 """
 
 from dataclasses import dataclass
@@ -53,10 +52,7 @@ def longest_over_median(lengths: Array) -> Array:
 
 
 def group_correlations(lengths: Array, correct: Array) -> Array:
-    """Pearson correlation of length and correctness per group, shape (n, 1).
-
-    Only of the groups where it is defined: with both outcomes and lengths that vary.
-    """
+    """Pearson correlation of length and correctness, shape (n, 1), per group with both outcomes and varying lengths."""
     centred_lengths = lengths - lengths.mean(axis=1, keepdims=True)
     centred_correct = correct - correct.mean(axis=1, keepdims=True)
     norm_product = np.sqrt((centred_lengths**2).sum(axis=1) * (centred_correct**2).sum(axis=1))
@@ -87,10 +83,8 @@ def verdict(gap: Estimate) -> Verdict:
 
 
 def false_verdicts(lengths: Array, correct: Array, rng: np.random.Generator, shuffles: int) -> float:
-    """The control: share of shuffles of correctness over responses that still show a pattern.
-
-    Shuffled outcomes carry no pattern, so an honest 95 % interval gives about 0.05.
-    """
+    """The control: share of shuffles of correctness over responses that still show a pattern. Shuffled outcomes carry
+    none, so an honest 95 % interval gives about 0.05."""
     group_weights, num_found = _weights(len(lengths), rng), 0
     for _ in range(shuffles):
         shuffled_correct = rng.permutation(correct.ravel()).reshape(correct.shape)

@@ -25,21 +25,14 @@ from darts.pool import CandidatePool
 
 VERSION = 1
 FILE = "darts.jsonl"
-FATES = "kfdtax"
-"""Kept, kept although truncated, finished and dropped, truncated and dropped, aborted, lost."""
-LONGEST_RESPONSE = 1 << 30
-"""Tokens; a longer response is a mistake."""
+FATES = "kfdtax"  # kept, kept although truncated, finished and dropped, truncated and dropped, aborted, lost
+LONGEST_RESPONSE = 1 << 30  # tokens; a longer response is a mistake
 MOST = 256  # points of a timeline
-LONGEST_LINE = 1 << 26
-"""Bytes; a step with 2,048 candidates takes some 30,000."""
+LONGEST_LINE = 1 << 26  # bytes; a step with 2,048 candidates takes some 30,000
 
 
 class Trace:
-    """Appends steps to a file, which is made with its folder by the first.
-
-    Args:
-        path: of the file; None writes nothing.
-    """
+    """Appends steps to a file, which is made with its folder by the first; without a path nothing is written."""
 
     def __init__(self, path: str | None) -> None:
         self._path = None if path is None else Path(path)
@@ -86,14 +79,13 @@ def rollout_columns(rollout: Rollout) -> dict[str, Any]:
     """
     plan, pool = rollout.plan, rollout.pool
     group_ends = np.cumsum(plan.budgets)[:-1]
-    fates = "".join(fate(pool).tolist())
     columns = {
         "key": plan.keys,
         "std": [round(std, 3) if known else None for std, known in zip(plan.std.tolist(), plan.known, strict=True)],
         "observed_std": [round(std, 3) for std in rollout.observed_std.tolist()],
         "budget": plan.budgets.tolist(),
         "length": [lengths.tolist() for lengths in np.split(pool.length, group_ends)],
-        "fate": [fates[start:end] for start, end in zip([0, *group_ends], [*group_ends, len(fates)], strict=True)],
+        "fate": ["".join(fates) for fates in np.split(fate(pool), group_ends)],
     }
     if not np.isnan(pool.reward).all():
         columns["reward"] = [[_number(reward) for reward in rewards] for rewards in np.split(pool.reward, group_ends)]
@@ -111,21 +103,12 @@ def timeline_columns(rollout: Rollout, calls: Sequence[ActorCall]) -> dict[str, 
     ended = ended[np.isfinite(ended)]
     shown_ranks = np.unique(np.linspace(0, len(ended) - 1, min(len(ended), MOST)).astype(int))
     running = [[0.0, len(ended)], *([round(float(ended[rank]), 3), len(ended) - 1 - int(rank)] for rank in shown_ranks)]
-    joined_calls = [
-        calls[start : start + -(-len(calls) // MOST)] for start in range(0, len(calls), -(-len(calls) // MOST) or 1)
-    ]
-    return {
-        "seconds": round(rollout.ended - rollout.began, 3),
-        "running": running,
-        "calls": [
-            [
-                round(call_group[0].began - rollout.began, 3),
-                round(call_group[0].began - rollout.began + sum(call.ended - call.began for call in call_group), 3),
-                sum(call.tokens for call in call_group),
-            ]
-            for call_group in joined_calls
-        ],
-    }
+    num_joined, call_rows = math.ceil(len(calls) / MOST), []
+    for start in range(0, len(calls), num_joined or 1):
+        joined = calls[start : start + num_joined]
+        begin_s, call_s = joined[0].began - rollout.began, sum(call.ended - call.began for call in joined)
+        call_rows.append([round(begin_s, 3), round(begin_s + call_s, 3), sum(call.tokens for call in joined)])
+    return {"seconds": round(rollout.ended - rollout.began, 3), "running": running, "calls": call_rows}
 
 
 def fate(pool: CandidatePool) -> np.ndarray:
@@ -156,11 +139,8 @@ class TraceError(ValueError):
 
 
 def find_file(run: Path) -> Path:
-    """The `darts.jsonl` of a run; what the quickstart keeps of the run before, in `previous/`, is not looked at.
-
-    Raises:
-        TraceError: there is no such path, no such file below it, or more than one.
-    """
+    """The only `darts.jsonl` of a run, else `TraceError`; what the quickstart keeps of the run before, in `previous/`,
+    is not looked at."""
     if run.is_file():
         return run
     if not run.is_dir():
@@ -197,21 +177,16 @@ Held = TypeVar("Held")
 
 
 def read_steps(path: Path, hold: Callable[[TracedStep], Held]) -> tuple[list[Held], list[str]]:
-    """The steps of a run that count, in order, and what is odd about the file.
-
-    Args:
-        path: of the file; it is read line by line, so that it may be larger than memory.
-        hold: what is held of a step.
+    """The steps of a run that count, in order, and what is odd about the file, which may be larger than memory.
 
     Returns:
-        What is held of each step, and one sentence, without its full stop, for each oddity.
+        What `hold` holds of each step, and one sentence, without its full stop, for each oddity.
 
     Raises:
         TraceError: a file that cannot be read or has no whole step, or a line that is no step (but a cut last one).
     """
-    step_numbers: list[int] = []
-    steps: list[Held] = []
-    notes, num_replaced, line_offset = [], 0, 0
+    steps: list[tuple[int, Held]] = []
+    notes, num_replaced = [], 0
     try:
         with path.open("rb") as file:
             for count, line in enumerate(file, 1):
@@ -223,26 +198,23 @@ def read_steps(path: Path, hold: Callable[[TracedStep], Held]) -> tuple[list[Hel
                     notes.append(f"Line {count}, the last, was cut off (a killed run?) and is left out")
                     break
                 try:
-                    step = _traced(record, count, line_offset)
+                    step = _traced(record, count, file.tell() - len(line))
                 except TraceError as error:
                     raise TraceError(f"{path}, line {count}: {error}") from None
                 except (AttributeError, KeyError, TypeError, ValueError) as error:
                     why = str(error) if type(error) is ValueError else repr(error)
                     raise TraceError(f"{path}, line {count}: must be a step, but {why}; remove the line") from None
-                while step_numbers and step_numbers[-1] >= step.number:
-                    step_numbers.pop()
+                while steps and steps[-1][0] >= step.number:
                     steps.pop()
                     num_replaced += 1
-                step_numbers.append(step.number)
-                steps.append(hold(step))
-                line_offset += len(line)
+                steps.append((step.number, hold(step)))
     except OSError as error:
         raise TraceError(f"{path}: cannot be read ({error.strerror}); give the {FILE} of a run") from None
     if not steps:
         raise TraceError(f"{path}: must hold a whole step, but holds none; did the run end before its first?")
     if num_replaced:
         notes.append(f"Repeated or undone by a resume: {num_replaced} steps; only what replaced them counts")
-    return steps, notes
+    return [held for _, held in steps], notes
 
 
 def _traced(record: Any, line: int, offset: int) -> TracedStep:
@@ -261,17 +233,14 @@ def _traced(record: Any, line: int, offset: int) -> TracedStep:
         if type(length) is not int or not least_length <= length <= LONGEST_RESPONSE:
             rule = f"must be a whole number of tokens in [{least_length}, {LONGEST_RESPONSE}]"
             raise ValueError(f"length={length!r} with fate={fate_letter!r}, {rule}")
-    std_column, observed_std = (
-        np.array(block.get(name) or [None] * len(keys), dtype=np.float64) for name in ("std", "observed_std")
-    )
+    columns = {name: block.get(name) or [None] * len(keys) for name in ("std", "observed_std")}
     return TracedStep(
         number=int(record["step"]),
         line=line,
         offset=offset,
         metrics={name: float(value) for name, value in record["metrics"].items() if isinstance(value, int | float)},
         keys=keys,
-        std=std_column,
-        observed_std=observed_std,
+        **{name: np.array(column, dtype=np.float64) for name, column in columns.items()},
         lengths=[np.array(row, dtype=np.int64) for row in lengths],
         fates=fates,
         rewards=[np.array(row, dtype=np.float64) for row in rewards],

@@ -17,13 +17,16 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 
 from darts.evidence.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PHASES, PINK, RED, SKY, STEPS, Missing, dress
 from darts.evidence.trace import INSIDE_STEP
-from darts.report.run import UTILITY, Array, Run, RunStep, first_and_last, tenths
+from darts.report.run import Array, Run, RunStep, first_and_last, tenths
 
 FATES = {
     "kept": BLUE, "kept, truncated": SKY, "dropped": ORANGE, "dropped, truncated": RED, "aborted": PINK, "lost": BLACK,
 }  # fmt: skip
 SHARES = LinearSegmentedColormap.from_list("shares", ["#DCE9F5", "#6BAED6", "#08306B"])
 SMOOTH_FROM, MAX_COLUMNS, MAX_POINTS, MAX_BARS = 100, 75, 2000, 40
+CORRELATIONS = ("darts/history/std_correlation", "std_correlation")  # the first: of prompts that were seen before
+TERMS = ("utility", "gain", "time_cost", "time_cost_measured")
+UTILITY = {term.replace("_", " "): f"darts/allocation/{term}" for term in TERMS}
 Figures = dict[str, tuple[str, Callable[[Run], tuple[Figure, str]]]]
 """Name of a figure -> its title and what draws it, with the sentence that says how to read it."""
 
@@ -54,6 +57,13 @@ def plot_line(
         values = np.convolve(values, window_ones, "same") / np.convolve(np.ones(len(values)), window_ones, "same")
     marker = "o" if len(values) <= 40 else ""
     axes.plot(x, values, line_style, color=color, linewidth=1.8, marker=marker, markersize=3.5, label=label)
+
+
+def plot_lines(axes: Axes, run: Run, metrics: dict[str, str], colors: Sequence[str], scale: float = 1) -> None:
+    """Metrics, by their labels, over the steps; the last is dashed."""
+    line_styles = ["-"] * (len(metrics) - 1) + ["--"]
+    for (label, key), color, line_style in zip(metrics.items(), colors, line_styles, strict=True):
+        plot_line(axes, run, scale * run.series(key), color, label, line_style)
 
 
 def _columns(run: Run) -> tuple[Array, list[Array]]:
@@ -117,16 +127,12 @@ def _lengths(run: Run) -> tuple[Figure, str]:
     _need_rollouts(run)
     figure = Figure(figsize=(11, 4.6))
     left_axes, right_axes = figure.subplots(1, 2)
-    line_looks = {
-        "longest": ("longest", RED), "p99": ("p99", ORANGE), "p90": ("p90", GREEN), "median": ("median", BLUE),
-        "kept": ("mean of the kept", BLACK),
-    }  # fmt: skip
-    for name, (line_label, color) in line_looks.items():
-        plot_line(left_axes, run, run.series(f"length/{name}"), color, line_label, "--" if name == "kept" else "-")
-    all_values = np.concatenate([run.series(f"length/{name}") for name in line_looks])
-    _log(left_axes, "y", all_values[np.isfinite(all_values)], 8)
+    metrics = {name: f"length/{name}" for name in ("longest", "p99", "p90", "median")}
+    metrics["mean of the kept"] = "length/kept"
+    plot_lines(left_axes, run, metrics, (RED, ORANGE, GREEN, BLUE, BLACK))
     dress(left_axes, "Over the run", "response length, tokens", legend=3)
-
+    all_values = np.concatenate([run.series(key) for key in metrics.values()])
+    _log(left_axes, "y", all_values[np.isfinite(all_values)], 8)
     end_steps = _ends(run.rolled)
     end_lengths = {name: np.concatenate([step.rollout.lengths for step in end]) for name, end in end_steps.items()}
     longest_shown = max(np.percentile(candidate_lengths, 99.5) for candidate_lengths in end_lengths.values())
@@ -159,31 +165,22 @@ def _budgets(run: Run) -> tuple[Figure, str]:
     known_ends = _ends([step for step in run.rolled if len(step.rollout.std)])
     end_points = {name: np.concatenate([step.rollout.std for step in end]) for name, end in known_ends.items()}
     end_points = {name: rows[:: len(rows) // MAX_POINTS + 1] for name, rows in end_points.items()}
-    std_correlation = run.series("darts/history/std_correlation")  # of the prompts that were seen before
-    if not np.isfinite(std_correlation).any():
-        std_correlation = run.series("std_correlation")
-    panels: list[tuple[str, Callable[[Axes], None]]] = [
-        ("dark cells are the budgets of most prompts, the line is their mean", lambda axes: _budget_map(axes, run))
-    ]
-    if end_points:
-        how_read = "budgets rise with the predicted spread of a prompt's lengths where allocation is adaptive"
-        panels.insert(0, (how_read, lambda axes: _budget_by_std(axes, end_points)))
-    if any(np.isfinite(rows[:, 1]).any() for rows in end_points.values()):
-        how_read = "predictions are good where the points follow the diagonal"
-        panels.append((how_read, lambda axes: _observed_by_predicted(axes, end_points)))
-    if np.isfinite(std_correlation).any():
-        panels.append(
-            ("a correlation near 1 says the same of a step", lambda axes: _correlations(axes, run, std_correlation))
-        )
+    has_observed = any(np.isfinite(rows[:, 1]).any() for rows in end_points.values())
+    panels = {
+        _budget_by_std: bool(end_points),
+        _budget_map: True,
+        _observed_by_predicted: has_observed,
+        _correlations: run.has(*CORRELATIONS),
+    }
+    panels = [draw_panel for draw_panel, has_data in panels.items() if has_data]
     rows, num_columns = (2, 2) if len(panels) > 2 else (1, len(panels))
     figure = Figure(figsize=(11, 4.3 * rows))
     grid = figure.subplots(rows, num_columns, squeeze=False).ravel()
-    for axes, (_, draw_panel) in zip(grid, panels, strict=False):
-        draw_panel(axes)
+    how_read = [draw_panel(axes, run, end_points) for axes, draw_panel in zip(grid, panels, strict=False)]
     for axes in grid[len(panels) :]:
         axes.remove()
     missing_note = "" if end_points else " No standard deviation was predicted, so budgets are shown alone."
-    return figure, _sentence([how_read for how_read, _ in panels]) + missing_note + how_drawn(run, "lines", "columns")
+    return figure, _sentence(how_read) + missing_note + how_drawn(run, "lines", "columns")
 
 
 def _scatter(axes: Axes, end_points: dict[str, Array], y_column: int, jitter: float) -> Array:
@@ -198,13 +195,14 @@ def _scatter(axes: Axes, end_points: dict[str, Array], y_column: int, jitter: fl
     return np.concatenate(drawn_points)
 
 
-def _budget_by_std(axes: Axes, end_points: dict[str, Array]) -> None:
+def _budget_by_std(axes: Axes, _: Run, end_points: dict[str, Array]) -> str:
     _log(axes, "x", _scatter(axes, end_points, 2, 0.25)[:, 0], 20)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     dress(axes, "Budget by predicted spread", "candidates M' (jittered)", "predicted std of length, tokens", legend=2)
+    return "budgets rise with the predicted spread of a prompt's lengths where allocation is adaptive"
 
 
-def _observed_by_predicted(axes: Axes, end_points: dict[str, Array]) -> None:
+def _observed_by_predicted(axes: Axes, _: Run, end_points: dict[str, Array]) -> str:
     all_values = _scatter(axes, end_points, 1, 0)
     axis_limits = 0.9 * all_values.min(), 1.1 * all_values.max() + 1e-9
     axes.plot(axis_limits, axis_limits, color=GREY, linewidth=1)
@@ -212,16 +210,19 @@ def _observed_by_predicted(axes: Axes, end_points: dict[str, Array]) -> None:
     for axis_name in "xy":
         _log(axes, axis_name, all_values, 10)
     dress(axes, "Observed by predicted spread", "observed std, tokens", "predicted std of length, tokens", legend=2)
+    return "predictions are good where the points follow the diagonal"
 
 
-def _correlations(axes: Axes, run: Run, std_correlations: Array) -> None:
-    plot_line(axes, run, std_correlations, BLUE, "over the prompts of a step")
+def _correlations(axes: Axes, run: Run, _: dict[str, Array]) -> str:
+    correlations = run.series(next(filter(run.has, CORRELATIONS)))
+    plot_line(axes, run, correlations, BLUE, "over the prompts of a step")
     axes.axhline(0, color=GREY, linewidth=1)
-    axes.set_ylim(min(-0.05, np.nanmin(std_correlations) - 0.05), 1.02)
+    axes.set_ylim(min(-0.05, np.nanmin(correlations) - 0.05), 1.02)
     dress(axes, "Predicted with observed spread", "correlation", legend=1)
+    return "a correlation near 1 says the same of a step"
 
 
-def _budget_map(axes: Axes, run: Run) -> None:
+def _budget_map(axes: Axes, run: Run, _: dict[str, Array]) -> str:
     column_edges, groups = _columns(run)
     budget_counts = [step.rollout.budgets if step.rollout else {} for step in run.steps]
     low, high = (find_end(budget for counts in budget_counts for budget in counts) for find_end in (min, max))
@@ -237,20 +238,19 @@ def _budget_map(axes: Axes, run: Run) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(False)
     dress(axes, "Budgets over the run", "candidates M'", legend=1)
+    return "dark cells are the budgets of most prompts, the line is their mean"
 
 
 def _selection(run: Run) -> tuple[Figure, str]:
     _need_rollouts(run)
-    known_rewards = {name: run.series(f"darts/reward/{name}_mean") for name in ("pool", "kept")}
-    known_rewards = {name: values for name, values in known_rewards.items() if np.isfinite(values).any()}
-    figure = Figure(figsize=(11, 7.4))
-    grid = figure.subplot_mosaic([["length", "reward" if known_rewards else "length"], ["fate", "fate"]])
-    for name, line_color, line_style in (("pool", ORANGE, "-"), ("kept", BLUE, "--")):
-        plot_line(grid["length"], run, run.series(f"length/{name}"), line_color, name, line_style)
-        if name in known_rewards:
-            plot_line(grid["reward"], run, known_rewards[name], line_color, name, line_style)
+    figure, has_rewards = Figure(figsize=(11, 7.4)), run.has("darts/reward/pool_mean", "darts/reward/kept_mean")
+    grid = figure.subplot_mosaic([["length", "reward" if has_rewards else "length"], ["fate", "fate"]])
+    metrics, colors = {name: f"length/{name}" for name in ("pool", "kept")}, (ORANGE, BLUE)
+    plot_lines(grid["length"], run, metrics, colors)
     dress(grid["length"], "Mean response length", "tokens", legend=2)
-    if known_rewards:
+    if has_rewards:
+        metrics = {name: f"darts/reward/{name}_mean" for name in metrics}
+        plot_lines(grid["reward"], run, metrics, colors)
         dress(grid["reward"], "Mean reward", "reward", legend=2)
     counts = np.array([step.rollout.fates if step.rollout else np.full(len(FATES), math.nan) for step in run.steps]).T
     plot_stack(grid["fate"], run, {name: row for name, row in zip(FATES, counts, strict=True) if np.nansum(row)}, FATES)
@@ -259,18 +259,18 @@ def _selection(run: Run) -> tuple[Figure, str]:
         "The gap between kept and pool is the bias of selection (top), and all that is not kept is what redundancy "
         "costs (bottom)."
     )
-    if "pool" not in known_rewards:
+    if not run.has("darts/reward/pool_mean"):
         caption += " The pool has no reward: not all that ended were scored (darts.reward.pool=false?)."
     return figure, caption + how_drawn(run, "lines", "columns")
 
 
 def _time(run: Run) -> tuple[Figure, str]:
+    if not run.has("timing_s/step"):
+        raise Missing("no step has timing_s/step.")
     step_s = run.series("timing_s/step")
     is_timed = np.isfinite(step_s)
-    if not is_timed.any():
-        raise Missing("no step has timing_s/step.")
-    measured_s = {name: run.series(f"timing_s/{name}") for name in (*INSIDE_STEP, "testing")}
-    parts = {name: np.nan_to_num(values) for name, values in measured_s.items() if np.isfinite(values).any()}
+    measured = [name for name in (*INSIDE_STEP, "testing") if run.has(f"timing_s/{name}")]
+    parts = {name: np.nan_to_num(run.series(f"timing_s/{name}")) for name in measured}
     testing_s = parts.pop("testing", None)
     parts["other"] = np.maximum(np.nan_to_num(step_s) - sum(parts.values()), 0)
     if testing_s is not None:
@@ -297,8 +297,8 @@ def _time(run: Run) -> tuple[Figure, str]:
 
 
 def _reward(run: Run) -> tuple[Figure, str]:
-    (name, reward_values), validation_keys, hours = run.reward(), run.validations(), run.hours()
-    if not np.isfinite(reward_values).any() and not validation_keys:
+    reward_key, validation_keys, hours = run.reward(), run.validations(), run.hours()
+    if not run.has(reward_key, *validation_keys):
         raise Missing("no step has a reward (critic/rewards/mean) or a validation (val-core/*).")
     x_scales = {STEPS: _numbers(run)}
     if math.isfinite(hours[-1]):
@@ -306,8 +306,7 @@ def _reward(run: Run) -> tuple[Figure, str]:
     figure = Figure(figsize=(11, 4.8))
     grid = figure.subplots(1, len(x_scales), sharey=True, squeeze=False)[0]
     for axes, (x_label, x) in zip(grid, x_scales.items(), strict=True):
-        if np.isfinite(reward_values).any():
-            plot_line(axes, run, reward_values, BLUE, f"{name} (training)", x=x)
+        plot_line(axes, run, run.series(reward_key), BLUE, f"{reward_key} (training)", x=x)
         for key, color, point_marker in zip(validation_keys, (RED, GREEN, ORANGE, PINK, BLACK), "sD^vP", strict=False):
             is_known = np.isfinite(points := run.series(key))
             line_style, size = f"{point_marker}:" if is_known.sum() <= 100 else "-", 5 if is_known.sum() <= 20 else 3.5
@@ -321,27 +320,22 @@ def _reward(run: Run) -> tuple[Figure, str]:
 
 
 def _cost(run: Run) -> tuple[Figure, str]:
-    predicted_s, measured_s = run.series("darts/latency/predicted_s"), run.series("darts/rollout/seconds")
-    utility_terms = {key.rpartition("/")[2].replace("_", " "): run.series(key) for key in UTILITY}
-    utility_terms = {name: values for name, values in utility_terms.items() if np.isfinite(values).any()}
-    has_latency = bool(np.isfinite(predicted_s).any())
-    if not has_latency and not utility_terms:
+    has_latency, has_utility = run.has("darts/latency/predicted_s"), run.has(*UTILITY.values())
+    if not has_latency and not has_utility:
         raise Missing("no step has darts/latency/predicted_s or darts/allocation/utility (not in adaptive mode?).")
     figure, how_read = Figure(figsize=(11, 4.4)), []
-    grid = list(figure.subplots(1, has_latency + bool(utility_terms), squeeze=False)[0])
+    grid = figure.subplots(1, has_latency + has_utility, squeeze=False)[0]
     if has_latency:
-        axes = grid.pop(0)
-        plot_line(axes, run, measured_s, ORANGE, "measured")
-        plot_line(axes, run, predicted_s, BLUE, "predicted", "--")
-        axes.set_ylim(bottom=0)
-        dress(axes, "Duration of the rollout", "seconds", legend=2)
-        end_ratio = first_and_last(predicted_s / measured_s)[1]
+        metrics = {"measured": "darts/rollout/seconds", "predicted": "darts/latency/predicted_s"}
+        plot_lines(grid[0], run, metrics, (ORANGE, BLUE))
+        dress(grid[0], "Duration of the rollout", "seconds", legend=2)
+        grid[0].set_ylim(bottom=0)
+        end_ratio = first_and_last(run.series("darts/latency/predicted_s") / run.series("darts/rollout/seconds"))[1]
         ratio_text = f" (predicted / measured is {end_ratio:.2f} at the end)" if math.isfinite(end_ratio) else ""
         how_read.append(f"the cost model is right where the lines meet{ratio_text}")
-    if utility_terms:
-        for (name, values), line_color in zip(utility_terms.items(), (BLUE, GREEN, RED, ORANGE), strict=False):
-            plot_line(grid[0], run, values, line_color, name, "--" if "measured" in name else "-")
-        dress(grid[0], "Utility of the mean budget", "ratio", legend=4 if has_latency else 2)
+    if has_utility:
+        plot_lines(grid[-1], run, UTILITY, (BLUE, GREEN, RED, ORANGE))
+        dress(grid[-1], "Utility of the mean budget", "ratio", legend=4 if has_latency else 2)
         how_read.append(
             "utility is gain minus weighted time cost; the mean budget with the most is chosen, unless it is a setting"
         )

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,25 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from darts.evidence.trace import FATES, INSIDE_STEP, TracedStep, TraceError, read_steps
+from darts.evidence.trace import FATES, TracedStep, TraceError, read_steps
 
 Array = NDArray[np.float64]
-REWARDS = ("critic/rewards/mean", "critic/score/mean", "darts/reward/kept_mean")
-"""The reward of a run is the first of these that it has."""
-UTILITY = tuple(f"darts/allocation/{name}" for name in ("utility", "gain", "time_cost", "time_cost_measured"))
-OVERLAP = tuple(
-    f"darts/overlap/{name}"
-    for name in (
-        "hidden_s", "exposed_s", "hidden_share", "calls", "forwarded_per_kept", "in_rollout_share", "before_end_share",
-        "cache_peak_gib", "tokens_twice", "late_rows",
-    )
-)  # fmt: skip
-LOGGED = (
-    *(f"timing_s/{name}" for name in ("step", *INSIDE_STEP, "testing")), *REWARDS, *UTILITY, *OVERLAP,
-    "darts/reward/pool_mean", "darts/group/saturated_share", "darts/history/std_correlation",
-    "darts/latency/predicted_s", "darts/rollout/seconds",
-)  # fmt: skip
+REWARDS = ("critic/rewards/mean", "critic/score/mean", "darts/reward/kept_mean")  # the first that is there
 VALIDATION = "val-core/"
+HELD = ("timing_s/", "darts/", VALIDATION, *REWARDS)  # names of the metrics that are held of a step begin so
 MAX_LENGTHS = 512  # held of a step; of more, as many evenly spaced ranks
 MAX_PROMPTS = 128  # held of a step for the scatter plots
 PROGRESS_S = 3.0
@@ -42,7 +30,7 @@ class RolloutDigest:
 
     fates: NDArray[np.int64]  # candidates by fate, in the order of FATES
     lengths: NDArray[np.int32]  # sorted; at most MAX_LENGTHS
-    budgets: dict[int, int]  # M'_i -> prompts
+    budgets: Counter[int]  # M'_i -> prompts
     std: NDArray[np.float32]  # [prompts whose std was predicted, at most MAX_PROMPTS; predicted, observed, M'_i]
 
 
@@ -85,10 +73,13 @@ class Run:
         """A value by step, NaN where it is missing."""
         return np.array([step.values.get(key, math.nan) for step in self.steps])
 
-    def reward(self) -> tuple[str, Array]:
-        """Name and values of the reward that the page reports; all NaN without any."""
-        key = next((key for key in REWARDS if np.isfinite(self.series(key)).any()), REWARDS[0])
-        return key, self.series(key)
+    def has(self, *keys: str) -> bool:
+        """Whether a step has one of the values."""
+        return any(key in step.values for step in self.steps for key in keys)
+
+    def reward(self) -> str:
+        """Name of the reward that the page reports."""
+        return next(filter(self.has, REWARDS), REWARDS[0])
 
     def validations(self) -> list[str]:
         """The validation metrics: the means over samples, or where there is none, all."""
@@ -124,7 +115,7 @@ def read_run(path: Path, shown_step: int | None = None) -> Run:
 
     Args:
         path: of the file.
-        shown_step: the number of the step whose timeline is shown; None: the one that `_choose` chooses.
+        shown_step: the number of the step whose timeline is shown; None: a typical late one.
 
     Raises:
         TraceError: what `read_steps` refuses, a timeline that is none, or no timeline of the step that is to be shown.
@@ -136,67 +127,50 @@ def read_run(path: Path, shown_step: int | None = None) -> Run:
         if time.monotonic() - said_at > PROGRESS_S:
             said_at = time.monotonic()
             print(f"{path.name}: {traced.offset / 1e6:.0f} of {file_size / 1e6:.0f} MB read", file=sys.stderr)
-        return _digest(traced)
+        rollout, step_values = _reduce(traced) if traced.keys else (None, {})
+        step_values |= {sys.intern(key): value for key, value in traced.metrics.items() if key.startswith(HELD)}
+        finite_values = {key: value for key, value in step_values.items() if math.isfinite(value)}
+        line_offset = traced.offset if traced.has_timeline else None
+        return RunStep(number=traced.number, values=finite_values, rollout=rollout, offset=line_offset)
 
     steps, notes = read_steps(path, hold)
     run = Run(name=path.name, steps=steps, notes=[f"{note}." for note in notes])
     if missing := int(np.isnan(run.series("timing_s/step")).sum()):
         run.notes.append(f"Without timing_s/step: {missing} steps; on axes of time they take the median of the others.")
-    chosen_step, chosen_of = _choose(steps, shown_step)
-    run.timeline = chosen_step and _read_timeline(path, chosen_step, chosen_of)
+    run.timeline = _timeline(path, steps, shown_step)
     return run
 
 
-def _digest(traced: TracedStep) -> RunStep:
-    """What is held of a step."""
-    logged = traced.metrics
-    rollout, step_values = reduce_rollout(traced) if traced.keys else (None, {})
-    keys = [key for key in LOGGED if key in logged] + [sys.intern(key) for key in logged if key.startswith(VALIDATION)]
-    step_values |= {key: logged[key] for key in keys}
-    finite_values = {key: value for key, value in step_values.items() if math.isfinite(value)}
-    line_offset = traced.offset if traced.has_timeline else None
-    return RunStep(number=traced.number, values=finite_values, rollout=rollout, offset=line_offset)
-
-
-def _choose(steps: Sequence[RunStep], number: int | None) -> tuple[RunStep | None, int]:
-    """The step whose timeline is shown, and of how many it has the (lower) median time: the last tenth of those that
-    have a timeline and a time."""
+def _timeline(path: Path, steps: Sequence[RunStep], number: int | None) -> Timeline | None:
+    """The timeline of a step, whose line is read again; without a number, of the step with the (lower) median time in
+    the last tenth of those that have a timeline and a time."""
     timed = [step for step in steps if step.offset is not None and "timing_s/step" in step.values]
+    chosen_of = [step for step in timed if step.number == number]
     if number is None:
-        last_steps = sorted(tenths(timed)[1], key=lambda step: step.values["timing_s/step"])
-        return (last_steps[(len(last_steps) - 1) // 2], len(last_steps)) if last_steps else (None, 0)
-    chosen_step = next((step for step in timed if step.number == number), None)
-    if chosen_step is None:
+        chosen_of = sorted(tenths(timed)[1], key=lambda step: step.values["timing_s/step"])
+    elif not chosen_of:
         known_steps = f"{len(timed)} of them, {timed[0].number} to {timed[-1].number}" if timed else "none"
         raise TraceError(f"--step {number}: must be a step with a timeline and a time, but the trace has {known_steps}")
-    return chosen_step, 0
-
-
-def _read_timeline(path: Path, step: RunStep, chosen_of: int) -> Timeline:
-    """The timeline of a step, whose line is read again."""
+    if not chosen_of:
+        return None
+    step = chosen_of[(len(chosen_of) - 1) // 2]
     with path.open("rb") as file:
         file.seek(step.offset)
-        json_line = file.readline()
+        columns = json.loads(file.readline())["timeline"]
     try:
-        timeline_columns = json.loads(json_line)["timeline"]
-        running_points, calls = (np.array(timeline_columns[name], dtype=float) for name in ("running", "calls"))
-        timeline = Timeline(
-            step=step,
-            chosen_of=chosen_of,
-            seconds=float(timeline_columns["seconds"]),
-            running=running_points.reshape(len(running_points), 2),
-            calls=calls.reshape(len(calls), 3),
-        )
-        if not len(running_points) or not np.isfinite([timeline.seconds, *running_points.flat, *calls.flat]).all():
+        seconds = float(columns["seconds"])
+        running, calls = (np.array(columns[name], dtype=float) for name in ("running", "calls"))
+        running, calls = running.reshape(len(running), 2), calls.reshape(len(calls), 3)
+        if not len(running) or not np.isfinite([seconds, *running.flat, *calls.flat]).all():
             raise ValueError("running is empty, or something is not a finite number")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise TraceError(
-            f"{path}, step {step.number}: timeline must have seconds, running and calls, but {error!r}; remove the line"
-        ) from None
-    return timeline
+        rule = f"timeline must have seconds, running and calls, but {error!r}; remove the line"
+        raise TraceError(f"{path}, step {step.number}: {rule}") from None
+    num_chosen_of = len(chosen_of) if number is None else 0
+    return Timeline(step=step, chosen_of=num_chosen_of, seconds=seconds, running=running, calls=calls)
 
 
-def reduce_rollout(traced: TracedStep) -> tuple[RolloutDigest, dict[str, float]]:
+def _reduce(traced: TracedStep) -> tuple[RolloutDigest, dict[str, float]]:
     """What the page needs of a step's rollout: what is held, and figures, NaN where they are not known."""
     letters = "".join(traced.fates)
     lengths, rewards, fates = np.concatenate(traced.lengths), np.concatenate(traced.rewards), np.array(list(letters))
@@ -205,9 +179,9 @@ def reduce_rollout(traced: TracedStep) -> tuple[RolloutDigest, dict[str, float]]
     std_rows = np.stack([traced.std, traced.observed_std, budgets], axis=1)[np.isfinite(traced.std)]
     both_known = std_rows[np.isfinite(std_rows[:, 1]), :2]
     has_correlation = len(both_known) > 2 and np.ptp(both_known, axis=0).all()
-    percentile_ranks = {"median": 50, "p90": 90, "p99": 99, "longest": 100}
+    percentiles = zip(("median", "p90", "p99", "longest"), np.percentile(lengths, (50, 90, 99, 100)), strict=True)
     values = {
-        **{f"length/{name}": float(np.percentile(lengths, rank)) for name, rank in percentile_ranks.items()},
+        **{f"length/{name}": float(length) for name, length in percentiles},
         "length/pool": mean_of(lengths),
         "length/kept": mean_of(lengths[is_kept]),
         "tokens/generated": float(lengths.sum()),
@@ -219,7 +193,7 @@ def reduce_rollout(traced: TracedStep) -> tuple[RolloutDigest, dict[str, float]]
     digest = RolloutDigest(
         fates=np.array([letters.count(letter) for letter in FATES]),
         lengths=_spread(np.sort(lengths), MAX_LENGTHS).astype(np.int32),
-        budgets=dict(zip(*map(np.ndarray.tolist, np.unique(budgets, return_counts=True)), strict=True)),
+        budgets=Counter(map(len, traced.lengths)),
         std=_spread(std_rows, MAX_PROMPTS).astype(np.float32),
     )
     return digest, values

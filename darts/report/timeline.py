@@ -14,17 +14,13 @@ from matplotlib.ticker import MaxNLocator
 
 from darts.evidence.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PHASES, RED, Missing, dress
 from darts.evidence.trace import INSIDE_STEP
-from darts.report.figures import Figures, how_drawn, plot_line, plot_stack
+from darts.report.figures import Figures, how_drawn, plot_lines, plot_stack
 from darts.report.run import Run, RunStep, Timeline, first_and_last
 
 HIDDEN, EXPOSED, CANDIDATES, SHADE = BLUE, RED, "#B9B4DA", "#F3F2F9"
-LOG_PROBS = ("old_log_prob", "ref")
-"""Phases whose work can be done under the rollout."""
+LOG_PROBS = ("old_log_prob", "ref")  # phases whose work can be done under the rollout
 REST, OTHER = "rest of gen", "other"
 SHORTEST_CALL_S = 1e-3  # times of calls are told to the millisecond
-
-
-# --- one step --------------------------------------------------------------------------------------------------------
 
 
 def phases_after(step: RunStep, rollout_s: float) -> list[tuple[str, float, float]]:
@@ -67,16 +63,14 @@ def _timeline(run: Run) -> tuple[Figure, str]:
     phases, step_s = phases_after(step, timeline.seconds), step.values["timing_s/step"]
     end_s = max(step_s, *(begin_s + seconds for _, begin_s, seconds in phases), timeline.seconds)
     # 1. A panel for the candidates, one for the calls if there are some, one for the phases.
-    panel_heights = [2.0, *([1.15] if has_calls else []), 0.27 * len(phases) + 0.1]
-    figure = Figure(figsize=(11, sum(panel_heights) + 2.0 + 0.3 * has_calls))
-    grid = list(figure.subplots(len(panel_heights), 1, sharex=True, squeeze=False, height_ratios=panel_heights)[:, 0])
-    for axes in grid:
+    calls_panel = {_draw_calls: 1.15} if has_calls else {}
+    panels = {_draw_candidates: 2.0, **calls_panel, _draw_phases: 0.27 * len(phases) + 0.1}
+    figure = Figure(figsize=(11, sum(panels.values()) + 2.0 + 0.3 * has_calls))
+    grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=list(panels.values()))[:, 0]
+    for axes, draw_panel in zip(grid, panels, strict=True):
         axes.axvspan(0, timeline.seconds, color=SHADE, zorder=0)
         axes.axvline(timeline.seconds, color=GREY, linewidth=1, linestyle="--")
-    _draw_candidates(grid[0], timeline)
-    if has_calls:
-        _draw_calls(grid[1], timeline)
-    _draw_phases(grid[-1], phases)
+        draw_panel(axes, timeline)
     for axes in grid[:-1]:
         axes.set_xlabel("")
     grid[-1].set_xlim(0, 1.1 * end_s)  # there is room for the last label
@@ -106,24 +100,19 @@ def _label(axes: Axes, text: str, at: tuple[float, float], color: str, weight: s
 def _caption(timeline: Timeline) -> str:
     median_text = f"has the median time of the last {timeline.chosen_of} steps with a timeline"
     choice_text = {0: "was asked for", 1: "is the last with a timeline"}.get(timeline.chosen_of, median_text)
-    caption_parts = [
-        f"Step {timeline.step.number} {choice_text}.",
-        "Above: candidates that have not ended, those included that wait for a place in an engine; a flat part on "
-        "the right is a tail.",
-    ]
-    if len(timeline.calls):
-        caption_parts.append(
-            "Middle: calls of the actor for log-probs; a bar's area is its tokens, blue is hidden under the rollout, "
-            "orange is not."
-        )
-        calls = timeline.step.values.get("darts/overlap/calls", 0)
-        if calls > len(timeline.calls):
-            caption_parts.append(f"The {calls:,.0f} calls are drawn as {len(timeline.calls)}: neighbours are joined.")
-    caption_parts.append(
-        "Below: what the step did after the rollout, end to end in the order of the trainer; where in it the "
-        "other, which verl does not name, was is not known. Orange: log-probs that training waits for."
+    calls, num_calls = timeline.step.values.get("darts/overlap/calls", 0), len(timeline.calls)
+    middle = (
+        " Middle: calls of the actor for log-probs; a bar's area is its tokens, blue is hidden under the rollout, "
+        "orange is not."
+    ) * (num_calls > 0)
+    if calls > num_calls > 0:
+        middle += f" The {calls:,.0f} calls are drawn as {num_calls}: neighbours are joined."
+    return (
+        f"Step {timeline.step.number} {choice_text}. Above: candidates that have not ended, those included that wait "
+        f"for a place in an engine; a flat part on the right is a tail.{middle} Below: what the step did after the "
+        "rollout, end to end in the order of the trainer; where in it the other, which verl does not name, was is not "
+        "known. Orange: log-probs that training waits for."
     )
-    return " ".join(caption_parts)
 
 
 def _draw_candidates(axes: Axes, timeline: Timeline) -> None:
@@ -153,7 +142,8 @@ def _draw_calls(axes: Axes, timeline: Timeline) -> None:
     dress(axes, f"Actor: {call_count:,.0f} calls for log-probs, {call_tokens.sum():,.0f} tokens{busy_text}", "tokens/s")
 
 
-def _draw_phases(axes: Axes, phases: list[tuple[str, float, float]]) -> None:
+def _draw_phases(axes: Axes, timeline: Timeline) -> None:
+    phases = phases_after(timeline.step, timeline.seconds)
     for row, (name, begin_s, seconds) in enumerate(phases):
         is_exposed = name in LOG_PROBS
         bar_color = EXPOSED if is_exposed else PHASES["gen" if name == REST else name]
@@ -167,9 +157,6 @@ def _draw_phases(axes: Axes, phases: list[tuple[str, float, float]]) -> None:
     dress(axes, "After the rollout", "", "seconds since the rollout began")
 
 
-# --- over the run ----------------------------------------------------------------------------------------------------
-
-
 def _overlap(run: Run) -> tuple[Figure, str]:
     hidden_s, exposed_s = (run.series(f"darts/overlap/{name}_s") for name in ("hidden", "exposed"))
     if not np.isfinite(hidden_s).any():
@@ -179,13 +166,9 @@ def _overlap(run: Run) -> tuple[Figure, str]:
     stack_parts = {"hidden under the rollout": hidden_s, "exposed": exposed_s}
     plot_stack(left_axes, run, stack_parts, dict(zip(stack_parts, (HIDDEN, EXPOSED), strict=True)))
     dress(left_axes, "Log-probs of a step", "seconds", legend=2)
-    share_lines = {
-        "seconds": ("hidden_share", BLUE, "-"),
-        "kept tokens, before own end": ("before_end_share", ORANGE, "-"),
-        "kept tokens": ("in_rollout_share", GREEN, "--"),
-    }
-    for share_label, (name, line_color, line_style) in share_lines.items():
-        plot_line(right_axes, run, 100 * run.series(f"darts/overlap/{name}"), line_color, share_label, line_style)
+    shares = {"seconds": "hidden", "kept tokens, before own end": "before_end", "kept tokens": "in_rollout"}
+    metrics = {label: f"darts/overlap/{name}_share" for label, name in shares.items()}
+    plot_lines(right_axes, run, metrics, (BLUE, ORANGE, GREEN), scale=100)
     right_axes.set_ylim(0, 104)
     dress(right_axes, "Share done under the rollout", "%", legend=3)
     return figure, overlap_sentence(run) + how_drawn(run, "lines", "columns")
@@ -193,16 +176,13 @@ def _overlap(run: Run) -> tuple[Figure, str]:
 
 def overlap_sentence(run: Run) -> str:
     """What overlap did in the last tenth of the steps, in words, and what is not healthy."""
-
-    def at_end(name: str) -> float:
-        return first_and_last(run.series(f"darts/overlap/{name}"))[1]
-
     share_forms = {
         "hidden_share": "{:.1%} of the seconds for log-probs are hidden under the rollout",
         "forwarded_per_kept": "{:.2f} tokens (prompts too) are forwarded per kept response token",
         "before_end_share": "{:.1%} of the kept tokens have their log-probs before their response's own end",
     }
-    shares = "; ".join(form.format(at_end(name)) for name, form in share_forms.items() if math.isfinite(at_end(name)))
+    end_shares = {form: first_and_last(run.series(f"darts/overlap/{name}"))[1] for name, form in share_forms.items()}
+    shares = "; ".join(form.format(share) for form, share in end_shares.items() if math.isfinite(share))
     text = f"Over the last tenth of the steps {shares}." if shares else ""
     peak_gib = np.nan_to_num(run.series("darts/overlap/cache_peak_gib")).max()
     if peak_gib > 0:

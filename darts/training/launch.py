@@ -13,7 +13,7 @@ from verl.trainer.ppo.utils import create_rl_dataset, create_rl_sampler, need_cr
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 from verl.utils.device import get_resource_name
 
-from darts.checks.cluster import check_cluster, is_disaggregated, pools
+from darts.checks.placement import check_cluster, is_disaggregated, pools
 from darts.checks.run import darts_config
 from darts.messages import Node
 from darts.training.trainer import RayDartsTrainer

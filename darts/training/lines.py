@@ -4,7 +4,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from darts.checks.cluster import pools
+from darts.checks.placement import pools
 from darts.checks.run import without_overlap
 from darts.config import DartsConfig
 

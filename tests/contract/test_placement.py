@@ -19,8 +19,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.rollout.llm_server import LLMServerManager
 
 import recipe.darts.main_darts  # noqa: F401  (registers the resolver that configurations use)
-from darts.checks.cluster import Pools, check_cluster, pools
-from darts.checks.placement import choose_backend
+from darts.checks.placement import Pools, check_cluster, choose_backend, pools
 from darts.checks.run import check_run
 from darts.config import ConfigError
 from darts.messages import Node

@@ -3,6 +3,7 @@ commands: `tests/unit/test_docs.py`, `tests/contract/test_docs.py`."""
 
 import re
 
+import pandas as pd
 import pytest
 import yaml
 from compositions import composed
@@ -45,7 +46,7 @@ def test_the_command_for_ones_own_model_is_all_that_is_needed(page):
 def test_the_expected_output_has_the_rows_that_the_summary_prints():
     shown = re.search(r"```\nSummary of the run\n(.*?)```", README, flags=re.S).group(1)
     step = dict.fromkeys(METRICS, 1.0) | {"timing_s/step": 1.0, "timing_s/gen": 1.0}
-    printed = summarise([step], [0.5], 0.1)
+    printed = summarise(pd.DataFrame([step]), [0.5], 0.1)
     assert [line[:24] for line in shown.splitlines()] == [line[:24] for line in printed.splitlines()]
 
 

@@ -16,8 +16,7 @@ from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import validate_config
 
 import recipe.darts.main_darts  # noqa: F401  (registers the resolver that configurations use)
-from darts.checks.cluster import Pools, pools
-from darts.checks.placement import choose_backend
+from darts.checks.placement import Pools, choose_backend, pools
 from darts.checks.run import check_run
 from darts.config import ConfigError
 from darts.testbed import assets_dir

@@ -11,7 +11,7 @@ from ray.cluster_utils import Cluster
 SILENT = """
 import sys, time
 import ray
-from darts.doctor.command import main
+from darts.doctor.__main__ import main
 from darts.doctor import communication
 
 class Silent(communication.Rank):

@@ -7,7 +7,7 @@ import sys
 import pytest
 from packaging.specifiers import SpecifierSet
 
-from darts.doctor import command
+from darts.doctor import __main__ as command
 from darts.doctor.facts import (
     FAILED,
     GIB,
@@ -236,7 +236,7 @@ def test_exit_code_and_json(monkeypatch, capsys, tmp_path, status):
 def test_versions_alone_load_nothing_heavy():
     """`scripts/setup.sh` asks for them whenever nothing changed."""
     code = (
-        "import sys; from darts.doctor.command import main; main(['--only', 'versions']); "
+        "import sys; from darts.doctor.__main__ import main; main(['--only', 'versions']); "
         "print(sorted(set(sys.modules) & {'torch', 'verl', 'ray', 'vllm', 'numpy', 'verl_patches'}))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)

@@ -2,12 +2,13 @@
 
 import json
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from darts.config import STRATEGIES
-from darts.report.summary import main, read_steps, summarise, weight_change
+from darts.report.summary import main, read_metrics, summarise, weight_change
 
 STEP = {
     "timing_s/step": 3.0,
@@ -140,7 +141,7 @@ def test_a_run_without_a_step_or_a_model_says_so(run, tmp_path, capsys):
 
 
 def test_missing_figures_are_not_invented(tmp_path):
-    assert "not measured" in summarise([STEP], [], 0.1)
+    assert "not measured" in summarise(pd.DataFrame([STEP]), [], 0.1)
     path = tmp_path / "m.jsonl"
     path.write_text(json.dumps({"step": 1, "data": {"timing_s/step": 1.0}}) + "\n")
-    assert "nan" in summarise(read_steps(path), [], 0.1)
+    assert "nan" in summarise(*read_metrics(path), 0.1)

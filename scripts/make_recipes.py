@@ -17,7 +17,6 @@ FOLDER = Path(__file__).resolve().parents[1] / "recipe" / "darts"
 TEMPLATE = "qwen2.5_14b_dapo"
 START = "set -xeuo pipefail\n"  # ends the head
 PAPER = "The paper's settings (arXiv 2605.30859); docs/reproduction.md says which are its own and which are our choice."
-NODE = "one node of 8 GPUs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +24,7 @@ class Recipe:
     """What differs from the template."""
 
     model: str  # of Qwen's, its first word; the rest is for the head
-    cluster: str = NODE
+    cluster: str = "one node of 8 GPUs"
     data: str = "dapo_math/aime2024"  # what scripts/data/prepare.py makes, and its validation file
     data_title: str = "DAPO-Math-17k, AIME-2024"
     prepare_options: str = ""
@@ -87,10 +86,7 @@ RECIPES = {
         changes=EIGHT_NODES | {
             "MAX_RESPONSE": "16384",
             "# Packed rows": "", "++actor_rollout_ref.model.override_config.attn_implementation=": "",
-            "actor_rollout_ref.actor.strategy=": '''\
-    model_engine=megatron actor_rollout_ref.actor.ppo_max_token_len_per_gpu="$MAX_LEN"
-''',
-            "actor_rollout_ref.actor.ulysses_sequence_parallel_size=": "",
+            "actor_rollout_ref.actor.strategy=": "    model_engine=megatron\n",
             "actor_rollout_ref.actor.fsdp_config.": """\
     actor_rollout_ref.actor.megatron.tensor_model_parallel_size="${ACTOR_TP:-4}"
     actor_rollout_ref.actor.megatron.expert_model_parallel_size="${ACTOR_EP:-8}"  # experts

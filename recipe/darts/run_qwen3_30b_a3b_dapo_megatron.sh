@@ -26,8 +26,7 @@ if [[ $PLACEMENT == disaggregated ]]; then
     TRAIN_GPUS=$((GPUS_PER_NODE - SERVE_GPUS))
     GPU_MEMORY_UTILIZATION=${GPU_MEMORY_UTILIZATION:-0.85}  # of a server
 fi
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-PYTHON=${PYTHON:-$([[ -x $ROOT/.venv/bin/python ]] && echo "$ROOT/.venv/bin/python" || echo python3)}
+PYTHON=${PYTHON:-$(command -v "$(realpath "$(dirname "${BASH_SOURCE[0]}")")/../../.venv/bin/python" || echo python3)}
 
 DATA=(
     data.train_files="${TRAIN_FILES:-$DATA_DIR/dapo_math/train.parquet}"
@@ -38,8 +37,9 @@ DATA=(
 )
 MODEL=(
     actor_rollout_ref.model.path="'${MODEL_PATH:-Qwen/Qwen3-30B-A3B}'"
-    model_engine=megatron actor_rollout_ref.actor.ppo_max_token_len_per_gpu="$MAX_LEN"
+    actor_rollout_ref.actor.ppo_max_token_len_per_gpu="$MAX_LEN"
     actor_rollout_ref.actor.ppo_mini_batch_size="${MINI_BATCH_PROMPTS:-32}"  # an update of the weights
+    model_engine=megatron
     actor_rollout_ref.actor.megatron.tensor_model_parallel_size="${ACTOR_TP:-4}"
     actor_rollout_ref.actor.megatron.expert_model_parallel_size="${ACTOR_EP:-8}"  # experts
     actor_rollout_ref.actor.megatron.pipeline_model_parallel_size="${ACTOR_PP:-1}"
@@ -64,8 +64,7 @@ DARTS=(  # Which to choose: docs/tuning.md; the paper's ablation: docs/reproduct
     darts.strategy="${STRATEGY:-darts}"  # or what to compare with: none, bypass, shortest_k, tail_batching, sorted
     darts.allocation.mode="${ALLOCATION:-adaptive}"  # uniform: as many candidates for all; off: no redundancy
     darts.allocation.mean_candidates="${MEAN_CANDIDATES:-10.5}"  # of a prompt; null: what the utility says
-    darts.allocation.high="${MAX_CANDIDATES:-16}"  # M_up
-    darts.selection.num_long="${NUM_LONG:-1}"  # L; K = 8 - L
+    darts.allocation.high="${MAX_CANDIDATES:-16}" darts.selection.num_long="${NUM_LONG:-1}"  # M_up; L (K = 8 - L)
     darts.selection.mode="${SELECTION:-auto}"  # dual_end, shortest_only: for all prompts
     darts.selection.long_wait="${LONG_WAIT:-all}"  # deadline: long ones among those that end in time
     darts.early_stop="${EARLY_STOP:-eager}"  # exact, off

@@ -42,10 +42,8 @@ from datasets.utils import tqdm
 from PIL import Image
 from published import DATASETS, IMAGE, Example, Part, PreparedRow, UnusableRow
 
-BATCH = 500
-"""Rows in memory at a time: the tests of a single programming problem may take megabytes."""
-SHOWN = 200
-"""Characters of a text in the summary and in errors."""
+BATCH = 500  # rows in memory at a time: the tests of a single programming problem may take megabytes
+SHOWN = 200  # characters of a text in the summary and in errors
 FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
 KINDS: dict[str, tuple[str, set[str]]] = {
     "text": ("text", set()),
@@ -75,7 +73,7 @@ class Source:
     option: str  # by which it was named, with the value
     rows: datasets.Dataset  # the needed columns of the needed split, images as bytes; memory-mapped
     chosen: list[int] = field(default_factory=list)  # the rows that are to be written, in the order of the source
-    seen: set[bytes] = field(default_factory=set)  # digests of all readable prompts, kept or not
+    seen: dict[bytes, int] = field(default_factory=dict)  # all readable prompts, by digest, with their first row
     dropped: Counter[str] = field(default_factory=Counter)  # rows by reason
 
     def report(self) -> str:
@@ -133,10 +131,10 @@ def prepare(options: argparse.Namespace) -> None:
     Raises:
         InputError: something that was asked for cannot be had.
     """
-    _, *file_parts = DATASETS[options.name]
+    _, train_part, val_part = DATASETS[options.name]
     if "ability" in options:
-        file_parts = [replace(part, read=partial(part.read, wanted=options.ability)) for part in file_parts]
-    train_part, val_part = file_parts
+        read_row = partial(train_part.read, wanted=options.ability)
+        train_part, val_part = (replace(part, read=read_row) for part in (train_part, val_part))
     if options.limit is not None and options.limit < 1:
         raise InputError(f"--limit={options.limit}: must be at least 1; leave it out for all rows.")
     output_folder = options.out.expanduser()
@@ -144,19 +142,13 @@ def prepare(options: argparse.Namespace) -> None:
         output_folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output_folder).close()
     except OSError as error:
-        raise InputError(
-            f"--out={output_folder}: cannot be written to ({error.strerror}); name another folder."
-        ) from error
+        problem = f"cannot be written to ({error.strerror})"
+        raise InputError(f"--out={output_folder}: {problem}; name another folder.") from error
 
     # 1. Both sources are there, with what they must have.
-    source_splits = load(train_part, "--source", options.source)
-    train = pick(source_splits, train_part, f"--source={options.source}")
-    if "val_source" in options:
-        validation = pick(
-            load(val_part, "--val-source", options.val_source), val_part, f"--val-source={options.val_source}"
-        )
-    else:
-        validation = pick(source_splits, val_part, f"--source={options.source}")
+    train = pick(train_part, "--source", options.source)
+    val_option = "--val-source" if "val_source" in options else "--source"
+    validation = pick(val_part, val_option, vars(options).get("val_source", options.source))
     # 2. What is validated on is not trained on.
     choose(validation)
     choose(train, validation)
@@ -171,8 +163,8 @@ def prepare(options: argparse.Namespace) -> None:
 
     for source, rows in zip((train, validation), written_rows, strict=True):
         cut_words = f" of {len(source.chosen):,}, --limit" if len(rows) < len(source.chosen) else ""
-        read_words = f"{source.part.name}.parquet: {len(source.rows):,} read"
-        print(f"{read_words}, {len(rows):,} written{cut_words}{source.report()}")
+        file_words = f"{source.part.name}.parquet: {len(source.rows):,} read, {len(rows):,} written"
+        print(file_words + cut_words + source.report())
     print(f"in {output_folder}; the first row of {train.part.name}.parquet:")
     for column_name, value in written_rows[0][0].items():
         print(f"  {column_name:<13} {_short(value)}")
@@ -227,12 +219,13 @@ def _problem(error: BaseException, is_file: bool) -> str:
     return f"cannot be read ({type(error).__name__}: {_short(error)})"
 
 
-def pick(splits: Mapping[str, datasets.Dataset], file_part: Part, option_words: str) -> Source:
+def pick(file_part: Part, source_option: str, source_name: str) -> Source:
     """What `file_part` needs of a source.
 
     Raises:
-        InputError: a split or a column is not there, or of another type.
+        InputError: the source, a split or a column is not there, or of another type.
     """
+    splits, option_words = load(file_part, source_option, source_name), f"{source_option}={source_name}"
     split_name = file_part.split or ("train" if "train" in splits or len(splits) > 1 else next(iter(splits)))
     a_copy = f"a copy of {file_part.hub}."
     if split_name not in splits:
@@ -274,24 +267,24 @@ def choose(source: Source, held_out: Source | None = None) -> None:
     Raises:
         InputError: no row is left.
     """
-    first_rows: dict[bytes, int] = {}
     answers: dict[bytes, set[bytes]] = defaultdict(set)
     copies: Counter[bytes] = Counter()
     num_batches = -(-len(source.rows) // BATCH)
     batches = source.rows.iter(BATCH)
     batches = tqdm(batches, desc=f"Reading {source.part.name}", total=num_batches, unit=" rows", unit_scale=BATCH)
-    for row_index, example in enumerate(example for batch in batches for example in _examples(batch)):
+    examples = (dict(zip(batch, row, strict=True)) for batch in batches for row in zip(*batch.values(), strict=True))
+    for row_index, example in enumerate(examples):
         try:
             prepared_row = read(source.part, example)
         except UnusableRow as drop_reason:
             source.dropped[str(drop_reason)] += 1
             continue
         prompt_key = _digest(prepared_row.question, example.get("images") or ())
-        first_rows.setdefault(prompt_key, row_index)
+        source.seen.setdefault(prompt_key, row_index)
         copies[prompt_key] += 1
         if prepared_row.ability != "code":
             answers[prompt_key].add(_digest(prepared_row.answer))
-    for prompt_key, row_index in first_rows.items():
+    for prompt_key, row_index in source.seen.items():
         if len(answers[prompt_key]) > 1:
             source.dropped["repeated with different answers"] += copies[prompt_key]
         elif held_out and prompt_key in held_out.seen:
@@ -299,14 +292,9 @@ def choose(source: Source, held_out: Source | None = None) -> None:
         else:
             source.dropped["repeated"] += copies[prompt_key] - 1
             source.chosen.append(row_index)
-    source.seen = set(first_rows)
     if not source.chosen:
         none_left = f"none of the {len(source.rows):,} rows is left{source.report()}"
         raise InputError(f"{source.option}: {none_left}; pass a copy of {source.part.hub}.")
-
-
-def _examples(batch: dict[str, list]) -> list[Example]:
-    return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
 
 
 def read(file_part: Part, example: Example) -> PreparedRow:

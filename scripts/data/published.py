@@ -13,8 +13,7 @@ from typing import Any
 
 Example = Mapping[str, Any]
 
-IMAGE = "<image>"
-"""What stands for an image in a prompt of verl."""
+IMAGE = "<image>"  # stands for an image in a prompt of verl
 
 
 class UnusableRow(Exception):
@@ -165,7 +164,6 @@ EURUS_INSTRUCTIONS = {
     "math": (r"\boxed", "\n\nPut the final answer, in LaTeX, in \\boxed{}."),
 }
 """What a prompt must name, and what is added to one that does not."""
-EURUS_COLUMNS = {"data_source": "text", "prompt": "messages", "ability": "text", "reward_model.ground_truth": "text"}
 
 
 def read_eurus(example: Example, wanted: str = "code") -> PreparedRow:
@@ -229,6 +227,7 @@ def _call(call_arguments: Any, expected_value: Any) -> tuple[str, str]:
 
 
 MATH = "DigitalLearningGmbH/MATH-lighteval"
+DEEPMATH, DEEPSCALER = "zwhe99/DeepMath-103K", "agentica-org/DeepScaleR-Preview-Dataset"
 DATASETS: dict[str, tuple[str, Part, Part]] = {
     "gsm8k": (
         """GSM8K. Scored by verl's `gsm8k`, which compares the number after `####` as text, without commas.
@@ -258,16 +257,12 @@ DATASETS: dict[str, tuple[str, Part, Part]] = {
     "deepmath": (
         r"""DeepMath-103K, validated on AIME-2024. Scored by verl's `math_reward` (the last \boxed{}), which verl finds
         by the data source of MATH. The solutions of R1 are not used.""",
-        Part(name="train", **problems("zwhe99/DeepMath-103K", "question", "final_answer", BOXED, data_source=MATH)),
-        aime2024(BOXED),
+        Part(name="train", **problems(DEEPMATH, "question", "final_answer", BOXED, data_source=MATH)), aime2024(BOXED),
     ),
     "deepscaler": (
         r"""DeepScaleR-Preview, validated on AIME-2024. Scored by verl's `math_reward` (the last \boxed{}), which verl
         finds by the data source of MATH. A few rows have no answer.""",
-        Part(name="train", **problems(
-            "agentica-org/DeepScaleR-Preview-Dataset", "problem", "answer", BOXED, data_source=MATH,
-        )),
-        aime2024(BOXED),
+        Part(name="train", **problems(DEEPSCALER, "problem", "answer", BOXED, data_source=MATH)), aime2024(BOXED),
     ),
     "geo3k": (
         r"""Geometry3K, with images. Scored by verl's `geo3k` (needs the package mathruler): 0.9 for the right answer in
@@ -283,7 +278,9 @@ DATASETS: dict[str, tuple[str, Part, Part]] = {
         those that it cannot run. Of a problem that comes again with other tests the first are kept. Not for functions:
         a sandbox (`reward.sandbox_fusion.url`), which compares what is printed, `4`, with the text of the list,
         `[4]`.""",
-        *parts("train", "validation", hub="PRIME-RL/Eurus-2-RL-Data", columns=EURUS_COLUMNS, read=read_eurus),
+        *parts("train", "validation", hub="PRIME-RL/Eurus-2-RL-Data", read=read_eurus, columns={
+            "data_source": "text", "prompt": "messages", "ability": "text", "reward_model.ground_truth": "text",
+        }),
     ),
 }  # fmt: skip
 """By name: what `prepare.py NAME --help` says, the file to train on, the file to validate on."""

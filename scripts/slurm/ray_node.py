@@ -19,8 +19,7 @@ import sys
 import threading
 from pathlib import Path
 
-END_S = 15
-"""Limit for Ray to end in order."""
+END_S = 15  # limit for Ray to end in order
 OWN_LOGS = ("raylet.*", "gcs_server.*", "ray_process_exit.log")
 
 
@@ -59,21 +58,16 @@ def ray_start(options: argparse.Namespace) -> tuple[list[str], str]:
     if options.address is not None:
         return [*ray_command, f"--address={options.address}"], options.address
     node_ip = own_address(options.toward)
-    head_options = [
-        "--head", f"--node-ip-address={node_ip}", f"--port={port}", f"--ray-client-server-port={client_port}",
-        "--include-dashboard=false",
-    ]  # fmt: skip
-    return [*ray_command, *head_options], f"{node_ip}:{port}"
+    ray_command += ["--head", f"--node-ip-address={node_ip}", f"--port={port}", "--include-dashboard=false"]
+    return [*ray_command, f"--ray-client-server-port={client_port}"], f"{node_ip}:{port}"
 
 
 def can_be_reached(address: str) -> bool:
     """Whether somebody listens there."""
     host, port = address.rsplit(":", 1)
-    try:
-        socket.create_connection((host, int(port)), timeout=1).close()
-    except OSError:
-        return False
-    return True
+    with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=1):
+        return True
+    return False
 
 
 def main() -> int:

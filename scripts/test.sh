@@ -14,13 +14,11 @@ set -Eeuo pipefail
 # shellcheck source=scripts/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-own_processes() { grep -lszx "$mark" /proc/[0-9]*/environ 2>/dev/null | cut -d/ -f3; }
-
 end_own_processes() {
   local pids round
   [[ -n $group ]] || return 0
   for round in {1..80}; do
-    pids=$(own_processes) || true
+    pids=$(grep -lszx "$mark" /proc/[0-9]*/environ 2>/dev/null | cut -d/ -f3) || true
     [[ -z $pids ]] && break
     # Ray takes a moment to end by itself: 4 s untouched, then SIGTERM, after 3 s more SIGKILL.
     if ((round == 40)); then
@@ -38,9 +36,7 @@ count() { sed -nE "1,3s/.*<testsuite [^>]*\b$1=\"([0-9]+)\".*/\1/p" "$work/junit
 
 # One function, so that bash has read all of this file before a `git pull` may change it.
 main() {
-  limit=4800
-  tiers="fast tiers"
-  lanes=(-n 2)
+  limit=4800 tiers="fast tiers" lanes=(-n 2)
   (($(awk '/^MemAvailable/ { print int($2 / 1e6) }' /proc/meminfo) >= 14)) || lanes=()
   for argument in "$@"; do
     case $argument in
@@ -66,9 +62,7 @@ main() {
 
   # What belongs to this run carries this mark in its environment, wherever it was moved in the process tree.
   mark="DARTS_TEST_RUN=$$.$RANDOM"
-  group=
-
-  interrupted=
+  group="" interrupted=""
   trap 'interrupted=1; [[ -n $group ]] && kill -INT "$group" 2>/dev/null' INT TERM HUP
 
   # Job control gives pytest a process group of its own. SIGINT makes it end its fixtures in order.
@@ -83,13 +77,11 @@ main() {
   while kill -0 "$group" 2>/dev/null; do status=0; wait "$group" || status=$?; done
   end_own_processes
 
-  counts=
+  counts="" kept=""
   if [[ -s $work/junit.xml ]]; then
     counts=" ($(count tests) tests, $(count failures) failed, $(count errors) errors, $(count skipped) skipped)"
     if [[ -n $junit ]]; then mkdir -p "$(dirname "$junit")" && cp "$work/junit.xml" "$junit"; fi
   fi
-
-  kept=
   if ((status == 0)); then rm -rf "$work"; else kept="; Ray's logs: $work"; fi
   case $status in
     0) verdict=passed ;;

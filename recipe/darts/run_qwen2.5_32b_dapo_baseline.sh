@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
 # Made by scripts/make_recipes.py: run_qwen2.5_32b_dapo.sh in plain verl; darts.enable is all that differs.
-set -euo pipefail
-OUTPUT_DIR=${OUTPUT_DIR:-outputs/qwen2.5_32b_dapo_baseline} DARTS_ENABLE=False \
-    exec bash "$(dirname "${BASH_SOURCE[0]}")/run_qwen2.5_32b_dapo.sh" "$@"
+export DARTS_ENABLE=False OUTPUT_DIR=${OUTPUT_DIR:-outputs/qwen2.5_32b_dapo_baseline}
+exec bash "${BASH_SOURCE[0]%_baseline.sh}.sh" "$@"

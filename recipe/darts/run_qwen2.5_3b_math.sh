@@ -1,119 +1,69 @@
 #!/usr/bin/env bash
-# Made by scripts/make_recipes.py: run_qwen2.5_14b_dapo.sh, and what differs. Change those, or a copy of this.
+# Made by scripts/make_recipes.py: the body of run_qwen2.5_14b_dapo.sh, and what differs. Change those, or a copy of this.
 # GRPO with DARTS | Qwen2.5-3B | MATH-lighteval | FSDP2 and vLLM
 # The paper's settings (arXiv 2605.30859); docs/reproduction.md says which are its own and which are our choice.
-# Composed and checked on CPUs; not run on GPUs yet.
-#
-#   .venv/bin/python scripts/data/math_lighteval.py                    the data, once
+# Composed and checked on CPUs; not run on GPUs yet. Hydra overrides come last; other settings, another OUTPUT_DIR.
+#   .venv/bin/python scripts/data/prepare.py math_lighteval            the data, once
 #   bash recipe/darts/run_qwen2.5_3b_math.sh                           one node of 8 GPUs
 #   bash recipe/darts/run_qwen2.5_3b_math_baseline.sh                  plain verl, all else the same
 #   PLACEMENT=disaggregated bash recipe/darts/run_qwen2.5_3b_math.sh   as in the paper: half of each node serves
-# Hydra overrides come last; other settings, another folder:
-#   OUTPUT_DIR=outputs/try_qwen2.5_3b_math bash recipe/darts/run_qwen2.5_3b_math.sh trainer.total_training_steps=2
 set -xeuo pipefail
 
-########################### user-adjustable ###########################
-MODEL_PATH=${MODEL_PATH:-Qwen/Qwen2.5-3B}
+# Knobs: what stands as ${...:-default} may be set in the environment. What all recipes share is in configs/recipe/.
+OUTPUT_DIR=$(realpath -m "${OUTPUT_DIR:-outputs/qwen2.5_3b_math}")  # a run goes on from its last checkpoint
 DATA_DIR=${DATA_DIR:-$HOME/data}
-TRAIN_FILES=${TRAIN_FILES:-$DATA_DIR/math_lighteval/train.parquet}
-VAL_FILES=${VAL_FILES:-$DATA_DIR/math_lighteval/test.parquet}
-OUTPUT_DIR=${OUTPUT_DIR:-outputs/qwen2.5_3b_math}  # a run goes on from its last checkpoint
 NNODES=${NNODES:-1}
 GPUS_PER_NODE=${GPUS_PER_NODE:-8}
-
-TRAIN_PROMPTS=${TRAIN_PROMPTS:-256}  # a step
-MINI_BATCH_PROMPTS=${MINI_BATCH_PROMPTS:-32}  # an update of the weights
 MAX_PROMPT=${MAX_PROMPT:-2048}
 MAX_RESPONSE=${MAX_RESPONSE:-8192}
-TOTAL_STEPS=${TOTAL_STEPS:-500}
-ULYSSES=${ULYSSES:-4}  # sequence parallel
-# Packed rows want flash-attn; without it ATTENTION=sdpa ULYSSES=1 is right, and slow.
-ATTENTION=${ATTENTION:-flash_attention_2}
-ROLLOUT_TP=${ROLLOUT_TP:-2}
-OFFLOAD=${OFFLOAD:-False}  # weights and optimizer to the CPU while they are not used
-LOGGER=${LOGGER:-[console,file]}  # [console,file,wandb]
-
-# DARTS; *_baseline.sh sets the first. Which to choose: docs/tuning.md; the paper's ablation: docs/reproduction.md.
-DARTS_ENABLE=${DARTS_ENABLE:-True}
-PLACEMENT=${PLACEMENT:-colocated}       # disaggregated: servers on GPUs of their own, training on the others
-ROLLOUT_GPUS_PER_NODE=${ROLLOUT_GPUS_PER_NODE:-$((GPUS_PER_NODE / 2))}  # where disaggregated
-GPU_MEMORY_UTILIZATION=${GPU_MEMORY_UTILIZATION:-$([[ $PLACEMENT == disaggregated ]] && echo 0.85 || echo 0.6)}  # of a server
-STRATEGY=${STRATEGY:-darts}             # or what to compare with: none, bypass, shortest_k, tail_batching, sorted
-ALLOCATION=${ALLOCATION:-adaptive}      # uniform: the same number of candidates for all; off: no redundancy
-MEAN_CANDIDATES=${MEAN_CANDIDATES:-10.5}  # of a prompt; null: what the utility says (docs/tuning.md)
-MAX_CANDIDATES=${MAX_CANDIDATES:-16}    # M_up
-NUM_LONG=${NUM_LONG:-1}                 # L; K = 8 - L
-SELECTION=${SELECTION:-auto}            # dual_end, shortest_only: for all prompts
-LONG_WAIT=${LONG_WAIT:-all}             # deadline: long ones among those that end in time
-EARLY_STOP=${EARLY_STOP:-eager}         # exact, off
-OVERLAP=${OVERLAP:-auto}                # log-probs during generation: off, sequence, token
-########################### end user-adjustable ###########################
-
-OUTPUT_DIR=$(realpath -m "$OUTPUT_DIR")
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-PYTHON=${PYTHON:-$([[ -x $ROOT/.venv/bin/python ]] && echo "$ROOT/.venv/bin/python" || echo python3)}
 MAX_LEN=$((MAX_PROMPT + MAX_RESPONSE))
-TRAIN_GPUS_PER_NODE=$GPUS_PER_NODE
-if [[ $PLACEMENT == disaggregated ]]; then TRAIN_GPUS_PER_NODE=$((GPUS_PER_NODE - ROLLOUT_GPUS_PER_NODE))
-else ROLLOUT_GPUS_PER_NODE=$GPUS_PER_NODE; fi
+OFFLOAD=${OFFLOAD:-False}  # weights and optimizer to the CPU while they are not used
+PLACEMENT=${PLACEMENT:-colocated}  # disaggregated: servers on GPUs of their own, training on the others
+TRAIN_GPUS=$GPUS_PER_NODE SERVE_GPUS=$GPUS_PER_NODE
+if [[ $PLACEMENT == disaggregated ]]; then
+    SERVE_GPUS=${ROLLOUT_GPUS_PER_NODE:-$((GPUS_PER_NODE / 2))}
+    TRAIN_GPUS=$((GPUS_PER_NODE - SERVE_GPUS))
+    GPU_MEMORY_UTILIZATION=${GPU_MEMORY_UTILIZATION:-0.85}  # of a server
+fi
+PYTHON=${PYTHON:-$(command -v "$(realpath "$(dirname "${BASH_SOURCE[0]}")")/../../.venv/bin/python" || echo python3)}
 
-ALGORITHM=(algorithm.adv_estimator=grpo algorithm.use_kl_in_reward=False)
 DATA=(
-    data.train_files="$TRAIN_FILES" data.val_files="$VAL_FILES"
-    data.train_batch_size="$TRAIN_PROMPTS" data.max_prompt_length="$MAX_PROMPT" data.max_response_length="$MAX_RESPONSE"
-    data.filter_overlong_prompts=True data.filter_overlong_prompts_workers=8 data.truncation=error
-)
-REWARD=(
-    reward.reward_manager.name=dapo
-    +reward.reward_kwargs.overlong_buffer_cfg.enable=True  # the last half of the response costs up to 1
-    +reward.reward_kwargs.overlong_buffer_cfg.len="$((MAX_RESPONSE / 2))"
-    +reward.reward_kwargs.overlong_buffer_cfg.penalty_factor=1.0 +reward.reward_kwargs.overlong_buffer_cfg.log=True
-    +reward.reward_kwargs.max_resp_len="$MAX_RESPONSE"
+    data.train_files="${TRAIN_FILES:-$DATA_DIR/math_lighteval/train.parquet}"
+    data.val_files="${VAL_FILES:-$DATA_DIR/math_lighteval/test.parquet}"
+    data.train_batch_size="${TRAIN_PROMPTS:-256}"  # a step
+    data.max_prompt_length="$MAX_PROMPT" data.max_response_length="$MAX_RESPONSE"
+    reward.reward_kwargs.overlong_buffer_cfg.len="$((MAX_RESPONSE / 2))"
 )
 MODEL=(
-    actor_rollout_ref.model.path="'$MODEL_PATH'"
-    actor_rollout_ref.model.use_remove_padding=True actor_rollout_ref.model.enable_gradient_checkpointing=True
-    ++actor_rollout_ref.model.override_config.attn_implementation="$ATTENTION"
-)
-ACTOR=(
-    actor_rollout_ref.actor.strategy=fsdp2
-    actor_rollout_ref.actor.ppo_mini_batch_size="$MINI_BATCH_PROMPTS"
-    actor_rollout_ref.actor.use_dynamic_bsz=True actor_rollout_ref.actor.ppo_max_token_len_per_gpu="$MAX_LEN"
-    actor_rollout_ref.actor.optim.lr=1e-6 actor_rollout_ref.actor.optim.lr_warmup_steps=10
-    actor_rollout_ref.actor.optim.weight_decay=0.1 actor_rollout_ref.actor.optim.clip_grad=1.0
-    actor_rollout_ref.actor.clip_ratio_low=0.2 actor_rollout_ref.actor.clip_ratio_high=0.28
-    actor_rollout_ref.actor.loss_agg_mode=token-mean
-    actor_rollout_ref.actor.use_kl_loss=False actor_rollout_ref.actor.entropy_coeff=0
-    actor_rollout_ref.actor.ulysses_sequence_parallel_size="$ULYSSES"
+    actor_rollout_ref.rollout.val_kwargs.n=1
+    actor_rollout_ref.model.path="'${MODEL_PATH:-Qwen/Qwen2.5-3B}'"
+    # Packed rows want flash-attn; without it ATTENTION=sdpa ULYSSES=1 is right, and slow.
+    ++actor_rollout_ref.model.override_config.attn_implementation="${ATTENTION:-flash_attention_2}"
+    actor_rollout_ref.actor.ppo_max_token_len_per_gpu="$MAX_LEN"
+    actor_rollout_ref.actor.ppo_mini_batch_size="${MINI_BATCH_PROMPTS:-32}"  # an update of the weights
+    actor_rollout_ref.actor.strategy=fsdp2 actor_rollout_ref.actor.ulysses_sequence_parallel_size="${ULYSSES:-4}"
     actor_rollout_ref.actor.fsdp_config.param_offload="$OFFLOAD"
     actor_rollout_ref.actor.fsdp_config.optimizer_offload="$OFFLOAD"
-)
-ROLLOUT=(
-    actor_rollout_ref.rollout.n=8 actor_rollout_ref.rollout.temperature=1.0
-    actor_rollout_ref.rollout.tensor_model_parallel_size="$ROLLOUT_TP"
-    actor_rollout_ref.rollout.max_model_len="$MAX_LEN" actor_rollout_ref.rollout.max_num_batched_tokens=16384
-    actor_rollout_ref.rollout.max_num_seqs=512 actor_rollout_ref.rollout.agent.num_workers="$((8 * NNODES))"
-    actor_rollout_ref.rollout.gpu_memory_utilization="$GPU_MEMORY_UTILIZATION"
-    actor_rollout_ref.rollout.nnodes="$NNODES" actor_rollout_ref.rollout.n_gpus_per_node="$ROLLOUT_GPUS_PER_NODE"
-    actor_rollout_ref.rollout.val_kwargs.n=1 actor_rollout_ref.rollout.val_kwargs.do_sample=True
-    actor_rollout_ref.rollout.val_kwargs.temperature=1.0 actor_rollout_ref.rollout.val_kwargs.top_p=0.7
+    actor_rollout_ref.rollout.tensor_model_parallel_size="${ROLLOUT_TP:-2}"
+    actor_rollout_ref.rollout.max_model_len="$MAX_LEN" actor_rollout_ref.rollout.agent.num_workers="$((8 * NNODES))"
+    actor_rollout_ref.rollout.gpu_memory_utilization="${GPU_MEMORY_UTILIZATION:-0.6}"
+    actor_rollout_ref.rollout.nnodes="$NNODES" actor_rollout_ref.rollout.n_gpus_per_node="$SERVE_GPUS"
 )
 TRAINER=(
-    trainer.nnodes="$NNODES" trainer.n_gpus_per_node="$TRAIN_GPUS_PER_NODE"
-    trainer.total_training_steps="$TOTAL_STEPS" trainer.total_epochs=1000  # the number of steps decides
-    trainer.save_freq=20 trainer.max_actor_ckpt_to_keep=2 trainer.test_freq=10 trainer.resume_mode=auto
-    trainer.project_name=darts trainer.experiment_name="'$(basename "$OUTPUT_DIR")'" trainer.logger="$LOGGER"
-    trainer.default_local_dir="'$OUTPUT_DIR'" hydra.run.dir="'$OUTPUT_DIR/hydra'"
-    # A file for each start: verl's logger begins anew when a run goes on.
-    +ray_kwargs.ray_init.runtime_env.env_vars.VERL_FILE_LOGGER_PATH="'$OUTPUT_DIR/metrics-$(date +%Y%m%d-%H%M%S).jsonl'"
+    trainer.nnodes="$NNODES" trainer.n_gpus_per_node="$TRAIN_GPUS" trainer.total_training_steps="${TOTAL_STEPS:-500}"
+    trainer.default_local_dir="'$OUTPUT_DIR'" trainer.experiment_name="'$(basename "$OUTPUT_DIR")'"
+    trainer.logger="${LOGGER:-[console,file]}"  # [console,file,wandb]
 )
-DARTS=(
-    darts.enable="$DARTS_ENABLE" darts.placement="$PLACEMENT" darts.strategy="$STRATEGY"
-    darts.allocation.mode="$ALLOCATION" darts.allocation.high="$MAX_CANDIDATES"
-    darts.allocation.mean_candidates="$MEAN_CANDIDATES"
-    darts.selection.num_long="$NUM_LONG" darts.selection.mode="$SELECTION" darts.selection.long_wait="$LONG_WAIT"
-    darts.early_stop="$EARLY_STOP" darts.overlap.mode="$OVERLAP"
+DARTS=(  # Which to choose: docs/tuning.md; the paper's ablation: docs/reproduction.md.
+    darts.enable="${DARTS_ENABLE:-True}" darts.placement="$PLACEMENT"
+    darts.strategy="${STRATEGY:-darts}"  # or what to compare with: none, bypass, shortest_k, tail_batching, sorted
+    darts.allocation.mode="${ALLOCATION:-adaptive}"  # uniform: as many candidates for all; off: no redundancy
+    darts.allocation.mean_candidates="${MEAN_CANDIDATES:-10.5}"  # of a prompt; null: what the utility says
+    darts.allocation.high="${MAX_CANDIDATES:-16}" darts.selection.num_long="${NUM_LONG:-1}"  # M_up; L (K = 8 - L)
+    darts.selection.mode="${SELECTION:-auto}"  # dual_end, shortest_only: for all prompts
+    darts.selection.long_wait="${LONG_WAIT:-all}"  # deadline: long ones among those that end in time
+    darts.early_stop="${EARLY_STOP:-eager}"  # exact, off
+    darts.overlap.mode="${OVERLAP:-auto}"  # log-probs during generation: off, sequence, token
 )
 
-"$PYTHON" -m recipe.darts.main_darts "${ALGORITHM[@]}" "${DATA[@]}" "${REWARD[@]}" "${MODEL[@]}" "${ACTOR[@]}" \
-    "${ROLLOUT[@]}" "${TRAINER[@]}" "${DARTS[@]}" "$@"
+"$PYTHON" -m recipe.darts.main_darts +recipe=dapo "${DATA[@]}" "${MODEL[@]}" "${TRAINER[@]}" "${DARTS[@]}" "$@"

@@ -1,6 +1,9 @@
-"""What the scripts of this folder share: from a dataset as it is published to the parquet files that verl trains on.
+"""Makes the parquet files that verl trains on and validates on of a dataset as it is published (`published.py`):
 
-Contract, for every script:
+    .venv/bin/python scripts/data/prepare.py gsm8k          train.parquet and test.parquet in ~/data/gsm8k
+    .venv/bin/python scripts/data/prepare.py gsm8k --help   what is in them, how verl scores it, and the options
+
+Contract, for every dataset:
 
 1. `--source` is a hub name, a parquet, json or jsonl file, a folder of such files, or one made by `save_to_disk`.
 2. A row is `data_source`, `prompt`, `ability`, `reward_model` {style, ground_truth}, `extra_info` {split, index,
@@ -25,9 +28,9 @@ import os
 import sys
 import tempfile
 import unicodedata
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -37,18 +40,17 @@ import huggingface_hub
 import pyarrow as pa
 from datasets.utils import tqdm
 from PIL import Image
+from published import DATASETS, IMAGE, Example, Part, PreparedRow, UnusableRow
 
-Example = Mapping[str, Any]
-Messages = list[dict[str, str]]
-Command = Callable[[Sequence[str] | None], int]
-
-BATCH = 500
-"""Rows in memory at a time: the tests of a single programming problem may take megabytes."""
-SHOWN = 200
-"""Characters of a text in the summary and in errors."""
+BATCH = 500  # rows in memory at a time: the tests of a single programming problem may take megabytes
+SHOWN = 200  # characters of a text in the summary and in errors
 FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
-IMAGE = "<image>"
-"""What stands for an image in a prompt of verl."""
+KINDS: dict[str, tuple[str, set[str]]] = {
+    "text": ("text", set()),
+    "messages": ("a list of {role, content}", {"role", "content"}),
+    "images": ("a list of images", {"bytes", "path"}),
+}
+"""What a column may be, in words, and the members of the records that it is a list of."""
 TEXT = datasets.Value("string")
 FEATURES = datasets.Features(
     data_source=TEXT,
@@ -63,68 +65,21 @@ class InputError(Exception):
     """Input that cannot be used: one line with the value, the rule and the fix."""
 
 
-class UnusableRow(Exception):
-    """A row to be dropped, with the reason by which it is counted."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PreparedRow:
-    """A prompt: ``PreparedRow(question="1 + 1?", prompt=user("1 + 1?"), answer="2", data_source="math_dapo")``."""
-
-    question: str
-    """The prompt without instructions: by it copies are found."""
-    prompt: Messages
-    answer: str
-    """The ground truth, as the scorer of `data_source` wants it."""
-    data_source: str
-    ability: str = "math"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """A file to be written, and what it is read from."""
-
-    name: str
-    """The file's name without ``.parquet``."""
-    hub: str
-    """The canonical dataset."""
-    columns: Mapping[str, str]
-    """What is needed, by kind (see `KINDS`), e.g. ``{"problem": "text", "reward_model.ground_truth": "text"}``."""
-    read: Callable[[Example], PreparedRow]
-    """Reads a row of the source, or raises `UnusableRow`."""
-    split: str | None = None
-    """Which of the source. None: ``train``, or the only one."""
-    config: str | None = None
-    """Which of the dataset, where it has several."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Source:
-    """A loaded part."""
+    """What a part is made of."""
 
     part: Part
-    option: str
-    """By which it was named, with the value."""
-    rows: datasets.Dataset
-    """The needed columns of the needed split, images as bytes; memory-mapped."""
+    option: str  # by which it was named, with the value
+    rows: datasets.Dataset  # the needed columns of the needed split, images as bytes; memory-mapped
+    chosen: list[int] = field(default_factory=list)  # the rows that are to be written, in the order of the source
+    seen: dict[bytes, int] = field(default_factory=dict)  # all readable prompts, by digest, with their first row
+    dropped: Counter[str] = field(default_factory=Counter)  # rows by reason
 
-
-def parts(*names: str, **fields: Any) -> list[Part]:
-    """Files that are called like the splits they are read from; the other fields of `Part` are those of all."""
-    return [Part(name=name, split=name, **fields) for name in names]
-
-
-def user(text_content: str) -> Messages:
-    """A prompt of one message."""
-    return [{"role": "user", "content": text_content}]
-
-
-def text(example: Example, column_path: str) -> str:
-    """The text at a dotted path, without surrounding white space; empty where there is none."""
-    field_value: Any = example
-    for name in column_path.split("."):
-        field_value = None if field_value is None else field_value[name]
-    return (field_value or "").strip()
+    def report(self) -> str:
+        """``; dropped: 3 repeated, 1 with an empty answer``, or nothing."""
+        reason_counts = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.most_common() if count)
+        return f"; dropped: {reason_counts}" if reason_counts else ""
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -137,82 +92,82 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; --help lists the options.\n")
 
 
-def command(name: str, description: str, train: Part, val: Part) -> Command:
-    """What a script runs: it takes the arguments and returns the exit code."""
-
-    def main(arguments: Sequence[str] | None = None) -> int:
-        return run(make_parser(name, description, train.hub, val.hub).parse_args(arguments), train, val)
-
-    return main
-
-
-def make_parser(name: str, description: str, train_hub: str, val_hub: str) -> argparse.ArgumentParser:
-    """The options that all scripts have; `train_hub` and `val_hub` are names on the hub."""
-    parser = _Parser(prog=f"{name}.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options of the dataset that is named."""
+    parser = _Parser(prog="prepare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     source_help = "name on the hub, file (parquet, json, jsonl) or folder (default: %(default)s)"
-    parser.add_argument("--source", default=train_hub, metavar="NAME_OR_PATH", help=source_help)
-    if val_hub != train_hub:
-        val_help = f"of validation: {source_help}"
-        parser.add_argument("--val-source", default=val_hub, metavar="NAME_OR_PATH", help=val_help)
-    default_folder = Path(os.environ.get("DATA_DIR") or "~/data") / name
-    parser.add_argument("--out", type=Path, default=default_folder, metavar="DIR", help="default: $DATA_DIR/" + name)
-    parser.add_argument("--limit", type=int, metavar="N", help="at most N rows in each file")
-    parser.set_defaults(name=name)
-    return parser
+    for name, (description, train_part, val_part) in DATASETS.items():
+        add = names.add_parser(name, description=description, help=description.split(".")[0]).add_argument
+        add("--source", default=train_part.hub, metavar="NAME_OR_PATH", help=source_help)
+        if val_part.hub != train_part.hub:
+            add("--val-source", default=val_part.hub, metavar="NAME_OR_PATH", help=f"of validation: {source_help}")
+        default_folder = Path(os.environ.get("DATA_DIR") or "~/data") / name
+        add("--out", type=Path, default=default_folder, metavar="DIR", help=f"default: $DATA_DIR/{name}")
+        add("--limit", type=int, metavar="N", help="at most N rows in each file")
+        if name == "eurus2":
+            add("--ability", choices=["code", "math", "all"], default="code", help="default: %(default)s")
+    return parser.parse_args(arguments)
 
 
-def run(options: argparse.Namespace, train: Part, val: Part) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Writes both files; returns the exit code."""
+    options = parse(arguments)
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it logs is in its exceptions too
     huggingface_hub.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
-        _run(options, train, val)
+        prepare(options)
     except InputError as error:
-        print(f"{options.name}: {error}", file=sys.stderr)
+        print(f"prepare.py {options.name}: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _run(options: argparse.Namespace, train_part: Part, val_part: Part) -> None:
+def prepare(options: argparse.Namespace) -> None:
+    """Reads, chooses, writes, and prints what came of it.
+
+    Raises:
+        InputError: something that was asked for cannot be had.
+    """
+    _, train_part, val_part = DATASETS[options.name]
+    if "ability" in options:
+        read_row = partial(train_part.read, wanted=options.ability)
+        train_part, val_part = (replace(part, read=read_row) for part in (train_part, val_part))
     if options.limit is not None and options.limit < 1:
         raise InputError(f"--limit={options.limit}: must be at least 1; leave it out for all rows.")
-    output_folder = _make_folder(options.out)
-    source_splits = load(train_part, "--source", options.source)
-    train_source = pick(source_splits, train_part, "--source", options.source)
-    val_option, val_source = "--source", options.source
-    if "val_source" in options:
-        val_option, val_source = "--val-source", options.val_source
-        source_splits = load(val_part, val_option, val_source)
-    validated = pick(source_splits, val_part, val_option, val_source)
+    output_folder = options.out.expanduser()
+    try:
+        output_folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output_folder).close()
+    except OSError as error:
+        problem = f"cannot be written to ({error.strerror})"
+        raise InputError(f"--out={output_folder}: {problem}; name another folder.") from error
 
-    held_out = choose(validated)
-    train_choice = choose(train_source, held_out.seen, val_part.name)
+    # 1. Both sources are there, with what they must have.
+    train = pick(train_part, "--source", options.source)
+    val_option = "--val-source" if "val_source" in options else "--source"
+    validation = pick(val_part, val_option, vars(options).get("val_source", options.source))
+    # 2. What is validated on is not trained on.
+    choose(validation)
+    choose(train, validation)
+    # 3. Both files are written, or none.
     try:
         with tempfile.TemporaryDirectory(dir=output_folder, prefix=".incomplete-") as new_folder:
-            written_files = [write(choice, options.limit, Path(new_folder)) for choice in (train_choice, held_out)]
-            for parquet_path, _ in written_files:
+            written_rows = [write(source, options.limit, Path(new_folder)) for source in (train, validation)]
+            for parquet_path in Path(new_folder).glob("*.parquet"):
                 parquet_path.replace(output_folder / parquet_path.name)
     except OSError as error:
         raise InputError(f"--out={output_folder}: {error}; make room, or name another folder.") from error
 
-    for choice, (parquet_path, rows) in zip((train_choice, held_out), written_files, strict=True):
-        cut_words = f" of {len(choice.indices):,}, --limit" if len(rows) < len(choice.indices) else ""
-        print(f"{parquet_path.name}: {choice.num_read:,} read, {len(rows):,} written{cut_words}{choice.report()}")
-    print(f"in {output_folder}; the first row of {written_files[0][0].name}:")
-    for column_name, value in written_files[0][1][0].items():
+    for source, rows in zip((train, validation), written_rows, strict=True):
+        cut_words = f" of {len(source.chosen):,}, --limit" if len(rows) < len(source.chosen) else ""
+        file_words = f"{source.part.name}.parquet: {len(source.rows):,} read, {len(rows):,} written"
+        print(file_words + cut_words + source.report())
+    print(f"in {output_folder}; the first row of {train.part.name}.parquet:")
+    for column_name, value in written_rows[0][0].items():
         print(f"  {column_name:<13} {_short(value)}")
-
-
-def _make_folder(out: Path) -> Path:
-    out = out.expanduser()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            return out
-    except OSError as error:
-        raise InputError(f"--out={out}: cannot be written to ({error.strerror}); name another folder.") from error
 
 
 def _short(shown_value: object) -> str:
@@ -223,65 +178,6 @@ def _short(shown_value: object) -> str:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-KINDS: dict[str, tuple[str, set[str]]] = {
-    "text": ("text", set()),
-    "messages": ("a list of {role, content}", {"role", "content"}),
-    "images": ("a list of images", {"bytes", "path"}),
-}
-"""What a column may be, in words, and the members of the records that it is a list of."""
-
-
-def _is_of_kind(column_type: pa.DataType, member_names: set[str]) -> bool:
-    if not member_names:
-        return pa.types.is_string(column_type) or pa.types.is_large_string(column_type)
-    is_list = pa.types.is_list(column_type) or pa.types.is_large_list(column_type)
-    return (
-        is_list
-        and pa.types.is_struct(column_type.value_type)
-        and member_names <= {member.name for member in column_type.value_type}
-    )
-
-
-def pick(splits: Mapping[str, datasets.Dataset], file_part: Part, option: str, source_name: str) -> Source:
-    """What `file_part` needs of a source.
-
-    Raises:
-        InputError: a split or a column is not there, or of another type.
-    """
-    split_name = file_part.split or ("train" if "train" in splits or len(splits) > 1 else next(iter(splits)))
-    option = f"{option}={source_name}"
-    if split_name not in splits:
-        wanted_files = " and ".join(f"{file_stem}.*" for file_stem in (*splits, split_name))
-        problem = f"no split {split_name!r} among {', '.join(splits)}; a file is one split"
-        raise InputError(f"{option}: {problem}: pass a folder with {wanted_files}, or a copy of {file_part.hub}.")
-    split_rows = splits[split_name]
-    for column_path, column_kind in file_part.columns.items():
-        _check_column(split_rows, column_path, column_kind, f"{option}, split {split_name!r}", file_part)
-    needed_columns = list(dict.fromkeys(column_path.split(".")[0] for column_path in file_part.columns))
-    split_rows = split_rows.select_columns(needed_columns)
-    if "images" in needed_columns:
-        split_rows = split_rows.cast_column("images", datasets.List(datasets.Image(decode=False)))
-    return Source(part=file_part, option=option, rows=split_rows)
-
-
-def _check_column(split_rows: datasets.Dataset, path: str, column_kind: str, place_words: str, file_part: Part) -> None:
-    kind_words, member_names = KINDS[column_kind]
-    arrow_schema = split_rows.features.arrow_schema
-    column_type: pa.DataType = pa.struct(list(arrow_schema))
-    for name in path.split("."):
-        if not pa.types.is_struct(column_type) or column_type.get_field_index(name) < 0:
-            column_names = ", ".join(arrow_schema.names) or "no columns"
-            raise InputError(
-                f"{place_words}: column {path!r} is missing among {column_names}; pass a copy of {file_part.hub}."
-            )
-        column_type = column_type.field(name).type
-    if not _is_of_kind(column_type, member_names):
-        shown_type = _short(column_type)
-        raise InputError(
-            f"{place_words}: column {path!r} is {shown_type}, must be {kind_words}; pass a copy of {file_part.hub}."
-        )
-
-
 def load(part: Part, source_option: str, source_name: str) -> Mapping[str, datasets.Dataset]:
     """The splits of a source, by name.
 
@@ -290,14 +186,15 @@ def load(part: Part, source_option: str, source_name: str) -> Mapping[str, datas
     """
     local_path, option_words = Path(source_name).expanduser(), f"{source_option}={source_name}"
     local_copy = f"pass a local copy of {part.hub} with {source_option}"
-    if not source_name.strip() or (not local_path.exists() and _is_path(source_name)):
+    is_path = source_name.startswith((".", "/", "~")) or source_name.count("/") > 1 or local_path.suffix in FORMATS
+    if not source_name.strip() or (is_path and not local_path.exists()):
         raise InputError(f"{option_words}: no such file or folder; {local_copy}, or leave it out to read the hub.")
     if local_path.is_file() and local_path.suffix not in FORMATS:
         raise InputError(f"{option_words}: must be one of {', '.join(FORMATS)}; {local_copy}.")
     try:
         if local_path.is_file():
             loaded_data = datasets.load_dataset(FORMATS[local_path.suffix], data_files={"train": str(local_path)})
-        elif local_path.is_dir() and any((local_path / mark).exists() for mark in ("dataset_dict.json", "state.json")):
+        elif any((local_path / mark).exists() for mark in ("dataset_dict.json", "state.json")):
             loaded_data = datasets.load_from_disk(local_path)
         elif local_path.is_dir():
             config_name = part.config if part.config in datasets.get_dataset_config_names(str(local_path)) else None
@@ -322,79 +219,82 @@ def _problem(error: BaseException, is_file: bool) -> str:
     return f"cannot be read ({type(error).__name__}: {_short(error)})"
 
 
-def _is_path(source_name: str) -> bool:
-    return source_name.startswith((".", "/", "~")) or source_name.count("/") > 1 or Path(source_name).suffix in FORMATS
+def pick(file_part: Part, source_option: str, source_name: str) -> Source:
+    """What `file_part` needs of a source.
+
+    Raises:
+        InputError: the source, a split or a column is not there, or of another type.
+    """
+    splits, option_words = load(file_part, source_option, source_name), f"{source_option}={source_name}"
+    split_name = file_part.split or ("train" if "train" in splits or len(splits) > 1 else next(iter(splits)))
+    a_copy = f"a copy of {file_part.hub}."
+    if split_name not in splits:
+        wanted_files = " and ".join(f"{file_stem}.*" for file_stem in (*splits, split_name))
+        problem = f"no split {split_name!r} among {', '.join(splits)}; a file is one split"
+        raise InputError(f"{option_words}: {problem}: pass a folder with {wanted_files}, or {a_copy}")
+    split_rows = splits[split_name]
+    flat_schema = split_rows.features.flatten().arrow_schema
+    for column_path, column_kind in file_part.columns.items():
+        column_words, (kind_words, member_names) = f"split {split_name!r}: column {column_path!r}", KINDS[column_kind]
+        if column_path not in flat_schema.names:
+            column_names = ", ".join(split_rows.column_names) or "no columns"
+            raise InputError(f"{option_words}, {column_words} is missing among {column_names}; pass {a_copy}")
+        column_type = flat_schema.field(column_path).type
+        if not _has(column_type, member_names):
+            shown_type = _short(column_type)
+            raise InputError(f"{option_words}, {column_words} is {shown_type}, must be {kind_words}; pass {a_copy}")
+    needed_columns = list(dict.fromkeys(column_path.split(".")[0] for column_path in file_part.columns))
+    split_rows = split_rows.select_columns(needed_columns)
+    if "images" in needed_columns:
+        split_rows = split_rows.cast_column("images", datasets.List(datasets.Image(decode=False)))
+    return Source(part=file_part, option=option_words, rows=split_rows)
+
+
+def _has(column_type: pa.DataType, member_names: set[str]) -> bool:
+    """Whether it is a list of records with these members; without any, text."""
+    if not member_names:
+        return pa.types.is_string(column_type) or pa.types.is_large_string(column_type)
+    record_type = getattr(column_type, "value_type", None)  # of a list
+    return isinstance(record_type, pa.StructType) and member_names <= {member.name for member in record_type}
 
 
 # --- choosing --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class _Copies:
-    """Rows with the same prompt."""
+def choose(source: Source, held_out: Source | None = None) -> None:
+    """Finds unusable rows, copies, and what is held out. Reads everything once.
 
-    first: int
-    answer: bytes
-    count: int = 1
-    agree: bool = True
-
-
-@dataclass(slots=True, kw_only=True)
-class Choice:
-    """The rows of a source that are to be written."""
-
-    source: Source
-    num_read: int
-    indices: list[int] = field(default_factory=list)
-    """In the order of the source."""
-    seen: set[bytes] = field(default_factory=set)
-    """Digests of all readable prompts, kept or not."""
-    dropped: Counter[str] = field(default_factory=Counter)
-    """Rows by reason."""
-
-    def report(self) -> str:
-        """``; dropped: 3 repeated, 1 with an empty answer``, or nothing."""
-        reason_counts = ", ".join(f"{count:,} {drop_reason}" for drop_reason, count in self.dropped.most_common())
-        return f"; dropped: {reason_counts}" if reason_counts else ""
-
-
-def choose(source: Source, held_out: set[bytes] = frozenset(), held_out_in: str = "") -> Choice:
-    """Finds unusable rows, copies, and what is held out for the file `held_out_in`. Reads everything once."""
-    file_choice = Choice(source=source, num_read=len(source.rows))
-    prompts: dict[bytes, _Copies] = {}
-    for row_index, example in enumerate(_examples(source)):
+    Raises:
+        InputError: no row is left.
+    """
+    answers: dict[bytes, set[bytes]] = defaultdict(set)
+    copies: Counter[bytes] = Counter()
+    num_batches = -(-len(source.rows) // BATCH)
+    batches = source.rows.iter(BATCH)
+    batches = tqdm(batches, desc=f"Reading {source.part.name}", total=num_batches, unit=" rows", unit_scale=BATCH)
+    examples = (dict(zip(batch, row, strict=True)) for batch in batches for row in zip(*batch.values(), strict=True))
+    for row_index, example in enumerate(examples):
         try:
             prepared_row = read(source.part, example)
         except UnusableRow as drop_reason:
-            file_choice.dropped[str(drop_reason)] += 1
+            source.dropped[str(drop_reason)] += 1
             continue
-        prompt_key, answer = _digest(prepared_row.question, example.get("images") or ()), _digest(prepared_row.answer)
-        prompt_copies = prompts.setdefault(prompt_key, _Copies(row_index, answer, count=0))
-        prompt_copies.count += 1
-        prompt_copies.agree &= answer == prompt_copies.answer or prepared_row.ability == "code"
-    for prompt_key, prompt_copies in prompts.items():
-        if not prompt_copies.agree:
-            file_choice.dropped["repeated with different answers"] += prompt_copies.count
-        elif prompt_key in held_out:
-            file_choice.dropped[f"also in {held_out_in}.parquet"] += prompt_copies.count
+        prompt_key = _digest(prepared_row.question, example.get("images") or ())
+        source.seen.setdefault(prompt_key, row_index)
+        copies[prompt_key] += 1
+        if prepared_row.ability != "code":
+            answers[prompt_key].add(_digest(prepared_row.answer))
+    for prompt_key, row_index in source.seen.items():
+        if len(answers[prompt_key]) > 1:
+            source.dropped["repeated with different answers"] += copies[prompt_key]
+        elif held_out and prompt_key in held_out.seen:
+            source.dropped[f"also in {held_out.part.name}.parquet"] += copies[prompt_key]
         else:
-            file_choice.dropped["repeated"] += prompt_copies.count - 1
-            file_choice.indices.append(prompt_copies.first)
-    file_choice.seen = set(prompts)
-    file_choice.dropped = +file_choice.dropped
-    if not file_choice.indices:
-        none_left = f"none of the {file_choice.num_read:,} rows is left{file_choice.report()}"
+            source.dropped["repeated"] += copies[prompt_key] - 1
+            source.chosen.append(row_index)
+    if not source.chosen:
+        none_left = f"none of the {len(source.rows):,} rows is left{source.report()}"
         raise InputError(f"{source.option}: {none_left}; pass a copy of {source.part.hub}.")
-    return file_choice
-
-
-def _examples(source: Source) -> Iterator[Example]:
-    with tqdm(total=len(source.rows), desc=f"Reading {source.part.name}", unit=" rows") as progress_bar:
-        for column_batch in source.rows.iter(BATCH):
-            batch_columns = list(column_batch.values())
-            progress_bar.update(len(batch_columns[0]))
-            for column_values in zip(*batch_columns, strict=True):
-                yield dict(zip(column_batch, column_values, strict=True))
 
 
 def read(file_part: Part, example: Example) -> PreparedRow:
@@ -408,17 +308,12 @@ def read(file_part: Part, example: Example) -> PreparedRow:
         images = example["images"] or ()
         if sum(message["content"].count(IMAGE) for message in prepared_row.prompt) != len(images):
             raise UnusableRow(f"with another number of images than of {IMAGE}")
-        if not all(map(_is_readable, images)):
-            raise UnusableRow("with an image that cannot be read")
+        try:
+            for image in images:
+                Image.open(io.BytesIO(_content(image))).verify()
+        except (OSError, SyntaxError, ValueError, TypeError):  # a missing file, and what Pillow raises
+            raise UnusableRow("with an image that cannot be read") from None
     return prepared_row
-
-
-def _is_readable(image: Mapping[str, Any]) -> bool:
-    try:
-        Image.open(io.BytesIO(_content(image))).verify()
-    except (OSError, SyntaxError, ValueError, TypeError):  # a missing file, and what Pillow raises
-        return False
-    return True
 
 
 def _content(image: Mapping[str, Any]) -> bytes:
@@ -435,34 +330,34 @@ def _digest(text_content: str, images: Any = ()) -> bytes:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def write(file_choice: Choice, limit: int | None, output_folder: Path) -> tuple[Path, datasets.Dataset]:
-    """Writes the chosen rows; returns the file and its rows, without images."""
-    file_part = file_choice.source.part
-    kept_indices = file_choice.indices[:limit]
-    has_images = "images" in file_part.columns
-    features = datasets.Features(FEATURES | ({"images": datasets.List(datasets.Image())} if has_images else {}))
-    rows = file_choice.source.rows.select(kept_indices).map(
-        partial(_convert, part=file_part, indices=kept_indices),
+def write(source: Source, limit: int | None, output_folder: Path) -> datasets.Dataset:
+    """Writes the chosen rows; returns them without images."""
+    file_part, written_indices = source.part, source.chosen[:limit]
+    image_feature = {"images": datasets.List(datasets.Image())} if "images" in file_part.columns else {}
+
+    def convert(example: Example, place: int) -> dict[str, Any]:
+        prepared_row = read(file_part, example)
+        return {name: example[name] for name in image_feature} | {
+            "data_source": prepared_row.data_source,
+            "prompt": prepared_row.prompt,
+            "ability": prepared_row.ability,
+            "reward_model": {"style": "rule", "ground_truth": prepared_row.answer},
+            "extra_info": {"split": file_part.name, "index": written_indices[place], "source": file_part.hub},
+        }
+
+    rows = source.rows.select(written_indices).map(
+        convert,
         with_indices=True,
         writer_batch_size=BATCH,
-        remove_columns=file_choice.source.rows.column_names,
-        features=features,
+        remove_columns=source.rows.column_names,
+        features=datasets.Features(FEATURES | image_feature),
         cache_file_name=str(output_folder / f"{file_part.name}.arrow"),
-        load_from_cache_file=False,
         new_fingerprint=file_part.name,
         desc=f"Converting {file_part.name}",
     )
-    parquet_path = output_folder / f"{file_part.name}.parquet"
-    rows.to_parquet(parquet_path)
-    return parquet_path, rows.select_columns(list(FEATURES))
+    rows.to_parquet(output_folder / f"{file_part.name}.parquet")
+    return rows.select_columns(list(FEATURES))
 
 
-def _convert(example: Example, place: int, *, part: Part, indices: list[int]) -> dict[str, Any]:
-    prepared_row = read(part, example)
-    return {name: images for name, images in example.items() if name == "images"} | {
-        "data_source": prepared_row.data_source,
-        "prompt": prepared_row.prompt,
-        "ability": prepared_row.ability,
-        "reward_model": {"style": "rule", "ground_truth": prepared_row.answer},
-        "extra_info": {"split": part.name, "index": indices[place], "source": part.hub},
-    }
+if __name__ == "__main__":
+    sys.exit(main())

@@ -16,11 +16,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
-from types import FrameType
 
-END_S = 15
-"""Limit for Ray to end in order."""
+END_S = 15  # limit for Ray to end in order
 OWN_LOGS = ("raylet.*", "gcs_server.*", "ray_process_exit.log")
 
 
@@ -59,34 +58,16 @@ def ray_start(options: argparse.Namespace) -> tuple[list[str], str]:
     if options.address is not None:
         return [*ray_command, f"--address={options.address}"], options.address
     node_ip = own_address(options.toward)
-    head_options = [
-        "--head", f"--node-ip-address={node_ip}", f"--port={port}", f"--ray-client-server-port={client_port}",
-        "--include-dashboard=false",
-    ]  # fmt: skip
-    return [*ray_command, *head_options], f"{node_ip}:{port}"
+    ray_command += ["--head", f"--node-ip-address={node_ip}", f"--port={port}", "--include-dashboard=false"]
+    return [*ray_command, f"--ray-client-server-port={client_port}"], f"{node_ip}:{port}"
 
 
 def can_be_reached(address: str) -> bool:
     """Whether somebody listens there."""
     host, port = address.rsplit(":", 1)
-    try:
-        socket.create_connection((host, int(port)), timeout=1).close()
-    except OSError:
-        return False
-    return True
-
-
-def input_has_ended(seconds: float) -> bool:
-    """Whether there is nobody left at the other end of the standard input; waits for it so long at most."""
-    return bool(select.select([sys.stdin], [], [], seconds)[0]) and not os.read(sys.stdin.fileno(), 4096)
-
-
-def keep_logs(temp: Path, logs: Path) -> None:
-    """What Ray's own processes wrote on this machine; the output of workers is in COMMAND's."""
-    for log_pattern in OWN_LOGS:
-        for log_path in temp.glob(f"session_2*/logs/{log_pattern}"):
-            logs.mkdir(parents=True, exist_ok=True)
-            shutil.copy(log_path, logs)
+    with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=1):
+        return True
+    return False
 
 
 def main() -> int:
@@ -101,14 +82,10 @@ def main() -> int:
     parser.add_argument("--toward", help="another node of the job")
     parser.add_argument("--address", help="of the head")
     options = parser.parse_args()
-    end_asked = False
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        nonlocal end_asked
-        end_asked = True
 
     # 1. Ray starts; a head that can be reached writes its address.
-    signal.signal(signal.SIGTERM, on_signal)
+    end_asked = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: end_asked.set())
     options.temp.mkdir(parents=True, exist_ok=True)
     users_lock = (options.temp / ".users").open("w")  # virtual nodes on one machine share the folder
     fcntl.flock(users_lock, fcntl.LOCK_SH)
@@ -116,14 +93,15 @@ def main() -> int:
     # Ray's own wait for what runs on the node when it is ended: that is over by then.
     ray_environment = os.environ | {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
     ray_process = subprocess.Popen(ray_command, env=ray_environment, stdin=subprocess.DEVNULL)
-    address_written = options.head is None
-    while ray_process.poll() is None and not end_asked:
-        if not address_written and can_be_reached(address):
-            partial_file = options.head.with_suffix(".partial")
+    address_file = options.head
+    while ray_process.poll() is None and not end_asked.is_set():
+        if address_file and can_be_reached(address):
+            partial_file = address_file.with_suffix(".partial")
             partial_file.write_text(address)
-            partial_file.replace(options.head)
-            address_written = True
-        end_asked = end_asked or input_has_ended(0.2)
+            partial_file.replace(address_file)
+            address_file = None
+        if select.select([sys.stdin], [], [], 0.2)[0] and not os.read(sys.stdin.fileno(), 4096):
+            end_asked.set()  # nobody is left at the other end
     # 2. Ray ends in order, or by force.
     if ray_process.poll() is None:
         ray_process.terminate()
@@ -132,12 +110,15 @@ def main() -> int:
         except subprocess.TimeoutExpired:
             ray_process.kill()
             ray_process.wait()
-    # 3. Its logs stay, its folder does not.
-    keep_logs(options.temp, options.logs / f"ray-{options.name}")
+    # 3. The logs of its own processes stay (what workers say is in COMMAND's), its folder does not.
+    for log_path in (path for pattern in OWN_LOGS for path in options.temp.glob(f"session_2*/logs/{pattern}")):
+        kept_logs = options.logs / f"ray-{options.name}"
+        kept_logs.mkdir(parents=True, exist_ok=True)
+        shutil.copy(log_path, kept_logs)
     with contextlib.suppress(BlockingIOError):  # another node uses it
         fcntl.flock(users_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(options.temp, ignore_errors=True)
-    return 0 if end_asked else 1
+    return 0 if end_asked.is_set() else 1
 
 
 if __name__ == "__main__":

@@ -45,12 +45,11 @@ def main() -> int:
         if not missing_nodes:
             print(f"Ray is there after {waited_s:.0f} s: {num_nodes} nodes", flush=True)
             return 0
-        limit_reached = waited_s > options.limit
-        if limit_reached or waited_s - last_report_s > PROGRESS_S:
+        if waited_s > min(options.limit, last_report_s + PROGRESS_S):
             there = f"{num_nodes - len(missing_nodes)} of {num_nodes} nodes are there after {waited_s:.0f} s"
             print(f"{there}; missing: {', '.join(missing_nodes)}", flush=True)
             last_report_s = waited_s
-        if limit_reached:
+        if waited_s > options.limit:
             return 1
         time.sleep(1)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import data_sources
 import pytest
 import vision
-from data_sources import SMALL, go_offline, png, rows_of, script
+from data_sources import SMALL, go_offline, module, png, rows_of
 from omegaconf import OmegaConf
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
 from verl.utils.reward_score import default_compute_score, math_reward
@@ -107,13 +107,13 @@ def test_prompts_ask_for_what_the_scorer_looks_for(name: str, prepared) -> None:
 
 
 def test_lists_as_tests_of_a_function_need_the_rewriting() -> None:
-    """Delete the rewriting in scripts/data/eurus2.py when this fails."""
+    """Delete the rewriting in scripts/data/published.py when this fails."""
     published = SMALL["eurus2"][0]["train"][1]
     assert score(published, CODE[1][0]) == 0.0
 
 
 def test_every_data_source_of_eurus2_has_a_scorer() -> None:
-    for ability, sources in script("eurus2").SOURCES.items():
+    for ability, sources in module("published").EURUS_SOURCES.items():
         truth = '{"inputs": ["1"], "outputs": ["1"]}' if ability == "code" else "1"
         response = "```python\nprint(1)\n```" if ability == "code" else r"\boxed{1}"
         for source in sources:
@@ -125,7 +125,7 @@ def test_every_data_source_of_eurus2_has_a_scorer() -> None:
 )
 def test_the_box_is_the_one_that_verl_reads(solution: str) -> None:
     expected = math_reward.remove_boxed(math_reward.last_boxed_only_string(solution))
-    assert script("math_lighteval").last_boxed(solution) == expected
+    assert module("published").last_boxed(solution) == expected
 
 
 def load(path: Path, processor=None) -> RLHFDataset:

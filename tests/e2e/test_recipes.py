@@ -35,14 +35,14 @@ def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     sys.path.insert(0, str(ROOT / "scripts" / "data"))
     try:
-        import dapo_format
-        import dapo_math
+        import prepare
+        import published
     finally:
         sys.path.remove(str(ROOT / "scripts" / "data"))
     for name, first in (("raw", 10), ("val", 60)):
         rows = [
             {
-                "prompt": [{"role": "user", "content": dapo_format.LINE.format(f"{number}+7")}],
+                "prompt": [{"role": "user", "content": published.LINE.format(f"{number}+7")}],
                 "reward_model": {"style": "rule-lighteval/MATH_v2", "ground_truth": str(number + 7)},
             }
             for number in range(first, first + 16)
@@ -50,7 +50,7 @@ def data(tmp_path_factory) -> Path:
         lines = [json.dumps(row) + "\n" for row in rows]
         (folder / f"{name}.jsonl").write_text("".join(lines + lines))
     options = ["--source", folder / "raw.jsonl", "--val-source", folder / "val.jsonl", "--out", folder / "dapo_math"]
-    assert dapo_math.main([str(option) for option in options]) == 0
+    assert prepare.main(["dapo_math", *map(str, options)]) == 0
     return folder
 
 

@@ -7,6 +7,7 @@ import io
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import datasets
 import pyarrow.parquet as parquet
@@ -23,11 +24,22 @@ LINE = (
 IMAGES = datasets.List(datasets.Image())
 
 
-def script(name: str):
-    """A module of scripts/data, found as `python scripts/data/x.py` finds it."""
+def module(name: str) -> ModuleType:
+    """A module of scripts/data, found as `python scripts/data/prepare.py` finds it."""
     if str(SCRIPTS) not in sys.path:
         sys.path.insert(0, str(SCRIPTS))
     return importlib.import_module(name)
+
+
+def run(name: str, *arguments: object) -> int:
+    """Runs the command for a dataset; returns its exit code."""
+    return module("prepare").main([name, *map(str, arguments)])
+
+
+def hub(name: str) -> str:
+    """Where a dataset is published."""
+    _, train, _ = module("published").DATASETS[name]
+    return train.hub
 
 
 def gsm8k(question: str, answer: str) -> dict:
@@ -148,7 +160,7 @@ def prepare(name: str, folder: Path, *options: str, rows: dict[str, list[dict]] 
     arguments = ["--source", str(source), "--out", str(out), *options]
     if name in OWN_VALIDATION:
         arguments += ["--val-source", str(save(folder / "aime", {"train": AIME}))]
-    assert script(name).main(arguments) == 0
+    assert run(name, *arguments) == 0
     return out
 
 

@@ -20,11 +20,11 @@ from data_sources import (
     gsm8k,
     make,
     math_lighteval,
+    module,
     png,
     prepare,
     questions,
     rows_of,
-    script,
 )
 
 from darts.history import prompt_key
@@ -92,12 +92,12 @@ def test_gsm8k_takes_the_number_after_the_hashes(solution: str, answer: str, tmp
     ],
 )
 def test_math_takes_what_is_in_the_last_box(solution: str, answer: str) -> None:
-    assert script("math_lighteval").last_boxed(solution) == answer
+    assert module("published").last_boxed(solution) == answer
 
 
 @pytest.mark.parametrize("solution", ["none", r"\boxed{not closed", ""])
 def test_math_without_a_box_has_no_answer(solution: str) -> None:
-    assert script("math_lighteval").last_boxed(solution) == ""
+    assert module("published").last_boxed(solution) == ""
 
 
 def test_dapo_keeps_the_published_prompt_and_each_problem_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -190,7 +190,7 @@ def test_eurus2_takes_the_ability_that_is_asked_for(ability: str, numbers: tuple
     ],
 )
 def test_eurus2_writes_tests_as_text(published: dict, written: dict) -> None:
-    assert json.loads(script("eurus2").runnable(json.dumps(published))) == written
+    assert json.loads(module("published").runnable(json.dumps(published))) == written
 
 
 @pytest.mark.parametrize(

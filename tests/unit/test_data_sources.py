@@ -19,10 +19,11 @@ from data_sources import (
     geo3k,
     go_offline,
     gsm8k,
+    hub,
     prepare,
     rows_of,
+    run,
     save,
-    script,
 )
 
 
@@ -35,13 +36,13 @@ def refusal(capsys: pytest.CaptureFixture, name: str, *arguments: object) -> str
     """The one line that a script says before it ends with code 2."""
     capsys.readouterr()  # the progress bars of what made the source
     try:
-        code = script(name).main([str(argument) for argument in arguments])
+        code = run(name, *arguments)
     except SystemExit as ended:
         code = ended.code
     said = capsys.readouterr()
     assert code == 2
     assert said.err.count("\n") == 1, said.err
-    assert said.err.startswith(name)
+    assert said.err.startswith(f"prepare.py {name}: ")
     assert said.out == ""
     return said.err
 
@@ -75,7 +76,7 @@ def test_every_kind_of_source_gives_the_same_bytes(name: str, tmp_path: Path) ->
     aime, found = save(tmp_path / "aime", {"train": AIME}), set()
     for kind, path in sources(tmp_path, [row("a", "1"), row("b", "2"), row("a", "1")]).items():
         out = tmp_path / "out" / kind
-        assert script(name).main(["--source", str(path), "--val-source", str(aime), "--out", str(out)]) == 0
+        assert run(name, "--source", str(path), "--val-source", str(aime), "--out", str(out)) == 0
         found.add((out / "train.parquet").read_bytes())
         assert len(rows_of(out / "train.parquet")) == 2
     assert len(found) == 1
@@ -94,13 +95,13 @@ def test_gsm8k_reads_the_configuration_main_of_a_clone(tmp_path: Path) -> None:
         for config in ("main", "socratic")
     )
     (clone / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
-    assert script("gsm8k").main(["--source", str(clone), "--out", str(tmp_path / "out")]) == 0
+    assert run("gsm8k", "--source", str(clone), "--out", str(tmp_path / "out")) == 0
     assert [row["reward_model"]["ground_truth"] for row in rows_of(tmp_path / "out" / "train.parquet")] == ["1"]
 
 
 def test_the_default_folder_is_in_data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "all"))
-    assert script("gsm8k").main(["--source", str(save(tmp_path / "source", SMALL["gsm8k"][0]))]) == 0
+    assert run("gsm8k", "--source", str(save(tmp_path / "source", SMALL["gsm8k"][0]))) == 0
     assert sorted(path.name for path in (tmp_path / "all" / "gsm8k").iterdir()) == ["test.parquet", "train.parquet"]
 
 
@@ -129,13 +130,13 @@ def test_the_command_runs_from_anywhere_and_says_what_it_did(tmp_path: Path) -> 
         "HF_HOME": str(tmp_path / "home"),
         "DATA_DIR": str(tmp_path / "d"),
     }
-    command = [sys.executable, str(SCRIPTS / "gsm8k.py"), "--source", source.name]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200)
-    assert (run.returncode, run.stderr) == (0, "")
-    lines = run.stdout.splitlines()
+    command = [sys.executable, str(SCRIPTS / "prepare.py"), "gsm8k", "--source", source.name]
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    lines = ended.stdout.splitlines()
     assert lines[:2] == ["train.parquet: 1 read, 1 written", "test.parquet: 1 read, 1 written"]
     assert str(tmp_path / "d" / "gsm8k") in lines[2]
-    assert "Two and two?" in run.stdout
+    assert "Two and two?" in ended.stdout
     assert len(rows_of(tmp_path / "d" / "gsm8k" / "train.parquet")) == 1
 
 
@@ -146,9 +147,8 @@ def test_the_command_runs_from_anywhere_and_says_what_it_did(tmp_path: Path) -> 
 def test_a_missing_column_is_named(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     source = save(tmp_path / "source", {split: [{"text": "a"}] for split in ("train", "test", "validation")})
     said = refusal(capsys, name, "--source", source, "--out", tmp_path / "out")
-    hub = script(name).HUB
     assert "is missing among text" in said
-    assert f"pass a copy of {hub}" in said
+    assert f"pass a copy of {hub(name)}" in said
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -173,7 +173,7 @@ def test_a_column_of_another_type_is_named(name: str, change: dict, complaint: s
     said = refusal(capsys, name, "--source", source, "--val-source", source, "--out", tmp_path / "out")
     assert complaint in said
     assert f"--source={source}, split 'train'" in said
-    assert f"pass a copy of {script(name).HUB}" in said
+    assert f"pass a copy of {hub(name)}" in said
 
 
 def test_images_must_be_images(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -203,7 +203,7 @@ def test_a_folder_with_a_file_for_each_split_is_enough(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     for split, rows in SMALL["gsm8k"][0].items():
         write_json(tmp_path / "source" / f"{split}.jsonl", rows, lines=True)
-    assert script("gsm8k").main(["--source", str(tmp_path / "source"), "--out", str(tmp_path / "out")]) == 0
+    assert run("gsm8k", "--source", str(tmp_path / "source"), "--out", str(tmp_path / "out")) == 0
 
 
 @pytest.mark.parametrize(("file", "content"), [("train.jsonl", ""), ("train.jsonl", "\n\n"), ("train.json", "[]")])
@@ -226,8 +226,8 @@ def test_a_missing_path_is_named(given: str, tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize("name", SMALL)
 def test_without_network_a_local_copy_is_asked_for(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     said = refusal(capsys, name, "--out", tmp_path / "out")
-    assert f"--source={script(name).HUB}: no such file or folder, and the hub cannot be reached" in said
-    assert f"pass a local copy of {script(name).HUB} with --source" in said
+    assert f"--source={hub(name)}: no such file or folder, and the hub cannot be reached" in said
+    assert f"pass a local copy of {hub(name)} with --source" in said
 
 
 def test_without_network_a_local_copy_of_validation_is_asked_for(tmp_path: Path, capsys) -> None:

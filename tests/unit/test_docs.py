@@ -187,19 +187,30 @@ def test_measured_figures_are_those_of_the_results():
 
 def test_the_recipes_have_the_settings_that_the_paper_index_names():
     recipe = text_of("recipe/darts/run_qwen2.5_14b_dapo.sh")
+    assert "+recipe=dapo" in recipe
+    shared = [
+        leaf for name in ("base", "dapo") for leaf in leaves(yaml.safe_load(text_of(f"configs/recipe/{name}.yaml")))
+    ]
     (table,) = re.findall(r"## Paper index\n(.*)", text_of("docs/reproduction.md"), flags=re.S)
     settings = [quoted for row in rows_of(table)[1:] for quoted in re.findall(r"`([^`]+)`", row[-1])]
     assert len(settings) > 20
     for setting in settings:
         name, equals, value = setting.partition("=")
         if re.fullmatch(r"[A-Z_]+", name):
-            default = re.search(rf"^{name}=\$\{{{name}:-(.*)\}}", recipe, flags=re.M)
+            default = re.search(rf"\$\{{{name}:-([^}}]*)\}}", recipe)
             assert default, f"{name} is no knob of the recipe"
             assert not equals or value in ("disaggregated", default[1]), setting
         elif equals:
-            assert setting in recipe, setting
+            assert setting in shared, setting
         else:
             assert setting == "auto"
+
+
+def leaves(value: object, path: str = "") -> list[str]:
+    """`a.b.c=value` for each setting of a configuration."""
+    if not isinstance(value, dict):
+        return [f"{path}={value}"]
+    return [leaf for name, inner in value.items() for leaf in leaves(inner, f"{path}.{name}" if path else name)]
 
 
 def test_every_strategy_and_preset_is_told_of():

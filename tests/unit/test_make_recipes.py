@@ -39,7 +39,7 @@ def test_the_scripts_are_up_to_date_and_say_in_line_2_what_makes_them():
 def test_what_differs_is_missing_or_in_no_table_is_found(folder, tmp_path):
     before = texts(folder)
     changed, missing, unknown = "run_qwen2.5_32b_dapo.sh", "run_qwen2.5_3b_math_baseline.sh", "run_unknown.sh"
-    (folder / changed).write_text(before[changed].replace("clip_ratio_high=0.28", "clip_ratio_high=0.2"))
+    (folder / changed).write_text(before[changed].replace("strategy=fsdp2", "strategy=fsdp"))
     (folder / missing).unlink()
     (folder / unknown).write_text(before[changed])
     result = run(tmp_path, "--check")
@@ -52,17 +52,19 @@ def test_what_differs_is_missing_or_in_no_table_is_found(folder, tmp_path):
 
 def test_a_change_of_the_template_reaches_every_recipe(folder, tmp_path):
     template = folder / TEMPLATE
-    template.write_text(template.read_text().replace("trainer.save_freq=20", "trainer.save_freq=40"))
+    template.write_text(
+        template.read_text().replace("TOTAL_STEPS:-500", "TOTAL_STEPS:-400").replace("8 * NNODES", "4 * NNODES")
+    )
     assert run(tmp_path, "--check").returncode == 1
     assert run(tmp_path).returncode == 0
-    assert all("save_freq=40" in text for name, text in texts(folder).items() if "_baseline" not in name)
+    assert all("4 * NNODES" in text for name, text in texts(folder).items() if "_baseline" not in name)
 
 
 def test_a_change_that_has_lost_its_place_is_an_error_and_writes_nothing(folder, tmp_path):
     template = folder / TEMPLATE
-    template.write_text(template.read_text().replace("trainer.test_freq=10", ""))
+    template.write_text(template.read_text().replace("${ULYSSES:-4}", "4"))
     before = texts(folder)
     result = run(tmp_path)
     assert result.returncode == 1
-    assert "'trainer.test_freq' has 0 places in run_qwen2.5_14b_dapo.sh" in result.stderr
+    assert "'ULYSSES' has 0 places in run_qwen2.5_14b_dapo.sh" in result.stderr
     assert texts(folder) == before

@@ -49,12 +49,15 @@ def check_names():
 def test_what_counts_as_a_local_name_and_what_is_found(check_names, tmp_path, capsys):
     words = check_names.words([("one.py", SOURCE), ("two.py", "class Twice:\n    class Once: ...\n")])
     outer = {"first", "third", "found", "inner", "rest", "handle", "line", "pair", "captured", "others", "error"}
-    assert {found.text for found in words.one_word()} == outer | {"hidden", "own"}
-    all_names = sorted(found.text for found in words.local_names)
+    assert {found.text for found in words["one word"]} == outer | {"hidden", "own"}
+    all_names = sorted(found.text for found in words["local names"])
     assert all_names == sorted([*outer, "hidden", "own", "prompt", "row_values", "second_part"])
-    assert [str(found) for found in words.docstrings] == ["one.py:6: With two words, or three.", "one.py:9: As a sum."]
-    assert [str(found) for found in words.classes] == ["one.py:4: Twice", "two.py:1: Twice"]
-    assert words.figures() == {"names share": 100 * 13 / 16, "docstrings": 2, "class names": 1}
+    assert [str(found) for found in words["docstrings"]] == [
+        "one.py:6: With two words, or three.",
+        "one.py:9: As a sum.",
+    ]
+    assert [str(found) for found in words["classes"]] == ["one.py:4: Twice", "two.py:1: Twice"]
+    assert check_names.figures(words) == {"names share": 100 * 13 / 16, "docstrings": 2, "class names": 1}
 
     (tmp_path / "darts").mkdir()
     (tmp_path / "darts" / "one.py").write_text(SOURCE)
@@ -68,5 +71,5 @@ def test_what_counts_as_a_local_name_and_what_is_found(check_names, tmp_path, ca
 
 
 def test_the_code_keeps_to_the_limits(check_names):
-    figures = check_names.words(check_names.sources_in(ROOT)).figures()
+    figures = check_names.figures(check_names.words(check_names.sources_in(ROOT)))
     assert {key: figure for key, figure in figures.items() if figure > check_names.LIMITS[key]} == {}

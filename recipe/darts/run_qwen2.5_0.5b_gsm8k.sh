@@ -31,6 +31,9 @@ MODEL=(
     ++actor_rollout_ref.model.override_config.attn_implementation="${ATTENTION:-sdpa}"
     actor_rollout_ref.actor.ppo_max_token_len_per_gpu="$MAX_LEN"
     actor_rollout_ref.actor.ppo_mini_batch_size="${MINI_BATCH_PROMPTS:-32}"  # an update of the weights
+    actor_rollout_ref.actor.optim.lr=1e-6
+    actor_rollout_ref.actor.clip_ratio_low=0.2 actor_rollout_ref.actor.clip_ratio_high=0.28
+    actor_rollout_ref.rollout.n=8 actor_rollout_ref.rollout.temperature=1.0
     actor_rollout_ref.actor.strategy=fsdp2 actor_rollout_ref.actor.ulysses_sequence_parallel_size="${ULYSSES:-1}"
     actor_rollout_ref.actor.fsdp_config.param_offload="$OFFLOAD"
     actor_rollout_ref.actor.fsdp_config.optimizer_offload="$OFFLOAD"

@@ -39,6 +39,9 @@ MODEL=(
     actor_rollout_ref.model.path="'${MODEL_PATH:-Qwen/Qwen3-30B-A3B}'"
     actor_rollout_ref.actor.ppo_max_token_len_per_gpu="$MAX_LEN"
     actor_rollout_ref.actor.ppo_mini_batch_size="${MINI_BATCH_PROMPTS:-32}"  # an update of the weights
+    actor_rollout_ref.actor.optim.lr=1e-6
+    actor_rollout_ref.actor.clip_ratio_low=0.2 actor_rollout_ref.actor.clip_ratio_high=0.28
+    actor_rollout_ref.rollout.n=8 actor_rollout_ref.rollout.temperature=1.0
     model_engine=megatron
     actor_rollout_ref.actor.megatron.tensor_model_parallel_size="${ACTOR_TP:-4}"
     actor_rollout_ref.actor.megatron.expert_model_parallel_size="${ACTOR_EP:-8}"  # experts

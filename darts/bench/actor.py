@@ -10,8 +10,9 @@ three ways, all rows in one forward, in an order that rotates:
 2. `chunks`: as they grow, each chunk continuing the cached prefix (mode `token`);
 3. `again`: as they grow, without a cache: with each chunk the response so far is forwarded anew by verl's forward.
 
-Seconds are those between a call and its answer, the results being in host memory by then. The first repeat warms up
-and is not counted. The exit code is 1 if log-probs of the three ways differ by more than the rounding of the type.
+Seconds are those between a call and its answer, the results being in host memory by then. Memory is the peak of what is
+allocated on the device, weights included; on a CPU it is the process's. The first repeat warms up and is not counted.
+The exit code is 1 if log-probs of the three ways differ by more than the rounding of the type.
 """
 
 import argparse

@@ -10,8 +10,9 @@ three ways, all rows in one forward, in an order that rotates:
 2. `chunks`: as they grow, each chunk continuing the cached prefix (mode `token`);
 3. `again`: as they grow, without a cache: with each chunk the response so far is forwarded anew by verl's forward.
 
-Seconds are those between a call and its answer, the results being in host memory by then. The first repeat warms up
-and is not counted. The exit code is 1 if log-probs of the three ways differ by more than the rounding of the type.
+Seconds are those between a call and its answer, the results being in host memory by then. Memory is the peak of what is
+allocated on the device, weights included; on a CPU it is the process's. The first repeat warms up and is not counted.
+The exit code is 1 if log-probs of the three ways differ by more than the rounding of the type.
 """
 
 import argparse
@@ -49,6 +50,7 @@ def build(shape: str, dtype: str, options: argparse.Namespace) -> Any:
     import torch
     from hydra import compose, initialize_config_module
     from transformers import AutoModelForCausalLM, Qwen2Config
+    from verl.utils.device import get_device_name
 
     import verl_patches.register
 
@@ -65,15 +67,16 @@ def build(shape: str, dtype: str, options: argparse.Namespace) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         longest = options.prompt + options.response
         sizes = Qwen2Config(**SHAPES[shape], max_position_embeddings=longest)
-        AutoModelForCausalLM.from_config(sizes, dtype=torch.bfloat16).save_pretrained(folder)
+        with torch.device(get_device_name()):  # a GPU draws 7B weights in a second, a CPU in minutes
+            AutoModelForCausalLM.from_config(sizes, dtype=torch.bfloat16).save_pretrained(folder)
         role, fsdp = "actor_rollout_ref.actor", "actor_rollout_ref.actor.fsdp_config"
         with initialize_config_module("verl.trainer.config", version_base=None):
             config = compose("ppo_trainer", [
                 f"actor_rollout_ref.model.path={folder}", "+actor_rollout_ref.model.load_tokenizer=false",
                 "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
                 f"actor_rollout_ref.model.use_remove_padding={options.remove_padding}",
-                f"{role}.strategy=fsdp2", f"{role}.use_torch_compile=false", f"{fsdp}.use_torch_compile=false",
-                f"{role}.ppo_micro_batch_size_per_gpu=1", f"{fsdp}.model_dtype={dtype}",
+                f"{role}.strategy={options.strategy}", f"{role}.ppo_micro_batch_size_per_gpu=1",
+                f"{role}.use_torch_compile=false", f"{fsdp}.use_torch_compile=false", f"{fsdp}.model_dtype={dtype}",
                 f"++{fsdp}.mixed_precision={{param_dtype: {dtype}, reduce_dtype: fp32, buffer_dtype: fp32}}",
                 "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=1",
             ]).actor_rollout_ref  # fmt: skip
@@ -85,8 +88,12 @@ def build(shape: str, dtype: str, options: argparse.Namespace) -> Any:
 
 def forward(worker: Any, arm: str, step: int, tokens: np.ndarray, options: argparse.Namespace) -> dict[str, Any]:
     """One arm over `tokens` [rows, prompt and response]; what it took, and its log-probs."""
+    from verl.utils.device import get_torch_device
+
     from darts.messages import RankCall, Row, SequenceKey, StepSettings
 
+    torch_device = get_torch_device()
+    torch_device.reset_peak_memory_stats()
     settings = StepSettings(step=step, mode="token" if arm == CHUNKS else "sequence", temperature=1.0)
     if refusal := worker.overlap_open(settings).refusal:
         raise harness.BenchError(f"the model cannot continue prefixes: {refusal}")
@@ -111,6 +118,8 @@ def forward(worker: Any, arm: str, step: int, tokens: np.ndarray, options: argpa
         "seconds": sum(seconds),
         "tokens": sum(report.tokens for report in reports),
         "peak_bytes": reports[-1].peak_cache_bytes,
+        "device": torch_device.get_device_name(),
+        "device_bytes": torch_device.max_memory_allocated(),
         "log_probs": np.concatenate([values[key]["old_log_probs"] for key in keys]),
     }
 
@@ -145,6 +154,7 @@ COLUMNS: harness.Columns = (
     ("over whole", lambda arm: arm.over("seconds")),
     ("tokens forwarded over whole", lambda arm: f"{arm.total('tokens') / arm.total('tokens_of_whole'):.2f}"),
     ("cache, GiB", lambda arm: f"{arm.known('peak_bytes').max() / 2**30:.2f}"),
+    ("memory in all, GiB", lambda arm: f"{arm.known('device_bytes').max() / 2**30:.2f}"),
     ("difference, nats", lambda arm: f"{arm.known('difference').max():.1e}"),
 )
 
@@ -166,6 +176,7 @@ BENCH = Bench(
     options={
         "--shape": ("tiny", "of the model", {"choices": SHAPES}),
         "--dtype": (None, "None: fp32 on a CPU, else bf16", {"choices": DIFFERENCE}),
+        "--strategy": ("fsdp2", "of verl; fsdp needs a GPU", {"choices": ("fsdp", "fsdp2")}),
         "--rows": (8, "responses that grow together"),
         "--prompt": (128, "tokens"),
         "--response": (1024, "tokens"),

@@ -443,7 +443,7 @@ def actor_state(rank) -> dict:
     for name, value in found.items():
         if isinstance(value, torch.Tensor):
             value = value.detach()
-            found[name] = getattr(value, "_local_tensor", value).numpy().copy()
+            found[name] = getattr(value, "_local_tensor", value).cpu().numpy().copy()
     return found
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import vision
 
+from verl_patches.device import is_cpu_only
+
 ANSWER_S = 900
 VOCABULARY = 300
 
@@ -212,7 +214,8 @@ def _serve(connection, rank: int, size: int, port: int) -> None:
     import verl  # noqa: F401  (its plugins set the platform)
 
     torch.set_num_threads(1)
-    _allow_cpu()
+    if is_cpu_only():
+        _allow_cpu()
     here = Rank(rank)
     while True:
         command = connection.recv()
@@ -238,7 +241,8 @@ class Ranks:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["hydra", "verl_patches.dp_actor", "transformers.models.auto"])  # once for all
+        if is_cpu_only():  # once for all; a process that has asked for CUDA cannot be forked
+            context.set_forkserver_preload(["hydra", "verl_patches.dp_actor", "transformers.models.auto"])
         self._ends, self._processes = [], []
         for rank in range(size):
             ours, theirs = context.Pipe()

@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from verl_patches.device import is_cpu_only
 
 # The processes import the helpers of this folder by name.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -26,6 +29,8 @@ def one_rank(models):
 
 @pytest.fixture(scope="session")
 def two_ranks(models):
+    if not is_cpu_only() and torch.cuda.device_count() < 2:
+        pytest.skip("two ranks need two GPUs")
     with ranks(2, models) as group:
         yield group
 

@@ -92,21 +92,32 @@ def test_sequence_mode_needs_no_prefixes(group):
     assert largest(play(group, scripts, settings), full(group, scripts, settings)) <= FLOAT32
 
 
-@pytest.mark.parametrize(("model", "strategy"), [("qwen2", "fsdp"), ("qwen2", "fsdp2"), ("qwen3_moe", "fsdp2")])
-def test_bfloat16_is_as_accurate_as_the_full_forward(two_ranks, model, strategy, record_property):
+@pytest.mark.parametrize(
+    ("group", "model", "strategy"),
+    [
+        (2, "qwen2", "fsdp"),
+        (2, "qwen2", "fsdp2"),
+        (2, "qwen3_moe", "fsdp2"),
+        # for a machine with one GPU; in another batch than this a mixture of experts may choose another expert
+        pytest.param(1, "qwen2", "fsdp", marks=pytest.mark.slow),
+        pytest.param(1, "qwen2", "fsdp2", marks=pytest.mark.slow),
+    ],
+    indirect=["group"],
+)
+def test_bfloat16_is_as_accurate_as_the_full_forward(group, model, strategy, record_property):
     """Float32 says what is right. In bfloat16 the overlapped results must be as accurate as those of full forwards, and
     no further from these than they are from float32. How far two batchings of a full forward are apart, which would be
     the natural bound, is recorded only: on a CPU they are bit-identical."""
     random = np.random.default_rng(3)
     scripts = [
-        script(random, f"s{number}", prompt=9, response=40, pieces=[9, 7, 1, 16, 16], rank=number % 2)
+        script(random, f"s{number}", prompt=9, response=40, pieces=[9, 7, 1, 16, 16], rank=number % group.size)
         for number in range(8)
     ]
-    two_ranks.build(model, strategy=strategy, dtype="fp32")
-    right = full(two_ranks, scripts)
-    two_ranks.build(model, strategy=strategy, dtype="bf16")
-    found = play(two_ranks, scripts)
-    batchings = [full(two_ranks, scripts, micro_batch=1), full(two_ranks, scripts, micro_batch=8)]
+    group.build(model, strategy=strategy, dtype="fp32")
+    right = full(group, scripts)
+    group.build(model, strategy=strategy, dtype="bf16")
+    found = play(group, scripts)
+    batchings = [full(group, scripts, micro_batch=1), full(group, scripts, micro_batch=8)]
     for name in ("old_log_probs", "entropys"):
         ours = differences(found, right)[name]
         theirs = [differences(batching, right)[name] for batching in batchings]

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_chunks_are_computed_once_and_without_a_cache_again_and_again(tmp_path):
     out = tmp_path / "chunks.json"
-    sizes = ["--rows=2", "--prompt=8", "--response=40", "--chunk=16", "--repeats=1"]
+    sizes = ["--rows=2", "--prompt=8", "--response=40", "--chunk=16", "--repeats=1", "--dtype=fp32"]
     command = [sys.executable, "-m", "darts.bench", "actor", *sizes, f"--out={out}"]
     run = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=1200

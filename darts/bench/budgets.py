@@ -24,10 +24,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from omegaconf import DictConfig
 
 from darts.bench import harness
-from darts.bench.harness import Bench, FlatRecord, Save
+from darts.bench.harness import Bench, FlatRecords, Save
 from darts.config import ConfigError, DartsConfig
 from darts.evidence.log import say
 from darts.evidence.tables import table
@@ -91,33 +92,30 @@ class ShadowedPlanner:
     def __init__(self, darts: DartsConfig, latency_curve: LatencyCurve, config: DictConfig) -> None:
         self._darts = darts
         self._unrefined = dataclasses.replace(darts, latency=dataclasses.replace(darts.latency, refine=False))
-        self._planner, self._shadow = (_planner(darts, latency_curve, config) for _ in range(2))
+        rollout = config.actor_rollout_ref.rollout
+        self._planner, self._shadow = planners = [
+            RolloutPlanner(
+                ema_weight=darts.allocation.ema_weight,
+                response_length=rollout.response_length,
+                max_running=rollout.max_num_seqs,
+            )
+            for _ in range(2)
+        ]
+        for planner in planners:
+            planner.cost = CostModel(latency_curve, "measured by the benchmark")
 
     def rollout(self, bench: Any, questions: Sequence[str], step: int) -> dict[str, Any]:
         """One rollout of a `RolloutBench`, as a record."""
         prompt_keys = [prompt_key([{"role": "user", "content": question}]) for question in questions]
         seed_plan = self._shadow.plan(prompt_keys, self._unrefined)
-        measured_rollout = bench.rollout(self._darts, questions, step, planner=self._planner)
-        if not np.array_equal(np.bincount(measured_rollout.pool.prompt, minlength=len(prompt_keys)), seed_plan.budgets):
+        rollout, flat_record = bench.rollout(self._darts, questions, step, planner=self._planner)
+        if not np.array_equal(np.bincount(rollout.pool.prompt, minlength=len(prompt_keys)), seed_plan.budgets):
             raise RuntimeError(f"step {step}: the shadow's budgets {seed_plan.budgets.tolist()} are not the rollout's.")
-        flat_record = measured_rollout.record()
-        self._shadow.observe(seed_plan, self._unrefined, measured_rollout.pool, flat_record["seconds"], StepTimes())
+        self._shadow.observe(seed_plan, self._unrefined, rollout.pool, flat_record["seconds"], StepTimes())
         return flat_record | {"unrefined_s": seed_plan.predicted_s}
 
 
-def _planner(darts_config: DartsConfig, latency_curve: LatencyCurve, config: DictConfig) -> RolloutPlanner:
-    """The planner that the manager would make."""
-    rollout = config.actor_rollout_ref.rollout
-    arm_planner = RolloutPlanner(
-        ema_weight=darts_config.allocation.ema_weight,
-        response_length=rollout.response_length,
-        max_running=rollout.max_num_seqs,
-    )
-    arm_planner.cost = CostModel(latency_curve, "measured by the benchmark")
-    return arm_planner
-
-
-def measure(options: argparse.Namespace, save: Save) -> list[dict[str, Any]]:
+def measure(options: argparse.Namespace, save: Save) -> FlatRecords:
     """Starts a server, measures its curve and runs all rollouts; what is there is saved after each seed."""
     if options.pool % options.prompts:
         rule = f"must be a multiple of --prompts {options.prompts}."
@@ -132,13 +130,14 @@ def measure(options: argparse.Namespace, save: Save) -> list[dict[str, Any]]:
     questions, records = train_questions(options.testbed), []
     say("starting one server ...")
     with local_ray(num_gpus=1), serving(*overrides, response_length=None, max_model_len=None) as (servers, bench):
-        model = servers.config.actor_rollout_ref.model.path
-        profile = asyncio.run(profile_servers(servers.server_handles, model, seeded=True, say=say))
+        model_path = servers.config.actor_rollout_ref.model.path
+        profile = asyncio.run(profile_servers(servers.server_handles, model_path, seeded=True, say=say))
         save(profile=dataclasses.asdict(profile))
 
         def planners_of(seed: int) -> dict[str, ShadowedPlanner]:
-            chosen = {name: settings(name, seed, options.wait, options.chunk_tokens) for name in ALLOCATIONS}
-            return {name: ShadowedPlanner(darts, profile.curve(), servers.config) for name, darts in chosen.items()}
+            arm_settings = {name: settings(name, seed, options.wait, options.chunk_tokens) for name in ALLOCATIONS}
+            curve, config = profile.curve(), servers.config
+            return {name: ShadowedPlanner(darts, curve, config) for name, darts in arm_settings.items()}
 
         for planner in planners_of(0).values():
             planner.rollout(bench, questions[-options.prompts :], step=0)  # warms up
@@ -155,16 +154,15 @@ def measure(options: argparse.Namespace, save: Save) -> list[dict[str, Any]]:
     return records
 
 
-def with_last(records: Sequence[FlatRecord]) -> list[dict[str, Any]]:
-    """The records with `last_s`, the seconds of the same arm's rollout before, in the same seed; None for its first."""
-    before = {(record["arm"], record["seed"], record["step"] + 1): record["seconds"] for record in records}
-    return [{**record, "last_s": before.get((record["arm"], record["seed"], record["step"]))} for record in records]
+def with_last(records: pd.DataFrame) -> pd.DataFrame:
+    """The records with `last_s`, the seconds of the same arm's rollout before, in the same seed; NaN for its first."""
+    return records.assign(last_s=records.sort_values("step").groupby(["arm", "seed"])["seconds"].shift())
 
 
-def error(records: Sequence[FlatRecord], predictor: str) -> float:
-    """Median over the rollouts of |forecast / measured - 1|."""
-    pairs = [(record[predictor], record["seconds"]) for record in records if record[predictor] is not None]
-    return float(np.median([abs(forecast / seconds - 1) for forecast, seconds in pairs])) if pairs else float("nan")
+def errors(records: pd.DataFrame) -> pd.Series:
+    """Median over the rollouts of |forecast / measured - 1|, by predictor; NaN where nothing was forecast."""
+    forecasts = records[list(PREDICTORS)].astype(float)
+    return (forecasts.div(records["seconds"], axis=0) - 1).abs().median()
 
 
 COLUMNS: harness.Columns = (
@@ -182,20 +180,17 @@ COLUMNS: harness.Columns = (
 )
 
 
-def forecast_table(records: Sequence[FlatRecord]) -> str:
+def forecast_table(records: pd.DataFrame) -> str:
     """Errors of the forecasts by arm, of records with `last_s`."""
-    by_arm = {arm: [record for record in records if record["arm"] == arm] for arm in harness.arms_of(records)}
-    table_rows = [
-        [arm, len(arm_records), *(f"{error(arm_records, predictor_key):.1%}" for predictor_key in PREDICTORS)]
-        for arm, arm_records in (by_arm | {"all": records}).items()
-    ]
-    return table(["median error of the forecast", "rollouts", *PREDICTORS.values()], table_rows)
+    parts = [*records.groupby("arm", sort=False), ("all", records)]
+    rows = [[arm, len(part), *errors(part).map("{:.1%}".format)] for arm, part in parts]
+    return table(["median error of the forecast", "rollouts", *PREDICTORS.values()], rows)
 
 
-def tables(flat_records: Sequence[FlatRecord]) -> str:
+def tables(records: pd.DataFrame) -> str:
     """Both, of the steps from the second epoch on."""
-    known_records = [flat_record for flat_record in with_last(flat_records) if flat_record["epoch"] > 0]
-    if not known_records:
+    known_records = with_last(records)[records["epoch"] > 0]
+    if known_records.empty:
         return "no step of a second epoch: no prompt was known"
     return f"{harness.arms_table(known_records, COLUMNS, ('seed', 'step'), UNIFORM)}\n\n{forecast_table(known_records)}"
 

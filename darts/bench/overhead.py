@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from darts.bench import harness
-from darts.bench.harness import Bench, FlatRecord, Save
+from darts.bench.harness import Bench, FlatRecords, Save
 from darts.config import ConfigError, DartsConfig
 from darts.evidence.checkpoint import save_state
 from darts.evidence.tables import Check, table
@@ -117,7 +118,7 @@ def parts_of_a_step(prompts: int, history: int, folder: Path) -> tuple[Candidate
     }
 
 
-def at_scale(options: argparse.Namespace) -> list[dict[str, Any]]:
+def at_scale(options: argparse.Namespace) -> FlatRecords:
     """A record for each number of prompts, repetition and part."""
     records = []
     for prompts in options.prompts:
@@ -132,15 +133,15 @@ def at_scale(options: argparse.Namespace) -> list[dict[str, Any]]:
     return records
 
 
-def scale_table(records: Sequence[FlatRecord]) -> str:
+def scale_table(records: pd.DataFrame) -> str:
     """Milliseconds of each part, medians over the repetitions; own is keys to metrics, what `own_s` has."""
     rows = []
-    for prompts in dict.fromkeys(record["prompts"] for record in records):
-        some = [record for record in records if record["prompts"] == prompts]
-        by_part = {part: harness.paired(some, part, "seconds", ("repetition",)) for part in PARTS}
-        times = [*by_part.values(), sum(by_part[part] for part in OWN)]
-        cells = [f"{1000 * np.median(seconds):.1f}" for seconds in times]
-        rows.append([f"{prompts:,}", f"{some[0]['candidates']:,}", f"{some[0]['aborted']:.0%}", *cells])
+    for prompts, part in records.groupby("prompts"):
+        part_s = part.pivot(index="repetition", columns="arm", values="seconds")[list(PARTS)]
+        part_s["own"] = part_s[list(OWN)].sum(axis=1)
+        size = part.iloc[0]
+        medians = (1000 * part_s.median()).map("{:.1f}".format)
+        rows.append([f"{prompts:,}", f"{size['candidates']:,}", f"{size['aborted']:.0%}", *medians])
     return table(["prompts", "candidates", "aborted", *(f"{part}, ms" for part in (*PARTS, "own"))], rows)
 
 
@@ -159,33 +160,32 @@ def of_run(run: Path) -> dict[str, Any]:
     return {"run": str(run), "own_s": own.tolist(), "step_s": step.tolist(), "share": (own / step).tolist()}
 
 
-def runs_table(records: Sequence[FlatRecord]) -> str:
+def runs_table(records: pd.DataFrame) -> str:
     """A row per run."""
     rows = []
-    for record in records:
-        own, step, share = (float(np.median(record[name])) for name in ("own_s", "step_s", "share"))
-        worst = max(record["share"])
-        rows.append([record["run"], len(record["share"]), f"{own:.3f}", f"{step:.2f}", f"{share:.2%}", f"{worst:.2%}"])
+    for run in records.itertuples():
+        own_s, step_s, share = (np.median(values) for values in (run.own_s, run.step_s, run.share))
+        rows.append([run.run, len(run.share), f"{own_s:.3f}", f"{step_s:.2f}", f"{share:.2%}", f"{max(run.share):.2%}"])
     return table(["run", "steps", "own s, median", "step s, median", "share, median", "share, worst"], rows)
 
 
-def measure(bench_options: argparse.Namespace, save_parts: Save) -> dict[str, list[dict[str, Any]]]:
+def measure(bench_options: argparse.Namespace, save_parts: Save) -> dict[str, FlatRecords]:
     """The runs' records, and those at scale."""
     run_records = [of_run(run_folder) for run_folder in bench_options.runs]
     return {"scale": at_scale(bench_options), "runs": run_records}
 
 
-def tables(records: Mapping[str, Sequence[FlatRecord]]) -> str:
+def tables(records: Mapping[str, pd.DataFrame]) -> str:
     """Both tables, as far as there is something."""
-    table_makers = ((scale_table, records["scale"]), (runs_table, records["runs"]))
-    return "\n\n".join(make(chosen_records) for make, chosen_records in table_makers if chosen_records)
+    makers = {"scale": scale_table, "runs": runs_table}
+    return "\n\n".join(make(records[name]) for name, make in makers.items() if len(records[name]))
 
 
-def checks(records: Mapping[str, Sequence[FlatRecord]]) -> list[Check]:
+def checks(records: Mapping[str, pd.DataFrame]) -> list[Check]:
     """The bound for each run."""
     return [
-        Check(name=f"% of a step, {run['run']}", value=100 * float(np.median(run["share"])), low=0, high=100 * TARGET)
-        for run in records["runs"]
+        Check(name=f"% of a step, {run.run}", value=100 * float(np.median(run.share)), low=0, high=100 * TARGET)
+        for run in records["runs"].itertuples()
     ]
 
 

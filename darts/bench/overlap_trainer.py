@@ -27,7 +27,7 @@ import ray
 from verl.protocol import DataProto
 
 from darts.bench.arms import BenchArm
-from darts.bench.overlap_report import FIGURES
+from darts.bench.overlap import FIGURES
 from darts.bench.trainer import ArmsTaskRunner, ArmsTrainer, train
 from darts.engines.start import engine_processes, process_of
 from darts.messages import CANDIDATE

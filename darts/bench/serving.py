@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
@@ -26,8 +25,7 @@ from verl.workers.rollout.router import GlobalRequestLoadBalancer
 from darts.config import DartsConfig
 from darts.engines.start import engine_config, engine_processes, process_of, start_servers
 from darts.evidence.documents import finite
-from darts.planning import RolloutPlanner
-from darts.pool import CandidatePool
+from darts.planning import Rollout, RolloutPlanner
 from darts.rollout.client import RequestListener, current_listener
 from darts.rollout.manager import DartsAgentLoopManager
 from darts.rollout.worker import DartsAgentLoopWorker
@@ -95,30 +93,6 @@ FIGURES = {
 """What a record has of the rollout's metrics; None where there is none."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MeasuredRollout:
-    """One rollout."""
-
-    metrics: dict[str, float]  # `darts.metrics.rollout_metrics`, and those of the planner
-    pool: CandidatePool
-    after_s: float  # from the end of the last request to the batch being there
-    cpu_s: dict[str, float]  # of the engines, of the servers' front ends, of the agent-loop worker, of this process
-
-    def record(self) -> dict[str, Any]:
-        """The figures of a bench's tables, ready for JSON; lists have an entry per prompt."""
-        pool = self.pool
-        groups = [np.flatnonzero(pool.prompt == prompt) for prompt in np.unique(pool.prompt)]
-        return {name: finite(self.metrics.get(key)) for name, key in FIGURES.items()} | {
-            "after_s": self.after_s,
-            **{f"cpu_{name}_s": seconds for name, seconds in self.cpu_s.items()},
-            "prompt_tokens": int(pool.prompt_tokens.sum()),
-            "computed_tokens": int((pool.prompt_tokens - pool.cached_tokens).sum()),
-            "lengths": [pool.length[group_rows].tolist() for group_rows in groups],
-            "aborted_by_candidate": [pool.aborted[group_rows].tolist() for group_rows in groups],
-            "kept": [pool.candidate[group_rows][pool.kept[group_rows]].tolist() for group_rows in groups],
-        }
-
-
 class RolloutBench:
     """A manager over running servers.
 
@@ -144,8 +118,8 @@ class RolloutBench:
         step: int,
         sampling: Mapping[str, Any] | None = None,
         planner: RolloutPlanner | None = None,
-    ) -> MeasuredRollout:
-        """Runs one rollout.
+    ) -> tuple[Rollout, dict[str, Any]]:
+        """Runs one rollout; its record has the figures of a bench's tables, ready for JSON, lists with one per prompt.
 
         Args:
             darts: its settings; `group_size` is M.
@@ -165,12 +139,18 @@ class RolloutBench:
         if len(kept_rows) != darts.group_size * len(questions):
             raise RuntimeError(f"{len(kept_rows)} rows for {len(questions)} prompts and M={darts.group_size}.")
         rollout = rollout_manager.pop_rollout()
-        return MeasuredRollout(
-            metrics=rollout.metrics,
-            pool=rollout.pool,
-            after_s=ended_at - float(rollout.pool.ended_at.max()),
-            cpu_s={role_name: cpu_after[role_name] - cpu_before[role_name] for role_name in cpu_after},
-        )
+        pool = rollout.pool
+        groups = [np.flatnonzero(pool.prompt == prompt) for prompt in np.unique(pool.prompt)]
+        return rollout, {
+            **{name: finite(rollout.metrics.get(key)) for name, key in FIGURES.items()},
+            "after_s": ended_at - float(pool.ended_at.max()),  # from the end of the last request to the batch
+            **{f"cpu_{role_name}_s": cpu_after[role_name] - cpu_before[role_name] for role_name in cpu_after},
+            "prompt_tokens": int(pool.prompt_tokens.sum()),
+            "computed_tokens": int((pool.prompt_tokens - pool.cached_tokens).sum()),
+            "lengths": [pool.length[group_rows].tolist() for group_rows in groups],
+            "aborted_by_candidate": [pool.aborted[group_rows].tolist() for group_rows in groups],
+            "kept": [pool.candidate[group_rows][pool.kept[group_rows]].tolist() for group_rows in groups],
+        }
 
     def close(self) -> None:
         """Ends the agent-loop worker."""

@@ -1,6 +1,7 @@
 """What an arm goes on with in its next step: its actor and what the trainer knows, on disk, of the last complete round.
 
-Contract: no verl import; the actor is whatever has verl's two RPCs. A round is one step of every arm.
+Contract: no verl import; the actor is whatever has `save_checkpoint` and `load_checkpoint` of verl's worker group
+(`ActorRolloutRefWorker`, 0.9.1). A round is one step of every arm.
 
 1. An arm's turn is `load`, its step, `save`; when all arms have had theirs, `complete`. What `load` gives is the state
    of the round before, at step 1 the initial one: nothing of one arm's turn reaches another's, and a round that was
@@ -21,7 +22,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from darts.evidence import documents
 
@@ -38,18 +39,6 @@ class StatesError(ValueError):
     """A folder that a bench cannot go on with."""
 
 
-class Actor(Protocol):
-    """verl's worker group of the actor (`ActorRolloutRefWorker`, 0.9.1)."""
-
-    def save_checkpoint(
-        self, local_path: str, hdfs_path: str | None = None, global_step: int = 0, max_ckpt_to_keep: int | None = None
-    ) -> Any:
-        """Writes the state of all ranks into the folder."""
-
-    def load_checkpoint(self, local_path: str, hdfs_path: str | None = None, del_local_after_load: bool = False) -> Any:
-        """Puts it back."""
-
-
 class ArmStates:
     """The states of a bench's arms.
 
@@ -62,7 +51,7 @@ class ArmStates:
         StatesError: names that cannot be told apart as folders, or a folder of other arms.
     """
 
-    def __init__(self, states_folder: Path, arm_names: Sequence[str], actor: Actor) -> None:
+    def __init__(self, states_folder: Path, arm_names: Sequence[str], actor: Any) -> None:
         self._folder = states_folder
         self._actor = actor
         self._names = {arm_name: folder_name(arm_name) for arm_name in arm_names}

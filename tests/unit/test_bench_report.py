@@ -209,9 +209,9 @@ def test_figures_of_arms_with_gaps():
 
 
 def test_by_seed_has_a_row_for_each_seed():
-    steps, values = BenchResults(bench({"none": [[1.0, 2.0], [3.0]]})).by_seed("none", "step_s")
-    assert steps.tolist() == [1, 2]
-    assert values[0].tolist() == [1.0, 2.0]
-    assert values[1][0] == 3.0
-    assert math.isnan(values[1][1])
-    assert figures.smoothed(values).tolist()[0] == [1.5, 1.5]
+    values = BenchResults(bench({"none": [[1.0, 2.0], [3.0]]})).by_seed("none", "step_s")
+    assert values.columns.tolist() == [1, 2]
+    assert values.loc[0].tolist() == [1.0, 2.0]
+    assert values.at[1, 1] == 3.0
+    assert math.isnan(values.at[1, 2])
+    assert figures.smoothed(values).loc[0].tolist() == [1.5, 1.5]

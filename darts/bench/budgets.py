@@ -45,7 +45,7 @@ ALLOCATIONS = {
     ADAPTIVE: {"mode": "adaptive", "high": 12},
 }
 GROUP_SIZE, MEAN = 8, 10.5
-PREDICTORS = {"refined_s": "refined model", "unrefined_s": "model as measured", "last_s": "last step"}
+PREDICTORS = {"latency/predicted_s": "refined model", "unrefined_s": "model as measured", "last_s": "last step"}
 
 
 def settings(arm: str, seed: int, wait: str, chunk_tokens: int) -> DartsConfig:
@@ -168,15 +168,21 @@ def errors(records: pd.DataFrame) -> pd.Series:
 COLUMNS: harness.Columns = (
     ("rollout s", lambda arm: f"{arm.total('seconds'):.1f}"),
     ("over uniform", lambda arm: arm.over("seconds")),
-    ("tokens", lambda arm: f"{arm.total('tokens'):,.0f}"),
-    ("over uniform", lambda arm: arm.over("tokens")),
-    ("kept tokens", lambda arm: f"{arm.total('tokens_kept'):,.0f}"),
-    ("kept length", lambda arm: f"{arm.mean('kept_mean'):.1f}"),
-    ("pool length", lambda arm: f"{arm.mean('pool_mean'):.1f}"),
-    ("aborted", lambda arm: f"{arm.total('aborted'):,.0f} of {arm.total('launched'):,.0f}"),
-    ("saturated", lambda arm: f"{arm.mean('saturated_share'):.0%}"),
-    ("budgets", lambda arm: f"{arm.known('budget_min').min():.0f} to {arm.known('budget_max').max():.0f}"),
-    ("std correlation", lambda arm: f"{arm.mean('std_correlation'):.2f}"),
+    ("tokens/generated", lambda arm: f"{arm.total('tokens/generated'):,.0f}"),
+    ("over uniform", lambda arm: arm.over("tokens/generated")),
+    ("kept tokens", lambda arm: f"{arm.total('tokens/kept'):,.0f}"),
+    ("kept length", lambda arm: f"{arm.mean('length/kept_mean'):.1f}"),
+    ("pool length", lambda arm: f"{arm.mean('length/pool_mean'):.1f}"),
+    (
+        "candidates/aborted",
+        lambda arm: f"{arm.total('candidates/aborted'):,.0f} of {arm.total('candidates/launched'):,.0f}",
+    ),
+    ("saturated", lambda arm: f"{arm.mean('group/saturated_share'):.0%}"),
+    (
+        "budgets",
+        lambda arm: f"{arm.known('allocation/budget_min').min():.0f} to {arm.known('allocation/budget_max').max():.0f}",
+    ),
+    ("std correlation", lambda arm: f"{arm.mean('history/std_correlation'):.2f}"),
 )
 
 

@@ -202,7 +202,8 @@ class ArmFigures:
 
     def known(self, figure_key: str) -> pd.Series:
         """The arm's values where there are some."""
-        return self.records.loc[self.records["arm"] == self.arm, figure_key].dropna().astype(float)
+        arm_records = self.records[self.records["arm"] == self.arm]
+        return arm_records.reindex(columns=[figure_key])[figure_key].dropna().astype(float)
 
     def total(self, figure_key: str) -> float:
         """The sum; 0 without any."""

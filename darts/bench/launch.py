@@ -23,16 +23,13 @@ QUIET = {"VERL_LOGGING_LEVEL": "WARN"}
 """Verl's checkpoints say several lines each."""
 
 
-def run_trainer(
-    plan: BenchPlan, folder: Path, silence_s: float, module: str = "darts.bench.trainer", lock: int | None = None
-) -> None:
+def run_trainer(plan: BenchPlan, folder: Path, silence_s: float, lock: int | None = None) -> None:
     """Runs what is missing in a folder, with a line for each round.
 
     Args:
         plan: of the folder.
         folder: where the run finds its plan, and leaves its records and log.
         silence_s: the longest time without a word.
-        module: is run with the folder.
         lock: a file that the run inherits, and in which its process is named.
 
     Raises:
@@ -42,7 +39,7 @@ def run_trainer(
     say(f"{len(plan.arms)} arms x {plan.seeds} seeds x {plan.steps} steps in {folder}; starting the engine ...")
     with (folder / LOG).open("a") as log_file:
         child = subprocess.Popen(
-            [sys.executable, "-m", module, str(folder)],
+            [sys.executable, "-m", "darts.bench.trainer", str(folder)],
             cwd=ROOT,
             env=ENVIRONMENT | QUIET | dict(os.environ) | {"PYTHONPATH": path},
             stdout=log_file,

@@ -152,10 +152,11 @@ def measure(options: argparse.Namespace, save: Save) -> FlatRecords:
         validate_every=0,
         config_name="quickstart",
         overrides=overrides(folder, options, "cpu" if is_cpu_only() else "gpu"),
+        trainer="darts.bench.overlap_trainer.OverlapTrainer",
     )
     plan.save(folder)
     write_inputs(folder, batches, options.hidden, options.layers)
-    run_trainer(plan, folder, 60 * options.silence, "darts.bench.overlap_trainer")
+    run_trainer(plan, folder, 60 * options.silence)
     steps = [step for step in Records(folder / RECORDS).read() if isinstance(step, StepRecord)]
     if len(steps) != len(batches) * len(ARMS):
         raise BenchError(f"the run ended after {len(steps)} steps of {len(batches) * len(ARMS)}; see {folder / LOG}")

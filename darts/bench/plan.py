@@ -37,6 +37,7 @@ class BenchPlan:
     config_name: str = "bench"
     config_dir: str = str(CONFIG_DIR)
     overrides: list[str]  # of the configuration, for all arms
+    trainer: str = "darts.bench.trainer.ArmsTrainer"  # or a subclass
 
     def save(self, folder: Path) -> None:
         """Into the folder, which is made.

@@ -28,7 +28,7 @@ import numpy as np
 import pandas as pd
 
 from darts.bench import harness
-from darts.bench.harness import Bench, FlatRecords, Save
+from darts.bench.harness import ArmFigures, Bench, FlatRecords, Save
 from darts.config import DartsConfig
 from darts.evidence.log import say
 from darts.evidence.tables import Check
@@ -179,43 +179,41 @@ EARLY_STOP_COLUMNS: harness.Columns = (
     ("seconds, median", lambda arm: f"{arm.median('seconds'):.3f}"),
     ("seconds, total", lambda arm: f"{arm.total('seconds'):.1f}"),
     ("speed-up over plain n=M", lambda arm: arm.speed_up()),
-    ("tokens", lambda arm: f"{arm.total('tokens'):,.0f}"),
-    ("kept", lambda arm: f"{arm.total('tokens_kept'):,.0f}"),
-    ("aborted", lambda arm: f"{arm.total('aborted'):,.0f} of {arm.total('launched'):,.0f}"),
-    (
-        "tokens after the decision",
-        lambda arm: f"{arm.total('tokens_after'):,.0f} ({arm.total('tokens_after') / arm.total('tokens'):.2%})",
-    ),
-    ("tail, s", lambda arm: f"{arm.mean('tail_s'):.3f}"),
-    ("kept length", lambda arm: f"{arm.mean('kept_mean'):.1f}"),
+    ("tokens", lambda arm: f"{arm.total('tokens/generated'):,.0f}"),
+    ("kept", lambda arm: f"{arm.total('tokens/kept'):,.0f}"),
+    ("aborted", lambda arm: f"{arm.total('candidates/aborted'):,.0f} of {arm.total('candidates/launched'):,.0f}"),
+    ("tokens after the decision", lambda arm: "{:,.0f} ({:.2%})".format(*_after_decision(arm))),
+    ("tail, s", lambda arm: f"{arm.mean('rollout/tail_s'):.3f}"),
+    ("kept length", lambda arm: f"{arm.mean('length/kept_mean'):.1f}"),
 )
-CPU = ("engine", "server", "worker", "driver")
 OVERHEAD_COLUMNS: harness.Columns = (
     ("speed-up of the engine's CPU time", lambda arm: arm.speed_up("cpu_engine_s")),
     ("share outside of the engine", lambda arm: f"{1 - arm.total('cpu_engine_s') / arm.total('seconds'):.2f}"),
     ("after the last request", lambda arm: f"{arm.total('after_s') / arm.total('seconds'):.3f}"),
-    *(
-        (f"CPU of {name}", lambda arm, name=name: f"{arm.total(f'cpu_{name}_s') / arm.total('seconds'):.2f}")
-        for name in CPU
-    ),
+    ("CPU of engine", lambda arm: f"{arm.total('cpu_engine_s') / arm.total('seconds'):.2f}"),
+    ("CPU of server", lambda arm: f"{arm.total('cpu_server_s') / arm.total('seconds'):.2f}"),
+    ("CPU of worker", lambda arm: f"{arm.total('cpu_worker_s') / arm.total('seconds'):.2f}"),
+    ("CPU of driver", lambda arm: f"{arm.total('cpu_driver_s') / arm.total('seconds'):.2f}"),
 )
 """Where an arm's seconds went. On a quiet machine an engine with one thread is idle while it uses no CPU."""
 ROUTING_COLUMNS: harness.Columns = (
-    ("prefix cached", lambda arm: f"{arm.mean('cached_share'):.3f}"),
-    (
-        "prompt tokens computed",
-        lambda arm: f"{arm.mean('computed_tokens'):,.0f} of {arm.mean('prompt_tokens'):,.0f}",
-    ),
+    ("prefix cached", lambda arm: f"{arm.mean('rollout/prefix_cached_share'):.3f}"),
+    ("prompt tokens computed", lambda arm: f"{arm.mean('computed_tokens'):,.0f} of {arm.mean('prompt_tokens'):,.0f}"),
     ("imbalance", lambda arm: f"{arm.mean('imbalance'):.2f}"),
     ("seconds, median", lambda arm: f"{arm.median('seconds'):.3f}"),
     ("speed-up over balanced", lambda arm: arm.speed_up()),
 )
-TABLES: dict[str, tuple[tuple[harness.Columns, str | None], ...]] = {
-    STREAMING: ((STREAMING_COLUMNS, "requests"),),
-    EARLY_STOP: ((EARLY_STOP_COLUMNS, None), (OVERHEAD_COLUMNS, None)),
-    ROUTING: ((ROUTING_COLUMNS, "limit"),),
+TABLES: dict[str, list[tuple[harness.Columns, str | None]]] = {
+    STREAMING: [(STREAMING_COLUMNS, "requests")],
+    EARLY_STOP: [(EARLY_STOP_COLUMNS, None), (OVERHEAD_COLUMNS, None)],
+    ROUTING: [(ROUTING_COLUMNS, "limit")],
 }
 """By experiment, its tables, and the key whose values have rows of their own."""
+
+
+def _after_decision(arm: ArmFigures) -> tuple[float, float]:
+    tokens_after = arm.total("early_stop/tokens_after")
+    return tokens_after, tokens_after / arm.total("tokens/generated")
 
 
 def tables(records: Mapping[str, pd.DataFrame]) -> str:

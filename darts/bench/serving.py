@@ -69,30 +69,6 @@ class SamplingManager(DartsAgentLoopManager):
     agent_loop_workers_class = ray.remote(SamplingWorker)
 
 
-FIGURES = {
-    "seconds": "darts/rollout/seconds",
-    "tail_s": "darts/rollout/tail_s",
-    "launched": "darts/candidates/launched",
-    "aborted": "darts/candidates/aborted",
-    "tokens": "darts/tokens/generated",
-    "tokens_kept": "darts/tokens/kept",
-    "tokens_after": "darts/early_stop/tokens_after",
-    "chunks": "darts/streaming/chunks",
-    "kept_mean": "darts/length/kept_mean",
-    "pool_mean": "darts/length/pool_mean",
-    "arrival_disagreement": "darts/selection/arrival_disagreement",
-    "cached_share": "darts/rollout/prefix_cached_share",
-    "saturated_share": "darts/group/saturated_share",
-    "budget_min": "darts/allocation/budget_min",
-    "budget_max": "darts/allocation/budget_max",
-    "known_share": "darts/history/known_share",
-    "std_correlation": "darts/history/std_correlation",
-    "refined_s": "darts/latency/predicted_s",
-    "overhead_s": "darts/latency/overhead_s",
-}
-"""What a record has of the rollout's metrics; None where there is none."""
-
-
 class RolloutBench:
     """A manager over running servers.
 
@@ -119,7 +95,7 @@ class RolloutBench:
         sampling: Mapping[str, Any] | None = None,
         planner: RolloutPlanner | None = None,
     ) -> tuple[Rollout, dict[str, Any]]:
-        """Runs one rollout; its record has the figures of a bench's tables, ready for JSON, lists with one per prompt.
+        """Runs one rollout; its record, for JSON, has the metrics without `darts/`, and lists with one for each prompt.
 
         Args:
             darts: its settings; `group_size` is M.
@@ -142,7 +118,8 @@ class RolloutBench:
         pool = rollout.pool
         groups = [np.flatnonzero(pool.prompt == prompt) for prompt in np.unique(pool.prompt)]
         return rollout, {
-            **{name: finite(rollout.metrics.get(key)) for name, key in FIGURES.items()},
+            **{name.removeprefix("darts/"): finite(figure) for name, figure in rollout.metrics.items()},
+            "seconds": rollout.metrics["darts/rollout/seconds"],
             "after_s": ended_at - float(pool.ended_at.max()),  # from the end of the last request to the batch
             **{f"cpu_{role_name}_s": cpu_after[role_name] - cpu_before[role_name] for role_name in cpu_after},
             "prompt_tokens": int(pool.prompt_tokens.sum()),

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from verl.protocol import DataProto
 from verl.trainer.ppo.utils import create_rl_sampler
@@ -215,22 +216,23 @@ class ArmsTrainer(RayDartsTrainer):
 
 
 class ArmsTaskRunner(DartsTaskRunner):
-    """The task runner, with that trainer."""
-
-    def trainer_class(self) -> type:
-        """Upstream: `DartsTaskRunner.trainer_class`."""
-        return ArmsTrainer
+    """The task runner, with the plan's trainer."""
 
     def add_actor_rollout_worker(self, config: DictConfig) -> tuple[type, type]:
         """Upstream's worker; the actor can overlap if an arm wants it."""
         config = deepcopy(config)
-        for bench_arm in BenchPlan.load(Path(config.trainer.default_local_dir)).arms:
+        self._plan = BenchPlan.load(Path(config.trainer.default_local_dir))
+        for bench_arm in self._plan.arms:
             if bench_arm.overlap not in (None, "off"):
                 config.darts.overlap.mode = bench_arm.overlap
         return super().add_actor_rollout_worker(config)
 
+    def trainer_class(self) -> type:
+        """Upstream: `DartsTaskRunner.trainer_class`, which is called after the former."""
+        return get_class(self._plan.trainer)
 
-def train(bench_folder: Path, task_runner: type[ArmsTaskRunner]) -> None:
+
+def train(bench_folder: Path) -> None:
     """Runs the bench of this folder; the steps are those of `recipe.darts.main_darts.main`."""
     from verl.trainer.main_ppo import run_ppo
     from verl.utils.device import auto_set_device
@@ -245,11 +247,8 @@ def train(bench_folder: Path, task_runner: type[ArmsTaskRunner]) -> None:
     OmegaConf.resolve(config)
     choose_backend(config)
     check_run(config)
-    run_ppo(config, task_runner_class=ray.remote(task_runner))
+    run_ppo(config, task_runner_class=ray.remote(get_class("darts.bench.trainer.ArmsTaskRunner")))
 
 
 if __name__ == "__main__":
-    # Ray's workers know the classes by this module's name, not by __main__.
-    from darts.bench import trainer
-
-    trainer.train(Path(sys.argv[1]).resolve(), trainer.ArmsTaskRunner)
+    train(Path(sys.argv[1]).resolve())

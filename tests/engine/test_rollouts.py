@@ -30,10 +30,11 @@ def test_early_stop(bench, server):
             kept, launched = {"plain n=M": (2, 2), "plain n=3": (3, 3)}.get(arm, (2, 3))
             assert [len(group) for group in record["kept"]] == [kept] * 2
             assert [len(group) for group in record["lengths"]] == [launched] * 2
-            assert record["tokens"] == sum(map(sum, record["lengths"]))
-            assert record["aborted"] == sum(map(sum, record["aborted_by_candidate"]))
-            assert record["aborted"] <= {"shortest eager": 2, "shortest exact": 2, "dual deadline": 2}.get(arm, 0)
-            assert 0 <= record["tail_s"] < record["seconds"]
+            assert record["tokens/generated"] == sum(map(sum, record["lengths"]))
+            assert record["candidates/aborted"] == sum(map(sum, record["aborted_by_candidate"]))
+            most_aborted = {"shortest eager": 2, "shortest exact": 2, "dual deadline": 2}.get(arm, 0)
+            assert record["candidates/aborted"] <= most_aborted
+            assert 0 <= record["rollout/tail_s"] < record["seconds"]
             assert 0 <= record["after_s"] < record["seconds"]
             assert record["cpu_engine_s"] > 0
     # equal seeds, equal responses: the first M of plain n=3 are those of plain n=M

@@ -161,10 +161,11 @@ def test_every_epoch_has_the_pool_once_in_another_order():
 
 def rollout(arm, step, seconds, seed=0, **changes):
     record = {
-        "arm": arm, "seed": seed, "step": step, "epoch": step // 2, "seconds": seconds, "tokens": 100,
-        "tokens_kept": 60, "aborted": 3, "launched": 20, "kept_mean": 7.5, "pool_mean": 9.0, "saturated_share": 0.5,
-        "std_correlation": None if step < 2 else 0.25, "budget_min": 8.0, "budget_max": 12.0, "refined_s": seconds,
-        "unrefined_s": seconds / 2,
+        "arm": arm, "seed": seed, "step": step, "epoch": step // 2, "seconds": seconds, "tokens/generated": 100,
+        "tokens/kept": 60, "candidates/aborted": 3, "candidates/launched": 20, "length/kept_mean": 7.5,
+        "length/pool_mean": 9.0, "group/saturated_share": 0.5, "allocation/budget_min": 8.0,
+        "allocation/budget_max": 12.0, "history/std_correlation": None if step < 2 else 0.25,
+        "latency/predicted_s": seconds, "unrefined_s": seconds / 2,
     }  # fmt: skip
     return record | changes
 
@@ -179,15 +180,16 @@ def test_the_last_steps_seconds_are_those_of_the_same_arm_and_seed():
 
 
 def test_the_error_of_a_forecast_is_relative_and_leaves_out_what_was_not_forecast():
-    records = [rollout("a", step, 2.0, refined_s=forecast) for step, forecast in enumerate([None, 1.0, 2.2, 3.0])]
+    forecasts = enumerate([None, 1.0, 2.2, 3.0])
+    records = [rollout("a", step, 2.0) | {"latency/predicted_s": forecast} for step, forecast in forecasts]
     records = budgets.with_last(pd.DataFrame(records))
-    assert budgets.errors(records)["refined_s"] == pytest.approx(0.5)
-    assert np.isnan(budgets.errors(records[:1])["refined_s"])
+    assert budgets.errors(records)["latency/predicted_s"] == pytest.approx(0.5)
+    assert np.isnan(budgets.errors(records[:1])["latency/predicted_s"])
 
 
 def test_the_tables_are_of_known_prompts_and_pair_the_arms():
     records = [rollout(budgets.UNIFORM, step, 9.0 if step < 2 else 2.0) for step in range(4)]
-    records += [rollout(budgets.ADAPTIVE, step, 1.0, tokens=90) for step in range(4)]
+    records += [rollout(budgets.ADAPTIVE, step, 1.0) | {"tokens/generated": 90} for step in range(4)]
     text = budgets.tables(pd.DataFrame(records))
     assert "| uniform | 4.0 | 1 | 200 | 1 | 120 | 7.5 | 9.0 | 6 of 40 | 50% | 8 to 12 | 0.25 |" in text
     assert "| adaptive | 2.0 | 0.50 [0.50, 0.50] | 180 | 0.90 [0.90, 0.90] |" in text

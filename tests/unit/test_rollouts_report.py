@@ -33,18 +33,19 @@ def stream(arm, repetition, speed, requests=32):
 
 def rollout(arm, batch, seconds=1.0, lengths=((10, 20, 30),), aborted=((False,) * 3,), kept=((0, 1),), seed=0):
     return {
-        "arm": arm, "seed": seed, "batch": batch, "seconds": seconds, "tail_s": 0.1, "after_s": 0.05, "launched": 3,
-        "aborted": sum(map(sum, aborted)), "tokens": 60, "tokens_kept": 30, "tokens_after": 3, "kept_mean": 15.0,
-        "cpu_engine_s": seconds / 2, "cpu_server_s": 0.0,
-        "cpu_worker_s": 0.0, "cpu_driver_s": seconds / 10, "lengths": lengths, "aborted_by_candidate": aborted,
-        "kept": kept,
+        "arm": arm, "seed": seed, "batch": batch, "seconds": seconds, "rollout/tail_s": 0.1, "after_s": 0.05,
+        "candidates/launched": 3, "candidates/aborted": sum(map(sum, aborted)), "tokens/generated": 60,
+        "tokens/kept": 30, "early_stop/tokens_after": 3, "length/kept_mean": 15.0, "cpu_engine_s": seconds / 2,
+        "cpu_server_s": 0.0, "cpu_worker_s": 0.0, "cpu_driver_s": seconds / 10, "lengths": lengths,
+        "aborted_by_candidate": aborted, "kept": kept,
     }  # fmt: skip
 
 
 def routed(arm, repetition, seconds, computed, requests):
     return {
-        "arm": arm, "limit": 32, "repetition": repetition, "seconds": seconds, "cached_share": 1 - computed / 1000,
-        "computed_tokens": computed, "prompt_tokens": 1000, "imbalance": max(requests) / 48,
+        "arm": arm, "limit": 32, "repetition": repetition, "seconds": seconds,
+        "rollout/prefix_cached_share": 1 - computed / 1000, "computed_tokens": computed, "prompt_tokens": 1000,
+        "imbalance": max(requests) / 48,
     }  # fmt: skip
 
 

@@ -134,15 +134,14 @@ def measure(options: argparse.Namespace, save: Save) -> FlatRecords:
         profile = asyncio.run(profile_servers(servers.server_handles, model_path, seeded=True, say=say))
         save(profile=dataclasses.asdict(profile))
 
-        def planners_of(seed: int) -> dict[str, ShadowedPlanner]:
-            arm_settings = {name: settings(name, seed, options.wait, options.chunk_tokens) for name in ALLOCATIONS}
-            curve, config = profile.curve(), servers.config
-            return {name: ShadowedPlanner(darts, curve, config) for name, darts in arm_settings.items()}
+        def planner_of(arm: str, seed: int) -> ShadowedPlanner:
+            arm_settings = settings(arm, seed, options.wait, options.chunk_tokens)
+            return ShadowedPlanner(arm_settings, profile.curve(), servers.config)
 
-        for planner in planners_of(0).values():
-            planner.rollout(bench, questions[-options.prompts :], step=0)  # warms up
+        for arm in ALLOCATIONS:
+            planner_of(arm, 0).rollout(bench, questions[-options.prompts :], step=0)  # warms up
         for seed in range(options.seeds):
-            planners = planners_of(seed)
+            planners = {arm: planner_of(arm, seed) for arm in ALLOCATIONS}
             plan = list(batches(questions, options.pool, options.prompts, options.steps, seed))
 
             def once(arm: str, seed: int, step: int, planners: Any = planners, plan: Any = plan) -> dict[str, Any]:
@@ -165,23 +164,21 @@ def errors(records: pd.DataFrame) -> pd.Series:
     return (forecasts.div(records["seconds"], axis=0) - 1).abs().median()
 
 
+def _budgets(arm: harness.ArmFigures) -> str:
+    return f"{arm.known('allocation/budget_min').min():.0f} to {arm.known('allocation/budget_max').max():.0f}"
+
+
 COLUMNS: harness.Columns = (
     ("rollout s", lambda arm: f"{arm.total('seconds'):.1f}"),
     ("over uniform", lambda arm: arm.over("seconds")),
-    ("tokens/generated", lambda arm: f"{arm.total('tokens/generated'):,.0f}"),
+    ("tokens", lambda arm: f"{arm.total('tokens/generated'):,.0f}"),
     ("over uniform", lambda arm: arm.over("tokens/generated")),
     ("kept tokens", lambda arm: f"{arm.total('tokens/kept'):,.0f}"),
     ("kept length", lambda arm: f"{arm.mean('length/kept_mean'):.1f}"),
     ("pool length", lambda arm: f"{arm.mean('length/pool_mean'):.1f}"),
-    (
-        "candidates/aborted",
-        lambda arm: f"{arm.total('candidates/aborted'):,.0f} of {arm.total('candidates/launched'):,.0f}",
-    ),
+    ("aborted", lambda arm: f"{arm.total('candidates/aborted'):,.0f} of {arm.total('candidates/launched'):,.0f}"),
     ("saturated", lambda arm: f"{arm.mean('group/saturated_share'):.0%}"),
-    (
-        "budgets",
-        lambda arm: f"{arm.known('allocation/budget_min').min():.0f} to {arm.known('allocation/budget_max').max():.0f}",
-    ),
+    ("budgets", _budgets),
     ("std correlation", lambda arm: f"{arm.mean('history/std_correlation'):.2f}"),
 )
 

@@ -45,9 +45,6 @@ def write(bench_results: BenchResults, bench_folder: Path) -> list[Drawn]:
     return drawn_figures
 
 
-# --- parts -----------------------------------------------------------------------------------------------------------
-
-
 def smoothed(seed_values: pd.DataFrame) -> pd.DataFrame:
     """Running means over the steps: of the known values of `SMOOTH` neighbours, fewer at the ends."""
     return seed_values.T.rolling(SMOOTH, center=True, min_periods=1).mean().T
@@ -93,9 +90,6 @@ def _legend(bench_figure: Figure) -> None:
     """One legend for all panels, below them."""
     line_handles, line_labels = bench_figure.axes[0].get_legend_handles_labels()
     bench_figure.legend(line_handles, line_labels, loc="outside lower center", ncols=min(len(line_labels), 6))
-
-
-# --- figures ---------------------------------------------------------------------------------------------------------
 
 
 def _seconds(bench_results: BenchResults) -> tuple[Figure, str]:

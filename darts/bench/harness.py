@@ -48,9 +48,6 @@ class BenchError(RuntimeError):
     """A bench that cannot go on; one line that says why."""
 
 
-# --- the command -----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bench:
     """One bench, as `python -m darts.bench NAME` runs it."""
@@ -132,11 +129,7 @@ def exit_code(command_body: Callable[[], int]) -> int:
 
 def set_environment() -> None:
     """Gives this process and its children one thread each, unless the environment says otherwise."""
-    for variable_name, variable_value in ENVIRONMENT.items():
-        os.environ.setdefault(variable_name, variable_value)
-
-
-# --- turns -----------------------------------------------------------------------------------------------------------
+    os.environ.update(ENVIRONMENT | dict(os.environ))
 
 
 def repetitions(count: int, key_name: str = "repetition", **axes: Iterable[Any]) -> Iterator[dict[str, Any]]:
@@ -183,9 +176,6 @@ def seconds_of(timed_call: Callable[[], Any]) -> tuple[float, Any]:
     started_at = time.perf_counter()
     call_answer = timed_call()
     return time.perf_counter() - started_at, call_answer
-
-
-# --- figures and tables ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

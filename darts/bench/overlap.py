@@ -142,11 +142,9 @@ def measure(options: argparse.Namespace, save: Save) -> FlatRecords:
         raise BenchError("one core: actor and server need one each.")
     folder, batches = options.runs.resolve(), batches_of(options)
     shutil.rmtree(folder, ignore_errors=True)
+    modes = {arm: arm if arm in OVERLAPPED else OFF for arm in ARMS}
     plan = BenchPlan(
-        arms=[
-            BenchArm(name=arm, strategy="darts", overlap=arm if arm in OVERLAPPED else OFF, bypass=arm == BYPASS)
-            for arm in ARMS
-        ],
+        arms=[BenchArm(name=arm, strategy="darts", overlap=modes[arm], bypass=arm == BYPASS) for arm in ARMS],
         seeds=1,
         steps=len(batches),
         validate_every=0,

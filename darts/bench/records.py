@@ -101,17 +101,12 @@ JSON: TypeAdapter[Record] = TypeAdapter(Annotated[Record, Field(discriminator="k
 
 
 def step_record(
-    *,
-    arm: str,
-    seed: int,
-    step: int,
-    place: int,
     metrics: Mapping[str, Any],
     pool: CandidatePool,
     launch_order: Sequence[int] | NDArray[np.int64] | None = None,
     num_engines: int = 1,
     max_running: int | None = None,
-    swap_s: float = 0.0,
+    **facts: Any,
 ) -> StepRecord:
     """The record of a step that has ended.
 
@@ -121,23 +116,18 @@ def step_record(
         launch_order: prompts of the pool in the order in which they started (`Plan.launch_order`); None: as they stand.
         num_engines: that shared the rollout, candidate by candidate in turns.
         max_running: `max_num_seqs`.
-        swap_s: as of the record.
+        facts: fields of the record that are known: `arm`, `seed`, `step`, `place`, `swap_s`.
     """
-    prompts = np.unique(pool.prompt)
+    prompts, kept = np.unique(pool.prompt), pool.kept
     launch_places = range(len(prompts)) if launch_order is None else launch_order
     launched = np.concatenate([pool.length[pool.prompt == prompts[place]] for place in launch_places])
     used_slots = slot_steps(in_turns(launched, num_engines), max_running)
-    kept, length_figures = pool.kept, {}
-    for kind, lengths in (("kept", pool.length[pool.kept]), ("pool", pool.length)):
+    for kind, lengths in (("kept", pool.length[kept]), ("pool", pool.length)):
         figures = {"mean": lengths.mean(), "p99": np.percentile(lengths, 99), "max": lengths.max()}
-        length_figures |= {f"{kind}_{name}": float(figure) for name, figure in figures.items()}
+        facts |= {f"{kind}_{name}": float(figure) for name, figure in figures.items()}
     return StepRecord(
-        arm=arm,
-        seed=seed,
-        step=step,
-        place=place,
+        **facts,
         **{name: float(metrics.get(key, 0.0) if name in MAY_BE_OFF else metrics[key]) for name, key in TIMES.items()},
-        swap_s=swap_s,
         launched=len(pool),
         aborted=int(pool.aborted.sum()),
         tokens_generated=int(pool.length.sum()),
@@ -145,11 +135,10 @@ def step_record(
         slots=used_slots.slots,
         slot_steps=used_slots.whole,
         idle_slot_steps=used_slots.idle,
-        **length_figures,
         reward_kept=documents.finite(pd.Series(pool.reward[kept]).mean()),
         reward_pool=documents.finite(pd.Series(pool.reward).mean()),
         queue=int(metrics.get("darts/strategy/queue", 0)),
-        served_difference=None if SERVED not in metrics else float(metrics[SERVED]),
+        served_difference=metrics.get(SERVED),
     )
 
 

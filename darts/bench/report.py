@@ -25,8 +25,6 @@ BASE = "none"
 """The arm that the others are compared with: plain verl."""
 
 
-# --- tables ----------------------------------------------------------------------------------------------------------
-
 Cells = tuple[tuple[str, str, str], ...]
 """Of a table's columns the title, the figure of `summary`, and its format."""
 TIME: Cells = (
@@ -178,9 +176,6 @@ def text(results: BenchResults, target: float | None = None) -> str:
     """All tables with their notes."""
     made_tables = [time_table(results), work_table(results), learning_table(results, target)]
     return "\n\n".join([*made_tables, "\n".join(f"- {note_line}" for note_line in notes(results, target))])
-
-
-# --- the document ----------------------------------------------------------------------------------------------------
 
 
 def summary(results: BenchResults, target: float | None = None) -> dict[str, dict[str, Any]]:

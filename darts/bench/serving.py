@@ -15,8 +15,8 @@ from typing import Any
 from uuid import uuid4
 
 import numpy as np
+import pandas as pd
 import psutil
-import pyarrow.parquet
 import ray
 from omegaconf import DictConfig
 from verl.protocol import DataProto
@@ -160,8 +160,8 @@ def serving(*overrides: str, replicas: int = 1, **limits: int | None) -> Iterato
 
 def train_questions(testbed: str) -> list[str]:
     """The testbed's train prompts, in their order."""
-    prompt_rows = pyarrow.parquet.read_table(assets_dir(testbed) / "train.parquet", columns=["prompt"]).to_pylist()
-    return [prompt_row["prompt"][0]["content"] for prompt_row in prompt_rows]
+    prompts = pd.read_parquet(assets_dir(testbed) / "train.parquet", columns=["prompt"])["prompt"]
+    return [messages[0]["content"] for messages in prompts]
 
 
 def batch_of(questions: Sequence[str], group_size: int, step: int, sampling: Mapping[str, Any]) -> DataProto:
@@ -182,9 +182,6 @@ def batch_of(questions: Sequence[str], group_size: int, step: int, sampling: Map
         },
         meta_info={"global_steps": step, "validate": False},
     )
-
-
-# --- one server, without a manager ------------------------------------------------------------------------------------
 
 
 class ChunkCounter(RequestListener):

@@ -60,18 +60,17 @@ class ArmStates:
         if not (states_folder / POSITION).exists():
             self._keep_actor(states_folder / "initial", step=0)
             documents.save(states_folder / POSITION, {"arms": list(arm_names), "seed": None, "step": 0})
-        last_position = self._read(states_folder / POSITION)
-        if last_position.get("arms") != list(arm_names):
+        last_round = self._read(states_folder / POSITION)
+        if last_round.get("arms") != list(arm_names):
             raise StatesError(
-                f"{states_folder}: has states of the arms {', '.join(last_position.get('arms', []))}; this bench has "
+                f"{states_folder}: has states of the arms {', '.join(last_round.get('arms', []))}; this bench has "
                 f"{', '.join(arm_names)}. Choose another folder, or remove it."
             )
-        self._seed: int | None = last_position["seed"]
-        self._step: int = last_position["step"]
+        self._last: tuple[int | None, int] = last_round["seed"], last_round["step"]
 
     def is_complete(self, seed: int, step: int) -> bool:
         """Whether this round is behind us; seeds come in increasing order."""
-        return self._seed is not None and (seed, step) <= (self._seed, self._step)
+        return self._last[0] is not None and (seed, step) <= self._last
 
     def load(self, arm_name: str, seed: int, step: int) -> Any:
         """Gives the actor the weights and optimizer with which the arm begins this step.
@@ -85,12 +84,12 @@ class ArmStates:
         if step == 1:
             self._actor.load_checkpoint(str(self._folder / "initial"), None, False)
             return None
-        if (seed, step - 1) != (self._seed, self._step):
+        if (seed, step - 1) != self._last:
             raise StatesError(
-                f"{self._folder}: has the states after step {self._step} of seed {self._seed}, from which step {step} "
-                f"of seed {seed} cannot go on."
+                f"{self._folder}: has the states after step {self._last[1]} of seed {self._last[0]}, from which step "
+                f"{step} of seed {seed} cannot go on."
             )
-        state_folder = self._place(arm_name, seed, step - 1)
+        state_folder = self._round(seed, step - 1) / self._names[arm_name]
         self._actor.load_checkpoint(str(state_folder / "actor"), None, False)
         return self._read(state_folder / TOLD)
 
@@ -100,7 +99,7 @@ class ArmStates:
         Args:
             arm_state: all else that the arm's next step depends on, for JSON.
         """
-        state_folder = self._place(arm_name, seed, step)
+        state_folder = self._round(seed, step) / self._names[arm_name]
         shutil.rmtree(state_folder, ignore_errors=True)  # of a round that was interrupted
         self._keep_actor(state_folder / "actor", step)
         documents.save(state_folder / TOLD, arm_state)
@@ -108,7 +107,7 @@ class ArmStates:
     def complete(self, seed: int, step: int) -> None:
         """Every arm has had its turn: from now on this is the round that is gone on with."""
         documents.save(self._folder / POSITION, {"arms": list(self._names), "seed": seed, "step": step})
-        self._seed, self._step = seed, step
+        self._last = seed, step
         for round_ in self._folder.glob("seed*-step*"):
             if round_ != self._round(seed, step):
                 shutil.rmtree(round_, ignore_errors=True)
@@ -119,9 +118,6 @@ class ArmStates:
 
     def _round(self, seed: int, step: int) -> Path:
         return self._folder / f"seed{seed}-step{step}"
-
-    def _place(self, arm_name: str, seed: int, step: int) -> Path:
-        return self._round(seed, step) / self._names[arm_name]
 
     @staticmethod
     def _read(path: Path) -> Any:

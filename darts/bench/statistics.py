@@ -54,21 +54,15 @@ class Reached:
 
     seconds: dict[int, float]  # by seed, of training; infinite where it was never reached
 
-    @property
-    def count(self) -> int:
-        """Seeds that reached it."""
-        return sum(math.isfinite(seed_seconds) for seed_seconds in self.seconds.values())
-
-    @property
-    def median(self) -> float:
-        """Over all seeds, those that never reached it as later than all others; infinite where half did not."""
-        return float(np.median(list(self.seconds.values()))) if self.seconds else math.nan
-
     def __str__(self) -> str:
-        if not self.count:
+        all_seconds = list(self.seconds.values())
+        count = sum(map(math.isfinite, all_seconds))
+        if not count:
             return "-"
-        median = f"{self.median:.0f} s" if math.isfinite(self.median) else "-"
-        return median if self.count == len(self.seconds) else f"{median} ({self.count} of {len(self.seconds)} seeds)"
+        # Seeds that never reached it are later than all others.
+        median_s = float(np.median(all_seconds))
+        median = f"{median_s:.0f} s" if math.isfinite(median_s) else "-"
+        return median if count == len(all_seconds) else f"{median} ({count} of {len(all_seconds)} seeds)"
 
 
 class BenchResults:
@@ -103,8 +97,6 @@ class BenchResults:
     def validations(self, arm: str) -> pd.DataFrame:
         """The validations of an arm; those without an accuracy are left out."""
         return self._validations[self._validations["arm"] == arm]
-
-    # --- of one arm --------------------------------------------------------------------------------------------------
 
     def values(self, arm: str, key: str, last: bool = False) -> pd.Series:
         """A field of an arm's steps, where it is known."""
@@ -144,8 +136,6 @@ class BenchResults:
             reached_s = elapsed.reindex([seed], columns=[step]).iat[0, 0]
             seconds[seed] = math.inf if math.isnan(reached_s) else reached_s
         return Reached(seconds=seconds)
-
-    # --- of one arm over another -------------------------------------------------------------------------------------
 
     def ratio(self, arm: str, base: str, key: str, last: bool = False) -> ArmComparison:
         """The total of a field of `base` over that of `arm`, over the pairs of both: a speed-up where it is seconds."""

@@ -87,8 +87,8 @@ def measure(options: argparse.Namespace, save: Save) -> FlatRecords:
             if not np.array_equal(arm_answers[arm], arm_answers[plain]):
                 raise harness.BenchError(f"{found_records[arm]['prompts']} prompts: {arm} and {plain} differ.")
 
-    turn_places = harness.repetitions(options.repetitions, prompts=options.prompts)
-    return harness.take_turns(turn_places, [ALLOCATE, GREEDY, OPTIMAL, SCAN], once, settle)
+    places = harness.repetitions(options.repetitions, prompts=options.prompts)
+    return harness.take_turns(places, [name for pair in PAIRS for name in pair], once, settle)
 
 
 def tables(records: pd.DataFrame) -> str:

@@ -52,25 +52,21 @@ PARTS = (*OWN, "trace", "state")
 def planner_of(prompt_keys: Sequence[str], rng: np.random.Generator) -> RolloutPlanner:
     """A planner that has observed all the keys, and has a cost model."""
     planner = RolloutPlanner(ema_weight=0.3, response_length=LIMIT, num_engines=ENGINES, max_running=MAX_RUNNING)
-    length_medians = rng.lognormal(np.log(MEDIAN_LENGTH), BETWEEN, len(prompt_keys))
-    for key, response_lengths in zip(
-        prompt_keys, rng.lognormal(np.log(length_medians)[:, None], WITHIN, (len(prompt_keys), GROUP_SIZE)), strict=True
-    ):
-        planner.history.update(key, np.ceil(response_lengths), np.zeros(GROUP_SIZE, dtype=bool))
+    log_medians = np.log(rng.lognormal(np.log(MEDIAN_LENGTH), BETWEEN, (len(prompt_keys), 1)))
+    lengths = np.ceil(rng.lognormal(log_medians, WITHIN, (len(prompt_keys), GROUP_SIZE)))
+    for key, response_lengths in zip(prompt_keys, lengths, strict=True):
+        planner.history.update(key, response_lengths, np.zeros(GROUP_SIZE, dtype=bool))
     planner.cost, planner.steps = CostModel(CURVE, "benchmark"), 1
     return planner
 
 
 def pool_of(plan: Plan, rng: np.random.Generator) -> CandidatePool:
     """What could become of a plan: of each prompt the longest are aborted where the longest of the others ends."""
-    parts = []
-    for mean, budget in zip(plan.mean, plan.budgets.tolist(), strict=True):
-        drawn = np.clip(np.ceil(rng.lognormal(np.log(mean), WITHIN, budget)), 1, LIMIT).astype(np.int64)
-        rank = np.argsort(np.argsort(drawn, kind="stable"))
-        finishing = max(GROUP_SIZE, int(np.ceil(FINISHING * budget)))
-        parts.append((np.minimum(drawn, drawn[rank == finishing - 1]), rank, np.full(budget, finishing)))
-    length, rank, finishing = map(np.concatenate, zip(*parts, strict=True))
-    aborted = rank >= finishing
+    prompt = np.repeat(np.arange(len(plan.budgets)), plan.budgets)
+    drawn = np.clip(np.ceil(rng.lognormal(np.log(plan.mean)[prompt], WITHIN)), 1, LIMIT).astype(np.int64)
+    rank = pd.Series(drawn).groupby(prompt).rank(method="first").to_numpy(np.int64) - 1
+    finishing = np.maximum(GROUP_SIZE, np.ceil(FINISHING * plan.budgets))[prompt]
+    length, aborted = np.minimum(drawn, drawn[rank == finishing - 1][prompt]), rank >= finishing
     return CandidatePool.of(
         plan.budgets,
         length=length,
@@ -96,17 +92,15 @@ def parts_of_a_step(prompts: int, history: int, folder: Path) -> tuple[Candidate
     texts = [[{"role": "user", "content": f"{number}".zfill(PROMPT_CHARACTERS)}] for number in range(prompts)]
     keys = [prompt_key(text) for text in texts]
     planner = planner_of([*keys, *(f"{number:016x}" for number in range(history - prompts))], rng)
-    by_utility, by_mean = (
-        DartsConfig.from_block({"allocation": {"mode": "adaptive", "mean_candidates": mean}}, GROUP_SIZE)
-        for mean in (None, MEAN)
-    )
+    allocations = ({"mode": "adaptive", "mean_candidates": mean} for mean in (None, MEAN))
+    by_utility, by_mean = (DartsConfig.from_block({"allocation": block}, GROUP_SIZE) for block in allocations)
     plan = planner.plan(keys, by_mean)
     pool, seconds, step_times = pool_of(plan, rng), 60.0, StepTimes()
     for running in (1, 8, 64, 256):
         step_times.add(running, CURVE(running) * 1000, 1000)
-    metrics = rollout_metrics(pool, GROUP_SIZE, seconds)
-    observed, learnt = planner.observe(plan, by_mean, pool, seconds, step_times)
-    rollout = Rollout(plan=plan, pool=pool, observed_std=observed, metrics=metrics | learnt)
+    observed_std, metrics = planner.observe(plan, by_mean, pool, seconds, step_times)
+    metrics = rollout_metrics(pool, GROUP_SIZE, seconds) | metrics
+    rollout = Rollout(plan=plan, pool=pool, observed_std=observed_std, metrics=metrics)
     trace = Trace(str(folder / "darts.jsonl"))
     return pool, {
         "keys": lambda: [prompt_key(text) for text in texts],

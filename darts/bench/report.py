@@ -25,44 +25,46 @@ BASE = "none"
 """The arm that the others are compared with: plain verl."""
 
 
-Cells = tuple[tuple[str, str, str], ...]
-"""Of a table's columns the title, the figure of `summary`, and its format."""
-TIME: Cells = (
-    ("steps", "steps", "d"),
-    ("s a step, median", "step_s_median", ".2f"),
-    ("mean", "step_s_mean", ".2f"),
-    (f"speed-up over {BASE}", "speed_up", ".2f"),
-    ("last third: median", "step_s_median_last_third", ".2f"),
-    ("mean", "step_s_mean_last_third", ".2f"),
-    (f"speed-up over {BASE}", "speed_up_last_third", ".2f"),
-    ("by seed", "speed_up_by_seed", ""),
-    ("rollout s", "rollout_s_mean", ".2f"),
-    ("old log-probs s", "old_log_prob_s_mean", ".2f"),
-    ("update s", "update_s_mean", ".2f"),
-    ("weights s", "weights_s_mean", ".2f"),
-    ("other s", "other_s_mean", ".2f"),
-)
-WORK: Cells = (
-    ("candidates", "launched_mean", ".1f"),
-    ("aborted", "aborted_mean", ".1f"),
-    ("tokens generated", "tokens_generated_mean", ",.0f"),
-    ("kept", "tokens_kept_mean", ",.0f"),
-    ("thrown away", "tokens_dropped_mean", ",.0f"),
-    ("share", "dropped_share", ".1%"),
-    ("kept tokens/s of rollout", "useful_tokens_per_s", ",.0f"),
-    ("bubble ratio", "bubble_ratio", ".1%"),
-    ("queue", "queue_mean", ".1f"),
-    ("at the end", "last_queues", ""),
-)
-LEARNING: Cells = (
-    ("accuracy, end", "accuracy", ".3f"),
-    (f"minus {BASE}", "accuracy_gain", "+.3f"),
-    ("accuracy, last third", "accuracy_last_third", ".3f"),
-    (f"minus {BASE}", "accuracy_gain_last_third", "+.3f"),
-    ("kept length, last third", "kept_length_last_third", ".1f"),
-    ("pool p99", "pool_p99_mean_last_third", ".0f"),
-    ("length in validation, end", "validation_length", ".1f"),
-)
+TABLES: dict[str, tuple[tuple[str, str, str], ...]] = {
+    "time": (
+        ("steps", "steps", "d"),
+        ("s a step, median", "step_s_median", ".2f"),
+        ("mean", "step_s_mean", ".2f"),
+        (f"speed-up over {BASE}", "speed_up", ".2f"),
+        ("last third: median", "step_s_median_last_third", ".2f"),
+        ("mean", "step_s_mean_last_third", ".2f"),
+        (f"speed-up over {BASE}", "speed_up_last_third", ".2f"),
+        ("by seed", "speed_up_by_seed", ""),
+        ("rollout s", "rollout_s_mean", ".2f"),
+        ("old log-probs s", "old_log_prob_s_mean", ".2f"),
+        ("update s", "update_s_mean", ".2f"),
+        ("weights s", "weights_s_mean", ".2f"),
+        ("other s", "other_s_mean", ".2f"),
+    ),
+    "work": (
+        ("candidates", "launched_mean", ".1f"),
+        ("aborted", "aborted_mean", ".1f"),
+        ("tokens generated", "tokens_generated_mean", ",.0f"),
+        ("kept", "tokens_kept_mean", ",.0f"),
+        ("thrown away", "tokens_dropped_mean", ",.0f"),
+        ("share", "dropped_share", ".1%"),
+        ("kept tokens/s of rollout", "useful_tokens_per_s", ",.0f"),
+        ("bubble ratio", "bubble_ratio", ".1%"),
+        ("queue", "queue_mean", ".1f"),
+        ("at the end", "last_queues", ""),
+    ),
+    "learning": (
+        ("accuracy, end", "accuracy", ".3f"),
+        (f"minus {BASE}", "accuracy_gain", "+.3f"),
+        ("accuracy, last third", "accuracy_last_third", ".3f"),
+        (f"minus {BASE}", "accuracy_gain_last_third", "+.3f"),
+        ("kept length, last third", "kept_length_last_third", ".1f"),
+        ("pool p99", "pool_p99_mean_last_third", ".0f"),
+        ("length in validation, end", "validation_length", ".1f"),
+        ("training to {goal}", "seconds_to_target", ""),
+    ),
+}
+"""By name the tables: of each column the title, the figure of `summary`, and its format."""
 
 
 @lru_cache(maxsize=64)  # all tables are made of them
@@ -97,36 +99,26 @@ def _goal(results: BenchResults, target: float | None) -> float:
     return results.target(BASE) if target is None else target
 
 
-def _table(results: BenchResults, columns: Cells, target: float | None = None) -> str:
-    def cell(arm: str, name: str, form: str) -> str:
-        figures = figures_of(results, arm, _goal(results, target))
-        if arm == BASE and isinstance(figures[name], ArmComparison):
-            return "1" if name.startswith("speed_up") and figures["steps"] else "-"
-        return number(figures[name], form) if isinstance(figures[name], float) else format(figures[name], form)
-
-    rows = [[arm, *(cell(arm, name, form) for _, name, form in columns)] for arm in results.arms]
-    return table(["arm", *(title for title, _, _ in columns)], rows)
-
-
-def time_table(results: BenchResults) -> str:
-    """Seconds of a step, of its phases, and how many times faster than the base."""
-    return _table(results, TIME)
-
-
-def work_table(results: BenchResults) -> str:
-    """What the engines did, means of a step."""
-    return _table(results, WORK)
-
-
-def learning_table(results: BenchResults, target: float | None = None) -> str:
-    """What was learnt: accuracy, lengths, and seconds of training to an accuracy.
+def bench_table(results: BenchResults, name: str, target: float | None = None) -> str:
+    """One of `TABLES`: seconds of a step, and how many times faster than the base; what engines did; what was learnt.
 
     Args:
         results: of the bench.
-        target: an accuracy; None: `BenchResults.target`.
+        name: of the table.
+        target: an accuracy, to which the seconds of training are told; None: `BenchResults.target`.
     """
-    reached = f"training to {number(_goal(results, target), '.3f')}", "seconds_to_target", ""
-    return _table(results, (*LEARNING, reached), target)
+    goal_accuracy = _goal(results, target)
+
+    def cell(arm: str, figure_name: str, form: str) -> str:
+        figures = figures_of(results, arm, goal_accuracy)
+        figure = figures[figure_name]
+        if arm == BASE and isinstance(figure, ArmComparison):
+            return "1" if figure_name.startswith("speed_up") and figures["steps"] else "-"
+        return number(figure, form) if isinstance(figure, float) else format(figure, form)
+
+    titles = [title.format(goal=number(goal_accuracy, ".3f")) for title, _, _ in TABLES[name]]
+    rows = [[arm, *(cell(arm, figure_name, form) for _, figure_name, form in TABLES[name])] for arm in results.arms]
+    return table(["arm", *titles], rows)
 
 
 def notes(results: BenchResults, target: float | None = None) -> list[str]:
@@ -174,7 +166,7 @@ def notes(results: BenchResults, target: float | None = None) -> list[str]:
 
 def text(results: BenchResults, target: float | None = None) -> str:
     """All tables with their notes."""
-    made_tables = [time_table(results), work_table(results), learning_table(results, target)]
+    made_tables = [bench_table(results, name, target) for name in TABLES]
     return "\n\n".join([*made_tables, "\n".join(f"- {note_line}" for note_line in notes(results, target))])
 
 
@@ -188,7 +180,7 @@ def document(results: BenchResults, target: float | None = None, **facts: Any) -
 
     Args:
         results: so far.
-        target: an accuracy, for `learning_table`.
+        target: as `bench_table`.
         facts: what the figures belong to: arms, the command's settings, the resolved Hydra configuration, and the
             machine, which is looked at before anything is measured.
     """

@@ -82,11 +82,7 @@ class ShadowedPlanner:
     curve as it was and without overhead. So both have the same length history and budgets, which is asserted, and their
     forecasts differ by the refinement of the cost model alone.
 
-    Args:
-        darts: the arm's settings, with a mean number of candidates: the shadow's budgets must not depend on its cost
-            model.
-        latency_curve: of the engine, as measured.
-        config: the servers'.
+    The arm's settings have a mean number of candidates: the shadow's budgets must not depend on its cost model.
     """
 
     def __init__(self, darts: DartsConfig, latency_curve: LatencyCurve, config: DictConfig) -> None:

@@ -91,11 +91,7 @@ def options_of(given_arguments: Sequence[str]) -> argparse.Namespace:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[int]:
-    """Holds the folder's lock, which the run inherits: it is free when both have ended, however they did.
-
-    Raises:
-        ConfigError: a bench runs there.
-    """
+    """Holds the folder's lock, which the run inherits: free when both have ended; `ConfigError` where it is held."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
@@ -140,11 +136,7 @@ def report(options: argparse.Namespace) -> str:
 
 
 def _composed(options: argparse.Namespace) -> dict[str, Any]:
-    """The resolved configuration, checked before an engine starts.
-
-    Raises:
-        ConfigError: it cannot be composed, or cannot work for an arm.
-    """
+    """The resolved configuration; `ConfigError` where it cannot be composed, or cannot work for an arm."""
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -179,11 +171,7 @@ def _composed(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _prepare(options: argparse.Namespace, composed: Any) -> None:
-    """Writes what the bench is into its folder, or finds the same there; a later start adds its commit to the machine.
-
-    Raises:
-        ConfigError: the folder has another bench, or measurements that nothing can be added to.
-    """
+    """Writes what the bench is into its folder, and adds the commit; `ConfigError` where nothing can be added there."""
     options.plan.save(options.out)
     here = json.loads(json.dumps(composed))
     configs = (here, _read(options.out / CONFIG) or here)

@@ -8,7 +8,7 @@ from the lowest to the highest seed. An arm has one colour, line and marker in a
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -50,6 +50,11 @@ def smoothed(seed_values: pd.DataFrame) -> pd.DataFrame:
     return seed_values.T.rolling(SMOOTH, center=True, min_periods=1).mean().T
 
 
+def _look(results: BenchResults, arm: str) -> tuple[str, Any, str]:
+    number = results.arms.index(arm)
+    return COLORS[number % len(COLORS)], DASHES[number // len(COLORS) % len(DASHES)], MARKERS[number % len(MARKERS)]
+
+
 def _line(
     axes: Axes, results: BenchResults, arm: str, key: str, smooth: bool = True, x: pd.Series | None = None
 ) -> None:
@@ -59,14 +64,11 @@ def _line(
         return
     x = values.columns.to_series() if x is None else x
     values = smoothed(values) if smooth else values
-    number = results.arms.index(arm)
-    color = COLORS[number % len(COLORS)]
+    color, dashes, marker = _look(results, arm)
     if len(values) > 1 and len(results.arms) <= MOST_BANDS:
         axes.fill_between(x, values.min(), values.max(), color=color, alpha=0.10, linewidth=0)
-    axes.plot(
-        x, values.mean(), linestyle=DASHES[number // len(COLORS) % len(DASHES)], color=color, linewidth=1.8,
-        marker="" if smooth else MARKERS[number % 5], markersize=4, label=arm,
-    )  # fmt: skip
+    line_look = {"linestyle": dashes, "color": color, "linewidth": 1.8, "marker": "" if smooth else marker}
+    axes.plot(x, values.mean(), markersize=4, label=arm, **line_look)
 
 
 def _require(results: BenchResults, kind: Literal["step", "validation"]) -> None:
@@ -133,10 +135,9 @@ def _tradeoff(results: BenchResults) -> tuple[Figure, str]:
     axes.axhline(0, color=GREY, linewidth=1, linestyle=":")
     axes.axvline(1, color=GREY, linewidth=1, linestyle=":")
     for arm in arms:
-        arm_number = results.arms.index(arm)
+        arm_color, _, arm_marker = _look(results, arm)
         speed = results.speed_up(arm, BASE, last=True).overall
         accuracy_gain = results.accuracy_gain(arm, BASE, last=True).overall
-        arm_color, arm_marker = COLORS[arm_number % len(COLORS)], MARKERS[arm_number % 5]
         axes.plot([speed.low, speed.high], [accuracy_gain.value] * 2, color=arm_color, linewidth=1, alpha=0.5)
         axes.plot([speed.value] * 2, [accuracy_gain.low, accuracy_gain.high], color=arm_color, linewidth=1, alpha=0.5)
         axes.plot(speed.value, accuracy_gain.value, marker=arm_marker, color=arm_color, linestyle="", markersize=8)
@@ -169,10 +170,10 @@ def _phases(results: BenchResults) -> tuple[Figure, str]:
         means = np.array([max(results.values(arm, key).mean(), 0.0) for arm in arms])
         axes.barh(arms, means, left=floor, color=color, label=label, height=0.72)
         floor += means
-    speeds = {arm: results.speed_up(arm, BASE).overall.value for arm in arms}
     for place, arm in enumerate(arms):
-        said = f"{floor[place]:.2f} s" + (f", {speeds[arm]:.2f}x" if math.isfinite(speeds[arm]) and arm != BASE else "")
-        axes.text(floor[place], place, f" {said}", va="center", fontsize=10)
+        speed_up = results.speed_up(arm, BASE).overall.value
+        factor = f", {speed_up:.2f}x" if math.isfinite(speed_up) and arm != BASE else ""
+        axes.text(floor[place], place, f" {floor[place]:.2f} s{factor}", va="center", fontsize=10)
     axes.invert_yaxis()
     axes.grid(False, axis="y")
     axes.set_xlim(0, 1.16 * floor.max())

@@ -36,10 +36,7 @@ OVERRIDE = {"--override": ([], "of the Hydra configuration; may be repeated", {"
 """The option of benches that start an engine."""
 FlatRecords = list[dict[str, Any]]
 Options = Mapping[str, tuple[Any, ...]]
-"""By name: default, help, and maybe more of `add_argument`; the default's type is the value's.
-
-Example: `{"--prompts": (8, "of a rollout"), "--requests": ([32, 96], "at once")}`.
-"""
+"""Default (its type is the value's), help, maybe more of `add_argument`: `{"--requests": ([32, 96], "at once")}`."""
 Save = Callable[..., None]
 """Adds parts to a bench's document, or replaces them."""
 
@@ -146,7 +143,7 @@ def take_turns(
     settle_place: Callable[[dict[str, dict[str, Any]]], None] = lambda found_records: None,
     shown: str = "seconds",
 ) -> FlatRecords:
-    """Measures every arm at every place, in an order that rotates.
+    """Measures every arm at every place, in an order that rotates; the records are in the order of the arms.
 
     Args:
         places: keys by which the arms' records are paired; a place with a negative number only warms up.
@@ -154,9 +151,6 @@ def take_turns(
         measure_arm: is called with the arm, and the place's keys by name; gives the figures.
         settle_place: gets a place's records by arm, and may change them.
         shown: figure of the line that each place gets.
-
-    Returns:
-        The records in the order of the arms, as tables have them.
     """
     records = []
     for turn, place in enumerate(places):

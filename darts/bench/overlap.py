@@ -97,14 +97,7 @@ def overrides(folder: Path, options: argparse.Namespace, platform: str) -> list[
 
 
 def write_inputs(folder: Path, batches: list[Batch], hidden: int, layers: int) -> None:
-    """Writes an untrained model of the testbeds' kind, and prompts with the lengths of their candidates.
-
-    Args:
-        folder: gets `model/` and `train.parquet`.
-        batches: in the order of the steps.
-        hidden: hidden size of the model, a multiple of 64.
-        layers: number of the model's layers.
-    """
+    """Writes an untrained `model/`, and prompts with their candidates' lengths; `hidden` is a multiple of 64."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 

@@ -102,10 +102,7 @@ def _goal(results: BenchResults, target: float | None) -> float:
 def bench_table(results: BenchResults, name: str, target: float | None = None) -> str:
     """One of `TABLES`: seconds of a step, and how many times faster than the base; what engines did; what was learnt.
 
-    Args:
-        results: of the bench.
-        name: of the table.
-        target: an accuracy, to which the seconds of training are told; None: `BenchResults.target`.
+    Seconds of training are those to the accuracy `target`; None: `BenchResults.target`.
     """
     goal_accuracy = _goal(results, target)
 
@@ -176,13 +173,10 @@ def summary(results: BenchResults, target: float | None = None) -> dict[str, dic
 
 
 def document(results: BenchResults, target: float | None = None, **facts: Any) -> dict[str, Any]:
-    """What a bench leaves behind, for JSON.
+    """What a bench leaves behind, for JSON; `target` as `bench_table`.
 
-    Args:
-        results: so far.
-        target: as `bench_table`.
-        facts: what the figures belong to: arms, the command's settings, the resolved Hydra configuration, and the
-            machine, which is looked at before anything is measured.
+    The facts are what the figures belong to: arms, the command's settings, the resolved Hydra configuration, and the
+    machine, which is looked at before anything is measured.
     """
     return {
         "format": FORMAT,

@@ -73,10 +73,7 @@ class ArmStates:
         return self._last[0] is not None and (seed, step) <= self._last
 
     def load(self, arm_name: str, seed: int, step: int) -> Any:
-        """Gives the actor the weights and optimizer with which the arm begins this step.
-
-        Returns:
-            What `save` was told after the step before; None at step 1.
+        """Gives the actor what the arm begins this step with; returns what `save` was told before, None at step 1.
 
         Raises:
             StatesError: the round before is not the last complete one.
@@ -94,11 +91,7 @@ class ArmStates:
         return self._read(state_folder / TOLD)
 
     def save(self, arm_name: str, seed: int, step: int, arm_state: Any) -> None:
-        """Keeps what the arm's step has made of the actor.
-
-        Args:
-            arm_state: all else that the arm's next step depends on, for JSON.
-        """
+        """Keeps what the arm's step has made of the actor and, as JSON, all else that its next step depends on."""
         state_folder = self._round(seed, step) / self._names[arm_name]
         shutil.rmtree(state_folder, ignore_errors=True)  # of a round that was interrupted
         self._keep_actor(state_folder / "actor", step)
@@ -128,10 +121,5 @@ class ArmStates:
 
 
 def folder_name(arm_name: str) -> str:
-    """An arm's name as that of a folder.
-
-    Example:
-        >>> folder_name("+ streaming")
-        '+_streaming'
-    """
+    """An arm's name as that of a folder: "+_streaming" for "+ streaming"."""
     return re.sub(r"[^A-Za-z0-9+.-]", "_", arm_name)

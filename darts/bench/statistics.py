@@ -160,11 +160,7 @@ class BenchResults:
 
 
 def compared(seed_rows: Mapping[int, Any]) -> ArmComparison:
-    """The sum of the first numbers over the sum of the second, with an interval; see the module's contract.
-
-    Args:
-        seed_rows: by seed, pairs that belong together [steps, 2], in the order of steps.
-    """
+    """The first numbers' sum over the second's, with an interval, of ordered pairs [steps, 2] by seed."""
     seeds = {int(seed): np.array(rows, dtype=float) for seed, rows in sorted(seed_rows.items())}
     seed_sums = {seed: rows.sum(axis=0) for seed, rows in seeds.items()}
     by_seed = {seed: _over(*both) for seed, both in seed_sums.items()}
@@ -177,12 +173,7 @@ def compared(seed_rows: Mapping[int, Any]) -> ArmComparison:
 
 
 def difference(first: pd.DataFrame, second: pd.DataFrame) -> ArmComparison:
-    """The mean over seeds of the first accuracy minus the second, with an interval; see the module's contract.
-
-    Args:
-        first: validations.
-        second: validations after the same steps.
-    """
+    """The mean over seeds of the first accuracy minus the second, with an interval; both after the same steps."""
     if first.empty:
         return _comparison(math.nan, {}, None)
     both = pd.concat([first, second])

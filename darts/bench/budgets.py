@@ -39,19 +39,17 @@ from darts.planning import RolloutPlanner
 from darts.testbed import LIMITS
 
 UNIFORM, HALF, ADAPTIVE = "uniform", "uniform, half saturated", "adaptive"
-ALLOCATIONS = {
-    UNIFORM: {"mode": "uniform", "high": 12},
-    HALF: {"mode": "uniform", "high": 11},
-    ADAPTIVE: {"mode": "adaptive", "high": 12},
-}
+ALLOCATIONS = {UNIFORM: ("uniform", 12), HALF: ("uniform", 11), ADAPTIVE: ("adaptive", 12)}
+"""The arms' `allocation.mode` and M_up."""
 GROUP_SIZE, MEAN = 8, 10.5
 PREDICTORS = {"latency/predicted_s": "refined model", "unrefined_s": "model as measured", "last_s": "last step"}
 
 
 def settings(arm: str, seed: int, wait: str, chunk_tokens: int) -> DartsConfig:
     """The settings of an arm."""
+    mode, high = ALLOCATIONS[arm]
     settings_block = {
-        "allocation": ALLOCATIONS[arm] | {"low": GROUP_SIZE, "mean_candidates": MEAN},
+        "allocation": {"mode": mode, "low": GROUP_SIZE, "high": high, "mean_candidates": MEAN},
         "selection": {"long_wait": wait},
         "early_stop": "eager",
         "streaming": {"chunk_tokens": chunk_tokens},

@@ -173,18 +173,16 @@ def _composed(options: argparse.Namespace) -> dict[str, Any]:
 def _prepare(options: argparse.Namespace, composed: Any) -> None:
     """Writes what the bench is into its folder, and adds the commit; `ConfigError` where nothing can be added there."""
     options.plan.save(options.out)
-    here = json.loads(json.dumps(composed))
-    configs = (here, _read(options.out / CONFIG) or here)
-    here_flat, there_flat = (json_normalize(config).to_dict("records")[0] for config in configs)
-    other = [key for key in sorted(there_flat.keys() | here_flat.keys()) if there_flat.get(key) != here_flat.get(key)]
-    if other:
+    made = json.loads(json.dumps(composed))
+    here, there = (
+        json_normalize(config).to_dict("records")[0] for config in (made, _read(options.out / CONFIG) or made)
+    )
+    if other := [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]:
         more = f" ({len(other) - 1} other keys differ too)" if len(other) > 1 else ""
-        rule = (
-            f"has a bench with {other[0]}={there_flat.get(other[0])}, where it is {here_flat.get(other[0])} now{more}."
-        )
+        rule = f"has a bench with {other[0]}={there.get(other[0])}, where it is {here.get(other[0])} now{more}."
         fix = "choose another folder, or go back to what the bench began with."
         raise ConfigError("--out", str(options.out), rule, fix)
-    documents.save(options.out / CONFIG, here)
+    documents.save(options.out / CONFIG, made)
     if Records(options.out / RECORDS).read() and not (options.out / STATES / POSITION).exists():
         rule = f"has {RECORDS}, but no longer the {STATES}/ to go on from."
         raise ConfigError("--out", str(options.out), rule, "look at it with --report-only, or choose another folder.")

@@ -211,7 +211,10 @@ class ArmFigures:
 
     def share(self, part_key: str, whole_key: str) -> Estimate:
         """The arm's total of one figure over that of another."""
-        return ratio(self.records, self.arm, self.arm, self.pair_by, part_key, whole_key)
+        arm_values = (
+            paired(self.records, key, self.pair_by)[self.arm].to_numpy(float) for key in (part_key, whole_key)
+        )
+        return statistics.ratio(*arm_values, np.random.default_rng(0))
 
     def _ratio(self, above_arm: str, below_arm: str, figure_key: str) -> Estimate:
         return ratio(self.records, above_arm, below_arm, self.pair_by, figure_key)
@@ -253,16 +256,9 @@ def paired(records: pd.DataFrame, figure_key: str, pair_by: Sequence[str]) -> pd
 
 
 def ratio(
-    records: pd.DataFrame,
-    above_arm: str,
-    below_arm: str,
-    pair_by: Sequence[str],
-    figure_key: str = "seconds",
-    below_key: str | None = None,
+    records: pd.DataFrame, above_arm: str, below_arm: str, pair_by: Sequence[str], figure_key: str = "seconds"
 ) -> Estimate:
-    """The total of one arm over that of another, of the same figure where `below_key` says no other."""
-    numbers = (
-        paired(records, key, pair_by)[arm].to_numpy(float)
-        for arm, key in ((above_arm, figure_key), (below_arm, below_key or figure_key))
-    )
-    return statistics.ratio(*numbers, np.random.default_rng(0))
+    """The total of one arm over that of another."""
+    arm_values = paired(records, figure_key, pair_by)
+    totals = (arm_values[arm].to_numpy(float) for arm in (above_arm, below_arm))
+    return statistics.ratio(*totals, np.random.default_rng(0))

@@ -20,7 +20,7 @@ import asyncio
 import dataclasses
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
 
@@ -28,6 +28,7 @@ import numpy as np
 import pandas as pd
 
 from darts.bench import harness
+from darts.bench.arms import BenchArm
 from darts.bench.harness import ArmFigures, Bench, FlatRecords, Save
 from darts.config import DartsConfig
 from darts.evidence.log import say
@@ -73,31 +74,30 @@ def streaming(running_servers: Any, options: argparse.Namespace) -> FlatRecords:
         return harness.take_turns(turn_places, list(arms), once, shown="tokens_per_s")
 
 
-def early_stop_arms(group_size: int, candidates: int, chunk_tokens: int) -> dict[str, Callable[[int], DartsConfig]]:
-    """The settings of each arm, by the seed."""
-
-    def settings(size: int = group_size, mode: str = "off", chunk: int = NOTHING_ELSE, **changes: Any) -> Any:
-        settings_block = {
-            "allocation": {"mode": mode, "mean_candidates": max(size, candidates), "high": candidates + 1},
-            "streaming": {"chunk_tokens": chunk},
-            "early_stop": "off",
-            "progress_s": 0,
-            "timeout_s": 300,
-        }
-        darts_config = DartsConfig.from_block(settings_block | changes, group_size=size)
-        return lambda seed_number: dataclasses.replace(darts_config, seed=seed_number)
-
-    redundant_arm = {"mode": "uniform", "chunk": chunk_tokens}
-    shortest_arm = redundant_arm | {"selection": {"mode": "shortest_only"}}
-    dual_end = {"mode": "dual_end", "num_long": 1}
+def early_stop_arms(group_size: int, candidates: int, chunk_tokens: int) -> dict[str, DartsConfig]:
+    """The settings of each arm, but for the seed."""
+    darts_block = {
+        "allocation": {"mode": "off", "mean_candidates": max(group_size, candidates), "high": candidates + 1},
+        "streaming": {"chunk_tokens": NOTHING_ELSE},
+        "early_stop": "off",
+        "progress_s": 0,
+        "timeout_s": 300,
+    }
+    redundant = {"allocation.mode": "uniform", "streaming.chunk_tokens": chunk_tokens}
+    shortest = redundant | {"selection.mode": "shortest_only"}
+    dual_end = redundant | {"selection.mode": "dual_end", "selection.num_long": 1}
+    arms: dict[str, tuple[int, dict[str, Any]]] = {
+        PLAIN_M: (group_size, {}),
+        f"plain n={candidates}": (candidates, {}),
+        OFF: (group_size, shortest),
+        EAGER: (group_size, shortest | {"early_stop": "eager"}),
+        EXACT: (group_size, shortest | {"early_stop": "exact"}),
+        "dual all": (group_size, dual_end | {"selection.long_wait": "all"}),
+        "dual deadline": (group_size, dual_end | {"selection.long_wait": "deadline"}),
+    }
     return {
-        PLAIN_M: settings(),
-        f"plain n={candidates}": settings(size=candidates),
-        OFF: settings(**shortest_arm),
-        EAGER: settings(**shortest_arm, early_stop="eager"),
-        EXACT: settings(**shortest_arm, early_stop="exact"),
-        "dual all": settings(**redundant_arm, selection=dual_end | {"long_wait": "all"}),
-        "dual deadline": settings(**redundant_arm, selection=dual_end | {"long_wait": "deadline"}),
+        name: BenchArm(name=name, strategy="darts", changes=changes).config(darts_block, size)
+        for name, (size, changes) in arms.items()
     }
 
 
@@ -109,11 +109,9 @@ def early_stop(bench: Any, options: argparse.Namespace) -> FlatRecords:
     arms = early_stop_arms(options.group_size, options.candidates, options.chunk_tokens)
 
     def once(arm: str, seed: int, batch: int) -> dict[str, Any]:
-        first_question = (seed * options.batches + batch) * options.prompts
-        prompts = [
-            questions[(first_question + question_number) % len(questions)] for question_number in range(options.prompts)
-        ]
-        return bench.rollout(arms[arm](seed), prompts, step=batch % options.batches)[1]
+        first = (seed * options.batches + batch) * options.prompts
+        prompts = np.take(questions, range(first, first + options.prompts), mode="wrap").tolist()
+        return bench.rollout(dataclasses.replace(arms[arm], seed=seed), prompts, step=batch % options.batches)[1]
 
     turn_places = harness.repetitions(options.batches, "batch", seed=range(options.seeds))
     return harness.take_turns(turn_places, list(arms), once)
@@ -124,7 +122,7 @@ def routing(servers: Any, bench: Any, options: argparse.Namespace) -> FlatRecord
     import ray
 
     settings = early_stop_arms(options.group_size, options.candidates, NOTHING_ELSE)[OFF]
-    arms = {name: dataclasses.replace(settings(0), routing=name) for name in (BALANCED, GROUP)}
+    arms = {name: dataclasses.replace(settings, seed=0, routing=name) for name in (BALANCED, GROUP)}
 
     def once(arm: str, limit: int, repetition: int) -> dict[str, Any]:
         digits = random.Random(f"routing {repetition}")

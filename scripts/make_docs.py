@@ -32,12 +32,6 @@ PAGE = ROOT / "docs" / "configuration.md"
 BASE = ROOT / "configs" / "darts_base.yaml"
 RESULTS = ROOT / "docs" / "results.md"
 TABLE = re.compile(r"(<!-- table: (\S+) (\S+)(?: (.+))? -->\n)(?:.*\n)*?(?=<!-- /table -->)")
-BENCH_TABLES = {
-    "time": report.time_table,
-    "work": report.work_table,
-    "learning": report.learning_table,
-    "notes": lambda results: "\n".join(f"- {note}" for note in report.notes(results)),
-}
 WIDTH = 120
 HEAD = """# Configuration
 
@@ -160,11 +154,13 @@ def measured(file: str, name: str, chosen: str | None) -> str:
     """A table of a committed document, of the arms or the numbers of GPUs that are chosen."""
     document_path = ROOT / "docs" / "results" / f"{file}.json"
     chosen_names = chosen.split(", ") if chosen else []
-    if name not in BENCH_TABLES:
+    if name not in ("notes", *report.TABLES):
         return documents.tell(document_path, name, [int(gpus) for gpus in chosen_names])
     _, results = report.load(document_path)
     results.arms = chosen_names or results.arms
-    return BENCH_TABLES[name](results)
+    if name == "notes":
+        return "\n".join(f"- {note}" for note in report.notes(results))
+    return report.bench_table(results, name)
 
 
 if __name__ == "__main__":

@@ -20,13 +20,13 @@ import itertools
 import os
 import socket
 import tempfile
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from darts.bench import harness
-from darts.bench.harness import Bench, FlatRecord, Save
+from darts.bench.harness import Bench, FlatRecords, Save
 from darts.evidence.log import say
 from darts.evidence.tables import Check
 
@@ -124,7 +124,7 @@ def forward(worker: Any, arm: str, step: int, tokens: np.ndarray, options: argpa
     }
 
 
-def measure(options: argparse.Namespace, save: Save) -> list[dict[str, Any]]:
+def measure(options: argparse.Namespace, save: Save) -> FlatRecords:
     """All repetitions of all arms."""
     from verl_patches.device import is_cpu_only
 
@@ -159,14 +159,14 @@ COLUMNS: harness.Columns = (
 )
 
 
-def tables(flat_records: Sequence[FlatRecord]) -> str:
+def tables(records: pd.DataFrame) -> str:
     """Means and ratios over the repetitions."""
-    return harness.arms_table(flat_records, COLUMNS, ("repeat",), WHOLE)
+    return harness.arms_table(records, COLUMNS, ("repeat",), WHOLE)
 
 
-def checks(records: Sequence[FlatRecord]) -> list[Check]:
+def checks(records: pd.DataFrame) -> list[Check]:
     """The three ways agree."""
-    worst, bound = max(record["difference"] for record in records), DIFFERENCE[records[0]["dtype"]]
+    worst, bound = records["difference"].max(), DIFFERENCE[records["dtype"].iloc[0]]
     return [Check(name="largest mean difference of log-probs, nats", value=worst, low=0, high=bound)]
 
 

@@ -13,15 +13,16 @@ they are more).
 
 import argparse
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from darts.allocation import allocate, expected, optimal_total, rounded_total
 from darts.bench import harness
-from darts.bench.harness import Bench, FlatRecord, Save
+from darts.bench.harness import ArmFigures, Bench, FlatRecords, Save
 from darts.evidence.tables import Check, table
 
 ALLOCATE, GREEDY = "allocate", "greedy loop"
@@ -73,7 +74,7 @@ def problem(options: argparse.Namespace, prompts: int, repetition: int) -> dict[
     }
 
 
-def measure(options: argparse.Namespace, save: Save) -> list[dict[str, Any]]:
+def measure(options: argparse.Namespace, save: Save) -> FlatRecords:
     """A record for each size, repetition and arm; equal answers are asserted."""
 
     def once(arm_name: str, prompts: int, repetition: int) -> dict[str, Any]:
@@ -86,34 +87,30 @@ def measure(options: argparse.Namespace, save: Save) -> list[dict[str, Any]]:
             if not np.array_equal(arm_answers[arm], arm_answers[plain]):
                 raise harness.BenchError(f"{found_records[arm]['prompts']} prompts: {arm} and {plain} differ.")
 
-    turn_places = harness.repetitions(options.repetitions, prompts=options.prompts)
-    return harness.take_turns(turn_places, [ALLOCATE, GREEDY, OPTIMAL, SCAN], once, settle)
+    places = harness.repetitions(options.repetitions, prompts=options.prompts)
+    return harness.take_turns(places, [name for pair in PAIRS for name in pair], once, settle)
 
 
-def figures_of(flat_records: Sequence[FlatRecord], prompts: int, arm_name: str, plain_arm: str) -> harness.ArmFigures:
-    """The figures of one function for this number of prompts."""
-    flat_records = [flat_record for flat_record in flat_records if flat_record["prompts"] == prompts]
-    return harness.ArmFigures(arm=arm_name, base=plain_arm, pair_by=("prompts", "repetition"), records=flat_records)
-
-
-def tables(records: Sequence[FlatRecord]) -> str:
+def tables(records: pd.DataFrame) -> str:
     """Milliseconds by number of prompts, and over the plain way."""
     rows = []
     for arm, plain in PAIRS:
-        for prompts in dict.fromkeys(record["prompts"] for record in records):
-            own, other = (figures_of(records, prompts, name, plain) for name in (arm, plain))
-            own_ms, other_ms = (f"{1000 * figures.median('seconds'):,.2f}" for figures in (own, other))
-            rows.append([arm, f"{prompts:,}", own_ms, plain, other_ms, own.over("seconds", ".2g")])
+        for prompts, part in records.groupby("prompts"):
+            figures = ArmFigures(arm=arm, base=plain, pair_by=("repetition",), records=part)
+            median_ms = (1000 * part.groupby("arm")["seconds"].median()).map("{:,.2f}".format)
+            over_plain = figures.over("seconds", ".2g")
+            rows.append([arm, f"{prompts:,}", median_ms[arm], plain, median_ms[plain], over_plain])
     return table(["function", "prompts", "ms, median", "plain", "ms, median", "over plain"], rows)
 
 
-def checks(flat_records: Sequence[FlatRecord]) -> list[Check]:
+def checks(records: pd.DataFrame) -> list[Check]:
     """The target, where it was tried."""
-    most_prompts = max(flat_record["prompts"] for flat_record in flat_records)
+    most_prompts = records["prompts"].max()
     if most_prompts < TARGET_PROMPTS:
         return []
-    checked_value = 1000 * figures_of(flat_records, most_prompts, ALLOCATE, GREEDY).median("seconds")
-    return [Check(name=f"ms of {ALLOCATE} for {most_prompts:,} prompts", value=checked_value, low=0, high=TARGET_MS)]
+    measured = records[(records["prompts"] == most_prompts) & (records["arm"] == ALLOCATE)]["seconds"]
+    check_name = f"ms of {ALLOCATE} for {most_prompts:,} prompts"
+    return [Check(name=check_name, value=1000 * measured.median(), low=0, high=TARGET_MS)]
 
 
 BENCH = Bench(

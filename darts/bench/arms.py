@@ -1,15 +1,16 @@
 """The arms of a bench, as data: a name, a strategy, and changes to the block `darts:` of the configuration.
 
-Contract: pure. Whatever an arm does not say is as in the configuration that all arms share, so an arm is read off its
-own line. `BenchArm.config` checks the whole block; an arm from the command line that cannot work is one `ConfigError`.
+Contract: no verl import. Whatever an arm does not say is as in the configuration that all arms share, so an arm is read
+off its own line. `BenchArm.config` checks the whole block; an arm that cannot work is one `ConfigError`.
 """
 
-import copy
 import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from omegaconf import OmegaConf
 
 from darts.config import STRATEGIES, ConfigError, DartsConfig, refuse_unknown_keys
 from darts.strategy import BYPASS_MODE
@@ -35,17 +36,11 @@ class BenchArm:
 
     def block(self, darts_block: Mapping[str, Any] | None) -> dict[str, Any]:
         """The block `darts:` of this arm; `darts_block` is that of the configuration, and stays as it is."""
-        made_block = copy.deepcopy(dict(darts_block or {})) | {"enable": True, "strategy": self.strategy}
+        made_block = OmegaConf.create(dict(darts_block or {}) | {"enable": True, "strategy": self.strategy})
         changed_settings = dict(self.changes) | ({} if self.overlap is None else {"overlap.mode": self.overlap})
         for setting_path, setting_value in changed_settings.items():
-            *section_names, last_key = setting_path.split(".")
-            inner_block = made_block
-            for section_name in section_names:
-                if not isinstance(inner_block.get(section_name), dict):
-                    inner_block[section_name] = {}
-                inner_block = inner_block[section_name]
-            inner_block[last_key] = setting_value
-        return made_block
+            OmegaConf.update(made_block, setting_path, setting_value, merge=False, force_add=True)
+        return OmegaConf.to_container(made_block)
 
     def config(self, darts_block: Mapping[str, Any] | None, group_size: int) -> DartsConfig:
         """The settings of this arm.
@@ -58,116 +53,6 @@ class BenchArm:
             broken_rule = f"there are no log-probs to overlap (darts.overlap.mode={arm_settings.overlap.mode})."
             raise ConfigError(BYPASS_MODE, True, broken_rule, "choose one of the two.")
         return arm_settings
-
-
-def _arm(name: str, strategy: str, about: str, **given: Any) -> BenchArm:
-    """An arm with `overlap`, `bypass`, and changes, whose paths have `__` for the dot."""
-    fields = {key: given.pop(key) for key in ("overlap", "bypass") if key in given}
-    changes = {path.replace("__", "."): value for path, value in given.items()}
-    return BenchArm(name=name, strategy=strategy, changes=changes, about=about, **fields)
-
-
-def _deadline(arm_name: str, arm_about: str, **arm_fields: Any) -> BenchArm:
-    """1.5 M candidates for every prompt, one longest of those that end before the deadline."""
-    return _arm(arm_name, "darts", arm_about, allocation__mode="uniform", allocation__mean_candidates=None,
-                allocation__low=None, allocation__high=None, selection__mode="dual_end",
-                selection__long_wait="deadline", **arm_fields)  # fmt: skip
-
-
-NONE = _arm("none", "none", "plain verl", overlap="off")
-DARTS = _arm("darts", "darts", "the method, as configured")
-TAIL_BATCHING = _arm("tail_batching", "tail_batching", "long responses put together into few rounds (RollPacker)")
-BYPASS = _arm("bypass", "bypass", "plain verl, the servers' log-probs as the old ones", overlap="off")
-DEADLINE = _deadline("deadline", "dual-end groups; none waits once all have M valid of 1.5 M candidates")
-STRATEGY_ARMS = (
-    NONE,
-    BYPASS,
-    _arm("shortest_k", "shortest_k", "more candidates, the M shortest kept, nothing stopped (GFPO)"),
-    DARTS,
-    TAIL_BATCHING,
-    _arm("sorted", "sorted", "many prompts cached, short ones trained on first (SortedRL)"),
-)
-# The paper's order, each with what the arm before has. M of M candidates, all kept: nothing but the overlap.
-ABLATION = (
-    NONE,
-    _arm("+ streaming", "darts", "log-probs during generation, M of M candidates", overlap="token",
-         allocation__mode="off", allocation__mean_candidates=None, selection__mode="dual_end"),
-    _arm("+ dual-end", "darts", "K shortest and L longest of equally many candidates", overlap="token",
-         allocation__mode="uniform", selection__mode="dual_end"),
-    _arm("+ adaptive", "darts", "candidates by spread; saturated groups shortest-only, stopped early", overlap="token",
-         allocation__mode="adaptive", selection__mode="auto", early_stop="eager"),
-)  # fmt: skip
-COMPONENTS = (
-    DARTS,
-    _arm("uniform", "darts", "without adaptive allocation, so that no group is saturated and stopped early",
-         allocation__mode="uniform"),
-    _arm("dual-end only", "darts", "without tail pruning: saturated groups keep their longest too",
-         selection__mode="dual_end"),
-    _arm("no early stop", "darts", "shortest-only groups run to their end", early_stop="off"),
-    _arm("no longest", "darts", "without the L longest: every group is shortest-only", selection__num_long=0),
-    _arm("overlap off", "darts", "log-probs after generation", overlap="off"),
-    _arm("overlap sequence", "darts", "log-probs of complete responses during generation", overlap="sequence"),
-    _arm("overlap token", "darts", "log-probs of growing responses too", overlap="token"),
-)  # fmt: skip
-BEYOND = (
-    DARTS,
-    DEADLINE,
-    _arm("exact", "darts", "only those are stopped that have grown past the M-th shortest", early_stop="exact"),
-)  # fmt: skip
-
-# No log-probs after generation: hidden, or the servers' own ones. What competes has the same.
-FAST = (
-    NONE,
-    BYPASS,
-    DEADLINE,
-    _deadline("deadline + overlap", "and log-probs during generation", overlap="token"),
-    _deadline("deadline + bypass", "and the servers' log-probs as the old ones", overlap="off", bypass=True),
-    _arm("tail + bypass", "tail_batching", "tail batching, the servers' log-probs as the old ones", overlap="off",
-         bypass=True),
-)  # fmt: skip
-
-
-def _distinct(bench_arms: Iterable[BenchArm]) -> tuple[BenchArm, ...]:
-    return tuple({bench_arm.name: bench_arm for bench_arm in bench_arms}.values())
-
-
-PRESETS: dict[str, tuple[BenchArm, ...]] = {
-    "strategies": STRATEGY_ARMS,
-    "ablation": ABLATION,
-    "components": _distinct((NONE, *COMPONENTS)),
-    "beyond": _distinct((NONE, *BEYOND)),
-    "fast": FAST,
-    "all": _distinct((*STRATEGY_ARMS, *ABLATION, *COMPONENTS, *BEYOND, *FAST)),
-    "quick": (NONE, DARTS, TAIL_BATCHING),
-}
-
-
-def chosen(names: Sequence[str], written: Sequence[str] = ()) -> tuple[BenchArm, ...]:
-    """The arms of a command, in its order, each once.
-
-    Args:
-        names: of presets and of arms that presets have.
-        written: as `parse_arm`.
-
-    Raises:
-        ConfigError: an unknown name, a name that is given to two different arms, or as `parse_arm`.
-    """
-    known = {arm.name: (arm,) for arm in PRESETS["all"]}
-    found: dict[str, BenchArm] = {}
-    for name in names:
-        if name not in PRESETS and name not in known:
-            near = difflib.get_close_matches(name, [*PRESETS, *known], n=1)
-            rule = f"must be a preset ({', '.join(PRESETS)}) or an arm ({', '.join(known)})."
-            raise ConfigError(
-                "--arms", name, rule, f"did you mean {near[0]!r}?" if near else f"write your own as {FORM}"
-            )
-        found |= {arm.name: arm for arm in (PRESETS.get(name) or known[name])}
-    for line in written:
-        arm = parse_arm(line)
-        if arm.name in found:
-            raise ConfigError("--arm", line, f"there is an arm {arm.name!r} already.", "give it another name.")
-        found[arm.name] = arm
-    return tuple(found.values())
 
 
 def parse_arm(arm_line: str) -> BenchArm:
@@ -219,3 +104,86 @@ def _value(value_text: str) -> Any:
         return json.loads(value_text)
     except ValueError:
         return value_text
+
+
+# 1.5 M candidates for every prompt, one longest of those that end before the deadline.
+_DEADLINE = (
+    "darts,darts.allocation.mode=uniform,darts.allocation.mean_candidates=null,darts.allocation.low=null,"
+    "darts.allocation.high=null,darts.selection.mode=dual_end,darts.selection.long_wait=deadline"
+)
+_BYPASS = f"darts.overlap.mode=off,{BYPASS_MODE}=true"
+_ARMS = {
+    "none=none,darts.overlap.mode=off": "plain verl",
+    "bypass=bypass,darts.overlap.mode=off": "plain verl, the servers' log-probs as the old ones",
+    "shortest_k=shortest_k": "more candidates, the M shortest kept, nothing stopped (GFPO)",
+    "darts=darts": "the method, as configured",
+    "tail_batching=tail_batching": "long responses put together into few rounds (RollPacker)",
+    "sorted=sorted": "many prompts cached, short ones trained on first (SortedRL)",
+    # The paper's order, each with what the arm before has. M of M candidates, all kept: nothing but the overlap.
+    "+ streaming=darts,darts.overlap.mode=token,darts.allocation.mode=off,darts.allocation.mean_candidates=null,"
+    "darts.selection.mode=dual_end": "log-probs during generation, M of M candidates",
+    "+ dual-end=darts,darts.overlap.mode=token,darts.allocation.mode=uniform,darts.selection.mode=dual_end":
+        "K shortest and L longest of equally many candidates",
+    "+ adaptive=darts,darts.overlap.mode=token,darts.allocation.mode=adaptive,darts.selection.mode=auto,"
+    "darts.early_stop=eager": "candidates by spread; saturated groups shortest-only, stopped early",
+    "uniform=darts,darts.allocation.mode=uniform":
+        "without adaptive allocation, so that no group is saturated and stopped early",
+    "dual-end only=darts,darts.selection.mode=dual_end":
+        "without tail pruning: saturated groups keep their longest too",
+    "no early stop=darts,darts.early_stop=off": "shortest-only groups run to their end",
+    "no longest=darts,darts.selection.num_long=0": "without the L longest: every group is shortest-only",
+    "overlap off=darts,darts.overlap.mode=off": "log-probs after generation",
+    "overlap sequence=darts,darts.overlap.mode=sequence": "log-probs of complete responses during generation",
+    "overlap token=darts,darts.overlap.mode=token": "log-probs of growing responses too",
+    f"deadline={_DEADLINE}": "dual-end groups; none waits once all have M valid of 1.5 M candidates",
+    "exact=darts,darts.early_stop=exact": "only those are stopped that have grown past the M-th shortest",
+    f"deadline + overlap={_DEADLINE},darts.overlap.mode=token": "and log-probs during generation",
+    f"deadline + bypass={_DEADLINE},{_BYPASS}": "and the servers' log-probs as the old ones",
+    f"tail + bypass=tail_batching,{_BYPASS}": "tail batching, the servers' log-probs as the old ones",
+}  # fmt: skip
+"""What arms are, in the form of `--arm`, and what they show."""
+ARMS = {arm.name: arm for arm in (replace(parse_arm(line), about=about) for line, about in _ARMS.items())}
+_STRATEGIES = ("none", "bypass", "shortest_k", "darts", "tail_batching", "sorted")
+_COMPONENTS = (
+    "darts", "uniform", "dual-end only", "no early stop", "no longest", "overlap off", "overlap sequence",
+    "overlap token",
+)  # fmt: skip
+PRESETS: dict[str, tuple[BenchArm, ...]] = {
+    preset_name: tuple(ARMS[arm_name] for arm_name in arm_names)
+    for preset_name, arm_names in {
+        "strategies": _STRATEGIES,
+        "ablation": ("none", "+ streaming", "+ dual-end", "+ adaptive"),
+        "components": ("none", *_COMPONENTS),
+        "beyond": ("none", "darts", "deadline", "exact"),
+        # No log-probs after generation: hidden, or the servers' own ones. What competes has the same.
+        "fast": ("none", "bypass", "deadline", "deadline + overlap", "deadline + bypass", "tail + bypass"),
+        "all": tuple(ARMS),
+        "quick": ("none", "darts", "tail_batching"),
+    }.items()
+}
+
+
+def chosen(names: Sequence[str], written: Sequence[str] = ()) -> tuple[BenchArm, ...]:
+    """The arms of a command, in its order, each once.
+
+    Args:
+        names: of presets and of arms that presets have.
+        written: as `parse_arm`.
+
+    Raises:
+        ConfigError: an unknown name, a name that is given to two different arms, or as `parse_arm`.
+    """
+    found: dict[str, BenchArm] = {}
+    for name in names:
+        if name not in PRESETS and name not in ARMS:
+            near = difflib.get_close_matches(name, [*PRESETS, *ARMS], n=1)
+            rule = f"must be a preset ({', '.join(PRESETS)}) or an arm ({', '.join(ARMS)})."
+            fix = f"did you mean {near[0]!r}?" if near else f"write your own as {FORM}"
+            raise ConfigError("--arms", name, rule, fix)
+        found |= {arm.name: arm for arm in (PRESETS.get(name) or (ARMS[name],))}
+    for line in written:
+        arm = parse_arm(line)
+        if arm.name in found:
+            raise ConfigError("--arm", line, f"there is an arm {arm.name!r} already.", "give it another name.")
+        found[arm.name] = arm
+    return tuple(found.values())

@@ -24,10 +24,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from omegaconf import DictConfig
 
 from darts.bench import harness
-from darts.bench.harness import Bench, FlatRecord, Save
+from darts.bench.harness import Bench, FlatRecords, Save
 from darts.config import ConfigError, DartsConfig
 from darts.evidence.log import say
 from darts.evidence.tables import table
@@ -38,19 +39,17 @@ from darts.planning import RolloutPlanner
 from darts.testbed import LIMITS
 
 UNIFORM, HALF, ADAPTIVE = "uniform", "uniform, half saturated", "adaptive"
-ALLOCATIONS = {
-    UNIFORM: {"mode": "uniform", "high": 12},
-    HALF: {"mode": "uniform", "high": 11},
-    ADAPTIVE: {"mode": "adaptive", "high": 12},
-}
+ALLOCATIONS = {UNIFORM: ("uniform", 12), HALF: ("uniform", 11), ADAPTIVE: ("adaptive", 12)}
+"""The arms' `allocation.mode` and M_up."""
 GROUP_SIZE, MEAN = 8, 10.5
-PREDICTORS = {"refined_s": "refined model", "unrefined_s": "model as measured", "last_s": "last step"}
+PREDICTORS = {"latency/predicted_s": "refined model", "unrefined_s": "model as measured", "last_s": "last step"}
 
 
 def settings(arm: str, seed: int, wait: str, chunk_tokens: int) -> DartsConfig:
     """The settings of an arm."""
+    mode, high = ALLOCATIONS[arm]
     settings_block = {
-        "allocation": ALLOCATIONS[arm] | {"low": GROUP_SIZE, "mean_candidates": MEAN},
+        "allocation": {"mode": mode, "low": GROUP_SIZE, "high": high, "mean_candidates": MEAN},
         "selection": {"long_wait": wait},
         "early_stop": "eager",
         "streaming": {"chunk_tokens": chunk_tokens},
@@ -81,43 +80,36 @@ class ShadowedPlanner:
     curve as it was and without overhead. So both have the same length history and budgets, which is asserted, and their
     forecasts differ by the refinement of the cost model alone.
 
-    Args:
-        darts: the arm's settings, with a mean number of candidates: the shadow's budgets must not depend on its cost
-            model.
-        latency_curve: of the engine, as measured.
-        config: the servers'.
+    The arm's settings have a mean number of candidates: the shadow's budgets must not depend on its cost model.
     """
 
     def __init__(self, darts: DartsConfig, latency_curve: LatencyCurve, config: DictConfig) -> None:
         self._darts = darts
         self._unrefined = dataclasses.replace(darts, latency=dataclasses.replace(darts.latency, refine=False))
-        self._planner, self._shadow = (_planner(darts, latency_curve, config) for _ in range(2))
+        rollout = config.actor_rollout_ref.rollout
+        self._planner, self._shadow = planners = [
+            RolloutPlanner(
+                ema_weight=darts.allocation.ema_weight,
+                response_length=rollout.response_length,
+                max_running=rollout.max_num_seqs,
+            )
+            for _ in range(2)
+        ]
+        for planner in planners:
+            planner.cost = CostModel(latency_curve, "measured by the benchmark")
 
     def rollout(self, bench: Any, questions: Sequence[str], step: int) -> dict[str, Any]:
         """One rollout of a `RolloutBench`, as a record."""
         prompt_keys = [prompt_key([{"role": "user", "content": question}]) for question in questions]
         seed_plan = self._shadow.plan(prompt_keys, self._unrefined)
-        measured_rollout = bench.rollout(self._darts, questions, step, planner=self._planner)
-        if not np.array_equal(np.bincount(measured_rollout.pool.prompt, minlength=len(prompt_keys)), seed_plan.budgets):
+        rollout, flat_record = bench.rollout(self._darts, questions, step, planner=self._planner)
+        if not np.array_equal(np.bincount(rollout.pool.prompt, minlength=len(prompt_keys)), seed_plan.budgets):
             raise RuntimeError(f"step {step}: the shadow's budgets {seed_plan.budgets.tolist()} are not the rollout's.")
-        flat_record = measured_rollout.record()
-        self._shadow.observe(seed_plan, self._unrefined, measured_rollout.pool, flat_record["seconds"], StepTimes())
+        self._shadow.observe(seed_plan, self._unrefined, rollout.pool, flat_record["seconds"], StepTimes())
         return flat_record | {"unrefined_s": seed_plan.predicted_s}
 
 
-def _planner(darts_config: DartsConfig, latency_curve: LatencyCurve, config: DictConfig) -> RolloutPlanner:
-    """The planner that the manager would make."""
-    rollout = config.actor_rollout_ref.rollout
-    arm_planner = RolloutPlanner(
-        ema_weight=darts_config.allocation.ema_weight,
-        response_length=rollout.response_length,
-        max_running=rollout.max_num_seqs,
-    )
-    arm_planner.cost = CostModel(latency_curve, "measured by the benchmark")
-    return arm_planner
-
-
-def measure(options: argparse.Namespace, save: Save) -> list[dict[str, Any]]:
+def measure(options: argparse.Namespace, save: Save) -> FlatRecords:
     """Starts a server, measures its curve and runs all rollouts; what is there is saved after each seed."""
     if options.pool % options.prompts:
         rule = f"must be a multiple of --prompts {options.prompts}."
@@ -132,18 +124,18 @@ def measure(options: argparse.Namespace, save: Save) -> list[dict[str, Any]]:
     questions, records = train_questions(options.testbed), []
     say("starting one server ...")
     with local_ray(num_gpus=1), serving(*overrides, response_length=None, max_model_len=None) as (servers, bench):
-        model = servers.config.actor_rollout_ref.model.path
-        profile = asyncio.run(profile_servers(servers.server_handles, model, seeded=True, say=say))
+        model_path = servers.config.actor_rollout_ref.model.path
+        profile = asyncio.run(profile_servers(servers.server_handles, model_path, seeded=True, say=say))
         save(profile=dataclasses.asdict(profile))
 
-        def planners_of(seed: int) -> dict[str, ShadowedPlanner]:
-            chosen = {name: settings(name, seed, options.wait, options.chunk_tokens) for name in ALLOCATIONS}
-            return {name: ShadowedPlanner(darts, profile.curve(), servers.config) for name, darts in chosen.items()}
+        def planner_of(arm: str, seed: int) -> ShadowedPlanner:
+            arm_settings = settings(arm, seed, options.wait, options.chunk_tokens)
+            return ShadowedPlanner(arm_settings, profile.curve(), servers.config)
 
-        for planner in planners_of(0).values():
-            planner.rollout(bench, questions[-options.prompts :], step=0)  # warms up
+        for arm in ALLOCATIONS:
+            planner_of(arm, 0).rollout(bench, questions[-options.prompts :], step=0)  # warms up
         for seed in range(options.seeds):
-            planners = planners_of(seed)
+            planners = {arm: planner_of(arm, seed) for arm in ALLOCATIONS}
             plan = list(batches(questions, options.pool, options.prompts, options.steps, seed))
 
             def once(arm: str, seed: int, step: int, planners: Any = planners, plan: Any = plan) -> dict[str, Any]:
@@ -155,47 +147,47 @@ def measure(options: argparse.Namespace, save: Save) -> list[dict[str, Any]]:
     return records
 
 
-def with_last(records: Sequence[FlatRecord]) -> list[dict[str, Any]]:
-    """The records with `last_s`, the seconds of the same arm's rollout before, in the same seed; None for its first."""
-    before = {(record["arm"], record["seed"], record["step"] + 1): record["seconds"] for record in records}
-    return [{**record, "last_s": before.get((record["arm"], record["seed"], record["step"]))} for record in records]
+def with_last(records: pd.DataFrame) -> pd.DataFrame:
+    """The records with `last_s`, the seconds of the same arm's rollout before, in the same seed; NaN for its first."""
+    return records.assign(last_s=records.sort_values("step").groupby(["arm", "seed"])["seconds"].shift())
 
 
-def error(records: Sequence[FlatRecord], predictor: str) -> float:
-    """Median over the rollouts of |forecast / measured - 1|."""
-    pairs = [(record[predictor], record["seconds"]) for record in records if record[predictor] is not None]
-    return float(np.median([abs(forecast / seconds - 1) for forecast, seconds in pairs])) if pairs else float("nan")
+def errors(records: pd.DataFrame) -> pd.Series:
+    """Median over the rollouts of |forecast / measured - 1|, by predictor; NaN where nothing was forecast."""
+    forecasts = records[list(PREDICTORS)].astype(float)
+    return (forecasts.div(records["seconds"], axis=0) - 1).abs().median()
+
+
+def _budgets(arm: harness.ArmFigures) -> str:
+    return f"{arm.known('allocation/budget_min').min():.0f} to {arm.known('allocation/budget_max').max():.0f}"
 
 
 COLUMNS: harness.Columns = (
     ("rollout s", lambda arm: f"{arm.total('seconds'):.1f}"),
     ("over uniform", lambda arm: arm.over("seconds")),
-    ("tokens", lambda arm: f"{arm.total('tokens'):,.0f}"),
-    ("over uniform", lambda arm: arm.over("tokens")),
-    ("kept tokens", lambda arm: f"{arm.total('tokens_kept'):,.0f}"),
-    ("kept length", lambda arm: f"{arm.mean('kept_mean'):.1f}"),
-    ("pool length", lambda arm: f"{arm.mean('pool_mean'):.1f}"),
-    ("aborted", lambda arm: f"{arm.total('aborted'):,.0f} of {arm.total('launched'):,.0f}"),
-    ("saturated", lambda arm: f"{arm.mean('saturated_share'):.0%}"),
-    ("budgets", lambda arm: f"{arm.known('budget_min').min():.0f} to {arm.known('budget_max').max():.0f}"),
-    ("std correlation", lambda arm: f"{arm.mean('std_correlation'):.2f}"),
+    ("tokens", lambda arm: f"{arm.total('tokens/generated'):,.0f}"),
+    ("over uniform", lambda arm: arm.over("tokens/generated")),
+    ("kept tokens", lambda arm: f"{arm.total('tokens/kept'):,.0f}"),
+    ("kept length", lambda arm: f"{arm.mean('length/kept_mean'):.1f}"),
+    ("pool length", lambda arm: f"{arm.mean('length/pool_mean'):.1f}"),
+    ("aborted", lambda arm: f"{arm.total('candidates/aborted'):,.0f} of {arm.total('candidates/launched'):,.0f}"),
+    ("saturated", lambda arm: f"{arm.mean('group/saturated_share'):.0%}"),
+    ("budgets", _budgets),
+    ("std correlation", lambda arm: f"{arm.mean('history/std_correlation'):.2f}"),
 )
 
 
-def forecast_table(records: Sequence[FlatRecord]) -> str:
+def forecast_table(records: pd.DataFrame) -> str:
     """Errors of the forecasts by arm, of records with `last_s`."""
-    by_arm = {arm: [record for record in records if record["arm"] == arm] for arm in harness.arms_of(records)}
-    table_rows = [
-        [arm, len(arm_records), *(f"{error(arm_records, predictor_key):.1%}" for predictor_key in PREDICTORS)]
-        for arm, arm_records in (by_arm | {"all": records}).items()
-    ]
-    return table(["median error of the forecast", "rollouts", *PREDICTORS.values()], table_rows)
+    parts = [*records.groupby("arm", sort=False), ("all", records)]
+    rows = [[arm, len(part), *errors(part).map("{:.1%}".format)] for arm, part in parts]
+    return table(["median error of the forecast", "rollouts", *PREDICTORS.values()], rows)
 
 
-def tables(flat_records: Sequence[FlatRecord]) -> str:
+def tables(records: pd.DataFrame) -> str:
     """Both, of the steps from the second epoch on."""
-    known_records = [flat_record for flat_record in with_last(flat_records) if flat_record["epoch"] > 0]
-    if not known_records:
+    known_records = with_last(records)[records["epoch"] > 0]
+    if known_records.empty:
         return "no step of a second epoch: no prompt was known"
     return f"{harness.arms_table(known_records, COLUMNS, ('seed', 'step'), UNIFORM)}\n\n{forecast_table(known_records)}"
 

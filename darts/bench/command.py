@@ -25,24 +25,28 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pandas import json_normalize
+
 from darts import CONFIG_DIR
 from darts.bench.arms import PRESETS, chosen
-from darts.bench.harness import add_options, exit_code, machine, make_parser
+from darts.bench.harness import ENVIRONMENT, Options, exit_code, parse
 from darts.bench.launch import run_trainer
 from darts.bench.plan import CONFIG, RECORDS, STATES, BenchPlan
-from darts.bench.records import Record, Records
+from darts.bench.records import Records
 from darts.bench.report import document, text
 from darts.bench.states import POSITION
 from darts.bench.statistics import BenchResults
 from darts.config import ConfigError
 from darts.evidence import documents
-from darts.evidence.log import logger, say
+from darts.evidence.log import logger, refuse, say
+from darts.evidence.machine import machine
 from darts.testbed import LIMITS
 
 BENCHES = ("actor", "allocate", "budgets", "overhead", "overlap", "rollouts")
 """The benches besides that of the arms; each is the `BENCH` of its module."""
 MACHINE, DOCUMENT, TABLE, LOCK = "machine.json", "bench.json", "table.md", "running"
-OPTIONS: dict[str, tuple[Any, ...]] = {
+SETTINGS = ("seeds", "steps", "validate_every", "config_name")
+OPTIONS: Options = {
     "--arms": (None, f"presets ({', '.join(PRESETS)}) or their arms", {"nargs": "+", "metavar": "NAME"}),
     "--arm": ([], "yours", {"action": "append", "metavar": "NAME=STRATEGY,darts.KEY=VALUE,..."}),
     "--testbed": (None, "sets testbed=...; None: the configuration's", {"choices": sorted(LIMITS)}),
@@ -68,24 +72,17 @@ def options_of(given_arguments: Sequence[str]) -> argparse.Namespace:
     """
     from verl_patches.device import is_cpu_only  # imports torch
 
-    parser = make_parser("", __doc__)
-    add_options(parser, OPTIONS)
-    if "--quick" in given_arguments:
-        parser.set_defaults(seeds=1, steps=6, validate_every=3)
-    options = parser.parse_args(list(given_arguments))
+    options = parse("", __doc__, OPTIONS, {"seeds": 1, "steps": 6, "validate_every": 3}, given_arguments)
     for name, least_value in (("seeds", 1), ("steps", 1), ("validate_every", 0)):
         if getattr(options, name) < least_value:
-            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {least_value}")
+            refuse(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {least_value}")
     platform_override = ["platform=gpu"] if options.config_dir == CONFIG_DIR and not is_cpu_only() else []
     testbed_override = [] if options.testbed is None else [f"testbed={options.testbed}"]
     preset_names = options.arms or ["quick" if options.quick else "strategies"]
     options.given, options.out = list(given_arguments), options.out.resolve()
     options.plan = BenchPlan(
+        **{name: getattr(options, name) for name in SETTINGS},
         arms=list(chosen(preset_names, options.arm)),
-        seeds=options.seeds,
-        steps=options.steps,
-        validate_every=options.validate_every,
-        config_name=options.config_name,
         config_dir=str(options.config_dir.resolve()),
         overrides=[*platform_override, *testbed_override, *options.override],
     )
@@ -94,11 +91,7 @@ def options_of(given_arguments: Sequence[str]) -> argparse.Namespace:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[int]:
-    """Holds the folder's lock, which the run inherits: it is free when both have ended, however they did.
-
-    Raises:
-        ConfigError: a bench runs there.
-    """
+    """Holds the folder's lock, which the run inherits: free when both have ended; `ConfigError` where it is held."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
@@ -121,7 +114,7 @@ def report(options: argparse.Namespace) -> str:
     """
     from darts.bench.figures import write
 
-    bench_records: list[Record] = Records(options.out / RECORDS).read()
+    bench_records = Records(options.out / RECORDS).read()
     if not bench_records:
         raise ConfigError("--out", str(options.out), "has no records of a bench.", "run it without --report-only.")
     bench_plan = BenchPlan.load(options.out)
@@ -130,7 +123,7 @@ def report(options: argparse.Namespace) -> str:
         results,
         arms=[asdict(arm) for arm in bench_plan.arms],
         settings={"command": ["python", "-m", "darts.bench", *options.given], "overrides": bench_plan.overrides}
-        | {name: getattr(bench_plan, name) for name in ("seeds", "steps", "validate_every", "config_name")},
+        | {name: getattr(bench_plan, name) for name in SETTINGS},
         config=_read(options.out / CONFIG),
         machine=_read(options.out / MACHINE),
         target=options.target,
@@ -143,11 +136,7 @@ def report(options: argparse.Namespace) -> str:
 
 
 def _composed(options: argparse.Namespace) -> dict[str, Any]:
-    """The resolved configuration, checked before an engine starts.
-
-    Raises:
-        ConfigError: it cannot be composed, or cannot work for an arm.
-    """
+    """The resolved configuration; `ConfigError` where it cannot be composed, or cannot work for an arm."""
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -182,44 +171,25 @@ def _composed(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _prepare(options: argparse.Namespace, composed: Any) -> None:
-    """Writes what the bench is into its folder, or finds the same there.
-
-    Raises:
-        ConfigError: the folder has another bench, or measurements that nothing can be added to.
-    """
+    """Writes what the bench is into its folder, and adds the commit; `ConfigError` where nothing can be added there."""
     options.plan.save(options.out)
-    text = json.dumps(composed, indent=1) + "\n"
-    here = dict(_leaves(json.loads(text)))
-    there = dict(_leaves(_read(options.out / CONFIG))) if (options.out / CONFIG).exists() else here
-    other = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
-    if other:
+    made = json.loads(json.dumps(composed))
+    here, there = (
+        json_normalize(config).to_dict("records")[0] for config in (made, _read(options.out / CONFIG) or made)
+    )
+    if other := [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]:
         more = f" ({len(other) - 1} other keys differ too)" if len(other) > 1 else ""
         rule = f"has a bench with {other[0]}={there.get(other[0])}, where it is {here.get(other[0])} now{more}."
         fix = "choose another folder, or go back to what the bench began with."
         raise ConfigError("--out", str(options.out), rule, fix)
-    (options.out / CONFIG).write_text(text)
+    documents.save(options.out / CONFIG, made)
     if Records(options.out / RECORDS).read() and not (options.out / STATES / POSITION).exists():
         rule = f"has {RECORDS}, but no longer the {STATES}/ to go on from."
         raise ConfigError("--out", str(options.out), rule, "look at it with --report-only, or choose another folder.")
-    _note_machine(options.out / MACHINE)
-
-
-def _leaves(config_value: Any, leaf_path: str = "") -> Iterator[tuple[str, Any]]:
-    """What is in a configuration, by dotted path."""
-    if isinstance(config_value, dict) and config_value:
-        for leaf_key, leaf_value in config_value.items():
-            yield from _leaves(leaf_value, f"{leaf_path}.{leaf_key}" if leaf_path else str(leaf_key))
-    else:
-        yield leaf_path, config_value
-
-
-def _note_machine(file_path: Path) -> None:
-    """Keeps what the bench began on; commits of a later start are added."""
-    machine_here = machine()
-    machine_there = _read(file_path) or machine_here | {"commits": []}
-    if machine_here["commit"] not in machine_there["commits"]:
-        machine_there["commits"].append(machine_here["commit"])
-    file_path.write_text(json.dumps(machine_there) + "\n")
+    machine_here = machine(tuple(ENVIRONMENT))
+    machine_there = _read(options.out / MACHINE) or machine_here | {"commits": []}
+    commits = dict.fromkeys([*machine_there["commits"], machine_here["commit"]])
+    documents.save(options.out / MACHINE, machine_there | {"commits": list(commits)})
 
 
 def _read(file_path: Path) -> Any:

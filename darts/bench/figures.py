@@ -6,15 +6,17 @@ from the lowest to the highest seed. An arm has one colour, line and marker in a
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from darts.bench.report import BASE
-from darts.bench.statistics import Array, BenchResults, known_mean
+from darts.bench.statistics import BenchResults
 from darts.evidence.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, Drawn, Missing, draw_all, dress
 
 COLORS = (BLACK, BLUE, ORANGE, GREEN, RED, PINK, SKY, "#882255", "#999933", GREY)
@@ -43,60 +45,59 @@ def write(bench_results: BenchResults, bench_folder: Path) -> list[Drawn]:
     return drawn_figures
 
 
-# --- parts -----------------------------------------------------------------------------------------------------------
+def smoothed(seed_values: pd.DataFrame) -> pd.DataFrame:
+    """Running means over the steps: of the known values of `SMOOTH` neighbours, fewer at the ends."""
+    return seed_values.T.rolling(SMOOTH, center=True, min_periods=1).mean().T
 
 
-def smoothed(seed_values: Array) -> Array:
-    """Running means along the last axis, over the known values of `SMOOTH` neighbours, fewer at the ends."""
-    window_reach = SMOOTH // 2
-    columns = [seed_values[..., max(n - window_reach, 0) : n + window_reach + 1] for n in range(seed_values.shape[-1])]
-    return np.stack([known_mean(window_column) for window_column in columns], axis=-1)
-
-
-def _line(axes: Axes, results: BenchResults, arm: str, key: str, smooth: bool = True, x: Array | None = None) -> None:
-    """Mean and band of the seeds' values of a field, over steps or x; smooth, or with markers."""
-    steps, values = results.by_seed(arm, key)
-    if not values.size:
-        return
-    values = smoothed(values) if smooth else values
-    known = np.isfinite(values).any(axis=0)
-    x, values = (steps if x is None else x)[known], values[:, known]
+def _look(results: BenchResults, arm: str) -> tuple[str, Any, str]:
     number = results.arms.index(arm)
-    color = COLORS[number % len(COLORS)]
-    if len(values) > 1 and len(results.arms) <= MOST_BANDS and known.any():
-        axes.fill_between(x, np.nanmin(values, axis=0), np.nanmax(values, axis=0), color=color, alpha=0.10, linewidth=0)
-    axes.plot(
-        x, known_mean(values.T), linestyle=DASHES[number // len(COLORS) % len(DASHES)], color=color, linewidth=1.8,
-        marker="" if smooth else MARKERS[number % 5], markersize=4, label=arm,
-    )  # fmt: skip
+    return COLORS[number % len(COLORS)], DASHES[number // len(COLORS) % len(DASHES)], MARKERS[number % len(MARKERS)]
 
 
-def _panels(results: BenchResults, titles: Sequence[str], **shared: bool) -> tuple[Figure, Sequence[Axes]]:
-    """Panels side by side; steps must have been measured."""
-    if not any(results.steps(arm) for arm in results.arms):
-        raise Missing("no step has been measured.")
-    figure = Figure(figsize=(11 if len(titles) < 3 else 14, 5))
-    return figure, figure.subplots(1, len(titles), **shared)
+def _line(
+    axes: Axes, results: BenchResults, arm: str, key: str, smooth: bool = True, x: pd.Series | None = None
+) -> None:
+    """Mean and band of the seeds' values of a field, over steps or x, which is by step; smooth, or with markers."""
+    values = results.by_seed(arm, key)
+    if values.empty:
+        return
+    x = values.columns.to_series() if x is None else x
+    values = smoothed(values) if smooth else values
+    color, dashes, marker = _look(results, arm)
+    if len(values) > 1 and len(results.arms) <= MOST_BANDS:
+        axes.fill_between(x, values.min(), values.max(), color=color, alpha=0.10, linewidth=0)
+    line_look = {"linestyle": dashes, "color": color, "linewidth": 1.8, "marker": "" if smooth else marker}
+    axes.plot(x, values.mean(), markersize=4, label=arm, **line_look)
 
 
-def _legend(bench_figure: Figure, panel_axes: Axes) -> None:
+def _require(results: BenchResults, kind: Literal["step", "validation"]) -> None:
+    if not any(len(getattr(results, f"{kind}s")(arm)) for arm in results.arms):
+        raise Missing(f"no {kind} has been measured.")
+
+
+def _curves(results: BenchResults, panels: Mapping[str, str], unit: str) -> Figure:
+    """A panel for each field, by title, with a line of each arm over the steps."""
+    _require(results, "step")
+    figure = Figure(figsize=(11 if len(panels) < 3 else 14, 5))
+    for axes, (key, title) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for arm in results.arms:
+            _line(axes, results, arm, key, smooth=key != "mean_length")
+        dress(axes, title, unit)
+    _legend(figure)
+    return figure
+
+
+def _legend(bench_figure: Figure) -> None:
     """One legend for all panels, below them."""
-    line_handles, line_labels = panel_axes.get_legend_handles_labels()
+    line_handles, line_labels = bench_figure.axes[0].get_legend_handles_labels()
     bench_figure.legend(line_handles, line_labels, loc="outside lower center", ncols=min(len(line_labels), 6))
 
 
-# --- figures ---------------------------------------------------------------------------------------------------------
-
-
 def _seconds(bench_results: BenchResults) -> tuple[Figure, str]:
-    panel_titles = {"Step": "step_s", "Of which rollout": "rollout_s"}
-    bench_figure, all_axes = _panels(bench_results, list(panel_titles))
-    for panel_axes, (panel_title, field_name) in zip(all_axes, panel_titles.items(), strict=True):
-        for arm_name in bench_results.arms:
-            _line(panel_axes, bench_results, arm_name, field_name)
-        dress(panel_axes, panel_title, "seconds")
+    bench_figure = _curves(bench_results, {"step_s": "Step", "rollout_s": "Of which rollout"}, "seconds")
+    for panel_axes in bench_figure.axes:
         panel_axes.set_ylim(bottom=0)
-    _legend(bench_figure, all_axes[0])
     return bench_figure, (
         f"An arm wins where its line is below that of {BASE}, and shapes lengths where it falls. Running means "
         f"over {SMOOTH} steps of the mean over seeds; bands: lowest to highest seed."
@@ -104,21 +105,21 @@ def _seconds(bench_results: BenchResults) -> tuple[Figure, str]:
 
 
 def _accuracy(results: BenchResults) -> tuple[Figure, str]:
-    if not any(results.validations(arm) for arm in results.arms):
-        raise Missing("no validation has been measured.")
-    bench_figure, (left, right) = _panels(results, ["steps", "time"], sharey=True)
+    _require(results, "validation")
+    _require(results, "step")
+    bench_figure = Figure(figsize=(11, 5))
+    left, right = bench_figure.subplots(1, 2, sharey=True)
     for arm in results.arms:
         _line(left, results, arm, "accuracy", smooth=False)
-        steps = results.by_seed(arm, "accuracy")[0].astype(int).tolist()
-        training_seconds = [[results.seconds_at(arm, seed, step) for seed in results.seeds] for step in steps]
-        _line(right, results, arm, "accuracy", smooth=False, x=known_mean(np.array(training_seconds)))
+        training_seconds = results.elapsed(arm).reindex(columns=results.by_seed(arm, "accuracy").columns)
+        _line(right, results, arm, "accuracy", smooth=False, x=training_seconds.mean())
     goal_accuracy = results.target(BASE)
     if math.isfinite(goal_accuracy):
         for axes in (left, right):
             axes.axhline(goal_accuracy, color=GREY, linewidth=1, linestyle=":")
     dress(left, "Against steps", "validation accuracy")
     dress(right, "Against time", "", x="seconds of training (steps alone, mean over seeds)")
-    _legend(bench_figure, left)
+    _legend(bench_figure)
     return bench_figure, (
         f"Left, an arm learns as much from a step as {BASE} where the lines agree; right, it gets there earlier where "
         f"its line is further left. Dotted: {BASE} over the last third. Bands: lowest to highest seed."
@@ -126,18 +127,17 @@ def _accuracy(results: BenchResults) -> tuple[Figure, str]:
 
 
 def _tradeoff(results: BenchResults) -> tuple[Figure, str]:
-    arms = [arm for arm in results.arms if arm != BASE and results.steps(arm) and results.validations(arm)]
-    if not (arms and results.steps(BASE) and results.validations(BASE)):
+    arms = [arm for arm in results.arms if arm != BASE and len(results.steps(arm)) and len(results.validations(arm))]
+    if not (arms and len(results.steps(BASE)) and len(results.validations(BASE))):
         raise Missing(f"needs steps and validations of {BASE} and of another arm.")
     bench_figure = Figure(figsize=(11, 5.5))
     axes = bench_figure.subplots()
     axes.axhline(0, color=GREY, linewidth=1, linestyle=":")
     axes.axvline(1, color=GREY, linewidth=1, linestyle=":")
     for arm in arms:
-        arm_number = results.arms.index(arm)
+        arm_color, _, arm_marker = _look(results, arm)
         speed = results.speed_up(arm, BASE, last=True).overall
         accuracy_gain = results.accuracy_gain(arm, BASE, last=True).overall
-        arm_color, arm_marker = COLORS[arm_number % len(COLORS)], MARKERS[arm_number % 5]
         axes.plot([speed.low, speed.high], [accuracy_gain.value] * 2, color=arm_color, linewidth=1, alpha=0.5)
         axes.plot([speed.value] * 2, [accuracy_gain.low, accuracy_gain.high], color=arm_color, linewidth=1, alpha=0.5)
         axes.plot(speed.value, accuracy_gain.value, marker=arm_marker, color=arm_color, linestyle="", markersize=8)
@@ -152,35 +152,28 @@ def _tradeoff(results: BenchResults) -> tuple[Figure, str]:
 
 def _lengths(results: BenchResults) -> tuple[Figure, str]:
     panels = {"kept_mean": "Mean of the kept", "pool_p99": "99th percentile of all candidates"}
-    if any(one.mean_length is not None for arm in results.arms for one in results.validations(arm)):
+    if any(results.validations(arm)["mean_length"].notna().any() for arm in results.arms):
         panels["mean_length"] = "Mean in validation"
-    figure, grid = _panels(results, list(panels))
-    for axes, (key, title) in zip(grid, panels.items(), strict=True):
-        for arm in results.arms:
-            _line(axes, results, arm, key, smooth=key != "mean_length")
-        dress(axes, title, "tokens")
-    _legend(figure, grid[0])
-    return figure, (
+    return _curves(results, panels, "tokens"), (
         "What is kept is a choice by length; what the policy itself has become shows in validation, where nothing is "
         f"chosen or stopped. An aborted candidate counts with the tokens it had. Running means over {SMOOTH} steps."
     )
 
 
 def _phases(results: BenchResults) -> tuple[Figure, str]:
-    arms = [arm for arm in results.arms if results.steps(arm)]
-    if not arms:
-        raise Missing("no step has been measured.")
+    _require(results, "step")
+    arms = [arm for arm in results.arms if len(results.steps(arm))]
     figure = Figure(figsize=(11, 1.9 + 0.42 * len(arms)))
     axes = figure.subplots()
     floor = np.zeros(len(arms))
     for key, (label, color) in PHASES.items():
-        means = np.array([max(results.mean(arm, key), 0.0) for arm in arms])
+        means = np.array([max(results.values(arm, key).mean(), 0.0) for arm in arms])
         axes.barh(arms, means, left=floor, color=color, label=label, height=0.72)
         floor += means
-    speeds = {arm: results.speed_up(arm, BASE).overall.value for arm in arms}
     for place, arm in enumerate(arms):
-        said = f"{floor[place]:.2f} s" + (f", {speeds[arm]:.2f}x" if math.isfinite(speeds[arm]) and arm != BASE else "")
-        axes.text(floor[place], place, f" {said}", va="center", fontsize=10)
+        speed_up = results.speed_up(arm, BASE).overall.value
+        factor = f", {speed_up:.2f}x" if math.isfinite(speed_up) and arm != BASE else ""
+        axes.text(floor[place], place, f" {floor[place]:.2f} s{factor}", va="center", fontsize=10)
     axes.invert_yaxis()
     axes.grid(False, axis="y")
     axes.set_xlim(0, 1.16 * floor.max())

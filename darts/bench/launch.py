@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from darts.bench.harness import ENVIRONMENT, BenchError
@@ -23,16 +23,13 @@ QUIET = {"VERL_LOGGING_LEVEL": "WARN"}
 """Verl's checkpoints say several lines each."""
 
 
-def run_trainer(
-    plan: BenchPlan, folder: Path, silence_s: float, module: str = "darts.bench.trainer", lock: int | None = None
-) -> None:
+def run_trainer(plan: BenchPlan, folder: Path, silence_s: float, lock: int | None = None) -> None:
     """Runs what is missing in a folder, with a line for each round.
 
     Args:
         plan: of the folder.
         folder: where the run finds its plan, and leaves its records and log.
         silence_s: the longest time without a word.
-        module: is run with the folder.
         lock: a file that the run inherits, and in which its process is named.
 
     Raises:
@@ -42,7 +39,7 @@ def run_trainer(
     say(f"{len(plan.arms)} arms x {plan.seeds} seeds x {plan.steps} steps in {folder}; starting the engine ...")
     with (folder / LOG).open("a") as log_file:
         child = subprocess.Popen(
-            [sys.executable, "-m", module, str(folder)],
+            [sys.executable, "-m", "darts.bench.trainer", str(folder)],
             cwd=ROOT,
             env=ENVIRONMENT | QUIET | dict(os.environ) | {"PYTHONPATH": path},
             stdout=log_file,
@@ -66,8 +63,9 @@ def run_trainer(
 def _follow(child: subprocess.Popen, plan: BenchPlan, folder: Path, silence_s: float) -> None:
     """Waits for the end, and tells what is new."""
     records, files = Records(folder / RECORDS), (folder / RECORDS, folder / LOG)
-    total, num_arms = len(list(plan.turns())), len(plan.arms)
-    heard_at, began, said, sizes = time.monotonic(), (0, time.monotonic()), -1, [-1, -1]
+    total, num_arms = plan.seeds * plan.steps, len(plan.arms)
+    heard_at = started_at = time.monotonic()
+    sizes, first, complete = [-1, -1], None, 0  # bytes; rounds that were there before, and that are there
     while child.poll() is None:
         time.sleep(1)
         sizes_before, sizes = sizes, [file.stat().st_size if file.exists() else 0 for file in files]
@@ -76,26 +74,21 @@ def _follow(child: subprocess.Popen, plan: BenchPlan, folder: Path, silence_s: f
         elif time.monotonic() - heard_at > silence_s:
             minutes = f"{silence_s / 60:g} minutes (--silence)"
             raise BenchError(f"the run has said nothing for {minutes}; see {folder / LOG}")
-        if sizes[0] != sizes_before[0]:
-            steps = [record for record in records.read() if isinstance(record, StepRecord)]
-            complete = len(steps) // num_arms
-            if said < 0:
-                said, began = complete, (complete, time.monotonic())
-                if complete:
-                    say(f"{complete} of {total} rounds are there; going on")
-            elif complete > said:
-                said = complete
-                _tell_round(steps[-num_arms:], complete, total, began)
-
-
-def _tell_round(steps: Sequence[StepRecord], complete: int, total_rounds: int, begun_at: tuple[int, float]) -> None:
-    arm_seconds = ", ".join(f"{step.arm} {step.step_s:.2f}" for step in sorted(steps, key=lambda step: step.arm))
-    round_s = (time.monotonic() - begun_at[1]) / max(complete - begun_at[0], 1)
-    minutes = (total_rounds - complete) * round_s / 60
-    say(
-        f"round {complete}/{total_rounds} (seed {steps[-1].seed}, step {steps[-1].step}), about {minutes:.0f} min "
-        f"left; seconds: {arm_seconds}"
-    )
+        if sizes[0] == sizes_before[0]:
+            continue
+        steps = [record for record in records.read() if isinstance(record, StepRecord)]
+        complete_before, complete = complete, len(steps) // num_arms
+        if first is None:
+            first = complete
+            if complete:
+                say(f"{complete} of {total} rounds are there; going on")
+        elif complete > complete_before:
+            arm_seconds = sorted(f"{step.arm} {step.step_s:.2f}" for step in steps[-num_arms:])
+            minutes = (total - complete) * (time.monotonic() - started_at) / max(complete - first, 1) / 60
+            say(
+                f"round {complete}/{total} (seed {steps[-1].seed}, step {steps[-1].step}), about {minutes:.0f} min "
+                f"left; seconds: {', '.join(arm_seconds)}"
+            )
 
 
 def _end(trainer_process: subprocess.Popen) -> None:
@@ -103,7 +96,5 @@ def _end(trainer_process: subprocess.Popen) -> None:
     for signal_number in (signal.SIGTERM, signal.SIGKILL):
         if trainer_process.poll() is None:
             os.killpg(trainer_process.pid, signal_number)
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 trainer_process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                continue

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from darts.bench import harness
-from darts.bench.harness import Bench, FlatRecord, Save
+from darts.bench.harness import Bench, FlatRecords, Save
 from darts.config import ConfigError, DartsConfig
 from darts.evidence.checkpoint import save_state
 from darts.evidence.tables import Check, table
@@ -51,25 +52,21 @@ PARTS = (*OWN, "trace", "state")
 def planner_of(prompt_keys: Sequence[str], rng: np.random.Generator) -> RolloutPlanner:
     """A planner that has observed all the keys, and has a cost model."""
     planner = RolloutPlanner(ema_weight=0.3, response_length=LIMIT, num_engines=ENGINES, max_running=MAX_RUNNING)
-    length_medians = rng.lognormal(np.log(MEDIAN_LENGTH), BETWEEN, len(prompt_keys))
-    for key, response_lengths in zip(
-        prompt_keys, rng.lognormal(np.log(length_medians)[:, None], WITHIN, (len(prompt_keys), GROUP_SIZE)), strict=True
-    ):
-        planner.history.update(key, np.ceil(response_lengths), np.zeros(GROUP_SIZE, dtype=bool))
+    log_medians = np.log(rng.lognormal(np.log(MEDIAN_LENGTH), BETWEEN, (len(prompt_keys), 1)))
+    lengths = np.ceil(rng.lognormal(log_medians, WITHIN, (len(prompt_keys), GROUP_SIZE)))
+    for key, response_lengths in zip(prompt_keys, lengths, strict=True):
+        planner.history.update(key, response_lengths, np.zeros(GROUP_SIZE, dtype=bool))
     planner.cost, planner.steps = CostModel(CURVE, "benchmark"), 1
     return planner
 
 
 def pool_of(plan: Plan, rng: np.random.Generator) -> CandidatePool:
     """What could become of a plan: of each prompt the longest are aborted where the longest of the others ends."""
-    parts = []
-    for mean, budget in zip(plan.mean, plan.budgets.tolist(), strict=True):
-        drawn = np.clip(np.ceil(rng.lognormal(np.log(mean), WITHIN, budget)), 1, LIMIT).astype(np.int64)
-        rank = np.argsort(np.argsort(drawn, kind="stable"))
-        finishing = max(GROUP_SIZE, int(np.ceil(FINISHING * budget)))
-        parts.append((np.minimum(drawn, drawn[rank == finishing - 1]), rank, np.full(budget, finishing)))
-    length, rank, finishing = map(np.concatenate, zip(*parts, strict=True))
-    aborted = rank >= finishing
+    prompt = np.repeat(np.arange(len(plan.budgets)), plan.budgets)
+    drawn = np.clip(np.ceil(rng.lognormal(np.log(plan.mean)[prompt], WITHIN)), 1, LIMIT).astype(np.int64)
+    rank = pd.Series(drawn).groupby(prompt).rank(method="first").to_numpy(np.int64) - 1
+    finishing = np.maximum(GROUP_SIZE, np.ceil(FINISHING * plan.budgets))[prompt]
+    length, aborted = np.minimum(drawn, drawn[rank == finishing - 1][prompt]), rank >= finishing
     return CandidatePool.of(
         plan.budgets,
         length=length,
@@ -95,17 +92,15 @@ def parts_of_a_step(prompts: int, history: int, folder: Path) -> tuple[Candidate
     texts = [[{"role": "user", "content": f"{number}".zfill(PROMPT_CHARACTERS)}] for number in range(prompts)]
     keys = [prompt_key(text) for text in texts]
     planner = planner_of([*keys, *(f"{number:016x}" for number in range(history - prompts))], rng)
-    by_utility, by_mean = (
-        DartsConfig.from_block({"allocation": {"mode": "adaptive", "mean_candidates": mean}}, GROUP_SIZE)
-        for mean in (None, MEAN)
-    )
+    allocations = ({"mode": "adaptive", "mean_candidates": mean} for mean in (None, MEAN))
+    by_utility, by_mean = (DartsConfig.from_block({"allocation": block}, GROUP_SIZE) for block in allocations)
     plan = planner.plan(keys, by_mean)
     pool, seconds, step_times = pool_of(plan, rng), 60.0, StepTimes()
     for running in (1, 8, 64, 256):
         step_times.add(running, CURVE(running) * 1000, 1000)
-    metrics = rollout_metrics(pool, GROUP_SIZE, seconds)
-    observed, learnt = planner.observe(plan, by_mean, pool, seconds, step_times)
-    rollout = Rollout(plan=plan, pool=pool, observed_std=observed, metrics=metrics | learnt)
+    observed_std, metrics = planner.observe(plan, by_mean, pool, seconds, step_times)
+    metrics = rollout_metrics(pool, GROUP_SIZE, seconds) | metrics
+    rollout = Rollout(plan=plan, pool=pool, observed_std=observed_std, metrics=metrics)
     trace = Trace(str(folder / "darts.jsonl"))
     return pool, {
         "keys": lambda: [prompt_key(text) for text in texts],
@@ -117,7 +112,7 @@ def parts_of_a_step(prompts: int, history: int, folder: Path) -> tuple[Candidate
     }
 
 
-def at_scale(options: argparse.Namespace) -> list[dict[str, Any]]:
+def at_scale(options: argparse.Namespace) -> FlatRecords:
     """A record for each number of prompts, repetition and part."""
     records = []
     for prompts in options.prompts:
@@ -132,15 +127,15 @@ def at_scale(options: argparse.Namespace) -> list[dict[str, Any]]:
     return records
 
 
-def scale_table(records: Sequence[FlatRecord]) -> str:
+def scale_table(records: pd.DataFrame) -> str:
     """Milliseconds of each part, medians over the repetitions; own is keys to metrics, what `own_s` has."""
     rows = []
-    for prompts in dict.fromkeys(record["prompts"] for record in records):
-        some = [record for record in records if record["prompts"] == prompts]
-        by_part = {part: harness.paired(some, part, "seconds", ("repetition",)) for part in PARTS}
-        times = [*by_part.values(), sum(by_part[part] for part in OWN)]
-        cells = [f"{1000 * np.median(seconds):.1f}" for seconds in times]
-        rows.append([f"{prompts:,}", f"{some[0]['candidates']:,}", f"{some[0]['aborted']:.0%}", *cells])
+    for prompts, part in records.groupby("prompts"):
+        part_s = part.pivot(index="repetition", columns="arm", values="seconds")[list(PARTS)]
+        part_s["own"] = part_s[list(OWN)].sum(axis=1)
+        size = part.iloc[0]
+        medians = (1000 * part_s.median()).map("{:.1f}".format)
+        rows.append([f"{prompts:,}", f"{size['candidates']:,}", f"{size['aborted']:.0%}", *medians])
     return table(["prompts", "candidates", "aborted", *(f"{part}, ms" for part in (*PARTS, "own"))], rows)
 
 
@@ -159,33 +154,32 @@ def of_run(run: Path) -> dict[str, Any]:
     return {"run": str(run), "own_s": own.tolist(), "step_s": step.tolist(), "share": (own / step).tolist()}
 
 
-def runs_table(records: Sequence[FlatRecord]) -> str:
+def runs_table(records: pd.DataFrame) -> str:
     """A row per run."""
     rows = []
-    for record in records:
-        own, step, share = (float(np.median(record[name])) for name in ("own_s", "step_s", "share"))
-        worst = max(record["share"])
-        rows.append([record["run"], len(record["share"]), f"{own:.3f}", f"{step:.2f}", f"{share:.2%}", f"{worst:.2%}"])
+    for run in records.itertuples():
+        own_s, step_s, share = (np.median(values) for values in (run.own_s, run.step_s, run.share))
+        rows.append([run.run, len(run.share), f"{own_s:.3f}", f"{step_s:.2f}", f"{share:.2%}", f"{max(run.share):.2%}"])
     return table(["run", "steps", "own s, median", "step s, median", "share, median", "share, worst"], rows)
 
 
-def measure(bench_options: argparse.Namespace, save_parts: Save) -> dict[str, list[dict[str, Any]]]:
+def measure(bench_options: argparse.Namespace, save_parts: Save) -> dict[str, FlatRecords]:
     """The runs' records, and those at scale."""
     run_records = [of_run(run_folder) for run_folder in bench_options.runs]
     return {"scale": at_scale(bench_options), "runs": run_records}
 
 
-def tables(records: Mapping[str, Sequence[FlatRecord]]) -> str:
+def tables(records: Mapping[str, pd.DataFrame]) -> str:
     """Both tables, as far as there is something."""
-    table_makers = ((scale_table, records["scale"]), (runs_table, records["runs"]))
-    return "\n\n".join(make(chosen_records) for make, chosen_records in table_makers if chosen_records)
+    makers = {"scale": scale_table, "runs": runs_table}
+    return "\n\n".join(make(records[name]) for name, make in makers.items() if len(records[name]))
 
 
-def checks(records: Mapping[str, Sequence[FlatRecord]]) -> list[Check]:
+def checks(records: Mapping[str, pd.DataFrame]) -> list[Check]:
     """The bound for each run."""
     return [
-        Check(name=f"% of a step, {run['run']}", value=100 * float(np.median(run["share"])), low=0, high=100 * TARGET)
-        for run in records["runs"]
+        Check(name=f"% of a step, {run.run}", value=100 * float(np.median(run.share)), low=0, high=100 * TARGET)
+        for run in records["runs"].itertuples()
     ]
 
 

@@ -1,6 +1,4 @@
-"""The run of `darts.bench.overlap`: the bench's trainer, with scripted lengths, and figures of the overlap.
-
-    python -m darts.bench.overlap_trainer FOLDER
+"""The trainer of `darts.bench.overlap`: that of the arms, with scripted lengths, and figures of the overlap.
 
 Contract. The folder is one that `darts.bench.overlap` has filled. What is not named here is as in
 `darts.bench.trainer`; besides its records, `figures.jsonl` gets a line for each step of an arm.
@@ -15,9 +13,7 @@ Contract. The folder is one that `darts.bench.overlap` has filled. What is not n
 import contextlib
 import json
 import os
-import sys
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -27,8 +23,8 @@ import ray
 from verl.protocol import DataProto
 
 from darts.bench.arms import BenchArm
-from darts.bench.overlap_report import FIGURES
-from darts.bench.trainer import ArmsTaskRunner, ArmsTrainer, train
+from darts.bench.overlap import FIGURES
+from darts.bench.trainer import ArmsTrainer
 from darts.engines.start import engine_processes, process_of
 from darts.messages import CANDIDATE
 from darts.rollout.manager import DartsAgentLoopManager
@@ -99,14 +95,6 @@ class OverlapTrainer(ArmsTrainer):
         return batch
 
 
-class OverlapTaskRunner(ArmsTaskRunner):
-    """The task runner, with that trainer."""
-
-    def trainer_class(self) -> type:
-        """Upstream: `DartsTaskRunner.trainer_class`."""
-        return OverlapTrainer
-
-
 def old_log_probs(batch: DataProto) -> LogProbs:
     """Those of the batch's responses."""
     found = {}
@@ -123,10 +111,3 @@ def pin(pinned_processes: Iterable[psutil.Process], core_number: int) -> None:
         for process_thread in pinned_process.threads():
             with contextlib.suppress(ProcessLookupError):  # it has ended
                 os.sched_setaffinity(process_thread.id, {core_number})
-
-
-if __name__ == "__main__":
-    # Ray's workers know the classes by this module's name, not by __main__.
-    from darts.bench import overlap_trainer
-
-    train(Path(sys.argv[1]).resolve(), overlap_trainer.OverlapTaskRunner)

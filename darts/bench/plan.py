@@ -4,17 +4,18 @@ Contract: no verl import, so that a bad command is refused at once; `compose` ne
 files. The plan of a folder never changes, but for more seeds: what was measured belongs to it.
 """
 
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig
+from pydantic import TypeAdapter
 
 from darts import CONFIG_DIR
 from darts.bench.arms import BenchArm
 from darts.bench.states import OVERRIDES
 from darts.config import ConfigError
+from darts.evidence import documents
 
 PLAN, RECORDS, STATES, TRACES, CONFIG = "plan.json", "records.jsonl", "states", "traces", "config.json"
 OF_A_BENCH = (
@@ -23,11 +24,9 @@ OF_A_BENCH = (
     "darts.trace=null",
 )  # fmt: skip
 """What a bench needs of any configuration."""
-Turn = tuple[int, int]
-"""Seed and step."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class BenchPlan:
     """What a bench runs."""
 
@@ -38,6 +37,7 @@ class BenchPlan:
     config_name: str = "bench"
     config_dir: str = str(CONFIG_DIR)
     overrides: list[str]  # of the configuration, for all arms
+    trainer: str = "darts.bench.trainer.ArmsTrainer"  # or a subclass
 
     def save(self, folder: Path) -> None:
         """Into the folder, which is made.
@@ -47,27 +47,21 @@ class BenchPlan:
         """
         if (folder / PLAN).exists():
             there = self.load(folder)
-            other = [
-                f.name for f in fields(self) if f.name != "seeds" and getattr(self, f.name) != getattr(there, f.name)
-            ]
+            other = [name for name in vars(self) if name != "seeds" and getattr(self, name) != getattr(there, name)]
             if other or self.seeds < there.seeds:
                 name = other[0] if other else "seeds"
                 rule = f"has a bench with other {name} ({getattr(there, name)}), and goes on with the same alone."
                 fix = "choose another folder, remove this one, or repeat the command that began it."
                 raise ConfigError("--out", str(folder), rule, fix)
-        folder.mkdir(parents=True, exist_ok=True)
-        plan = {field.name: getattr(self, field.name) for field in fields(self)}
-        plan["arms"] = [asdict(arm) for arm in self.arms]
-        (folder / PLAN).write_text(json.dumps(plan, indent=1) + "\n")
+        documents.write(folder / PLAN, JSON.dump_json(self, indent=1).decode() + "\n")
 
     @classmethod
     def load(cls, bench_folder: Path) -> "BenchPlan":
         """What `save` wrote."""
-        plan_values = json.loads((bench_folder / PLAN).read_text())
-        return cls(**plan_values | {"arms": [BenchArm(**bench_arm) for bench_arm in plan_values["arms"]]})
+        return JSON.validate_json((bench_folder / PLAN).read_bytes())
 
-    def turns(self) -> Iterator[Turn]:
-        """All rounds in their order."""
+    def turns(self) -> Iterator[tuple[int, int]]:
+        """Seed and step of all rounds, in their order."""
         yield from ((seed, step) for seed in range(self.seeds) for step in range(1, self.steps + 1))
 
     def validates(self, step_number: int) -> bool:
@@ -87,3 +81,6 @@ class BenchPlan:
             composed_config = compose(self.config_name, overrides=[*self.overrides, *OF_A_BENCH, *run_overrides])
         settle_paths(composed_config)
         return composed_config
+
+
+JSON = TypeAdapter(BenchPlan)

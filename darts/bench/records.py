@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from darts.bench.slots import in_turns, slot_steps
-from darts.evidence.trace import drop_cut_line
+from darts.evidence import documents
 from darts.pool import CandidatePool
 
 TIMES = {
@@ -100,17 +101,12 @@ JSON: TypeAdapter[Record] = TypeAdapter(Annotated[Record, Field(discriminator="k
 
 
 def step_record(
-    *,
-    arm: str,
-    seed: int,
-    step: int,
-    place: int,
     metrics: Mapping[str, Any],
     pool: CandidatePool,
     launch_order: Sequence[int] | NDArray[np.int64] | None = None,
     num_engines: int = 1,
     max_running: int | None = None,
-    swap_s: float = 0.0,
+    **facts: Any,
 ) -> StepRecord:
     """The record of a step that has ended.
 
@@ -120,20 +116,18 @@ def step_record(
         launch_order: prompts of the pool in the order in which they started (`Plan.launch_order`); None: as they stand.
         num_engines: that shared the rollout, candidate by candidate in turns.
         max_running: `max_num_seqs`.
-        swap_s: as of the record.
+        facts: fields of the record that are known: `arm`, `seed`, `step`, `place`, `swap_s`.
     """
-    prompts = np.unique(pool.prompt)
+    prompts, kept = np.unique(pool.prompt), pool.kept
     launch_places = range(len(prompts)) if launch_order is None else launch_order
     launched = np.concatenate([pool.length[pool.prompt == prompts[place]] for place in launch_places])
     used_slots = slot_steps(in_turns(launched, num_engines), max_running)
-    kept = pool.kept
+    for kind, lengths in (("kept", pool.length[kept]), ("pool", pool.length)):
+        figures = {"mean": lengths.mean(), "p99": np.percentile(lengths, 99), "max": lengths.max()}
+        facts |= {f"{kind}_{name}": float(figure) for name, figure in figures.items()}
     return StepRecord(
-        arm=arm,
-        seed=seed,
-        step=step,
-        place=place,
+        **facts,
         **{name: float(metrics.get(key, 0.0) if name in MAY_BE_OFF else metrics[key]) for name, key in TIMES.items()},
-        swap_s=swap_s,
         launched=len(pool),
         aborted=int(pool.aborted.sum()),
         tokens_generated=int(pool.length.sum()),
@@ -141,12 +135,10 @@ def step_record(
         slots=used_slots.slots,
         slot_steps=used_slots.whole,
         idle_slot_steps=used_slots.idle,
-        **_lengths("kept", pool.length[kept]),
-        **_lengths("pool", pool.length),
-        reward_kept=_mean(pool.reward[kept]),
-        reward_pool=_mean(pool.reward),
+        reward_kept=documents.finite(pd.Series(pool.reward[kept]).mean()),
+        reward_pool=documents.finite(pd.Series(pool.reward).mean()),
         queue=int(metrics.get("darts/strategy/queue", 0)),
-        served_difference=None if SERVED not in metrics else float(metrics[SERVED]),
+        served_difference=metrics.get(SERVED),
     )
 
 
@@ -168,11 +160,16 @@ class Records:
         Raises:
             RecordError: a line that is no record; with file and number.
         """
+        file_lines = self._path.read_text().split("\n")[:-1] if self._path.exists() else []
+        read_records: list[Record] = []
         try:
-            file_lines = self._path.read_text().split("\n")[:-1]
-        except FileNotFoundError:
-            return []
-        return [self._parsed(line_number, record_line) for line_number, record_line in enumerate(file_lines, 1)]
+            read_records.extend(map(JSON.validate_json, file_lines))
+        except ValidationError as caught_error:
+            first_error = caught_error.errors(include_url=False)[0]
+            error_place = "".join(f"{place_part}: " for place_part in first_error["loc"])
+            line_place = f"{self._path}:{len(read_records) + 1}"
+            raise RecordError(f"{line_place}: {error_place}{first_error['msg']}") from caught_error
+        return read_records
 
     def keep(self, is_complete: Callable[[int, int], bool]) -> list[Record]:
         """Removes the records of rounds that are not complete, and what was cut off; returns the others.
@@ -180,35 +177,28 @@ class Records:
         Args:
             is_complete: of a seed and a step. A validation before the first step belongs to the first.
         """
-        if not self._path.exists():
-            return []
-        drop_cut_line(self._path)
-        read_records = self.read()
-        kept = [record for record in read_records if is_complete(record.seed, max(record.step, 1))]
-        if len(kept) != len(read_records):
-            draft_path = self._path.with_suffix(".new")
-            draft_path.write_text("".join(map(_line, kept)))
-            draft_path.replace(self._path)
-        return kept
-
-    def _parsed(self, line_number: int, record_line: str) -> Record:
-        try:
-            return JSON.validate_json(record_line)
-        except ValidationError as caught_error:
-            first_error = caught_error.errors(include_url=False)[0]
-            error_place = "".join(f"{place_part}: " for place_part in first_error["loc"])
-            raise RecordError(f"{self._path}:{line_number}: {error_place}{first_error['msg']}") from caught_error
+        kept_records = [record for record in self.read() if is_complete(record.seed, max(record.step, 1))]
+        if self._path.exists():
+            documents.write(self._path, "".join(map(_line, kept_records)))
+        return kept_records
 
 
 def _line(bench_record: Record) -> str:
     return JSON.dump_json(bench_record).decode() + "\n"
 
 
-def table_of(records: Iterable[Record]) -> dict[str, list[Any]]:
+def frame_of(kind: type[Record], records: Iterable[Record]) -> pd.DataFrame:
+    """The records of one kind, with their properties, by seed and step; the last where there are several of an arm."""
+    names = [name for name, value in vars(kind).items() if isinstance(value, property)] + _fields(kind)
+    rows = [[getattr(record, name) for name in names] for record in records if isinstance(record, kind)]
+    frame = pd.DataFrame(rows, columns=names).drop_duplicates(["arm", "seed", "step"], keep="last")
+    return frame.set_index(["seed", "step"]).sort_index(kind="stable")
+
+
+def table_of(kind: type[Record], frames: Iterable[pd.DataFrame]) -> dict[str, list[Any]]:
     """Records of one kind by column, for a document; numbers to six digits, null where there is none."""
-    records = list(records)
-    field_names = [field.name for field in fields(records[0]) if field.name != "kind"] if records else []
-    return {name: [_short(getattr(record, name)) for record in records] for name in field_names}
+    columns = pd.concat([frame_of(kind, []), *frames]).reset_index()
+    return {name: [_short(value) for value in columns[name].tolist()] for name in _fields(kind)}
 
 
 def records_of(kind: type[Record], columns: Mapping[str, Sequence[Any]]) -> list[Record]:
@@ -220,17 +210,8 @@ def records_of(kind: type[Record], columns: Mapping[str, Sequence[Any]]) -> list
     return [kind(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
 
 
-def _lengths(length_kind: str, token_lengths: NDArray[np.int64]) -> dict[str, float]:
-    return {
-        f"{length_kind}_mean": float(token_lengths.mean()),
-        f"{length_kind}_p99": float(np.percentile(token_lengths, 99)),
-        f"{length_kind}_max": float(token_lengths.max()),
-    }
-
-
-def _mean(all_values: NDArray[np.float64]) -> float | None:
-    known_values = all_values[~np.isnan(all_values)]
-    return float(known_values.mean()) if len(known_values) else None
+def _fields(kind: type[Record]) -> list[str]:
+    return [field.name for field in fields(kind) if field.name != "kind"]
 
 
 def _short(field_value: Any) -> Any:

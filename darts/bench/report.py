@@ -7,11 +7,14 @@ records.
 
 import math
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from darts.bench.records import StepRecord, ValidationRecord, records_of, table_of
-from darts.bench.statistics import ArmComparison, BenchResults, known_mean
+from darts.bench.statistics import ArmComparison, BenchResults, Reached
 from darts.evidence import documents
 from darts.evidence.documents import DocumentError, finite
 from darts.evidence.tables import number, table
@@ -22,72 +25,97 @@ BASE = "none"
 """The arm that the others are compared with: plain verl."""
 
 
-# --- tables ----------------------------------------------------------------------------------------------------------
+TABLES: dict[str, tuple[tuple[str, str, str], ...]] = {
+    "time": (
+        ("steps", "steps", "d"),
+        ("s a step, median", "step_s_median", ".2f"),
+        ("mean", "step_s_mean", ".2f"),
+        (f"speed-up over {BASE}", "speed_up", ".2f"),
+        ("last third: median", "step_s_median_last_third", ".2f"),
+        ("mean", "step_s_mean_last_third", ".2f"),
+        (f"speed-up over {BASE}", "speed_up_last_third", ".2f"),
+        ("by seed", "speed_up_by_seed", ""),
+        ("rollout s", "rollout_s_mean", ".2f"),
+        ("old log-probs s", "old_log_prob_s_mean", ".2f"),
+        ("update s", "update_s_mean", ".2f"),
+        ("weights s", "weights_s_mean", ".2f"),
+        ("other s", "other_s_mean", ".2f"),
+    ),
+    "work": (
+        ("candidates", "launched_mean", ".1f"),
+        ("aborted", "aborted_mean", ".1f"),
+        ("tokens generated", "tokens_generated_mean", ",.0f"),
+        ("kept", "tokens_kept_mean", ",.0f"),
+        ("thrown away", "tokens_dropped_mean", ",.0f"),
+        ("share", "dropped_share", ".1%"),
+        ("kept tokens/s of rollout", "useful_tokens_per_s", ",.0f"),
+        ("bubble ratio", "bubble_ratio", ".1%"),
+        ("queue", "queue_mean", ".1f"),
+        ("at the end", "last_queues", ""),
+    ),
+    "learning": (
+        ("accuracy, end", "accuracy", ".3f"),
+        (f"minus {BASE}", "accuracy_gain", "+.3f"),
+        ("accuracy, last third", "accuracy_last_third", ".3f"),
+        (f"minus {BASE}", "accuracy_gain_last_third", "+.3f"),
+        ("kept length, last third", "kept_length_last_third", ".1f"),
+        ("pool p99", "pool_p99_mean_last_third", ".0f"),
+        ("length in validation, end", "validation_length", ".1f"),
+        ("training to {goal}", "seconds_to_target", ""),
+    ),
+}
+"""By name the tables: of each column the title, the figure of `summary`, and its format."""
 
 
-def time_table(results: BenchResults) -> str:
-    """Seconds of a step, of its phases, and how many times faster than the base."""
-    table_rows = []
-    for arm in results.arms:
-        speed_ups = [_speed_up(results, arm, last) for last in (False, True)]
-        phase_names = ("rollout_s", "old_log_prob_s", "update_s", "weights_s", "other_s")
-        table_rows.append([
-            arm, len(results.steps(arm)), number(results.median(arm, "step_s")), number(results.mean(arm, "step_s")),
-            speed_ups[0], number(results.median(arm, "step_s", last=True)),
-            number(results.mean(arm, "step_s", last=True)), speed_ups[1],
-            _by_seed(results.speed_up(arm, BASE, last=True)) if arm != BASE else "-",
-            *(number(results.mean(arm, phase_name)) for phase_name in phase_names),
-        ])  # fmt: skip
-    column_titles = [
-        "arm", "steps", "s a step, median", "mean", f"speed-up over {BASE}", "last third: median", "mean",
-        f"speed-up over {BASE}", "by seed", "rollout s", "old log-probs s", "update s", "weights s", "other s",
-    ]  # fmt: skip
-    return table(column_titles, table_rows)
+@lru_cache(maxsize=64)  # all tables are made of them
+def figures_of(results: BenchResults, arm: str, goal_accuracy: float) -> dict[str, Any]:
+    """All figures of an arm, by name; NaN where there is none."""
+    steps, over = results.steps(arm), results.over
+    figures: dict[str, Any] = {"steps": len(steps)}
+    for suffix, last in (("", False), ("_last_third", True)):
+        measured = results.steps(arm, last).drop(columns=["arm"]).astype(float)
+        figures |= measured.mean().add_suffix(f"_mean{suffix}").to_dict()
+        figures |= {f"{key}_median{suffix}": measured[key].median() for key in ("step_s", "rollout_s")}
+        figures[f"speed_up{suffix}"] = results.speed_up(arm, BASE, last)
+        figures[f"accuracy{suffix}"] = results.accuracy(arm, last)
+        figures[f"accuracy_gain{suffix}"] = results.accuracy_gain(arm, BASE, last)
+    seed_ratios = {} if arm == BASE else figures["speed_up_last_third"].by_seed
+    lengths = results.by_seed(arm, "mean_length").mean()
+    return figures | {
+        **{f"tokens_{part}": results.values(arm, f"tokens_{part}").sum() for part in ("generated", "kept", "dropped")},
+        "dropped_share": over(arm, "tokens_dropped", "tokens_generated"),
+        "useful_tokens_per_s": over(arm, "tokens_kept", "rollout_s"),
+        "bubble_ratio": over(arm, "idle_slot_steps", "slot_steps"),
+        "rollout_speed_up": results.ratio(arm, BASE, "rollout_s"),
+        "speed_up_by_seed": ", ".join(number(seed_ratio) for seed_ratio in seed_ratios.values()) or "-",
+        "kept_length_last_third": figures["kept_mean_mean_last_third"],
+        "validation_length": math.nan if lengths.empty else lengths.iloc[-1],
+        "last_queues": ", ".join(map(str, steps["queue"].groupby("seed").last())) or "-",
+        "seconds_to_target": results.time_to(arm, goal_accuracy),
+    }
 
 
-def work_table(results: BenchResults) -> str:
-    """What the engines did, means of a step."""
-    rows = []
-    for arm in results.arms:
-        generated, dropped = (results.total(arm, f"tokens_{which}") for which in ("generated", "dropped"))
-        rows.append([
-            arm, number(results.mean(arm, "launched"), ".1f"), number(results.mean(arm, "aborted"), ".1f"),
-            number(results.mean(arm, "tokens_generated"), ",.0f"), number(results.mean(arm, "tokens_kept"), ",.0f"),
-            number(results.mean(arm, "tokens_dropped"), ",.0f"),
-            number(dropped / generated if generated else math.nan, ".1%"),
-            number(results.useful_per_s(arm), ",.0f"), number(results.bubble_ratio(arm), ".1%"),
-            number(results.mean(arm, "queue"), ".1f"), _at_end(results, arm),
-        ])  # fmt: skip
-    columns = [
-        "arm", "candidates", "aborted", "tokens generated", "kept", "thrown away", "share", "kept tokens/s of rollout",
-        "bubble ratio", "queue", "at the end",
-    ]  # fmt: skip
-    return table(columns, rows)
+def _goal(results: BenchResults, target: float | None) -> float:
+    return results.target(BASE) if target is None else target
 
 
-def learning_table(results: BenchResults, target: float | None = None) -> str:
-    """What was learnt: accuracy, lengths, and seconds of training to an accuracy.
+def bench_table(results: BenchResults, name: str, target: float | None = None) -> str:
+    """One of `TABLES`: seconds of a step, and how many times faster than the base; what engines did; what was learnt.
 
-    Args:
-        results: of the bench.
-        target: an accuracy; None: `BenchResults.target`.
+    Seconds of training are those to the accuracy `target`; None: `BenchResults.target`.
     """
-    goal = results.target(BASE) if target is None else target
-    rows = []
-    for arm in results.arms:
-        gains = ["-" if arm == BASE else format(results.accuracy_gain(arm, BASE, last), "+.3f") for last in (0, 1)]
-        lengths = known_mean(results.by_seed(arm, "mean_length")[1].T)
-        rows.append([
-            arm, number(results.accuracy(arm), ".3f"), gains[0], number(results.accuracy(arm, last=True), ".3f"),
-            gains[1], number(results.mean(arm, "kept_mean", last=True), ".1f"),
-            number(results.mean(arm, "pool_p99", last=True), ".0f"),
-            number(lengths[-1] if len(lengths) else math.nan, ".1f"), _reached(results, arm, goal),
-        ])  # fmt: skip
-    columns = [
-        "arm", "accuracy, end", f"minus {BASE}", "accuracy, last third", f"minus {BASE}", "kept length, last third",
-        "pool p99", "length in validation, end", f"training to {number(goal, '.3f')}",
-    ]  # fmt: skip
-    return table(columns, rows)
+    goal_accuracy = _goal(results, target)
+
+    def cell(arm: str, figure_name: str, form: str) -> str:
+        figures = figures_of(results, arm, goal_accuracy)
+        figure = figures[figure_name]
+        if arm == BASE and isinstance(figure, ArmComparison):
+            return "1" if figure_name.startswith("speed_up") and figures["steps"] else "-"
+        return number(figure, form) if isinstance(figure, float) else format(figure, form)
+
+    titles = [title.format(goal=number(goal_accuracy, ".3f")) for title, _, _ in TABLES[name]]
+    rows = [[arm, *(cell(arm, figure_name, form) for _, figure_name, form in TABLES[name])] for arm in results.arms]
+    return table(["arm", *titles], rows)
 
 
 def notes(results: BenchResults, target: float | None = None) -> list[str]:
@@ -115,8 +143,7 @@ def notes(results: BenchResults, target: float | None = None) -> list[str]:
             f"{', '.join(queueing)}: what is queued is still to come, and it is the long responses; speed-ups over a "
             "part of a cycle are too high by what the queue at the end (and not at the beginning) would take."
         )
-    differences = {arm: results.values(arm, "served_difference") for arm in results.arms}
-    most = max((float(values.max()) for values in differences.values() if len(values)), default=math.nan)
+    most = pd.Series([results.values(arm, "served_difference").max() for arm in results.arms]).max()
     if math.isfinite(most):
         said.append(
             f"Probabilities by the servers and by the actor differ by {most:.1e} at most, in the mean over a step's "
@@ -126,7 +153,7 @@ def notes(results: BenchResults, target: float | None = None) -> list[str]:
         said.append(f"Time to an accuracy: to that of {BASE} over the last third, at the first validation that has it.")
     else:
         said.append("Time to an accuracy: at the first validation that has it.")
-    pairs = {arm: {(step.seed, step.step) for step in results.steps(arm)} for arm in results.arms}
+    pairs = {arm: set(results.steps(arm).index) for arm in results.arms}
     missing = {arm: len(set().union(*pairs.values()) - own) for arm, own in pairs.items()}
     lacking = [f"{arm} lacks {count}" for arm, count in missing.items() if count]
     if lacking:
@@ -136,85 +163,32 @@ def notes(results: BenchResults, target: float | None = None) -> list[str]:
 
 def text(results: BenchResults, target: float | None = None) -> str:
     """All tables with their notes."""
-    made_tables = [time_table(results), work_table(results), learning_table(results, target)]
+    made_tables = [bench_table(results, name, target) for name in TABLES]
     return "\n\n".join([*made_tables, "\n".join(f"- {note_line}" for note_line in notes(results, target))])
-
-
-def _at_end(bench_results: BenchResults, arm_name: str) -> str:
-    """The queue after each seed's last step."""
-    queues = {bench_record.seed: bench_record.queue for bench_record in bench_results.steps(arm_name)}
-    return ", ".join(map(str, queues.values())) or "-"
-
-
-def _speed_up(bench_results: BenchResults, arm_name: str, last_third: bool) -> str:
-    if arm_name == BASE:
-        return "1" if bench_results.steps(arm_name) else "-"
-    return format(bench_results.speed_up(arm_name, BASE, last_third), ".2f")
-
-
-def _by_seed(comparison: ArmComparison) -> str:
-    return ", ".join(number(seed_ratio, ".2f") for seed_ratio in comparison.by_seed.values()) or "-"
-
-
-def _reached(bench_results: BenchResults, arm_name: str, goal_accuracy: float) -> str:
-    return "-" if math.isnan(goal_accuracy) else str(bench_results.time_to(arm_name, goal_accuracy))
-
-
-# --- the document ----------------------------------------------------------------------------------------------------
 
 
 def summary(results: BenchResults, target: float | None = None) -> dict[str, dict[str, Any]]:
     """The tables' figures, by arm; null where there is none."""
-    goal_accuracy = results.target(BASE) if target is None else target
-    total_keys = ("tokens_generated", "tokens_kept", "tokens_dropped")
-    arm_figures = {}
-    for arm in results.arms:
-        summary_figures: dict[str, float | ArmComparison] = {key: results.total(arm, key) for key in total_keys} | {
-            f"{key}_{name}{'_last_third' if last_third else ''}": getattr(results, name)(arm, key, last_third)
-            for key in ("step_s", "rollout_s")
-            for name in ("median", "mean")
-            for last_third in (False, True)
-        }
-        for third_suffix, last_third in (("", False), ("_last_third", True)):
-            summary_figures[f"speed_up{third_suffix}"] = results.speed_up(arm, BASE, last_third)
-            summary_figures[f"accuracy{third_suffix}"] = results.accuracy(arm, last_third)
-            summary_figures[f"accuracy_gain{third_suffix}"] = results.accuracy_gain(arm, BASE, last_third)
-        summary_figures |= {
-            "rollout_speed_up": results.ratio(arm, BASE, "rollout_s"),
-            "useful_tokens_per_s": results.useful_per_s(arm),
-            "bubble_ratio": results.bubble_ratio(arm),
-            "kept_length_last_third": results.mean(arm, "kept_mean", last=True),
-            "swap_s_mean": results.mean(arm, "swap_s"),
-        }
-        reached_seconds = results.time_to(arm, goal_accuracy).seconds
-        arm_figures[arm] = {
-            "steps": len(results.steps(arm)),
-            **{key: _plain(figure_value) for key, figure_value in summary_figures.items()},
-            "seconds_to_target": {seed: _plain(seed_seconds) for seed, seed_seconds in reached_seconds.items()},
-        }
-    return arm_figures
+    return {arm: _plain(figures_of(results, arm, _goal(results, target))) for arm in results.arms}
 
 
 def document(results: BenchResults, target: float | None = None, **facts: Any) -> dict[str, Any]:
-    """What a bench leaves behind, for JSON.
+    """What a bench leaves behind, for JSON; `target` as `bench_table`.
 
-    Args:
-        results: so far.
-        target: an accuracy, for `learning_table`.
-        facts: what the figures belong to: arms, the command's settings, the resolved Hydra configuration, and the
-            machine, which is looked at before anything is measured.
+    The facts are what the figures belong to: arms, the command's settings, the resolved Hydra configuration, and the
+    machine, which is looked at before anything is measured.
     """
     return {
         "format": FORMAT,
         "version": VERSION,
         **facts,
         "base": BASE,
-        "target": _plain(results.target(BASE) if target is None else target),
+        "target": _plain(_goal(results, target)),
         "target_is_given": target is not None,
         "planned_steps": results.num_steps,
         "summary": summary(results, target),
-        "steps": table_of(step for arm in results.arms for step in results.steps(arm)),
-        "validations": table_of(bench_record for arm in results.arms for bench_record in results.validations(arm)),
+        "steps": table_of(StepRecord, map(results.steps, results.arms)),
+        "validations": table_of(ValidationRecord, map(results.validations, results.arms)),
     }
 
 
@@ -233,9 +207,10 @@ def load(path: Path) -> tuple[dict[str, Any], BenchResults]:
         raise DocumentError(f"{path}: {cause!r}") from cause
 
 
-def _plain(value: float | ArmComparison) -> Any:
+def _plain(value: Any) -> Any:
     """For JSON: null is what is not finite."""
     if isinstance(value, ArmComparison):
-        by_seed = {seed: _plain(ratio) for seed, ratio in value.by_seed.items()}
-        return {key: _plain(end) for key, end in asdict(value.overall).items()} | {"by_seed": by_seed}
-    return finite(value)
+        value = asdict(value.overall) | {"by_seed": value.by_seed}
+    elif isinstance(value, Reached):
+        value = value.seconds
+    return {key: _plain(part) for key, part in value.items()} if isinstance(value, dict) else finite(value)

@@ -11,13 +11,12 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
 import numpy as np
+import pandas as pd
 import psutil
-import pyarrow.parquet
 import ray
 from omegaconf import DictConfig
 from verl.protocol import DataProto
@@ -26,8 +25,7 @@ from verl.workers.rollout.router import GlobalRequestLoadBalancer
 from darts.config import DartsConfig
 from darts.engines.start import engine_config, engine_processes, process_of, start_servers
 from darts.evidence.documents import finite
-from darts.planning import RolloutPlanner
-from darts.pool import CandidatePool
+from darts.planning import Rollout, RolloutPlanner
 from darts.rollout.client import RequestListener, current_listener
 from darts.rollout.manager import DartsAgentLoopManager
 from darts.rollout.worker import DartsAgentLoopWorker
@@ -71,54 +69,6 @@ class SamplingManager(DartsAgentLoopManager):
     agent_loop_workers_class = ray.remote(SamplingWorker)
 
 
-FIGURES = {
-    "seconds": "darts/rollout/seconds",
-    "tail_s": "darts/rollout/tail_s",
-    "launched": "darts/candidates/launched",
-    "aborted": "darts/candidates/aborted",
-    "tokens": "darts/tokens/generated",
-    "tokens_kept": "darts/tokens/kept",
-    "tokens_after": "darts/early_stop/tokens_after",
-    "chunks": "darts/streaming/chunks",
-    "kept_mean": "darts/length/kept_mean",
-    "pool_mean": "darts/length/pool_mean",
-    "arrival_disagreement": "darts/selection/arrival_disagreement",
-    "cached_share": "darts/rollout/prefix_cached_share",
-    "saturated_share": "darts/group/saturated_share",
-    "budget_min": "darts/allocation/budget_min",
-    "budget_max": "darts/allocation/budget_max",
-    "known_share": "darts/history/known_share",
-    "std_correlation": "darts/history/std_correlation",
-    "refined_s": "darts/latency/predicted_s",
-    "overhead_s": "darts/latency/overhead_s",
-}
-"""What a record has of the rollout's metrics; None where there is none."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MeasuredRollout:
-    """One rollout."""
-
-    metrics: dict[str, float]  # `darts.metrics.rollout_metrics`, and those of the planner
-    pool: CandidatePool
-    after_s: float  # from the end of the last request to the batch being there
-    cpu_s: dict[str, float]  # of the engines, of the servers' front ends, of the agent-loop worker, of this process
-
-    def record(self) -> dict[str, Any]:
-        """The figures of a bench's tables, ready for JSON; lists have an entry per prompt."""
-        pool = self.pool
-        groups = [np.flatnonzero(pool.prompt == prompt) for prompt in np.unique(pool.prompt)]
-        return {name: finite(self.metrics.get(key)) for name, key in FIGURES.items()} | {
-            "after_s": self.after_s,
-            **{f"cpu_{name}_s": seconds for name, seconds in self.cpu_s.items()},
-            "prompt_tokens": int(pool.prompt_tokens.sum()),
-            "computed_tokens": int((pool.prompt_tokens - pool.cached_tokens).sum()),
-            "lengths": [pool.length[group_rows].tolist() for group_rows in groups],
-            "aborted_by_candidate": [pool.aborted[group_rows].tolist() for group_rows in groups],
-            "kept": [pool.candidate[group_rows][pool.kept[group_rows]].tolist() for group_rows in groups],
-        }
-
-
 class RolloutBench:
     """A manager over running servers.
 
@@ -144,8 +94,8 @@ class RolloutBench:
         step: int,
         sampling: Mapping[str, Any] | None = None,
         planner: RolloutPlanner | None = None,
-    ) -> MeasuredRollout:
-        """Runs one rollout.
+    ) -> tuple[Rollout, dict[str, Any]]:
+        """Runs one rollout; its record, for JSON, has the metrics without `darts/`, and lists with one for each prompt.
 
         Args:
             darts: its settings; `group_size` is M.
@@ -165,12 +115,19 @@ class RolloutBench:
         if len(kept_rows) != darts.group_size * len(questions):
             raise RuntimeError(f"{len(kept_rows)} rows for {len(questions)} prompts and M={darts.group_size}.")
         rollout = rollout_manager.pop_rollout()
-        return MeasuredRollout(
-            metrics=rollout.metrics,
-            pool=rollout.pool,
-            after_s=ended_at - float(rollout.pool.ended_at.max()),
-            cpu_s={role_name: cpu_after[role_name] - cpu_before[role_name] for role_name in cpu_after},
-        )
+        pool = rollout.pool
+        groups = [np.flatnonzero(pool.prompt == prompt) for prompt in np.unique(pool.prompt)]
+        return rollout, {
+            **{name.removeprefix("darts/"): finite(figure) for name, figure in rollout.metrics.items()},
+            "seconds": rollout.metrics["darts/rollout/seconds"],
+            "after_s": ended_at - float(pool.ended_at.max()),  # from the end of the last request to the batch
+            **{f"cpu_{role_name}_s": cpu_after[role_name] - cpu_before[role_name] for role_name in cpu_after},
+            "prompt_tokens": int(pool.prompt_tokens.sum()),
+            "computed_tokens": int((pool.prompt_tokens - pool.cached_tokens).sum()),
+            "lengths": [pool.length[group_rows].tolist() for group_rows in groups],
+            "aborted_by_candidate": [pool.aborted[group_rows].tolist() for group_rows in groups],
+            "kept": [pool.candidate[group_rows][pool.kept[group_rows]].tolist() for group_rows in groups],
+        }
 
     def close(self) -> None:
         """Ends the agent-loop worker."""
@@ -203,8 +160,8 @@ def serving(*overrides: str, replicas: int = 1, **limits: int | None) -> Iterato
 
 def train_questions(testbed: str) -> list[str]:
     """The testbed's train prompts, in their order."""
-    prompt_rows = pyarrow.parquet.read_table(assets_dir(testbed) / "train.parquet", columns=["prompt"]).to_pylist()
-    return [prompt_row["prompt"][0]["content"] for prompt_row in prompt_rows]
+    prompts = pd.read_parquet(assets_dir(testbed) / "train.parquet", columns=["prompt"])["prompt"]
+    return [messages[0]["content"] for messages in prompts]
 
 
 def batch_of(questions: Sequence[str], group_size: int, step: int, sampling: Mapping[str, Any]) -> DataProto:
@@ -225,9 +182,6 @@ def batch_of(questions: Sequence[str], group_size: int, step: int, sampling: Map
         },
         meta_info={"global_steps": step, "validate": False},
     )
-
-
-# --- one server, without a manager ------------------------------------------------------------------------------------
 
 
 class ChunkCounter(RequestListener):

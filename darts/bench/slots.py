@@ -44,27 +44,16 @@ class SlotSteps(NamedTuple):
 
 
 def slot_steps(engines: Sequence[Sequence[int] | NDArray[np.int64]], max_running: int | None = None) -> SlotSteps:
-    """The slot-steps of a rollout.
-
-    Args:
-        engines: of each engine, the tokens that its candidates decoded, in the order of launch.
-        max_running: `max_num_seqs` of an engine; None: all candidates run at once.
+    """The slot-steps of a rollout, of which each engine has the tokens of its candidates in the order of launch.
 
     Raises:
-        ValueError: a negative length, or `max_running` below 1.
+        ValueError: a negative length, or `max_running` (`max_num_seqs`; None: all run at once) below 1.
     """
     sizes = [len(lengths) for lengths in engines]
-    return SlotSteps(
-        slots=sum(size if max_running is None else min(size, max_running) for size in sizes),
-        steps=round(makespan(engines, STEP, max_running)),
-        decoded=sum(int(np.sum(lengths)) for lengths in engines),
-    )
+    slots = sum(sizes if max_running is None else np.minimum(sizes, max_running))
+    return SlotSteps(int(slots), round(makespan(engines, STEP, max_running)), int(sum(map(np.sum, engines))))
 
 
 def in_turns(token_lengths: NDArray[np.int64], num_engines: int) -> list[NDArray[np.int64]]:
-    """The candidates of each engine where they are dealt out one by one, as `darts.forecast` and `routing=balanced` do.
-
-    Args:
-        token_lengths: in the order of launch.
-    """
+    """Each engine's candidates, dealt out one by one as launched, as `darts.forecast` and `routing=balanced` do."""
     return [token_lengths[engine_number::num_engines] for engine_number in range(num_engines)]

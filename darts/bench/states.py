@@ -1,6 +1,7 @@
 """What an arm goes on with in its next step: its actor and what the trainer knows, on disk, of the last complete round.
 
-Contract: no verl import; the actor is whatever has verl's two RPCs. A round is one step of every arm.
+Contract: no verl import; the actor is whatever has `save_checkpoint` and `load_checkpoint` of verl's worker group
+(`ActorRolloutRefWorker`, 0.9.1). A round is one step of every arm.
 
 1. An arm's turn is `load`, its step, `save`; when all arms have had theirs, `complete`. What `load` gives is the state
    of the round before, at step 1 the initial one: nothing of one arm's turn reaches another's, and a round that was
@@ -21,7 +22,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from darts.evidence import documents
 
@@ -38,18 +39,6 @@ class StatesError(ValueError):
     """A folder that a bench cannot go on with."""
 
 
-class Actor(Protocol):
-    """verl's worker group of the actor (`ActorRolloutRefWorker`, 0.9.1)."""
-
-    def save_checkpoint(
-        self, local_path: str, hdfs_path: str | None = None, global_step: int = 0, max_ckpt_to_keep: int | None = None
-    ) -> Any:
-        """Writes the state of all ranks into the folder."""
-
-    def load_checkpoint(self, local_path: str, hdfs_path: str | None = None, del_local_after_load: bool = False) -> Any:
-        """Puts it back."""
-
-
 class ArmStates:
     """The states of a bench's arms.
 
@@ -62,7 +51,7 @@ class ArmStates:
         StatesError: names that cannot be told apart as folders, or a folder of other arms.
     """
 
-    def __init__(self, states_folder: Path, arm_names: Sequence[str], actor: Actor) -> None:
+    def __init__(self, states_folder: Path, arm_names: Sequence[str], actor: Any) -> None:
         self._folder = states_folder
         self._actor = actor
         self._names = {arm_name: folder_name(arm_name) for arm_name in arm_names}
@@ -71,24 +60,20 @@ class ArmStates:
         if not (states_folder / POSITION).exists():
             self._keep_actor(states_folder / "initial", step=0)
             documents.save(states_folder / POSITION, {"arms": list(arm_names), "seed": None, "step": 0})
-        last_position = self._read(states_folder / POSITION)
-        if last_position.get("arms") != list(arm_names):
+        last_round = self._read(states_folder / POSITION)
+        if last_round.get("arms") != list(arm_names):
             raise StatesError(
-                f"{states_folder}: has states of the arms {', '.join(last_position.get('arms', []))}; this bench has "
+                f"{states_folder}: has states of the arms {', '.join(last_round.get('arms', []))}; this bench has "
                 f"{', '.join(arm_names)}. Choose another folder, or remove it."
             )
-        self._seed: int | None = last_position["seed"]
-        self._step: int = last_position["step"]
+        self._last: tuple[int | None, int] = last_round["seed"], last_round["step"]
 
     def is_complete(self, seed: int, step: int) -> bool:
         """Whether this round is behind us; seeds come in increasing order."""
-        return self._seed is not None and (seed, step) <= (self._seed, self._step)
+        return self._last[0] is not None and (seed, step) <= self._last
 
     def load(self, arm_name: str, seed: int, step: int) -> Any:
-        """Gives the actor the weights and optimizer with which the arm begins this step.
-
-        Returns:
-            What `save` was told after the step before; None at step 1.
+        """Gives the actor what the arm begins this step with; returns what `save` was told before, None at step 1.
 
         Raises:
             StatesError: the round before is not the last complete one.
@@ -96,22 +81,18 @@ class ArmStates:
         if step == 1:
             self._actor.load_checkpoint(str(self._folder / "initial"), None, False)
             return None
-        if (seed, step - 1) != (self._seed, self._step):
+        if (seed, step - 1) != self._last:
             raise StatesError(
-                f"{self._folder}: has the states after step {self._step} of seed {self._seed}, from which step {step} "
-                f"of seed {seed} cannot go on."
+                f"{self._folder}: has the states after step {self._last[1]} of seed {self._last[0]}, from which step "
+                f"{step} of seed {seed} cannot go on."
             )
-        state_folder = self._place(arm_name, seed, step - 1)
+        state_folder = self._round(seed, step - 1) / self._names[arm_name]
         self._actor.load_checkpoint(str(state_folder / "actor"), None, False)
         return self._read(state_folder / TOLD)
 
     def save(self, arm_name: str, seed: int, step: int, arm_state: Any) -> None:
-        """Keeps what the arm's step has made of the actor.
-
-        Args:
-            arm_state: all else that the arm's next step depends on, for JSON.
-        """
-        state_folder = self._place(arm_name, seed, step)
+        """Keeps what the arm's step has made of the actor and, as JSON, all else that its next step depends on."""
+        state_folder = self._round(seed, step) / self._names[arm_name]
         shutil.rmtree(state_folder, ignore_errors=True)  # of a round that was interrupted
         self._keep_actor(state_folder / "actor", step)
         documents.save(state_folder / TOLD, arm_state)
@@ -119,7 +100,7 @@ class ArmStates:
     def complete(self, seed: int, step: int) -> None:
         """Every arm has had its turn: from now on this is the round that is gone on with."""
         documents.save(self._folder / POSITION, {"arms": list(self._names), "seed": seed, "step": step})
-        self._seed, self._step = seed, step
+        self._last = seed, step
         for round_ in self._folder.glob("seed*-step*"):
             if round_ != self._round(seed, step):
                 shutil.rmtree(round_, ignore_errors=True)
@@ -131,9 +112,6 @@ class ArmStates:
     def _round(self, seed: int, step: int) -> Path:
         return self._folder / f"seed{seed}-step{step}"
 
-    def _place(self, arm_name: str, seed: int, step: int) -> Path:
-        return self._round(seed, step) / self._names[arm_name]
-
     @staticmethod
     def _read(path: Path) -> Any:
         try:
@@ -143,10 +121,5 @@ class ArmStates:
 
 
 def folder_name(arm_name: str) -> str:
-    """An arm's name as that of a folder.
-
-    Example:
-        >>> folder_name("+ streaming")
-        '+_streaming'
-    """
+    """An arm's name as that of a folder: "+_streaming" for "+ streaming"."""
     return re.sub(r"[^A-Za-z0-9+.-]", "_", arm_name)

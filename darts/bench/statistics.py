@@ -1,6 +1,6 @@
 """Figures of a bench's arms, and of one arm over another: totals, paired ratios and differences, with intervals.
 
-Contract: pure NumPy; records in, numbers out; NaN where there is nothing.
+Contract: pure; records in, numbers out; NaN where there is nothing.
 
 1. Two arms are compared on the (seed, step) pairs that both have, whatever else is there.
 2. A speed-up is the total of the base's seconds over the total of the arm's, over these pairs.
@@ -18,13 +18,15 @@ Contract: pure NumPy; records in, numbers out; NaN where there is nothing.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
-from darts.bench.records import Record, StepRecord, ValidationRecord
+from darts.bench.records import Record, StepRecord, ValidationRecord, frame_of
 from darts.evidence.statistics import Estimate, interval
 
 Array = NDArray[np.float64]
@@ -52,25 +54,19 @@ class Reached:
 
     seconds: dict[int, float]  # by seed, of training; infinite where it was never reached
 
-    @property
-    def count(self) -> int:
-        """Seeds that reached it."""
-        return sum(math.isfinite(seed_seconds) for seed_seconds in self.seconds.values())
-
-    @property
-    def median(self) -> float:
-        """Over all seeds, those that never reached it as later than all others; infinite where half did not."""
-        return float(np.median(list(self.seconds.values()))) if self.seconds else math.nan
-
     def __str__(self) -> str:
-        if not self.count:
+        all_seconds = list(self.seconds.values())
+        count = sum(map(math.isfinite, all_seconds))
+        if not count:
             return "-"
-        median = f"{self.median:.0f} s" if math.isfinite(self.median) else "-"
-        return median if self.count == len(self.seconds) else f"{median} ({self.count} of {len(self.seconds)} seeds)"
+        # Seeds that never reached it are later than all others.
+        median_s = float(np.median(all_seconds))
+        median = f"{median_s:.0f} s" if math.isfinite(median_s) else "-"
+        return median if count == len(all_seconds) else f"{median} ({count} of {len(all_seconds)} seeds)"
 
 
 class BenchResults:
-    """What a bench has measured so far, by arm.
+    """What a bench has measured so far, by arm. Frames of an arm have seed and step as their index, in this order.
 
     Args:
         records: of complete rounds; of a round that is there twice the last counts.
@@ -79,84 +75,51 @@ class BenchResults:
     """
 
     def __init__(self, records: Iterable[Record], arms: Sequence[str] | None = None, steps: int | None = None) -> None:
-        self._steps: dict[str, dict[tuple[int, int], StepRecord]] = {}
-        self._validations: dict[str, dict[tuple[int, int], ValidationRecord]] = {}
-        found_arms: dict[str, None] = {}
-        for bench_record in records:
-            found_arms[bench_record.arm] = None
-            records_by_arm = self._steps if isinstance(bench_record, StepRecord) else self._validations
-            records_by_arm.setdefault(bench_record.arm, {})[bench_record.seed, bench_record.step] = bench_record  # type: ignore[assignment]
-        self.arms = list(found_arms) if arms is None else list(arms)
-        seed_steps = [seed_step for of_arm in self._steps.values() for seed_step in of_arm]
-        self.seeds = sorted({seed_number for seed_number, _ in seed_steps})
-        self.num_steps = max((step_number for _, step_number in seed_steps), default=0) if steps is None else steps
+        all_records = list(records)
+        self._steps = frame_of(StepRecord, all_records)
+        validations = frame_of(ValidationRecord, all_records)
+        self._validations = validations[np.isfinite(validations["accuracy"].astype(float))]
+        self.arms = list(dict.fromkeys(record.arm for record in all_records) if arms is None else arms)
+        seed_numbers, step_numbers = (self._steps.index.get_level_values(name).tolist() for name in ("seed", "step"))
+        self.seeds = sorted(set(seed_numbers))
+        self.num_steps = max(step_numbers, default=0) if steps is None else steps
 
     @property
     def last_from(self) -> int:
         """The first step of the last third."""
         return self.num_steps - max(math.floor(self.num_steps * LAST), 1) + 1
 
-    def steps(self, arm: str, last: bool = False) -> list[StepRecord]:
-        """The steps of an arm, by seed and step; or those of the last third alone."""
-        own = self._steps.get(arm, {})
-        return [own[pair] for pair in sorted(own) if not last or pair[1] >= self.last_from]
+    def steps(self, arm: str, last: bool = False) -> pd.DataFrame:
+        """The steps of an arm; or those of the last third alone."""
+        arm_steps = self._steps[self._steps["arm"] == arm]
+        return arm_steps[arm_steps.index.get_level_values("step") >= self.last_from] if last else arm_steps
 
-    def validations(self, arm: str) -> list[ValidationRecord]:
-        """The validations of an arm, by seed and step; those without an accuracy are left out."""
-        own = self._validations.get(arm, {})
-        found = [own[pair] for pair in sorted(own)]
-        return [one for one in found if one.accuracy is not None and math.isfinite(one.accuracy)]
+    def validations(self, arm: str) -> pd.DataFrame:
+        """The validations of an arm; those without an accuracy are left out."""
+        return self._validations[self._validations["arm"] == arm]
 
-    # --- of one arm --------------------------------------------------------------------------------------------------
-
-    def values(self, arm: str, key: str, last_third: bool = False) -> Array:
+    def values(self, arm: str, key: str, last: bool = False) -> pd.Series:
         """A field of an arm's steps, where it is known."""
-        found_values = np.array([getattr(record, key) for record in self.steps(arm, last_third)], dtype=float)
-        return found_values[~np.isnan(found_values)]
+        return self.steps(arm, last)[key].astype(float).dropna()
 
-    def mean(self, arm_name: str, field_name: str, last: bool = False) -> float:
-        """The mean of a field over steps."""
-        return _or_nan(np.mean, self.values(arm_name, field_name, last))
+    def over(self, arm_name: str, above_name: str, below_name: str) -> float:
+        """The total of a field over that of another."""
+        return _over(self.values(arm_name, above_name).sum(), self.values(arm_name, below_name).sum())
 
-    def median(self, arm_name: str, field_name: str, last: bool = False) -> float:
-        """The median of a field over steps."""
-        return _or_nan(np.median, self.values(arm_name, field_name, last))
-
-    def total(self, arm_name: str, field_name: str) -> float:
-        """Over steps; 0 without any."""
-        return float(self.values(arm_name, field_name).sum())
-
-    def bubble_ratio(self, arm_name: str) -> float:
-        """Idle over all slot-steps; see `darts.bench.slots`."""
-        slot_steps = self.total(arm_name, "slot_steps")
-        return self.total(arm_name, "idle_slot_steps") / slot_steps if slot_steps else math.nan
-
-    def useful_per_s(self, arm_name: str) -> float:
-        """Kept tokens per second of rollout."""
-        rollout_s = self.total(arm_name, "rollout_s")
-        return self.total(arm_name, "tokens_kept") / rollout_s if rollout_s else math.nan
-
-    def by_seed(self, arm: str, key: str) -> tuple[Array, Array]:
-        """The steps [n] that have a field (of steps, or else of validations), and its values [seeds, n], maybe NaN."""
-        records = self.steps(arm) if hasattr(StepRecord, key) else self.validations(arm)
-        found = {(one.seed, one.step): getattr(one, key) for one in records if one.seed in self.seeds}
-        known = {pair: value for pair, value in found.items() if value is not None and math.isfinite(value)}
-        steps = sorted({step for _, step in known})
-        values = [known.get((seed, step), math.nan) for seed in self.seeds for step in steps]
-        return np.array(steps, dtype=float), np.array(values).reshape(len(self.seeds), len(steps))
+    def by_seed(self, arm: str, key: str) -> pd.DataFrame:
+        """A field (of steps, or else of validations) [seeds, steps that have it], maybe NaN."""
+        records = self.steps(arm) if key in self._steps else self.validations(arm)
+        field_values = records[key].astype(float).dropna()
+        return field_values[field_values.index.isin(self.seeds, level="seed")].unstack("step").reindex(self.seeds)
 
     def accuracy(self, arm: str, last: bool = False) -> float:
         """Mean over seeds, after the last step that has one; or over the validations of the last third."""
-        accuracies = {(one.seed, one.step): one.accuracy for one in self.validations(arm)}
-        found = self._at_end(sorted(accuracies), last)
-        by_seed = [np.mean([accuracies[seed, step] for step in steps]) for seed, steps in found.items()]
-        return _or_nan(np.mean, np.array(by_seed))
+        return self._at_end(self.validations(arm), last)["accuracy"].astype(float).groupby("seed").mean().mean()
 
-    def seconds_at(self, arm: str, seed: int, step: int) -> float:
-        """Seconds of training until this step has ended; NaN where a step before is missing."""
-        own = self._steps.get(arm, {})
-        done = [own[seed, one].step_s for one in range(1, step + 1) if (seed, one) in own]
-        return sum(done) if len(done) == step else math.nan
+    def elapsed(self, arm: str) -> pd.DataFrame:
+        """Seconds of training until a step has ended [seeds, steps from 0]; NaN where a step before is missing."""
+        step_seconds = self.by_seed(arm, "step_s").reindex(columns=range(self.num_steps + 1))
+        return step_seconds.fillna({0: 0.0}).cumsum(axis=1, skipna=False)
 
     def target(self, base: str) -> float:
         """The accuracy that times are told to where none is given: the base's over the last third (our choice)."""
@@ -167,22 +130,17 @@ class BenchResults:
 
         Validations are noisy and this is the first that is high enough, so times are early, for all arms alike.
         """
-        seconds: dict[int, float] = {}
-        for record in self.validations(arm):
-            seconds.setdefault(record.seed, math.inf)
-            if record.accuracy >= accuracy and seconds[record.seed] == math.inf:
-                seconds[record.seed] = self.seconds_at(arm, record.seed, record.step)
-        return Reached(seconds={seed: math.inf if math.isnan(value) else value for seed, value in seconds.items()})
-
-    # --- of one arm over another -------------------------------------------------------------------------------------
+        validated = self.validations(arm)["accuracy"]
+        elapsed, seconds = self.elapsed(arm), dict.fromkeys(validated.index.unique("seed").tolist(), math.inf)
+        for seed, step in validated[validated >= accuracy].groupby("seed").head(1).index:
+            reached_s = elapsed.reindex([seed], columns=[step]).iat[0, 0]
+            seconds[seed] = math.inf if math.isnan(reached_s) else reached_s
+        return Reached(seconds=seconds)
 
     def ratio(self, arm: str, base: str, key: str, last: bool = False) -> ArmComparison:
         """The total of a field of `base` over that of `arm`, over the pairs of both: a speed-up where it is seconds."""
-        own, other = ({(one.seed, one.step): one for one in self.steps(name, last)} for name in (arm, base))
-        rows: dict[int, list[tuple[float, float]]] = {}
-        for pair in sorted(own.keys() & other.keys()):
-            rows.setdefault(pair[0], []).append((getattr(other[pair], key), getattr(own[pair], key)))
-        return compared(rows)
+        pairs = pd.concat([self.steps(name, last)[key] for name in (base, arm)], axis=1, join="inner").sort_index()
+        return compared(dict(list(pairs.groupby("seed"))))
 
     def speed_up(self, arm_name: str, base_arm: str, last: bool = False) -> ArmComparison:
         """The base's seconds over the arm's."""
@@ -190,54 +148,45 @@ class BenchResults:
 
     def accuracy_gain(self, arm: str, base: str, last: bool = False) -> ArmComparison:
         """The arm's accuracy minus the base's, after the last step that both validated; or over the last third."""
-        own, other = ({(one.seed, one.step): one for one in self.validations(name)} for name in (arm, base))
-        found = self._at_end(sorted(pair for pair in own.keys() & other.keys() if pair[1] > 0), last)
-        pairs = {seed: [(own[seed, step], other[seed, step]) for step in steps] for seed, steps in found.items()}
-        return difference(pairs)
+        arm_validations, base_validations = (self.validations(name) for name in (arm, base))
+        shared = self._at_end(arm_validations.loc[arm_validations.index.intersection(base_validations.index)], last)
+        shared = shared[shared.index.get_level_values("step") > 0].sort_index()
+        return difference(shared, base_validations.loc[shared.index])
 
-    def _at_end(self, validated_steps: Sequence[tuple[int, int]], last_third: bool) -> dict[int, list[int]]:
-        """The steps of the last third of (seed, step), by seed; or the last step of all, where a seed has it."""
-        first_step = self.last_from if last_third else max((step for _, step in validated_steps), default=0)
-        seed_steps: dict[int, list[int]] = {}
-        for seed, step in validated_steps:
-            if step >= first_step:
-                seed_steps.setdefault(seed, []).append(step)
-        return seed_steps
+    def _at_end(self, validations: pd.DataFrame, last: bool) -> pd.DataFrame:
+        """The validations of the last third; or those after the last step of all."""
+        step_numbers = validations.index.get_level_values("step")
+        return validations[step_numbers >= (self.last_from if last else step_numbers.max())]
 
 
-def compared(seed_rows: dict[int, list[tuple[float, float]]]) -> ArmComparison:
-    """The sum of the first numbers over the sum of the second, with an interval; see the module's contract.
-
-    Args:
-        seed_rows: by seed, pairs that belong together, in the order of steps.
-    """
-    seeds = {seed: np.array(seed_array, dtype=float) for seed, seed_array in sorted(seed_rows.items()) if seed_array}
-    seed_sums = {seed: seed_array.sum(axis=0) for seed, seed_array in seeds.items()}
+def compared(seed_rows: Mapping[int, Any]) -> ArmComparison:
+    """The first numbers' sum over the second's, with an interval, of ordered pairs [steps, 2] by seed."""
+    seeds = {int(seed): np.array(rows, dtype=float) for seed, rows in sorted(seed_rows.items())}
+    seed_sums = {seed: rows.sum(axis=0) for seed, rows in seeds.items()}
     by_seed = {seed: _over(*both) for seed, both in seed_sums.items()}
     total_ratio, drawn_values = _over(*sum(seed_sums.values(), np.zeros(2))), None
-    if sum(len(seed_array) for seed_array in seeds.values()) > 1:
+    if sum(map(len, seeds.values())) > 1:
         drawn_totals = _drawn_sums(list(seeds.values()), np.random.default_rng(0))
         with np.errstate(divide="ignore", invalid="ignore"):
             drawn_values = drawn_totals[:, 0] / drawn_totals[:, 1]
     return _comparison(total_ratio, by_seed, drawn_values)
 
 
-def difference(record_pairs: dict[int, list[tuple[ValidationRecord, ValidationRecord]]]) -> ArmComparison:
-    """The mean over seeds of the first accuracy minus the second, with an interval; see the module's contract.
-
-    Args:
-        record_pairs: by seed, of validations after the same steps.
-    """
-    if not record_pairs:
+def difference(first: pd.DataFrame, second: pd.DataFrame) -> ArmComparison:
+    """The mean over seeds of the first accuracy minus the second, with an interval; both after the same steps."""
+    if first.empty:
         return _comparison(math.nan, {}, None)
-    accuracy_gains = _differences(record_pairs)
-    by_seed = dict(zip(record_pairs, accuracy_gains.mean(axis=1).tolist(), strict=True))
-    (seeds, prompts), drawn_values = accuracy_gains.shape, None
+    both = pd.concat([first, second])
+    by_prompt = both["prompt_accuracy"].map(len).nunique() == 1 and both["prompt_accuracy"].iat[0]
+    accuracies = [np.vstack(part["prompt_accuracy" if by_prompt else "accuracy"]) for part in (first, second)]
+    gains = pd.DataFrame(accuracies[0] - accuracies[1], index=first.index).groupby("seed").mean()
+    accuracy_gains, drawn_values = gains.to_numpy(), None  # [seeds, prompts]; without accuracies by prompt [seeds, 1]
+    seeds, prompts = accuracy_gains.shape
     if accuracy_gains.size > 1:
         rng = np.random.default_rng(0)
         weights = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=RESAMPLES) / prompts
         drawn_values = (accuracy_gains[rng.integers(seeds, size=(RESAMPLES, seeds))].mean(axis=1) * weights).sum(axis=1)
-    return _comparison(float(accuracy_gains.mean()), by_seed, drawn_values)
+    return _comparison(float(accuracy_gains.mean()), gains.mean(axis=1).to_dict(), drawn_values)
 
 
 def _comparison(value: float, by_seed: dict[int, float], drawn: Array | None) -> ArmComparison:
@@ -258,29 +207,6 @@ def _drawn_sums(seeds: Sequence[Array], rng: np.random.Generator) -> Array:
             index = ((starts[..., None] + np.arange(size)) % count).reshape(RESAMPLES, -1)[:, :count]
             sums += np.where((picks[:, place] == number)[:, None], rows[index].sum(axis=1), 0.0)
     return sums
-
-
-def _differences(pairs: dict[int, list[tuple[ValidationRecord, ValidationRecord]]]) -> Array:
-    """[seeds, prompts], means over a seed's validations; [seeds, 1] where not all have the same number of prompts."""
-    sizes = {len(one.prompt_accuracy) for some in pairs.values() for pair in some for one in pair}
-    by_prompt = len(sizes) == 1 and sizes != {0}
-
-    def accuracy(bench_record: ValidationRecord) -> Array:
-        return np.array(bench_record.prompt_accuracy if by_prompt else [bench_record.accuracy])
-
-    by_seed = [[accuracy(own) - accuracy(other) for own, other in some] for some in pairs.values()]
-    return np.array([np.mean(some, axis=0) for some in by_seed])
-
-
-def known_mean(values: Array) -> Array:
-    """The means along the last axis of what is known; NaN where nothing is."""
-    is_known = np.isfinite(values)
-    row_count = is_known.sum(axis=-1)
-    return np.where(row_count > 0, np.where(is_known, values, 0).sum(axis=-1) / np.maximum(row_count, 1), math.nan)
-
-
-def _or_nan(mean_function: Callable[[Array], float], known_values: Array) -> float:
-    return float(mean_function(known_values)) if len(known_values) else math.nan
 
 
 def _over(sum_above: float, sum_below: float) -> float:

@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import ray
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from verl.protocol import DataProto
 from verl.trainer.ppo.utils import create_rl_sampler
@@ -108,11 +110,10 @@ class ArmsTrainer(RayDartsTrainer):
     def _validate_initial(self, seed: int) -> None:
         if self._plan.validate_every == 0:
             return
-        first_arm = self._plan.arms[0]
         self.checkpoint_manager.sleep_replicas()
-        self._states.load(first_arm.name, seed, 1)
+        self._states.load(self._plan.arms[0].name, seed, 1)
         self.checkpoint_manager.update_weights(0)
-        initial_record = self._validated(first_arm.name, seed, 0)
+        initial_record = self._validated(self._plan.arms[0].name, seed, 0)
         for bench_arm in self._plan.arms:
             self._records.append(replace(initial_record, arm=bench_arm.name))
 
@@ -123,29 +124,21 @@ class ArmsTrainer(RayDartsTrainer):
         arm_state = self._states.load(arm.name, seed, step)
         self._take_up(arm, seed, step, arm_state)
         self.checkpoint_manager.update_weights(step - 1)
-        taken_up = time.monotonic() - started_at
+        swap_s = time.monotonic() - started_at
         super().fit_step(self._rounds.next())
         rollout, step_metrics = self._rollout, self.metrics
-        validation_record = self._validated(arm.name, seed, step) if self._plan.validates(step) else None
+        validation_records = [self._validated(arm.name, seed, step)] if self._plan.validates(step) else []
         started_at = time.monotonic()
         self.checkpoint_manager.sleep_replicas()  # as where verl saves: the actor needs the memory
-        self._states.save(arm.name, seed, step, self._told())
-        self._records.append(
-            step_record(
-                arm=arm.name,
-                seed=seed,
-                step=step,
-                place=place,
-                metrics=step_metrics,
-                pool=rollout.pool,
-                launch_order=rollout.plan.launch_order,
-                num_engines=self.planner.num_engines,
-                max_running=self.planner.max_running,
-                swap_s=taken_up + time.monotonic() - started_at,
-            )
-        )
-        if validation_record is not None:
-            self._records.append(validation_record)
+        states = {"planner": self.planner, "strategy": self.strategy}
+        arm_state = {name: owner.state_dict() for name, owner in states.items()} | {"position": self._rounds.position}
+        self._states.save(arm.name, seed, step, arm_state)
+        swap_s += time.monotonic() - started_at
+        facts = {"arm": arm.name, "seed": seed, "step": step, "place": place, "swap_s": swap_s}
+        engines = {"num_engines": self.planner.num_engines, "max_running": self.planner.max_running}
+        measured_step = step_record(step_metrics, rollout.pool, rollout.plan.launch_order, **engines, **facts)
+        for bench_record in (measured_step, *validation_records):
+            self._records.append(bench_record)
 
     def _take_up(self, bench_arm: BenchArm, seed: int, step: int, arm_state: Any) -> None:
         """From now on the trainer is this arm's, after its last step."""
@@ -164,14 +157,6 @@ class ArmsTrainer(RayDartsTrainer):
             self._rounds.go_to(arm_state["position"])
         self._trace = Trace(str(self._folder / TRACES / f"seed{seed}" / f"{bench_arm.name}.jsonl"))
         self.global_steps, self.epoch = step, self._rounds.epoch
-
-    def _told(self) -> dict[str, Any]:
-        """All of the arm that is not in its actor."""
-        return {
-            "planner": self.planner.state_dict(),
-            "strategy": self.strategy.state_dict(),
-            "position": self._rounds.position,
-        }
 
     def _fit_prepare_step(self) -> None:
         """Upstream's preparation; no step of an arm is the run's last, which would close the run."""
@@ -207,30 +192,29 @@ class ArmsTrainer(RayDartsTrainer):
     ) -> dict[str, Any]:
         """Upstream's metrics; keeps the mean of `acc`, or of the reward without it, for each prompt in its order."""
         scores = reward_extra_infos_dict.get("acc") or reward_extra_infos_dict["reward"]
-        by_prompt: dict[str, list[float]] = {}
-        for sample_uid, response_value in zip(sample_uids, scores, strict=True):
-            by_prompt.setdefault(sample_uid, []).append(float(response_value))
-        self._accuracies = [float(np.mean(prompt_values)) for prompt_values in by_prompt.values()]
+        by_response = pd.Series(scores, index=sample_uids, dtype=float)
+        self._accuracies = by_response.groupby(level=0, sort=False).mean().tolist()
         return super()._val_metrics_update(data_sources, sample_uids, reward_extra_infos_dict, sample_turns)
 
 
 class ArmsTaskRunner(DartsTaskRunner):
-    """The task runner, with that trainer."""
-
-    def trainer_class(self) -> type:
-        """Upstream: `DartsTaskRunner.trainer_class`."""
-        return ArmsTrainer
+    """The task runner, with the plan's trainer."""
 
     def add_actor_rollout_worker(self, config: DictConfig) -> tuple[type, type]:
         """Upstream's worker; the actor can overlap if an arm wants it."""
         config = deepcopy(config)
-        for bench_arm in BenchPlan.load(Path(config.trainer.default_local_dir)).arms:
+        self._plan = BenchPlan.load(Path(config.trainer.default_local_dir))
+        for bench_arm in self._plan.arms:
             if bench_arm.overlap not in (None, "off"):
                 config.darts.overlap.mode = bench_arm.overlap
         return super().add_actor_rollout_worker(config)
 
+    def trainer_class(self) -> type:
+        """Upstream: `DartsTaskRunner.trainer_class`, which is called after the former."""
+        return get_class(self._plan.trainer)
 
-def train(bench_folder: Path, task_runner: type[ArmsTaskRunner]) -> None:
+
+def train(bench_folder: Path) -> None:
     """Runs the bench of this folder; the steps are those of `recipe.darts.main_darts.main`."""
     from verl.trainer.main_ppo import run_ppo
     from verl.utils.device import auto_set_device
@@ -245,11 +229,8 @@ def train(bench_folder: Path, task_runner: type[ArmsTaskRunner]) -> None:
     OmegaConf.resolve(config)
     choose_backend(config)
     check_run(config)
-    run_ppo(config, task_runner_class=ray.remote(task_runner))
+    run_ppo(config, task_runner_class=ray.remote(get_class("darts.bench.trainer.ArmsTaskRunner")))
 
 
 if __name__ == "__main__":
-    # Ray's workers know the classes by this module's name, not by __main__.
-    from darts.bench import trainer
-
-    trainer.train(Path(sys.argv[1]).resolve(), trainer.ArmsTaskRunner)
+    train(Path(sys.argv[1]).resolve())

@@ -1,10 +1,10 @@
 """The rollout benchmark in small, on the tier's server."""
 
+import pandas as pd
 import pytest
 from engine_state import EngineState
 
-from darts.bench import rollouts, rollouts_report
-from darts.bench.harness import arms_of
+from darts.bench import rollouts
 from darts.bench.serving import CountingBalancer, RolloutBench
 
 SMALL = ["--prompts=2", "--group-size=2", "--candidates=3", "--seeds=1", "--batches=2", "--chunk-tokens=4",
@@ -20,7 +20,7 @@ def bench(engine):
 
 def test_early_stop(bench, server):
     records = rollouts.early_stop(bench, rollouts.BENCH.parse(SMALL))
-    by_arm = {arm: [r for r in records if r["arm"] == arm] for arm in arms_of(records)}
+    by_arm = {arm: [r for r in records if r["arm"] == arm] for arm in dict.fromkeys(r["arm"] for r in records)}
     assert list(by_arm) == [
         "plain n=M", "plain n=3", "shortest off", "shortest eager", "shortest exact", "dual all", "dual deadline",
     ]  # fmt: skip
@@ -30,17 +30,19 @@ def test_early_stop(bench, server):
             kept, launched = {"plain n=M": (2, 2), "plain n=3": (3, 3)}.get(arm, (2, 3))
             assert [len(group) for group in record["kept"]] == [kept] * 2
             assert [len(group) for group in record["lengths"]] == [launched] * 2
-            assert record["tokens"] == sum(map(sum, record["lengths"]))
-            assert record["aborted"] == sum(map(sum, record["aborted_by_candidate"]))
-            assert record["aborted"] <= {"shortest eager": 2, "shortest exact": 2, "dual deadline": 2}.get(arm, 0)
-            assert 0 <= record["tail_s"] < record["seconds"]
+            assert record["tokens/generated"] == sum(map(sum, record["lengths"]))
+            assert record["candidates/aborted"] == sum(map(sum, record["aborted_by_candidate"]))
+            most_aborted = {"shortest eager": 2, "shortest exact": 2, "dual deadline": 2}.get(arm, 0)
+            assert record["candidates/aborted"] <= most_aborted
+            assert 0 <= record["rollout/tail_s"] < record["seconds"]
             assert 0 <= record["after_s"] < record["seconds"]
             assert record["cpu_engine_s"] > 0
     # equal seeds, equal responses: the first M of plain n=3 are those of plain n=M
     assert by_arm["plain n=M"][0]["lengths"] == [lengths[:2] for lengths in by_arm["plain n=3"][0]["lengths"]]
-    checks = rollouts_report.checks({"early-stop": records})
+    frames = {"early-stop": pd.DataFrame(records)}
+    checks = rollouts.checks(frames)
     assert all(check.passed for check in checks), checks
-    assert all(arm in rollouts_report.tables({"early-stop": records}) for arm in by_arm)
+    assert all(arm in rollouts.tables(frames) for arm in by_arm)
     EngineState.wait_idle(server)
 
 
@@ -50,7 +52,7 @@ def test_streaming(engine, server):
     chunks = {record["arm"]: record["chunks"] for record in records}
     assert chunks["plain"] == chunks["chunk 256"] == 0
     assert 0 < chunks["chunk 16"] <= 4 * 3, "the last tokens come as the answer, and chunks after it are dropped"
-    assert "| 4 | chunk 16 | 2 |" in rollouts_report.tables({"streaming": records})
+    assert "| 4 | chunk 16 | 2 |" in rollouts.tables({"streaming": pd.DataFrame(records)})
 
 
 def test_the_balancer_counts_what_it_hands_out():

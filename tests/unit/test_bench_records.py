@@ -10,7 +10,17 @@ from bench_records import step, validation
 from hypothesis import given
 from hypothesis import strategies as st
 
-from darts.bench.records import JSON, TIMES, RecordError, Records, StepRecord, records_of, step_record, table_of
+from darts.bench.records import (
+    JSON,
+    TIMES,
+    RecordError,
+    Records,
+    StepRecord,
+    frame_of,
+    records_of,
+    step_record,
+    table_of,
+)
 from darts.bench.slots import in_turns, slot_steps
 from darts.pool import CandidatePool
 
@@ -166,13 +176,12 @@ def test_a_line_that_is_no_record_is_named(tmp_path, line, said):
 
 def test_records_by_column():
     written = [step(), step("darts", 1, 2, 1 / 3, reward_kept=0.5)]
-    columns = json.loads(json.dumps(table_of(written)))
+    columns = json.loads(json.dumps(table_of(StepRecord, [frame_of(StepRecord, written)])))
     assert columns["step_s"] == [2.0, 0.333333]
     assert records_of(StepRecord, columns) == [
         written[0],
         dataclasses.replace(written[1], step_s=0.333333, rollout_s=0.166667),
     ]
-    assert table_of([]) == {}
-    assert records_of(StepRecord, {}) == []
+    assert records_of(StepRecord, table_of(StepRecord, [])) == records_of(StepRecord, {}) == []
     validated = JSON.validate_python({"kind": "validation", "arm": "a", "seed": 0, "step": 0, "accuracy": 1.0})
     assert validated.prompt_accuracy == ()

@@ -25,6 +25,10 @@ def made(**changes) -> BenchResults:
     return BenchResults(bench(SECONDS, ACCURACIES), **changes)
 
 
+def bench_table(name, results, **changes):
+    return report.bench_table(results, name, **changes)
+
+
 def rows_of(table: str) -> dict[str, dict[str, str]]:
     """By the first column; columns of equal names get numbers."""
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
@@ -34,7 +38,7 @@ def rows_of(table: str) -> dict[str, dict[str, str]]:
 
 
 def test_times():
-    rows = rows_of(report.time_table(made()))
+    rows = rows_of(bench_table("time", made()))
     none, darts = rows["none"], rows["darts"]
     assert (none["steps"], none["s a step, median"], none["mean"]) == ("6", "3.00", "3.00")
     assert (none["speed-up over none"], none["by seed"]) == ("1", "-")
@@ -45,7 +49,7 @@ def test_times():
 
 
 def test_work():
-    darts = rows_of(report.work_table(made()))["darts"]
+    darts = rows_of(bench_table("work", made()))["darts"]
     assert (darts["candidates"], darts["aborted"], darts["queue"]) == ("10.0", "2.0", "0.0")
     assert (darts["tokens generated"], darts["kept"], darts["thrown away"], darts["share"]) == (
         "100",
@@ -57,13 +61,13 @@ def test_work():
 
 
 def test_learning():
-    rows = rows_of(report.learning_table(made()))
+    rows = rows_of(bench_table("learning", made()))
     none, darts = rows["none"], rows["darts"]
     assert (none["accuracy, end"], none["minus none"]) == ("0.500", "-")
     assert darts["minus none"].startswith("-0.050 [-0.200, +0.100]")
     assert darts["training to 0.500"] == "- (1 of 2 seeds)"
     assert none["training to 0.500"] == "- (1 of 2 seeds)"
-    assert rows_of(report.learning_table(made(), target=0.3))["darts"]["training to 0.300"] == "4 s", "of 2 and 6 s"
+    assert rows_of(bench_table("learning", made(), target=0.3))["darts"]["training to 0.300"] == "4 s", "of 2 and 6 s"
 
 
 @pytest.mark.parametrize(
@@ -71,7 +75,7 @@ def test_learning():
 )
 def test_nothing_measured_is_dashes(results):
     assert "nan" not in report.text(results)
-    for arm, row in rows_of(report.time_table(results)).items():
+    for arm, row in rows_of(bench_table("time", results)).items():
         assert set(row.values()) == {arm, "0", "-"}
 
 
@@ -79,9 +83,9 @@ def test_without_the_base():
     """The arms' own figures are there, the comparisons are not."""
     results = BenchResults(bench({"darts": SECONDS["darts"]}, {"darts": ACCURACIES["darts"]}))
     assert "nan" not in report.text(results)
-    row = rows_of(report.time_table(results))["darts"]
+    row = rows_of(bench_table("time", results))["darts"]
     assert (row["mean"], row["speed-up over none"]) == ("2.00", "-")
-    row = rows_of(report.learning_table(results))["darts"]
+    row = rows_of(bench_table("learning", results))["darts"]
     assert (row["accuracy, end"], row["minus none"], row["training to -"]) == ("0.450", "-", "-")
 
 
@@ -164,7 +168,7 @@ def test_the_notes_tell_of_queues_and_of_the_served_weights():
     assert "differ by 3.0e-07 at most" in said
     assert "tail: what is queued" in said
     assert "queued" not in "\n".join(report.notes(BenchResults(records[:2])))
-    assert report.work_table(BenchResults(records)).splitlines()[-1].endswith("| 1.0 | 0 |")
+    assert bench_table("work", BenchResults(records)).splitlines()[-1].endswith("| 1.0 | 0 |")
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
@@ -209,9 +213,9 @@ def test_figures_of_arms_with_gaps():
 
 
 def test_by_seed_has_a_row_for_each_seed():
-    steps, values = BenchResults(bench({"none": [[1.0, 2.0], [3.0]]})).by_seed("none", "step_s")
-    assert steps.tolist() == [1, 2]
-    assert values[0].tolist() == [1.0, 2.0]
-    assert values[1][0] == 3.0
-    assert math.isnan(values[1][1])
-    assert figures.smoothed(values).tolist()[0] == [1.5, 1.5]
+    values = BenchResults(bench({"none": [[1.0, 2.0], [3.0]]})).by_seed("none", "step_s")
+    assert values.columns.tolist() == [1, 2]
+    assert values.loc[0].tolist() == [1.0, 2.0]
+    assert values.at[1, 1] == 3.0
+    assert math.isnan(values.at[1, 2])
+    assert figures.smoothed(values).loc[0].tolist() == [1.5, 1.5]

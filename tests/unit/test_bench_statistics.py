@@ -7,7 +7,7 @@ import pytest
 from bench_records import bench, step, validation
 
 from darts.bench import statistics
-from darts.bench.statistics import BenchResults, Reached, compared, difference
+from darts.bench.statistics import BenchResults, Reached, compared
 
 # --- one arm ---------------------------------------------------------------------------------------------------------
 
@@ -15,13 +15,14 @@ from darts.bench.statistics import BenchResults, Reached, compared, difference
 def test_figures_of_an_arm():
     results = BenchResults(bench({"none": [[4.0, 2.0, 1.0, 1.0, 3.0, 1.0]]}))
     assert (results.seeds, results.num_steps, results.last_from) == ([0], 6, 5)
-    assert (results.mean("none", "step_s"), results.median("none", "step_s")) == (2.0, 1.5)
-    assert results.mean("none", "step_s", last=True) == 2.0
-    assert results.total("none", "tokens_dropped") == 6 * 20
-    assert results.bubble_ratio("none") == 60 / 160
-    assert results.useful_per_s("none") == 6 * 80 / 6.0
-    steps, seconds = results.by_seed("none", "step_s")
-    assert (steps.tolist(), seconds.tolist()) == ([1, 2, 3, 4, 5, 6], [[4, 2, 1, 1, 3, 1]])
+    seconds = results.values("none", "step_s")
+    assert (seconds.mean(), seconds.median()) == (2.0, 1.5)
+    assert results.values("none", "step_s", last=True).mean() == 2.0
+    assert results.values("none", "tokens_dropped").sum() == 6 * 20
+    assert results.over("none", "idle_slot_steps", "slot_steps") == 60 / 160
+    assert results.over("none", "tokens_kept", "rollout_s") == 6 * 80 / 6.0
+    seconds = results.by_seed("none", "step_s")
+    assert (seconds.columns.tolist(), seconds.to_numpy().tolist()) == ([1, 2, 3, 4, 5, 6], [[4, 2, 1, 1, 3, 1]])
 
 
 @pytest.mark.parametrize(("steps", "first"), [(1, 1), (2, 2), (3, 3), (5, 5), (6, 5), (30, 21), (100, 68)])
@@ -31,15 +32,14 @@ def test_the_last_third(steps, first):
 
 def test_bubbles_weigh_as_their_slot_steps():
     records = [step(slot_steps=100, idle_slot_steps=50), step(number=2, slot_steps=300, idle_slot_steps=30)]
-    assert BenchResults(records).bubble_ratio("none") == 80 / 400
+    assert BenchResults(records).over("none", "idle_slot_steps", "slot_steps") == 80 / 400
 
 
 def test_an_arm_that_was_not_measured():
     results = BenchResults(bench({"none": [[1.0]]}), arms=["none", "darts"])
-    assert math.isnan(results.mean("darts", "step_s"))
-    assert math.isnan(results.median("darts", "step_s"))
-    assert math.isnan(results.bubble_ratio("darts"))
-    assert math.isnan(results.useful_per_s("darts"))
+    assert math.isnan(results.values("darts", "step_s").mean())
+    assert math.isnan(results.values("darts", "step_s").median())
+    assert math.isnan(results.over("darts", "idle_slot_steps", "slot_steps"))
     assert math.isnan(results.accuracy("darts"))
     assert math.isnan(results.speed_up("darts", "none").overall.value)
     assert format(results.speed_up("darts", "none"), ".2f") == "-"
@@ -54,7 +54,7 @@ def test_nothing_at_all():
 
 
 def test_a_step_that_is_there_twice_counts_as_it_was_last():
-    assert BenchResults([step(seconds=9.0), step(seconds=1.0)]).mean("none", "step_s") == 1.0
+    assert BenchResults([step(seconds=9.0), step(seconds=1.0)]).values("none", "step_s").tolist() == [1.0]
 
 
 # --- speed-up --------------------------------------------------------------------------------------------------------
@@ -191,16 +191,11 @@ def test_gain_by_prompts_covers_the_truth_with_any_number_of_seeds(monkeypatch, 
     rng, hits, benches = np.random.default_rng(0), 0, 100
     for _ in range(benches):
         by_prompt = 0.1 + 0.3 * rng.standard_normal(60)
-        found = {
-            seed: [
-                (
-                    validation("darts", seed, 6, 0.0, prompt_accuracy=tuple(by_prompt + 0.3 * rng.standard_normal(60))),
-                    validation("none", seed, 6, 0.0, prompt_accuracy=(0.0,) * 60),
-                )
-            ]
-            for seed in range(seeds)
-        }
-        overall = difference(found).overall
+        records = []
+        for seed in range(seeds):
+            accuracies = {"darts": tuple(by_prompt + 0.3 * rng.standard_normal(60)), "none": (0.0,) * 60}
+            records += [validation(arm, seed, 6, 0.0, prompt_accuracy=by) for arm, by in accuracies.items()]
+        overall = BenchResults(records).accuracy_gain("darts", "none").overall
         hits += overall.low <= 0.1 <= overall.high
     assert 0.88 <= hits / benches <= 1.0
 

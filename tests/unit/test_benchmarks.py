@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from darts.allocation import allocate as darts_allocate
@@ -52,7 +53,8 @@ def test_allocation_is_measured_with_every_repetition_in_the_file(tmp_path, caps
 
 def test_only_a_hundred_thousand_prompts_have_a_target():
     def records(prompts, seconds):
-        return [{"prompts": prompts, "repetition": n, "arm": allocate.ALLOCATE, "seconds": seconds} for n in range(3)]
+        rows = [{"prompts": prompts, "repetition": n, "arm": allocate.ALLOCATE, "seconds": seconds} for n in range(3)]
+        return pd.DataFrame(rows)
 
     assert allocate.checks(records(4096, 9.0)) == []
     assert [check.passed for check in allocate.checks(records(100_000, 0.049))] == [True]
@@ -159,10 +161,11 @@ def test_every_epoch_has_the_pool_once_in_another_order():
 
 def rollout(arm, step, seconds, seed=0, **changes):
     record = {
-        "arm": arm, "seed": seed, "step": step, "epoch": step // 2, "seconds": seconds, "tokens": 100,
-        "tokens_kept": 60, "aborted": 3, "launched": 20, "kept_mean": 7.5, "pool_mean": 9.0, "saturated_share": 0.5,
-        "std_correlation": None if step < 2 else 0.25, "budget_min": 8.0, "budget_max": 12.0, "refined_s": seconds,
-        "unrefined_s": seconds / 2,
+        "arm": arm, "seed": seed, "step": step, "epoch": step // 2, "seconds": seconds, "tokens/generated": 100,
+        "tokens/kept": 60, "candidates/aborted": 3, "candidates/launched": 20, "length/kept_mean": 7.5,
+        "length/pool_mean": 9.0, "group/saturated_share": 0.5, "allocation/budget_min": 8.0,
+        "allocation/budget_max": 12.0, "history/std_correlation": None if step < 2 else 0.25,
+        "latency/predicted_s": seconds, "unrefined_s": seconds / 2,
     }  # fmt: skip
     return record | changes
 
@@ -172,27 +175,30 @@ def test_the_last_steps_seconds_are_those_of_the_same_arm_and_seed():
         rollout("a", 0, 1.0), rollout("b", 0, 2.0), rollout("b", 1, 4.0), rollout("a", 1, 3.0),
         rollout("a", 0, 5.0, seed=1), rollout("a", 1, 6.0, seed=1),
     ]  # fmt: skip
-    assert [record["last_s"] for record in budgets.with_last(records)] == [None, None, 2.0, 1.0, None, 5.0]
+    found = budgets.with_last(pd.DataFrame(records))["last_s"]
+    assert found.tolist() == pytest.approx([np.nan, np.nan, 2.0, 1.0, np.nan, 5.0], nan_ok=True)
 
 
 def test_the_error_of_a_forecast_is_relative_and_leaves_out_what_was_not_forecast():
-    records = [rollout("a", step, 2.0, refined_s=forecast) for step, forecast in enumerate([None, 1.0, 2.2, 3.0])]
-    assert budgets.error(records, "refined_s") == pytest.approx(0.5)
-    assert np.isnan(budgets.error(records[:1], "refined_s"))
+    forecasts = enumerate([None, 1.0, 2.2, 3.0])
+    records = [rollout("a", step, 2.0) | {"latency/predicted_s": forecast} for step, forecast in forecasts]
+    records = budgets.with_last(pd.DataFrame(records))
+    assert budgets.errors(records)["latency/predicted_s"] == pytest.approx(0.5)
+    assert np.isnan(budgets.errors(records[:1])["latency/predicted_s"])
 
 
 def test_the_tables_are_of_known_prompts_and_pair_the_arms():
     records = [rollout(budgets.UNIFORM, step, 9.0 if step < 2 else 2.0) for step in range(4)]
-    records += [rollout(budgets.ADAPTIVE, step, 1.0, tokens=90) for step in range(4)]
-    text = budgets.tables(records)
+    records += [rollout(budgets.ADAPTIVE, step, 1.0) | {"tokens/generated": 90} for step in range(4)]
+    text = budgets.tables(pd.DataFrame(records))
     assert "| uniform | 4.0 | 1 | 200 | 1 | 120 | 7.5 | 9.0 | 6 of 40 | 50% | 8 to 12 | 0.25 |" in text
     assert "| adaptive | 2.0 | 0.50 [0.50, 0.50] | 180 | 0.90 [0.90, 0.90] |" in text
     assert "| uniform | 2 | 0.0% | 50.0% | 175.0% |" in text
     assert "| adaptive | 2 | 0.0% | 50.0% | 0.0% |" in text
     assert "| all | 4 |" in text
     with pytest.raises(ValueError, match="adaptive"):
-        budgets.tables(records[:-1])
-    assert "no prompt was known" in budgets.tables(records[:2])
+        budgets.tables(pd.DataFrame(records[:-1]))
+    assert "no prompt was known" in budgets.tables(pd.DataFrame(records[:2]))
 
 
 def test_a_pool_that_does_not_divide_is_refused(capsys):

@@ -3,10 +3,12 @@
 import argparse
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from darts.bench import overlap, overlap_report
-from darts.bench.overlap_report import ARMS, BYPASS, EQUAL, OFF, TAIL, TOKEN
+from darts.bench import overlap
+from darts.bench.harness import ArmFigures
+from darts.bench.overlap import ARMS, BYPASS, EQUAL, OFF, TAIL, TOKEN
 from darts.evidence.statistics import Estimate
 
 # --- the run's workloads ---------------------------------------------------------------------------------------------
@@ -72,35 +74,38 @@ def steps(workload=TAIL, **of_token):
     return [step(arm, batch, workload, **(of_token if arm == TOKEN else {})) for batch in (2, 3) for arm in ARMS]
 
 
+def figures(arm, records):
+    return ArmFigures(arm=arm, base=OFF, pair_by=["step"], records=overlap.with_sums(pd.DataFrame(records)))
+
+
 def test_both_hidden_shares_and_the_ratio_of_steps():
-    records = overlap_report.with_sums(steps())
-    assert overlap_report.hidden_share(records, TOKEN).value == pytest.approx(0.95)
-    assert overlap_report.not_exposed(records, TOKEN).value == pytest.approx(0.95)
-    assert overlap_report.not_exposed(records, BYPASS).value == 1
-    text = overlap_report.tables(steps())
+    assert figures(TOKEN, steps()).share("hidden_s", "computed_s").value == pytest.approx(0.95)
+    assert overlap.not_exposed(figures(TOKEN, steps())).value == pytest.approx(0.95)
+    assert overlap.not_exposed(figures(BYPASS, steps())).value == 1
+    text = overlap.tables(pd.DataFrame(steps()))
     assert "| token | 2 | 10.10 | 6.00 | 0.10 | 0.00 | 2.00 | 0.10 | 0.842 [0.842, 0.842] |" in text
     assert "| token | 0.950 [0.950, 0.950] | 0.950 [0.950, 0.950] | 0.600 | 0.970 | 1.50 | 100 | 12 | 0.250 |" in text
     assert "48 of 48 rows have the same tokens, their largest difference is 1.0e-06 nats" in text
 
 
 def test_the_interval_of_what_was_not_exposed_is_in_order():
-    records = overlap_report.with_sums([*steps(), *(r | {"step": 4, "old_log_prob_s": 1.0} for r in steps()[:4])])
-    estimate = overlap_report.not_exposed(records, TOKEN)
+    records = [*steps(), *(r | {"step": 4, "old_log_prob_s": 1.0} for r in steps()[:4])]
+    estimate = overlap.not_exposed(figures(TOKEN, records))
     assert isinstance(estimate, Estimate)
     assert estimate.low < estimate.value < estimate.high
 
 
 def failed(records):
-    return [check.name for check in overlap_report.checks(records) if not check.passed]
+    return [check.name for check in overlap.checks(pd.DataFrame(records)) if not check.passed]
 
 
 def test_a_good_run_passes_and_each_bound_can_fail():
     good = [*steps(), *(record | {"step": record["step"] + 2} for record in steps(EQUAL))]
     assert failed(good) == []
-    assert len(overlap_report.checks(good)) == 5
+    assert len(overlap.checks(pd.DataFrame(good))) == 5
     assert failed(steps(late_rows=1.0)) == ["late rows"]
     assert failed(steps(old_log_prob_s=0.3)) == ["heavy tail, token: hidden share"]
-    assert failed(steps(kept_lengths=[[0, 0, 300], [0, 4, 302]])) == [overlap_report.SAME_LENGTHS]
+    assert failed(steps(kept_lengths=[[0, 0, 300], [0, 4, 302]])) == [overlap.SAME_LENGTHS]
     assert failed(steps(EQUAL, before_end_share=0.4)) == [
         "equal lengths, token: share of kept tokens computed before their response has finished"
     ]
@@ -108,4 +113,4 @@ def test_a_good_run_passes_and_each_bound_can_fail():
 
 def test_an_arm_without_a_batch_is_refused():
     with pytest.raises(ValueError, match="arm 'token'"):
-        overlap_report.tables(steps()[:-2] + steps()[-1:])
+        overlap.tables(pd.DataFrame(steps()[:-2] + steps()[-1:]))

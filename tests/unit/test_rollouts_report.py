@@ -4,15 +4,24 @@ import json
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from darts.bench import harness
-from darts.bench import rollouts_report as report
-from darts.bench.harness import arms_of, paired, rotated
+from darts.bench import rollouts as report
+from darts.bench.harness import paired
 from darts.bench.rollouts import BENCH
 from darts.config import ConfigError
 from darts.evidence import statistics
 from darts.evidence.tables import Check
+
+
+def frames(records):
+    return {name: pd.DataFrame(some) for name, some in records.items()}
+
+
+def checks_of(records):
+    return report.checks(frames(records))
 
 
 def stream(arm, repetition, speed, requests=32):
@@ -24,18 +33,19 @@ def stream(arm, repetition, speed, requests=32):
 
 def rollout(arm, batch, seconds=1.0, lengths=((10, 20, 30),), aborted=((False,) * 3,), kept=((0, 1),), seed=0):
     return {
-        "arm": arm, "seed": seed, "batch": batch, "seconds": seconds, "tail_s": 0.1, "after_s": 0.05, "launched": 3,
-        "aborted": sum(map(sum, aborted)), "tokens": 60, "tokens_kept": 30, "tokens_after": 3, "kept_mean": 15.0,
-        "cpu_engine_s": seconds / 2, "cpu_server_s": 0.0,
-        "cpu_worker_s": 0.0, "cpu_driver_s": seconds / 10, "lengths": lengths, "aborted_by_candidate": aborted,
-        "kept": kept,
+        "arm": arm, "seed": seed, "batch": batch, "seconds": seconds, "rollout/tail_s": 0.1, "after_s": 0.05,
+        "candidates/launched": 3, "candidates/aborted": sum(map(sum, aborted)), "tokens/generated": 60,
+        "tokens/kept": 30, "early_stop/tokens_after": 3, "length/kept_mean": 15.0, "cpu_engine_s": seconds / 2,
+        "cpu_server_s": 0.0, "cpu_worker_s": 0.0, "cpu_driver_s": seconds / 10, "lengths": lengths,
+        "aborted_by_candidate": aborted, "kept": kept,
     }  # fmt: skip
 
 
 def routed(arm, repetition, seconds, computed, requests):
     return {
-        "arm": arm, "limit": 32, "repetition": repetition, "seconds": seconds, "cached_share": 1 - computed / 1000,
-        "computed_tokens": computed, "prompt_tokens": 1000, "imbalance": max(requests) / 48,
+        "arm": arm, "limit": 32, "repetition": repetition, "seconds": seconds,
+        "rollout/prefix_cached_share": 1 - computed / 1000, "computed_tokens": computed, "prompt_tokens": 1000,
+        "imbalance": max(requests) / 48,
     }  # fmt: skip
 
 
@@ -44,17 +54,16 @@ def routed(arm, repetition, seconds, computed, requests):
 
 def test_values_come_in_the_order_of_their_pairs_however_the_arms_took_turns():
     records = [rollout("a", 1, 3.0), rollout("b", 0, 1.0), rollout("b", 1, 4.0), rollout("a", 0, 2.0)]
-    by = report.PAIRED_BY["early-stop"]
-    assert paired(records, "a", "seconds", by).tolist() == [2.0, 3.0]
-    assert paired(records, "b", "seconds", by).tolist() == [1.0, 4.0]
-    assert arms_of(records) == ["a", "b"]
+    found = paired(pd.DataFrame(records), "seconds", report.PAIRED_BY["early-stop"])
+    assert found["a"].tolist() == [2.0, 3.0]
+    assert found["b"].tolist() == [1.0, 4.0]
 
 
 @pytest.mark.parametrize("left_over", [[], [rollout("a", 0), rollout("a", 0)]])
 def test_a_repetition_that_is_missing_or_there_twice_is_refused(left_over):
     records = [rollout("b", 0), rollout("b", 1), rollout("a", 1), *left_over]
     with pytest.raises(ValueError, match="arm 'a'"):
-        paired(records, "a", "seconds", report.PAIRED_BY["early-stop"])
+        paired(pd.DataFrame(records), "seconds", report.PAIRED_BY["early-stop"])
 
 
 def test_a_speed_up_is_the_ratio_of_totals_and_its_interval_that_of_the_pairs():
@@ -65,7 +74,7 @@ def test_a_speed_up_is_the_ratio_of_totals_and_its_interval_that_of_the_pairs():
         for batch, seconds in enumerate(speeds)
         for arm, factor in (("slow", 2.0), ("fast", 1.0))
     ]
-    found = harness.ratio(records, "slow", "fast", report.PAIRED_BY["early-stop"])
+    found = harness.ratio(pd.DataFrame(records), "slow", "fast", report.PAIRED_BY["early-stop"])
     assert (found.value, found.low, found.high) == pytest.approx((2.0, 2.0, 2.0))
 
 
@@ -85,12 +94,12 @@ def test_the_interval_of_a_ratio_covers_the_truth_as_often_as_it_says():
 def test_streaming_is_compared_within_each_repetition():
     records = [stream(report.PLAIN, n, 1000.0 * (n + 1)) for n in range(5)]
     records += [stream("chunk 256", n, 980.0 * (n + 1)) for n in range(5)]
-    found = harness.ratio(records, report.PLAIN, "chunk 256", report.PAIRED_BY["streaming"])
+    found = harness.ratio(pd.DataFrame(records), report.PLAIN, "chunk 256", report.PAIRED_BY["streaming"])
     assert (found.value, found.low, found.high) == pytest.approx((0.98, 0.98, 0.98))
-    assert [check.passed for check in report.streaming_checks(records)] == [True]
+    assert [check.passed for check in checks_of({"streaming": records})] == [True]
     slow = [record | {"seconds": record["seconds"] / 0.9} for record in records[5:]]
-    assert [check.passed for check in report.streaming_checks(records[:5] + slow)] == [False]
-    table = report.tables({"streaming": records}).splitlines()
+    assert [check.passed for check in checks_of({"streaming": records[:5] + slow})] == [False]
+    table = report.tables(frames({"streaming": records})).splitlines()
     assert table[2] == "| 32 | plain | 5 | 3,000 | 1 | 0 |"
     assert table[3] == "| 32 | chunk 256 | 5 | 2,940 | 0.980 [0.980, 0.980] | 4 |"
 
@@ -110,8 +119,8 @@ def test_streaming_is_compared_within_each_repetition():
 )
 def test_an_aborted_response_is_the_same_as_far_as_it_ran(lengths, aborted, same):
     records = [rollout(report.OFF, 0), rollout(report.EXACT, 0, lengths=(lengths,), aborted=(aborted,))]
-    assert report.repeated_groups(records, report.OFF, report.EXACT).tolist() == [[same]]
-    assert report.repeated_groups(records, report.EXACT, report.OFF).tolist() == [[same]]
+    assert report.compared_groups(pd.DataFrame(records), report.OFF, report.EXACT)[0].tolist() == [same]
+    assert report.compared_groups(pd.DataFrame(records), report.EXACT, report.OFF)[0].tolist() == [same]
 
 
 def test_two_aborted_responses_say_nothing_about_each_other():
@@ -119,7 +128,7 @@ def test_two_aborted_responses_say_nothing_about_each_other():
         rollout(report.EAGER, 0, lengths=((10, 20, 5),), aborted=((False, False, True),)),
         rollout(report.EXACT, 0, lengths=((10, 20, 9),), aborted=((False, False, True),)),
     ]
-    assert report.repeated_groups(records, report.EAGER, report.EXACT).tolist() == [[True]]
+    assert report.compared_groups(pd.DataFrame(records), report.EAGER, report.EXACT)[0].tolist() == [True]
 
 
 def early_stop_records(exact_kept, exact_lengths=((10, 20, 30),)):
@@ -130,21 +139,21 @@ def early_stop_records(exact_kept, exact_lengths=((10, 20, 30),)):
 
 
 def test_exact_must_keep_what_off_keeps():
-    checks = report.early_stop_checks(early_stop_records(exact_kept=((0, 1),)))
+    checks = checks_of({"early-stop": early_stop_records(exact_kept=((0, 1),))})
     assert [check.value for check in checks] == [1.0, 1.0]
-    checks = report.early_stop_checks(early_stop_records(exact_kept=((0, 2),)))
+    checks = checks_of({"early-stop": early_stop_records(exact_kept=((0, 2),))})
     assert [check.passed for check in checks] == [True, False]
 
 
 def test_a_group_whose_responses_differ_says_nothing_about_the_decision():
     records = early_stop_records(exact_kept=((0, 2),), exact_lengths=((10, 20, 15),))
-    assert [check.passed for check in report.early_stop_checks(records)] == [True, True]
-    assert report.early_stop_checks(records)[0].value == pytest.approx(39 / 40)
+    assert [check.passed for check in checks_of({"early-stop": records})] == [True, True]
+    assert checks_of({"early-stop": records})[0].value == pytest.approx(39 / 40)
 
 
 def test_the_tables_of_early_stop():
     records = early_stop_records(exact_kept=((0, 1),))
-    table, overhead, note = (part.splitlines() for part in report.tables({"early-stop": records}).split("\n\n"))
+    table, overhead, note = (part.splitlines() for part in report.tables(frames({"early-stop": records})).split("\n\n"))
     assert table[2].startswith("| plain n=M | 1.500 | 60.0 | 1 | 2,400 | 1,200 | 0 of 120 | 120 (5.00%) | 0.100 | 15.0")
     assert table[-1].startswith("| shortest exact | 1.000 | 40.0 | 1.50 [1.50, 1.50] |")
     assert "1.000 of 40 groups" in note[0]
@@ -158,17 +167,17 @@ def test_the_tables_of_early_stop():
 def test_routing_reports_prefill_balance_and_time():
     records = [routed(report.BALANCED, n, 2.0, 400, [48, 48]) for n in range(3)]
     records += [routed(report.GROUP, n, 1.6, 250, [72, 24]) for n in range(3)]
-    table = report.tables({"routing": records}).splitlines()
+    table = report.tables(frames({"routing": records})).splitlines()
     assert table[2] == "| 32 | balanced | 0.600 | 400 of 1,000 | 1.00 | 2.000 | 1 |"
     assert table[3] == "| 32 | group | 0.750 | 250 of 1,000 | 1.50 | 1.600 | 1.25 [1.25, 1.25] |"
 
 
 def test_tables_and_checks_are_of_what_was_run():
     results = {"routing": [routed(report.BALANCED, 0, 2.0, 400, [48, 48])]}
-    assert "prefix cached" in report.tables(results)
-    assert "tokens/s" not in report.tables(results)
-    assert report.checks(results) == []
-    checks = report.checks({"early-stop": early_stop_records(exact_kept=((0, 1),))})
+    assert "prefix cached" in report.tables(frames(results))
+    assert "tokens/s" not in report.tables(frames(results))
+    assert report.checks(frames(results)) == []
+    checks = checks_of({"early-stop": early_stop_records(exact_kept=((0, 1),))})
     assert len(checks) == 2
     assert not any(math.isnan(check.value) for check in checks)
 
@@ -182,8 +191,14 @@ def test_quick_is_small_unless_told_otherwise():
 
 
 def test_every_arm_stands_at_every_place_once_in_a_round():
-    turns = [rotated(["a", "b", "c"], turn) for turn in range(3)]
-    assert [sorted(place) for place in zip(*turns, strict=True)] == [["a", "b", "c"]] * 3
+    measured = []
+
+    def measure(arm, turn):
+        measured.append(arm)
+        return {"seconds": 1.0}
+
+    harness.take_turns(({"turn": turn} for turn in range(3)), ["a", "b", "c"], measure)
+    assert [sorted(measured[place::3]) for place in range(3)] == [["a", "b", "c"]] * 3
 
 
 def test_arms_take_turns_and_the_first_of_each_size_only_warms_up():

@@ -7,6 +7,7 @@ other rows are computed by verl's own call, in one batch. Outputs are those of v
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from verl.protocol import DataProto, pad_dataproto_to_divisor, unpad_dataproto
 
 from darts.config import DartsConfig
 from darts.messages import CANDIDATE, ActorCall, SequenceKey, checksum
-from darts.overlap.session import ActorLimits, OverlapOutcome, OverlapSession, overlap_metrics
+from darts.overlap.session import GIB, ActorLimits, OverlapOutcome, OverlapSession
 from darts.planning import Rollout
 
 
@@ -44,49 +45,6 @@ def usable_rows(batch: DataProto, outcome: OverlapOutcome) -> list[bool]:
             and checksum(input_ids[row][attention_mask[row]]) == outcome.checksums[key]
         )
     return usable
-
-
-def join(
-    batch: DataProto,
-    outcome: OverlapOutcome,
-    usable: list[bool],
-    names: list[str],
-    compute: Callable[[DataProto], DataProto],
-    num_ranks: int,
-    max_tokens: int,
-) -> DataProto:
-    """The values `names` of all rows.
-
-    Args:
-        batch: as verl computes log-probs of it.
-        outcome: of the step; `usable` as `usable_rows` says.
-        names: of the values, as in `darts.messages.RankResults`.
-        compute: verl's computation of them, for the rows that are missing.
-        num_ranks: by which verl's computation divides its rows.
-        max_tokens: of a micro-batch.
-
-    Returns:
-        float32 [rows, response length] for each name.
-    """
-    num_rows, width = batch.batch["responses"].shape
-    joined_values = {name: torch.zeros(num_rows, width, dtype=torch.float32) for name in names}
-    for row, key in enumerate(sequence_keys(batch)):
-        if usable[row]:
-            for name in names:
-                values = torch.tensor(outcome.values[key][name])  # a copy: what Ray gives is read-only
-                joined_values[name][row, : len(values)] = values
-    missing_rows = _uneven(batch, np.flatnonzero(~np.asarray(usable, dtype=bool)))
-    if len(missing_rows):
-        padded_part, num_added = pad_dataproto_to_divisor(batch.select_idxs(missing_rows), num_ranks)
-        padded_part.meta_info = padded_part.meta_info | {
-            "global_token_num": padded_part.batch["attention_mask"].sum(dim=-1).tolist(),
-            "use_dynamic_bsz": True,
-            "max_token_len_per_gpu": max_tokens,
-        }
-        computed_values = unpad_dataproto(compute(padded_part), num_added)
-        for name in names:
-            joined_values[name][missing_rows] = computed_values.batch[name].float()
-    return DataProto.from_single_dict(joined_values)
 
 
 def _uneven(batch: DataProto, rows: np.ndarray) -> np.ndarray:
@@ -185,23 +143,40 @@ class OverlappedLogProbs:
 
     def metrics(self, rollout: Rollout) -> dict[str, float]:
         """Metrics of the step that was fetched last; empty if it had no overlapped results. Keys as in `METRICS`."""
-        joined_step = self._joined
+        joined_step, pool = self._joined, rollout.pool
         if joined_step is None:
             return {}
-        pool = rollout.pool
+        outcome = joined_step.outcome
         ended_at = {
             SequenceKey(rollout.uids[prompt], candidate): time_ended
             for prompt, candidate, time_ended in zip(
                 pool.prompt.tolist(), pool.candidate.tolist(), pool.ended_at.tolist(), strict=True
             )
         }
-        kept_lengths = dict(zip(joined_step.keys, joined_step.lengths, strict=True))
-        metrics = overlap_metrics(joined_step.outcome, kept_lengths, ended_at, rollout.ended)
-        hidden_s = metrics["darts/overlap/hidden_s"]
-        metrics["darts/overlap/exposed_s"] = joined_step.exposed_s
-        metrics["darts/overlap/hidden_share"] = hidden_s / max(hidden_s + joined_step.exposed_s, 1e-9)
-        metrics["darts/overlap/late_rows"] = float(joined_step.usable.count(False))
-        return metrics
+        kept_keys, kept_tokens = set(joined_step.keys), max(sum(joined_step.lengths), 1)
+        early_tokens = Counter()
+        for key in kept_keys & outcome.values.keys():
+            for computed_at, tokens in outcome.computed.get(key, []):
+                early_tokens["rollout"] += tokens * (computed_at <= rollout.ended)
+                early_tokens["response"] += tokens * (computed_at <= ended_at[key])
+        hidden_s = sum(max(min(call.ended, rollout.ended) - call.began, 0.0) for call in outcome.calls)
+        forwarded_tokens = sum(call.tokens for call in outcome.calls)
+        wasted_parts = [parts for key, parts in outcome.computed.items() if key not in kept_keys]
+        metrics = {
+            "calls": len(outcome.calls),
+            "hidden_s": hidden_s,
+            "exposed_s": joined_step.exposed_s,
+            "hidden_share": hidden_s / max(hidden_s + joined_step.exposed_s, 1e-9),
+            "tokens_forwarded": forwarded_tokens,
+            "tokens_twice": outcome.restarted_tokens,
+            "tokens_wasted": sum(tokens for parts in wasted_parts for _, tokens in parts),
+            "forwarded_per_kept": forwarded_tokens / kept_tokens,
+            "before_end_share": early_tokens["response"] / kept_tokens,
+            "in_rollout_share": early_tokens["rollout"] / kept_tokens,
+            "late_rows": joined_step.usable.count(False),
+            "cache_peak_gib": outcome.peak_cache_bytes / GIB,
+        }
+        return {f"darts/overlap/{name}": float(value) for name, value in metrics.items()}
 
     @property
     def calls(self) -> list[ActorCall]:
@@ -209,7 +184,24 @@ class OverlappedLogProbs:
         return [] if self._joined is None else self._joined.outcome.calls
 
     def _join(self, batch: DataProto, names: list[str], compute: Callable[[DataProto], DataProto]) -> DataProto:
+        """The values `names` of all rows, float32 [rows, response length]; `compute` is verl's, for what is missing."""
         joined_step, limits = self._joined, self._limits
-        # A fixed number of rows would have to divide them; one of the longest always fits.
-        max_tokens = limits.max_tokens if limits.max_rows is None else limits.longest
-        return join(batch, joined_step.outcome, joined_step.usable, names, compute, limits.num_ranks, max_tokens)
+        joined_values = {name: torch.zeros(batch.batch["responses"].shape, dtype=torch.float32) for name in names}
+        for row, key in enumerate(joined_step.keys):
+            if joined_step.usable[row]:
+                for name in names:
+                    values = torch.tensor(joined_step.outcome.values[key][name])  # a copy: what Ray gives is read-only
+                    joined_values[name][row, : len(values)] = values
+        missing_rows = _uneven(batch, np.flatnonzero(~np.asarray(joined_step.usable, dtype=bool)))
+        if len(missing_rows):
+            padded_part, num_added = pad_dataproto_to_divisor(batch.select_idxs(missing_rows), limits.num_ranks)
+            padded_part.meta_info = padded_part.meta_info | {
+                "global_token_num": padded_part.batch["attention_mask"].sum(dim=-1).tolist(),
+                # A fixed number of rows would have to divide them; one of the longest always fits.
+                "use_dynamic_bsz": True,
+                "max_token_len_per_gpu": limits.max_tokens if limits.max_rows is None else limits.longest,
+            }
+            computed_values = unpad_dataproto(compute(padded_part), num_added)
+            for name in names:
+                joined_values[name][missing_rows] = computed_values.batch[name].float()
+        return DataProto.from_single_dict(joined_values)

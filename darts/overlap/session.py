@@ -7,14 +7,14 @@ exposed.
 1. One call is in flight at a time: ranks forward together, and Ray does not promise an order to calls of an actor that
    has async methods. Generation never waits: `run` only awaits, and returns when the workers have nothing to report any
    more; a call that is in flight then goes on, and `finish` takes its answer.
-2. A rank that raises or dies ends `run` or `finish` with the cause; every wait has a limit (`darts.timeout_s`).
+2. A rank that raises or dies ends `prepare`, `run` or `finish` with a `RuntimeError` that has the cause. Every wait has
+   a limit, `darts.timeout_s`: a `TimeoutError`.
 3. Nothing of a step outlives it: ranks forget when a step opens and when it is finished; every call names its step.
 4. `finish` gives results only for sequences whose tokens are those of the batch, by checksum. The rest is missing, and
    verl computes it.
 """
 
 import asyncio
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,9 +84,8 @@ class _Step:
     """A step that has begun and is not finished."""
 
     number: int
-    schedule: OverlapSchedule | None = None  # None until the ranks have opened the step
-    early: list[Progress] = field(default_factory=list)  # reported before that
-    waiting: list[Any] = field(default_factory=list)  # answers of the ranks, object references
+    schedule: OverlapSchedule
+    waiting: list[Any]  # answers of the ranks, object references
     sent: list[RankCall] = field(default_factory=list)  # what they answer; empty: they open the step
     calls: list[ActorCall] = field(default_factory=list)
     computed: dict[SequenceKey, list[tuple[float, int]]] = field(default_factory=dict)
@@ -121,12 +120,7 @@ class OverlapSession:
         return self._step is not None
 
     def prepare(self) -> list[RankAbility]:
-        """Finds out what the ranks can do, in a step of its own, number 0, and says once if that excludes `token`.
-
-        Raises:
-            RuntimeError: a rank failed.
-            TimeoutError: a rank did not answer.
-        """
+        """Finds out what the ranks can do, in a step of its own, number 0, and says once if that excludes `token`."""
         abilities: list[RankAbility] = self._get(self._actor.overlap_open(self._settings(0)))
         self._get(self._actor.overlap_clear(0))
         if self.mode == "token":
@@ -139,14 +133,14 @@ class OverlapSession:
         return abilities
 
     async def run(self, workers: Iterable[Any], rollout: int, step: int) -> None:
-        """Computes while `workers` run rollout number `rollout`.
-
-        Raises:
-            RuntimeError: a rank failed.
-            TimeoutError: a rank did not answer.
-        """
+        """Computes while `workers` run rollout number `rollout`."""
         self._more = asyncio.Event()
-        self._step = _Step(step, waiting=self._actor.overlap_open(self._settings(step)))
+        limits = self._limits
+        forward_tokens = limits.max_tokens * limits.sequence_parallel
+        schedule = OverlapSchedule(
+            step, limits.num_ranks, forward_tokens, self.cache_tokens, max_rows=limits.max_rows, padded=limits.padded
+        )
+        self._step = _Step(step, schedule, self._actor.overlap_open(self._settings(step)))
         driver_task = asyncio.ensure_future(self._drive(self._step))
         poll_tasks = asyncio.gather(*[self._poll(self._step, worker, rollout) for worker in workers])
         try:
@@ -163,8 +157,7 @@ class OverlapSession:
         """Computes what is left of the kept sequences `keys`, fetches their results, and clears the ranks.
 
         Raises:
-            RuntimeError: a rank failed, or no step has begun.
-            TimeoutError: a rank did not answer.
+            RuntimeError: no step has begun; or see the module's contract.
         """
         if self._step is None:
             raise RuntimeError("no step has begun: run() comes before finish().")
@@ -194,10 +187,12 @@ class OverlapSession:
         try:
             while True:
                 progress: Progress = await worker.take_growth.remote(rollout, POLL_S)
-                if step.schedule is None:
-                    step.early.append(progress)
-                else:
-                    _report(step.schedule, progress)
+                for growth in progress.growths:
+                    step.schedule.grow(growth)
+                for key in progress.kept:
+                    step.schedule.keep(key)
+                for key in progress.dropped:
+                    step.schedule.drop(key)
                 self._more.set()
                 if progress.ended:
                     return
@@ -244,18 +239,6 @@ class OverlapSession:
     def _take(self, step: _Step, answers: list[Any]) -> None:
         step.waiting = []
         if not step.sent:
-            limits = self._limits
-            step.schedule = OverlapSchedule(
-                step.number,
-                limits.num_ranks,
-                limits.max_tokens * limits.sequence_parallel,
-                self.cache_tokens,
-                max_rows=limits.max_rows,
-                padded=limits.padded,
-            )
-            for progress in step.early:
-                _report(step.schedule, progress)
-            step.early = []
             return
         reports: list[RankReport] = answers[: self._limits.num_ranks]  # the others are parts of the same ranks
         ended_at = max(report.ended for report in reports)
@@ -307,48 +290,7 @@ class OverlapSession:
         )
 
 
-def overlap_metrics(
-    outcome: OverlapOutcome, lengths: dict[SequenceKey, int], ended_at: dict[SequenceKey, float], generated: float
-) -> dict[str, float]:
-    """Metrics of the hidden part; keys as in `darts.metrics.METRICS`.
-
-    Args:
-        outcome: of the step.
-        lengths: response tokens of the kept sequences.
-        ended_at: `time.time()` at which each of them had been generated.
-        generated: the same for the rollout.
-    """
-    forwarded_tokens = sum(call.tokens for call in outcome.calls)
-    kept_tokens = sum(lengths.values())
-    early_tokens = Counter()
-    for key in lengths.keys() & outcome.values.keys():
-        for computed_at, tokens in outcome.computed.get(key, []):
-            early_tokens["rollout"] += tokens * (computed_at <= generated)
-            early_tokens["response"] += tokens * (computed_at <= ended_at[key])
-    wasted_tokens = sum(tokens for key, parts in outcome.computed.items() if key not in lengths for _, tokens in parts)
-    return {
-        "darts/overlap/calls": float(len(outcome.calls)),
-        "darts/overlap/hidden_s": sum(max(min(call.ended, generated) - call.began, 0.0) for call in outcome.calls),
-        "darts/overlap/tokens_forwarded": float(forwarded_tokens),
-        "darts/overlap/tokens_twice": float(outcome.restarted_tokens),
-        "darts/overlap/tokens_wasted": float(wasted_tokens),
-        "darts/overlap/forwarded_per_kept": forwarded_tokens / max(kept_tokens, 1),
-        "darts/overlap/before_end_share": early_tokens["response"] / max(kept_tokens, 1),
-        "darts/overlap/in_rollout_share": early_tokens["rollout"] / max(kept_tokens, 1),
-        "darts/overlap/cache_peak_gib": outcome.peak_cache_bytes / GIB,
-    }
-
-
 def failed(cause: BaseException) -> RuntimeError:
     """What is raised where a rank has failed."""
     origin = cause.cause if isinstance(cause, ray.exceptions.RayTaskError) else cause
     return RuntimeError(f"the overlapped actor failed: {type(origin).__name__}: {origin}")
-
-
-def _report(schedule: OverlapSchedule, progress: Progress) -> None:
-    for growth in progress.growths:
-        schedule.grow(growth)
-    for key in progress.kept:
-        schedule.keep(key)
-    for key in progress.dropped:
-        schedule.drop(key)

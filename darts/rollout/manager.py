@@ -17,6 +17,7 @@ M of a prompt are kept. From what all candidates became, the planner learns.
 """
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -272,25 +273,18 @@ class DartsAgentLoopManager(AgentLoopManager):
         ends the wait, and them. With `harvest`, `complete` gets the uids of the groups that are."""
         deadline = time.monotonic() + self.rules.timeout_s
         futures = {asyncio.wrap_future(job.ref.future()): job for job in jobs}
-        pending = set(futures)
-        # These end right after the workers: they have to hear their last reports.
-        listening_tasks = {asyncio.ensure_future(self._end_at_harvest(jobs, complete))}
-        if overlapping is not None:
-            listening_tasks.add(overlapping)
-        side_tasks = {asyncio.ensure_future(self._deadline(jobs)), *listening_tasks}
-        unseen_tasks = set(side_tasks)
+        # They end right after the workers, whose last reports they have to hear.
+        side_tasks = {asyncio.ensure_future(self._steer(jobs, complete))} | ({overlapping} if overlapping else set())
+        pending = side_tasks.union(futures)
         try:
-            while pending or unseen_tasks & listening_tasks:
+            while pending:
                 seconds_left = deadline - time.monotonic()
                 wait_s = max(min(seconds_left, self.rules.progress_s or seconds_left), 0.0)
-                awaited = pending | unseen_tasks
-                done, _ = await asyncio.wait(awaited, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
-                for future in done & pending:
-                    futures[future].raise_failure(future)
-                for future in done & unseen_tasks:
+                done, pending = await asyncio.wait(pending, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+                for future in sorted(done, key=side_tasks.__contains__):  # a worker's failure is the cause
+                    if future in futures:
+                        futures[future].raise_failure(future)
                     future.result()
-                pending -= done
-                unseen_tasks -= done
                 if not done:
                     is_expired = time.monotonic() >= deadline
                     running_jobs = [job for future, job in futures.items() if future in pending]
@@ -300,43 +294,32 @@ class DartsAgentLoopManager(AgentLoopManager):
             for future in side_tasks:
                 future.cancel()
             await asyncio.gather(*side_tasks, return_exceptions=True)
-            for future in pending:
+            for future in pending - side_tasks:
                 futures[future].worker.give_up.remote(self._number)
 
-    async def _deadline(self, jobs: list["_Job"]) -> None:
-        """Once every group of the batch is ready or complete, no group waits any longer."""
-        if self.rules.selection.long_wait == "deadline":
-            try:
-                await asyncio.gather(*[job.worker.settled.remote(self._number) for job in jobs])
-                await asyncio.gather(*[job.worker.deadline.remote(self._number) for job in jobs])
-            except ray.exceptions.RayActorError:
-                pass  # the job of that worker fails with the same cause
+    async def _steer(self, jobs: list["_Job"], complete_uids: list[str]) -> None:
+        """Says when no group waits any longer, as all are ready or complete; with `harvest`, when enough are complete.
 
-    async def _end_at_harvest(self, jobs: list["_Job"], complete_uids: list[str]) -> None:
-        """Once enough groups are complete, the others are given up. A message per worker and group, not per token."""
-        if self._harvest is None:
-            return
-        has_enough = asyncio.Event()
+        That is a message per worker, or per worker and group; none per token.
+        """
+
+        async def end_waits() -> None:
+            await asyncio.gather(*[job.worker.settled.remote(self._number) for job in jobs])
+            await asyncio.gather(*[job.worker.deadline.remote(self._number) for job in jobs])
 
         async def listen(job: _Job) -> None:
             num_known = 0
             while new_uids := await job.worker.completed.remote(self._number, num_known):
                 num_known += len(new_uids)
+                had_enough = len(complete_uids) >= self._harvest
                 complete_uids.extend(new_uids)
-                if len(complete_uids) >= self._harvest:
-                    has_enough.set()
+                if not had_enough and len(complete_uids) >= self._harvest:
+                    await asyncio.gather(*[other.worker.abandon.remote(self._number) for other in jobs])
 
-        async def abandon() -> None:
-            await has_enough.wait()
-            await asyncio.gather(*[job.worker.abandon.remote(self._number) for job in jobs])
-
-        abandon_task = asyncio.ensure_future(abandon())
-        try:
-            await asyncio.gather(*[listen(job) for job in jobs])
-        except ray.exceptions.RayActorError:
-            pass  # the job of that worker fails with the same cause
-        finally:
-            abandon_task.cancel()
+        duties = [end_waits()] if self.rules.selection.long_wait == "deadline" else []
+        duties += [] if self._harvest is None else [listen(job) for job in jobs]
+        with contextlib.suppress(ray.exceptions.RayActorError):  # the job of that worker fails with the same cause
+            await asyncio.gather(*duties)
 
     async def _report(self, jobs: list["_Job"], running: list["_Job"], is_expired: bool) -> None:
         """Says how far the rollout is; raises if its time is over."""

@@ -29,7 +29,7 @@ from bisect import bisect_left, bisect_right, insort
 from dataclasses import dataclass
 
 from darts.pool import State
-from darts.selection import select
+from darts.selection import check_counts, select
 
 EARLY_STOP = ("eager", "exact", "off")
 LONG_WAIT = ("all", "deadline")
@@ -55,14 +55,10 @@ class GroupRules:
     long_wait: str = "all"  # what a dual-end group waits for; see the module's contract
 
     def __post_init__(self) -> None:
-        if self.num_keep < 1:
-            raise ValueError(f"num_keep={self.num_keep}: must be at least 1.")
-        if not 0 <= self.num_long < self.num_keep:
-            raise ValueError(f"num_long={self.num_long}: must lie in [0, num_keep={self.num_keep}).")
-        if self.early_stop not in EARLY_STOP:
-            raise ValueError(f"early_stop={self.early_stop!r}: must be one of {', '.join(EARLY_STOP)}.")
-        if self.long_wait not in LONG_WAIT:
-            raise ValueError(f"long_wait={self.long_wait!r}: must be one of {', '.join(LONG_WAIT)}.")
+        check_counts(self.num_keep, self.num_long)
+        for name, modes in (("early_stop", EARLY_STOP), ("long_wait", LONG_WAIT)):
+            if (mode := getattr(self, name)) not in modes:
+                raise ValueError(f"{name}={mode!r}: must be one of {', '.join(modes)}.")
 
     @property
     def stops_early(self) -> bool:
@@ -111,7 +107,8 @@ class CandidateGroup:
         # before there are M of them, so a truncated one that comes later never fills the group.
         self._valid: list[tuple[int, int]] = []
         self._kept: list[int] | None = None
-        self._abandoned = False
+        self.abandoned = False
+        """Whether the group was given up before it was complete."""
 
     def progress(self, index: int, length: int) -> list[int]:
         """Candidate `index` has `length` tokens so far. A report about one that has ended changes nothing.
@@ -136,7 +133,7 @@ class CandidateGroup:
         if self._states[index] is State.RUNNING and not truncated:
             insort(self._valid, (length, index))
         self._arrival.append(index)
-        self._end(index, length, State.TRUNCATED if truncated else State.FINISHED)
+        self._states[index], self._lengths[index] = State.TRUNCATED if truncated else State.FINISHED, length
         return self._decide()
 
     def stop(self, index: int, length: int) -> list[int]:
@@ -148,7 +145,7 @@ class CandidateGroup:
         self._check(index, length, at_least=0, running=True)
         if self._states[index] is not State.ABORTING:
             raise ValueError(f"candidate {index}: stopped, but it was not asked to; report it by lose().")
-        self._end(index, length, State.STOPPED)
+        self._states[index], self._lengths[index] = State.STOPPED, length
         return []
 
     def lose(self, index: int, length: int) -> list[int]:
@@ -163,7 +160,7 @@ class CandidateGroup:
         num_left = len(self._valid) + len(set(self._all(State.TRUNCATED, State.RUNNING)) - {index})
         if not self._decided and num_left < self.rules.num_keep:
             raise ValueError(f"{num_lost} candidates were lost, {num_left} are left: {self.rules.num_keep} are needed.")
-        self._end(index, length, State.LOST)
+        self._states[index], self._lengths[index] = State.LOST, length
         return self._decide()
 
     def deadline(self) -> list[int]:
@@ -183,29 +180,21 @@ class CandidateGroup:
         return self._abort(self._all(State.RUNNING))
 
     def abandon(self) -> list[int]:
-        """The rollout is over without this group: what still runs is to be aborted, nothing is ever kept.
-
-        Nothing happens where the group is complete: what it keeps is kept.
-        """
+        """The rollout is over without this group: what runs is to be aborted. A complete one keeps what it has."""
         if self._decided:
             return []
-        self._abandoned = True
+        self.abandoned = True
         return self._abort(self._all(State.RUNNING))
 
     @property
     def ready(self) -> bool:
         """Whether a deadline may fall: a dual-end group that does not wait for all, with M valid candidates."""
-        return self.rules.awaits_deadline and not self._abandoned and len(self._valid) >= self.rules.num_keep
+        return self.rules.awaits_deadline and not self.abandoned and len(self._valid) >= self.rules.num_keep
 
     @property
     def complete(self) -> bool:
         """Whether `kept` is decided."""
         return self._kept is not None
-
-    @property
-    def abandoned(self) -> bool:
-        """Whether the group was given up before it was complete."""
-        return self._abandoned
 
     @property
     def ended(self) -> bool:
@@ -231,7 +220,7 @@ class CandidateGroup:
     def kept(self) -> list[int]:
         """The kept candidates, ordered by length; a `RuntimeError` where the group is not complete."""
         if self._kept is None:
-            phase = "abandoned" if self._abandoned else "not decided yet"
+            phase = "abandoned" if self.abandoned else "not decided yet"
             raise RuntimeError(f"{len(self._arrival)} of {len(self._lengths)} candidates have finished; {phase}.")
         return list(self._kept)
 
@@ -270,7 +259,7 @@ class CandidateGroup:
 
     @property
     def _decided(self) -> bool:
-        return self._kept is not None or self._abandoned
+        return self._kept is not None or self.abandoned
 
     def _all(self, *states: State) -> list[int]:
         return [index for index, state in enumerate(self._states) if state in states]
@@ -282,9 +271,6 @@ class CandidateGroup:
             raise ValueError(f"candidate {index}: length={length}; must be finite and at least {at_least}.")
         if running and self._states[index].ended:
             raise ValueError(f"candidate {index}: ended twice; each candidate ends once.")
-
-    def _end(self, index: int, length: int, state: State) -> None:
-        self._states[index], self._lengths[index] = state, length
 
     def _decide(self, grown: int | None = None) -> list[int]:
         """Which of those that run to abort; completes the group if nothing that it needs runs any more.
@@ -305,7 +291,7 @@ class CandidateGroup:
     def _abort(self, losers: list[int]) -> list[int]:
         for index in losers:
             self._states[index] = State.ABORTING
-        if not self._abandoned and State.RUNNING not in self._states:
+        if not self.abandoned and State.RUNNING not in self._states:
             usable_candidates = sorted([index for _, index in self._valid] + self._all(State.TRUNCATED))
             is_truncated = [self._states[index] is State.TRUNCATED for index in usable_candidates]
             usable_lengths = [self._lengths[index] for index in usable_candidates]

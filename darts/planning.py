@@ -18,16 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from darts.allocation import (
-    Utility,
-    allocate,
-    contiguous_parts,
-    expected,
-    optimal_total,
-    rounded_total,
-    spread_parts,
-    uniform_budgets,
-)
+from darts.allocation import Utility, allocate, contiguous_parts, optimal_total, rounded_total, spread_parts
 from darts.config import DartsConfig
 from darts.forecast import CostModel, draw_lengths, stopped_lengths
 from darts.history import LengthHistory, StopCorrection, are_amounts
@@ -129,16 +120,14 @@ class RolloutPlanner:
         utility, relative_times = None, ()
         if allocation.mode == "off":
             budgets = np.full(len(keys), group_size)
-        elif adaptive:
-            std_weights = std / std.mean()
+        else:
+            weights = std / std.mean() if adaptive else np.ones(len(keys))
             total_budget = rounded_total(len(keys), allocation.fallback_mean)
-            if lengths is not None:
-                relative_times = self._relative_times(std_weights, lengths, mean, base_s, darts)
+            if adaptive and lengths is not None:
+                relative_times = self._relative_times(weights, lengths, mean, base_s, darts)
                 utility = self._utility(len(keys), relative_times, darts)
                 total_budget = utility.total
-            budgets = allocate(std_weights, total_budget, allocation.low, allocation.high)
-        else:
-            budgets = uniform_budgets(len(keys), allocation.fallback_mean, allocation.low, allocation.high)
+            budgets = allocate(weights, total_budget, allocation.low, allocation.high)
         if lengths is not None:
             decoded_lengths = stopped_lengths(lengths, budgets, darts, self._response_length)
             start_order = launch_order(budgets, mean, adaptive)
@@ -250,18 +239,18 @@ class RolloutPlanner:
     def _utility(self, num_prompts: int, times: tuple[float, ...], darts: DartsConfig) -> Utility:
         """What the total brings that the settings ask for, or the best one."""
         allocation = darts.allocation
-        low, high = allocation.low, allocation.high
-        utility_terms = {
-            "seconds": times,
-            "base_seconds": 1.0,
-            "group_size": darts.group_size,
-            "variation": self.history.dataset_std / self.history.dataset_mean,
-        }
-        if allocation.mean_candidates is None:
-            return optimal_total(num_prompts, low, high, cost_weight=allocation.cost_weight, **utility_terms)
-        total = rounded_total(num_prompts, allocation.mean_candidates)
-        gain, cost = map(float, expected(total / num_prompts, low, high, **utility_terms))
-        return Utility(total, gain - allocation.cost_weight * cost, gain, cost)
+        mean_budget = allocation.mean_candidates
+        return optimal_total(
+            num_prompts,
+            allocation.low,
+            allocation.high,
+            seconds=times,
+            base_seconds=1.0,
+            group_size=darts.group_size,
+            variation=self.history.dataset_std / self.history.dataset_mean,
+            cost_weight=allocation.cost_weight,
+            total=None if mean_budget is None else rounded_total(num_prompts, mean_budget),
+        )
 
     def _learn_lengths(
         self, keys: list[str], groups: list[NDArray[np.int64]], pool: CandidatePool, darts: DartsConfig

@@ -52,6 +52,7 @@ class Strategy:
     def __init__(self, darts: DartsConfig, num_prompts: int) -> None:
         self.darts = darts
         self.num_prompts = num_prompts
+        self._queue: list[int] = []
         self.rules = self.rules_of(darts)
 
     @staticmethod
@@ -74,7 +75,7 @@ class Strategy:
     @property
     def queue(self) -> tuple[int, ...]:
         """Prompts that were launched and are to come again."""
-        return ()
+        return tuple(self._queue)
 
     def state_dict(self) -> dict[str, Any]:
         """All that later rounds depend on."""
@@ -82,10 +83,6 @@ class Strategy:
 
     def load_state_dict(self, state: Any) -> None:
         """Goes on where `state_dict` was called; a `ValueError` on what is no state of such a strategy."""
-        if self._checked_queue(state):
-            raise ValueError(f"queue={state['queue']!r:.80}: darts.strategy={self.darts.strategy} has no queue.")
-
-    def _checked_queue(self, state: Any) -> list[int]:
         queue = state.get("queue") if isinstance(state, Mapping) else None
         if isinstance(state, Mapping) and state.get("num_prompts", self.num_prompts) != self.num_prompts:
             raise ValueError(
@@ -94,7 +91,9 @@ class Strategy:
             )
         if not (isinstance(queue, list) and all(type(row) is int and row >= 0 for row in queue)):
             raise ValueError(f"queue={queue!r:.80}: must be a list of rows of the dataset.")
-        return queue
+        if queue and not self.chooses_prompts:
+            raise ValueError(f"queue={queue!r:.80}: darts.strategy={self.darts.strategy} has no queue.")
+        self._queue = list(queue)
 
 
 class Plain(Strategy):
@@ -130,25 +129,12 @@ class Queueing(Strategy):
 
     chooses_prompts = True
 
-    def __init__(self, darts: DartsConfig, num_prompts: int) -> None:
-        super().__init__(darts, num_prompts)
-        self._queue: list[int] = []
-
-    @property
-    def queue(self) -> tuple[int, ...]:
-        """Upstream: `Strategy.queue`."""
-        return tuple(self._queue)
-
     def ended(self, launched: Sequence[int], trained: Sequence[int]) -> None:
         """Those not trained on wait behind the others, in their order."""
         trained_positions = set(trained)
         queued_again = [row for position, row in enumerate(launched) if position not in trained_positions]
         num_taken = len(self.next_round().queued)  # at the queue's head, by the round
         self._queue = [*self._queue[num_taken:], *queued_again]
-
-    def load_state_dict(self, state: Any) -> None:
-        """Upstream: `Strategy.load_state_dict`."""
-        self._queue = list(self._checked_queue(state))
 
 
 class TailBatching(Queueing):

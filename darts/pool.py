@@ -31,7 +31,7 @@ class State(Enum):
 class CandidatePool:
     """All candidates that one rollout launched, one entry each; shape [num_candidates] throughout.
 
-    One value stands for the same of all. What is not given is not known, and has the default.
+    One value stands for the same of all candidates. What is not given is not known, and has the default.
 
     Example: prompt=[0, 0, 1, 1], candidate=[0, 1, 0, 1], length=[12, 80, 40, 33], arrival=[0, -1, 1, 0], ...
     """
@@ -59,7 +59,7 @@ class CandidatePool:
         for column in fields(self):
             column_type = int if column.default is MISSING else type(column.default)
             values = np.asarray(getattr(self, column.name), dtype=column_type)
-            object.__setattr__(self, column.name, np.broadcast_to(values, len(self.prompt)))
+            object.__setattr__(self, column.name, np.broadcast_to(values, len(self.candidate)))
 
     @classmethod
     def of(cls, budgets: Sequence[int] | NDArray[np.int64], **columns: ArrayLike) -> "CandidatePool":

@@ -196,11 +196,9 @@ class StepTimes:
             point[1] += steps
         return [(mean_size, seconds / steps, int(steps)) for mean_size, (seconds, steps) in point_sums.items()]
 
-    def _add(self, exponent: int, running: float, seconds: float, steps: float) -> None:
-        bin_sums = self._bins.setdefault(exponent, [0.0, 0.0, 0])
-        bin_sums[0] += running
-        bin_sums[1] += seconds
-        bin_sums[2] += steps
+    def _add(self, exponent: int, *sums: float) -> None:
+        old_sums = self._bins.get(exponent, (0.0, 0.0, 0))
+        self._bins[exponent] = [old + new for old, new in zip(old_sums, sums, strict=True)]
 
     def __bool__(self) -> bool:
         return bool(self._bins)

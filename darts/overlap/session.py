@@ -210,23 +210,12 @@ class OverlapSession:
 
     async def _answers(self, refs: list[Any]) -> list[Any]:
         """What all ranks answer, or the first failure. If it is cancelled the ranks go on."""
-        tasks = [asyncio.ensure_future(ref) for ref in refs]
-        for task in tasks:
-            task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # retrieved
         try:
-            done_tasks, pending_tasks = await asyncio.wait(
-                tasks, timeout=self._limits.timeout_s, return_when=asyncio.FIRST_EXCEPTION
-            )
-            for task in done_tasks:
-                task.result()
+            return await asyncio.wait_for(asyncio.gather(*refs), self._limits.timeout_s)
         except ray.exceptions.RayError as cause:
-            raise failed(cause) from cause
-        finally:
-            for task in tasks:
-                task.cancel()
-        if pending_tasks:
-            raise self._too_late()
-        return [task.result() for task in tasks]
+            raise RuntimeError(f"the overlapped actor failed: {reason(cause)}") from cause
+        except asyncio.TimeoutError:
+            raise self._too_late() from None
 
     def _send(self, step: _Step) -> bool:
         """Sends the next call. Returns whether there was one."""
@@ -281,7 +270,7 @@ class OverlapSession:
         except ray.exceptions.GetTimeoutError:
             raise self._too_late() from None
         except ray.exceptions.RayError as cause:
-            raise failed(cause) from cause
+            raise RuntimeError(f"the overlapped actor failed: {reason(cause)}") from cause
 
     def _too_late(self) -> TimeoutError:
         return TimeoutError(
@@ -290,7 +279,7 @@ class OverlapSession:
         )
 
 
-def failed(cause: BaseException) -> RuntimeError:
-    """What is raised where a rank has failed."""
-    origin = cause.cause if isinstance(cause, ray.exceptions.RayTaskError) else cause
-    return RuntimeError(f"the overlapped actor failed: {type(origin).__name__}: {origin}")
+def reason(error: BaseException) -> str:
+    """Type and text of an exception; of one that another Ray process raised, without that process's traceback."""
+    cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+    return f"{type(cause).__name__}: {cause}"

@@ -48,7 +48,7 @@ class RunningCandidate:
         self.generated = 0  # tokens of the turns that have ended
         self.finish_reason: str | None = None  # of the last turn
         self.reward = np.nan
-        self.weights: set[int] = set()  # versions of the weights that generated
+        self.weights_min = self.weights_max = -1  # oldest and newest version of the weights that generated
         self.prompt_tokens = 0  # over all turns
         self.cached_tokens = 0  # of them, those that the server had in its prefix cache
         self.chunks = 0
@@ -68,16 +68,6 @@ class RunningCandidate:
     def over(self) -> bool:
         """Whether the agent loop is to be left: it was aborted or lost."""
         return self._aborted_at is not None or self.state is State.LOST
-
-    @property
-    def weights_min(self) -> int:
-        """The oldest version of the weights that generated; -1 where unknown."""
-        return min(self.weights, default=-1)
-
-    @property
-    def weights_max(self) -> int:
-        """The newest one."""
-        return max(self.weights, default=-1)
 
     def opened(self, request: OpenRequest) -> None:
         """A turn begins."""
@@ -100,7 +90,9 @@ class RunningCandidate:
         self.generated += num_tokens
         self.finish_reason = finish_reason
         if (weights_version := output.extra_fields.get("global_steps")) is not None:
-            self.weights.add(int(weights_version))
+            version = int(weights_version)
+            self.weights_min = version if self.weights_min < 0 else min(self.weights_min, version)
+            self.weights_max = max(self.weights_max, version)
         self.cached_tokens += output.extra_fields.get("num_cached_tokens") or 0
         if self._aborted_at is not None:
             self.stop_seconds = time.monotonic() - self._aborted_at

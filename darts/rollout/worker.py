@@ -16,7 +16,6 @@ import asyncio
 from typing import Any
 
 import numpy as np
-import ray
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, AgentLoopWorker
 from verl.protocol import DataProto
 
@@ -26,6 +25,7 @@ from darts.latency import StepTimes
 from darts.messages import BUDGET, CANDIDATE, PROMPT, Progress
 from darts.overlap.images import make_extras
 from darts.overlap.outbox import GrowthOutbox
+from darts.overlap.session import reason
 from darts.pool import CandidatePool
 from darts.rollout.client import AbortTimeout, DartsServerClient, current_listener
 from darts.rollout.running import RunningCandidate, RunningGroup
@@ -195,7 +195,7 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         """What candidates of rollout `number` have reported since the last call; see `darts.overlap.outbox`."""
         await self._has_begun(number)
         if self._number != number or self._outbox is None:
-            return Progress([], [], [], True)
+            return Progress(ended=True)
         return await self._outbox.take(wait_s)
 
     async def progress(self) -> tuple[int, list[str]] | None:
@@ -318,9 +318,3 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         if self._darts.seed is None and self.rollout_config.full_determinism:
             return self.rollout_config.seed  # verl's server gives every request of a replica the same seed
         return self._darts.seed
-
-
-def reason(error: Exception) -> str:
-    """Type and text of an exception; of one that another Ray process raised, without that process's traceback."""
-    cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
-    return f"{type(cause).__name__}: {cause}"

@@ -34,6 +34,32 @@ class Round:
     harvest: int | None = None  # the rollout ends once so many prompts are complete; None: with its last
 
 
+def times(count: int, factor: float) -> int:
+    """So many times a number of prompts or candidates, rounded up: 1.1 times 100 is 110, whatever floats make of it."""
+    return math.ceil(round(count * factor, 6))
+
+
+def all_kept(darts: DartsConfig) -> DartsConfig:
+    """Rules for groups of M candidates, all of which run to their end and are kept."""
+    return replace(
+        darts,
+        allocation=replace(darts.allocation, mode="off"),
+        selection=replace(darts.selection, mode="shortest_only"),
+        early_stop="off",
+    )
+
+
+def shortest_only(darts: DartsConfig, candidates: float, early_stop: str) -> DartsConfig:
+    """Rules for groups that keep the M shortest of `candidates`, the same number for each prompt."""
+    low, high = min(darts.allocation.low, math.floor(candidates)), max(darts.allocation.high, math.ceil(candidates))
+    return replace(
+        darts,
+        allocation=replace(darts.allocation, mode="uniform", mean_candidates=float(candidates), low=low, high=high),
+        selection=replace(darts.selection, mode="shortest_only"),
+        early_stop=early_stop,
+    )
+
+
 class Strategy:
     """What is trained on.
 
@@ -176,10 +202,7 @@ class Sorted(Queueing):
         more = len(self._queue) + new > self.num_prompts
         return Round(rules=self.rules, new=new, queued=tuple(self._queue), harvest=self.num_prompts if more else None)
 
-    @staticmethod
-    def rules_of(darts: DartsConfig) -> DartsConfig:
-        """M candidates, all trained on."""
-        return all_kept(darts)
+    rules_of = staticmethod(all_kept)
 
 
 _CLASSES: dict[str, type[Strategy]] = dict(
@@ -211,29 +234,3 @@ def strategy_class(name: str) -> type[Strategy]:
 def make_strategy(darts: DartsConfig, num_prompts: int) -> Strategy:
     """The strategy that `darts.strategy` names; a `ConfigError` as `strategy_class`."""
     return strategy_class(darts.strategy)(darts, num_prompts)
-
-
-def times(count: int, factor: float) -> int:
-    """So many times a number of prompts or candidates, rounded up: 1.1 times 100 is 110, whatever floats make of it."""
-    return math.ceil(round(count * factor, 6))
-
-
-def all_kept(darts: DartsConfig) -> DartsConfig:
-    """Rules for groups of M candidates, all of which run to their end and are kept."""
-    return replace(
-        darts,
-        allocation=replace(darts.allocation, mode="off"),
-        selection=replace(darts.selection, mode="shortest_only"),
-        early_stop="off",
-    )
-
-
-def shortest_only(darts: DartsConfig, candidates: float, early_stop: str) -> DartsConfig:
-    """Rules for groups that keep the M shortest of `candidates`, the same number for each prompt."""
-    low, high = min(darts.allocation.low, math.floor(candidates)), max(darts.allocation.high, math.ceil(candidates))
-    return replace(
-        darts,
-        allocation=replace(darts.allocation, mode="uniform", mean_candidates=float(candidates), low=low, high=high),
-        selection=replace(darts.selection, mode="shortest_only"),
-        early_stop=early_stop,
-    )

@@ -126,9 +126,17 @@ class OverlapSession:
         if self.mode == "token":
             refusal = next((ability.refusal for ability in abilities if ability.refusal), None)
             if refusal is None:
-                refusal = self._choose_cache(max(ability.bytes_per_token for ability in abilities))
+                bytes_per_token = max(ability.bytes_per_token for ability in abilities)
+                self.cache_tokens = int(self._overlap.kv_cache_gib * GIB / bytes_per_token)
+                least_tokens = 2 * self._limits.longest
+                if self.cache_tokens < least_tokens:
+                    refusal = (
+                        f"darts.overlap.kv_cache_gib={self._overlap.kv_cache_gib:g} holds {self.cache_tokens} tokens "
+                        f"on a rank; two sequences of {self._limits.longest} need "
+                        f"{least_tokens * bytes_per_token / GIB:.2f} GiB"
+                    )
             if refusal is not None:
-                self.mode = "sequence"
+                self.mode, self.cache_tokens = "sequence", 0
                 logger.warning(f"overlap: complete responses alone (mode sequence), since {refusal}")
         return abilities
 
@@ -252,17 +260,6 @@ class OverlapSession:
             with_reference=limits.with_reference,
             sum_pi_squared=limits.sum_pi_squared,
         )
-
-    def _choose_cache(self, bytes_per_token: int) -> str | None:
-        """Sets `cache_tokens`, or says why there is no room."""
-        cache_tokens, least_tokens = int(self._overlap.kv_cache_gib * GIB / bytes_per_token), 2 * self._limits.longest
-        if cache_tokens < least_tokens:
-            return (
-                f"darts.overlap.kv_cache_gib={self._overlap.kv_cache_gib:g} holds {cache_tokens} tokens on a rank; two "
-                f"sequences of {self._limits.longest} need {least_tokens * bytes_per_token / GIB:.2f} GiB"
-            )
-        self.cache_tokens = cache_tokens
-        return None
 
     def _get(self, refs: list[Any]) -> list[Any]:
         try:

@@ -223,23 +223,21 @@ class DartsAgentLoopManager(AgentLoopManager):
     def _joined(self, outputs: list[DataProto], wanted: np.ndarray) -> DataProto:
         """The rows of these prompts in their order, with `uid`, from the workers' outputs."""
         size = self.rules.group_size
-        rows_by_uid, metrics_by_uid = {}, {}
-        for output in outputs:
-            row_metrics = output.meta_info.pop("metrics")
-            for first in range(0, len(output), size):
-                uid = output.non_tensor_batch["uid"][first]
-                rows_by_uid[uid], metrics_by_uid[uid] = output[first : first + size], row_metrics[first : first + size]
         if self._harvest not in (None, len(wanted)):
             raise RuntimeError(
                 f"{len(wanted)} prompts are complete of {self._harvest}; this is a bug in darts.rollout."
             )
-        joined_rows = DataProto.concat([rows_by_uid[uid] for uid in wanted if uid in rows_by_uid])
+        row_metrics = [row_metric for output in outputs for row_metric in output.meta_info.pop("metrics")]
+        all_rows, places = DataProto.concat(outputs), {uid: place for place, uid in enumerate(wanted)}
+        row_places = [places.get(uid, len(wanted)) for uid in all_rows.non_tensor_batch["uid"]]
+        order = np.argsort(row_places, kind="stable")[: len(wanted) * size]
+        joined_rows = all_rows.select_idxs(order)
         if not np.array_equal(joined_rows.non_tensor_batch["uid"], np.repeat(wanted, size)):
             raise RuntimeError(
                 f"the rollout returned {len(joined_rows)} rows that are not {size} for each of {len(wanted)} prompts "
                 "in their order; this is a bug in darts.rollout."
             )
-        timing = self._performance_metrics([metrics_by_uid[uid] for uid in wanted], joined_rows)
+        timing = self._performance_metrics([[row_metrics[row] for row in order]], joined_rows)
         joined_rows.meta_info = {"timing": timing, **outputs[0].meta_info}
         return joined_rows
 

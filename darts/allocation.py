@@ -151,19 +151,10 @@ def rounded_total(num_prompts: int, mean: float) -> int:
 
 
 def contiguous_parts(budgets: NDArray[np.int64], num_parts: int) -> list[NDArray[np.int64]]:
-    """Splits the prompts, in their order, into parts of about equally many candidates.
+    """Splits the prompts, in their order, into at most `num_parts` parts of about equally many candidates.
 
-    A group is never split. Parts without a prompt are left out, so there may be fewer than `num_parts`.
-
-    Args:
-        budgets: candidates per prompt, shape [num_prompts].
-        num_parts: most parts to make (agent-loop workers).
-
-    Returns:
-        The positions of each part's prompts.
-
-    Raises:
-        ValueError: fewer than one part.
+    A group is never split. The budgets are M'_i, shape [num_prompts]; a part is the positions of its prompts, and there
+    is none without a prompt. A `ValueError` where fewer than one part is asked for.
     """
     _check_parts(num_parts)
     if len(budgets) == 0:
@@ -177,17 +168,8 @@ def spread_parts(work: ArrayLike, num_parts: int) -> list[NDArray[np.int64]]:
     """Splits the prompts into parts of about equal work, each from the heaviest to the lightest (our choice).
 
     Longest processing time first: each prompt, from the heaviest, goes to the part with the least work. So heavy
-    prompts are spread over the parts, and started first.
-
-    Args:
-        work: expected work of each prompt, at least 0, shape [num_prompts].
-        num_parts: most parts to make (agent-loop workers).
-
-    Returns:
-        The positions of each part's prompts; parts without a prompt are left out.
-
-    Raises:
-        ValueError: fewer than one part, or work that is negative or not finite.
+    prompts are spread over the parts, and started first. `work` is each prompt's expected work, at least 0, shape
+    [num_prompts]; parts and errors are as of `contiguous_parts`, and work that is negative or not finite is one.
     """
     _check_parts(num_parts)
     work = np.asarray(work, dtype=np.float64)

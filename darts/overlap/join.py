@@ -28,25 +28,6 @@ def sequence_keys(batch: DataProto) -> list[SequenceKey]:
     return [SequenceKey(uid, int(candidate)) for uid, candidate in zip(columns["uid"], columns[CANDIDATE], strict=True)]
 
 
-def response_lengths(batch: DataProto) -> torch.Tensor:
-    """Tokens of each row's response, those of tools included; int64 [rows]."""
-    return batch.batch["attention_mask"][:, batch.batch["prompts"].shape[1] :].sum(dim=1)
-
-
-def usable_rows(batch: DataProto, outcome: OverlapOutcome) -> list[bool]:
-    """Which rows have an overlapped result of exactly their tokens."""
-    input_ids, attention_mask = batch.batch["input_ids"].numpy(), batch.batch["attention_mask"].numpy().astype(bool)
-    usable = []
-    for row, (key, length) in enumerate(zip(sequence_keys(batch), response_lengths(batch).tolist(), strict=True)):
-        row_values = outcome.values.get(key)
-        usable.append(
-            row_values is not None
-            and all(len(token_values) == length for token_values in row_values.values())
-            and checksum(input_ids[row][attention_mask[row]]) == outcome.checksums[key]
-        )
-    return usable
-
-
 def _uneven(batch: DataProto, rows: np.ndarray) -> np.ndarray:
     """The rows and, where they have M-RoPE positions and are all equally long, one that is not: of such a batch verl
     0.9.1 loses the positions (`left_right_2_no_padding` takes the layers for the ragged dimension, the engine the
@@ -115,8 +96,20 @@ class OverlappedLogProbs:
         started_at = time.monotonic()
         keys = sequence_keys(batch)
         outcome = self.session.finish(keys)
-        usable_flags = usable_rows(batch, outcome)
-        self._joined = _Joined(outcome, keys, response_lengths(batch).tolist(), usable_flags)
+        token_ids, is_token = batch.batch["input_ids"].numpy(), batch.batch["attention_mask"].numpy().astype(bool)
+        response_lengths = is_token[:, batch.batch["prompts"].shape[1] :].sum(axis=1).tolist()  # with those of tools
+
+        def is_usable(row: int) -> bool:
+            """Whether the row has an overlapped result of exactly its tokens."""
+            row_values = outcome.values.get(keys[row])
+            return (
+                row_values is not None
+                and all(len(token_values) == response_lengths[row] for token_values in row_values.values())
+                and checksum(token_ids[row][is_token[row]]) == outcome.checksums[keys[row]]
+            )
+
+        usable_flags = [is_usable(row) for row in range(len(keys))]
+        self._joined = _Joined(outcome, keys, response_lengths, usable_flags)
         mfu_parts = [outcome.mfu] if any(usable_flags) else []
 
         def missing(part: DataProto) -> DataProto:

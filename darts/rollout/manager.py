@@ -116,11 +116,11 @@ class DartsAgentLoopManager(AgentLoopManager):
     @SkipManager.annotate(role="rollout")
     async def _generate_plain(self, prompts: DataProto) -> DataProto:
         """verl's own rollout, from which the planner learns too."""
-        watch = _Stopwatch()
+        began, start = time.time(), time.monotonic()
         uids, plan = self._plan(prompts)
         output = await super().generate_sequences(prompts)
-        watch.stop()
-        self._learn(plan, self._plain_pool(output, watch.ended), StepTimes(), uids, watch)
+        seconds = time.monotonic() - start
+        self._learn(plan, self._plain_pool(output, began + seconds), StepTimes(), uids, began, seconds)
         return output
 
     def _plain_pool(self, output: DataProto, ended_at: float) -> CandidatePool:
@@ -144,11 +144,11 @@ class DartsAgentLoopManager(AgentLoopManager):
         return uids, self.planner.plan([self._key(prompt) for prompt in questions], self.rules)
 
     def _learn(
-        self, plan: Plan, pool: CandidatePool, step_times: StepTimes, uids: np.ndarray, watch: "_Stopwatch"
+        self, plan: Plan, pool: CandidatePool, step_times: StepTimes, uids: np.ndarray, began: float, seconds: float
     ) -> None:
         """Learns from a rollout, and keeps for `pop_rollout` what is known of it."""
-        observed_std, planner_metrics = self.planner.observe(plan, self.rules, pool, watch.seconds, step_times)
-        metrics = rollout_metrics(pool, self.rules.group_size, watch.seconds) | planner_metrics
+        observed_std, planner_metrics = self.planner.observe(plan, self.rules, pool, seconds, step_times)
+        metrics = rollout_metrics(pool, self.rules.group_size, seconds) | planner_metrics
         if self._harvest is not None:
             metrics = {name: value for name, value in metrics.items() if name not in FORECASTS}
         self._last = Rollout(
@@ -157,8 +157,8 @@ class DartsAgentLoopManager(AgentLoopManager):
             observed_std=observed_std,
             metrics=metrics,
             uids=uids.tolist(),
-            began=watch.began,
-            ended=watch.ended,
+            began=began,
+            ended=began + seconds,
         )
 
     def pop_rollout(self) -> Rollout | None:
@@ -170,7 +170,7 @@ class DartsAgentLoopManager(AgentLoopManager):
     async def _generate_groups(self, prompts: DataProto) -> DataProto:
         """The kept rows in the batch's order, without `uid`; ends as `AgentLoopManager.generate_sequences` (0.9.1)."""
         # 1. Every prompt gets its budget.
-        watch = _Stopwatch()
+        began, start = time.time(), time.monotonic()
         uids, plan = self._plan(prompts)
         groups = prompts.select_idxs(np.arange(0, len(prompts), self.rules.group_size))
         groups.non_tensor_batch[BUDGET] = plan.budgets
@@ -186,7 +186,7 @@ class DartsAgentLoopManager(AgentLoopManager):
         # 3. They end, or enough prompts are complete.
         complete_uids: list[str] = []
         worker_results = await self._gather(jobs, complete_uids, overlap_task)
-        watch.stop()
+        end = time.monotonic()
         # 4. Of each prompt that is trained on, the kept rows follow one another, as in the batch.
         wanted_uids = uids if self._harvest is None else uids[np.isin(uids, complete_uids[: self._harvest])]
         kept_rows = self._joined([kept_rows for kept_rows, _, _ in worker_results if len(kept_rows)], wanted_uids)
@@ -202,8 +202,8 @@ class DartsAgentLoopManager(AgentLoopManager):
         step_times = StepTimes()
         for *_, worker_times in worker_results:
             step_times.merge(worker_times)
-        self._learn(plan, pool, step_times, uids, watch)
-        self._last.metrics["darts/rollout/own_s"] = planned_at - watch.start + time.monotonic() - watch.end
+        self._learn(plan, pool, step_times, uids, began, end - start)
+        self._last.metrics["darts/rollout/own_s"] = planned_at - start + time.monotonic() - end
         if pool.lost.any():
             logger.warning(f"rollout: {pool.lost.sum()} candidates were ended by their servers unasked")
         return kept_rows
@@ -332,22 +332,6 @@ class DartsAgentLoopManager(AgentLoopManager):
                 f"prompts are not complete, uids {_first_of(waiting_uids)}. Raise darts.timeout_s if responses may "
                 "take this long, else look at the rollout servers' logs."
             )
-
-
-class _Stopwatch:
-    """When a rollout began and ended, by the steady clock (`start`, `end`) and since the epoch (`began`, `ended`)."""
-
-    def __init__(self) -> None:
-        self.start, self.began = time.monotonic(), time.time()
-
-    def stop(self) -> None:
-        """The rollout has ended."""
-        self.end, self.ended = time.monotonic(), time.time()
-
-    @property
-    def seconds(self) -> float:
-        """How long it took."""
-        return self.end - self.start
 
 
 def _require_one_version(pool: CandidatePool) -> None:

@@ -8,7 +8,7 @@ rewards, the time of stops, the latency of chunks, the weights' step, and foreca
 import numpy as np
 from numpy.typing import NDArray
 
-from darts.pool import CandidatePool
+from darts.pool import CandidatePool, State
 from darts.selection import select
 
 METRICS: dict[str, tuple[str, str]] = {
@@ -131,7 +131,7 @@ def rollout_metrics(pool: CandidatePool, num_keep: int, seconds: float) -> dict[
         "darts/group/no_valid": sum(is_invalid[rows].all() for rows in groups),
         "darts/group/returned": len(groups) - len(trained_groups),
         "darts/selection/arrival_disagreement": np.mean(
-            [_arrival_disagrees(pool, truncated, rows, num_keep) for rows in trained_groups]
+            [_arrival_disagrees(pool, rows, num_keep) for rows in trained_groups]
         ),
         "darts/rollout/seconds": seconds,
         "darts/rollout/tail_s": pool.ended_at.max() - pool.ended_at[is_kept].max(),
@@ -158,11 +158,10 @@ def rollout_metrics(pool: CandidatePool, num_keep: int, seconds: float) -> dict[
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _arrival_disagrees(
-    pool: CandidatePool, truncated: NDArray[np.bool_], rows: NDArray[np.int64], num_keep: int
-) -> bool:
+def _arrival_disagrees(pool: CandidatePool, rows: NDArray[np.int64], num_keep: int) -> bool:
     """Whether selecting by rank of arrival, among those that finished, keeps another set than the one that was kept."""
     # One that ended before its abort arrived was not chosen from.
     rows = rows[(pool.arrival[rows] >= 0) & np.isnan(pool.stop_seconds[rows])]
-    by_arrival = select(pool.arrival[rows].tolist(), num_keep, int(pool.num_long[rows[0]]), truncated[rows])
+    is_truncated = pool.state[rows] == State.TRUNCATED.value
+    by_arrival = select(pool.arrival[rows].tolist(), num_keep, int(pool.num_long[rows[0]]), is_truncated)
     return set(rows[by_arrival].tolist()) != set(rows[pool.kept[rows]].tolist())

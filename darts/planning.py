@@ -12,7 +12,7 @@ Contract: pure, without a clock; prompts' keys in, a `Plan` out; what the candid
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -83,27 +83,21 @@ class Rollout:
     ended: float = 0.0
 
 
+@dataclass(kw_only=True, eq=False)
 class RolloutPlanner:
-    """Plans rollouts, and learns from them.
+    """Plans rollouts, and learns from them."""
 
-    Args:
-        ema_weight: of a new observation in a prompt's history.
-        response_length: longest response, tokens.
-        num_engines: that share a rollout.
-        max_running: sequences that an engine runs at once; None: no limit.
-    """
+    ema_weight: InitVar[float]  # of a new observation in a prompt's history
+    response_length: int  # longest response, tokens
+    num_engines: int = 1  # that share a rollout
+    max_running: int | None = None  # sequences that an engine runs at once; None: no limit
+    cost: CostModel | None = None
+    steps: int = 0  # rollouts observed
 
-    def __init__(
-        self, *, ema_weight: float, response_length: int, num_engines: int = 1, max_running: int | None = None
-    ) -> None:
+    def __post_init__(self, ema_weight: float) -> None:
         self.history = LengthHistory(ema_weight)
         self.correction = StopCorrection()
-        self.cost: CostModel | None = None
-        self.steps = 0  # rollouts observed
         self._times: tuple[float, ...] = ()  # of the last plan with a utility
-        self.num_engines = num_engines
-        self.max_running = max_running
-        self._response_length = response_length
 
     def plan(self, keys: Sequence[str], darts: DartsConfig) -> Plan:
         """Budgets for a batch, in its order."""
@@ -113,7 +107,7 @@ class RolloutPlanner:
         adaptive = allocation.mode == "adaptive" and self.steps >= allocation.warmup_steps and bool(std.any())
         lengths = None
         if self.cost is not None and mean.any():
-            lengths = draw_lengths(mean, std, max(allocation.high, group_size), self._response_length)
+            lengths = draw_lengths(mean, std, max(allocation.high, group_size), self.response_length)
         base_s = predicted_s = None
         if lengths is not None:
             base_s = self._to_the_end(lengths, np.full(len(keys), group_size), mean, adaptive)
@@ -129,7 +123,7 @@ class RolloutPlanner:
                 total_budget = utility.total
             budgets = allocate(weights, total_budget, allocation.low, allocation.high)
         if lengths is not None:
-            decoded_lengths = stopped_lengths(lengths, budgets, darts, self._response_length)
+            decoded_lengths = stopped_lengths(lengths, budgets, darts, self.response_length)
             start_order = launch_order(budgets, mean, adaptive)
             predicted_s = self.cost.seconds(decoded_lengths[:, start_order], self.num_engines, self.max_running)
         return Plan(

@@ -75,18 +75,13 @@ class _Joined:
     exposed_s: float = 0.0
 
 
+@dataclass(eq=False)
 class OverlappedLogProbs:
-    """The trainer's view: verl's two calls, answered from what was computed during generation.
+    """The trainer's view: verl's two calls, answered from what was computed during generation."""
 
-    Args:
-        session: drives the actor.
-        limits: as the session's.
-    """
-
-    def __init__(self, session: OverlapSession, limits: ActorLimits) -> None:
-        self.session = session
-        self._limits = limits
-        self._joined: _Joined | None = None
+    session: OverlapSession  # drives the actor
+    limits: ActorLimits  # as the session's
+    _joined: _Joined | None = None
 
     def old(self, batch: DataProto, compute: Callable[[DataProto], tuple[DataProto, float]]) -> tuple[DataProto, float]:
         """Answers for `RayPPOTrainer._compute_old_log_prob`, which is `compute`."""
@@ -117,9 +112,9 @@ class OverlappedLogProbs:
             mfu_parts.append(part_mfu)
             return output
 
-        value_names = ["old_log_probs", "entropys"] + ["sum_pi_squared"] * self._limits.sum_pi_squared
+        value_names = ["old_log_probs", "entropys"] + ["sum_pi_squared"] * self.limits.sum_pi_squared
         output = self._join(batch, value_names, missing)
-        if not self._limits.with_reference:
+        if not self.limits.with_reference:
             outcome.release()
         self._joined.exposed_s = time.monotonic() - started_at
         return output, mfu_parts[0]
@@ -178,7 +173,7 @@ class OverlappedLogProbs:
 
     def _join(self, batch: DataProto, names: list[str], compute: Callable[[DataProto], DataProto]) -> DataProto:
         """The values `names` of all rows, float32 [rows, response length]; `compute` is verl's, for what is missing."""
-        joined_step, limits = self._joined, self._limits
+        joined_step, limits = self._joined, self.limits
         joined_values = {name: torch.zeros(batch.batch["responses"].shape, dtype=torch.float32) for name in names}
         for row, key in enumerate(joined_step.keys):
             if joined_step.usable[row]:

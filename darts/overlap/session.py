@@ -92,25 +92,19 @@ class _Step:
     peak_cache_bytes: int = 0
 
 
+@dataclass(eq=False)
 class OverlapSession:
-    """Drives the overlapped actor, once `prepare` has asked it what it can do.
+    """Drives the overlapped actor, once `prepare` has asked it what it can do."""
 
-    Args:
-        actor: worker group of `verl_patches.dp_actor.OverlappedActorWorker`.
-        overlap: the settings; the mode is `sequence` or `token`.
-        limits: of the actor's forwards.
+    actor: Any  # worker group of `verl_patches.dp_actor.OverlappedActorWorker`
+    overlap: OverlapConfig  # the settings; the mode is `sequence` or `token`
+    limits: ActorLimits
 
-    Attributes:
-        mode: in which log-probs are computed; `sequence` also where `token` was asked for and cannot be.
-        cache_tokens: of prefixes that each rank may hold and work on; 0 in mode `sequence`.
-    """
-
-    def __init__(self, actor: Any, overlap: OverlapConfig, limits: ActorLimits) -> None:
-        self._actor = actor
-        self._overlap = overlap
-        self._limits = limits
-        self.mode = overlap.mode
+    def __post_init__(self) -> None:
+        self.mode = self.overlap.mode
+        """In which log-probs are computed; `sequence` also where `token` was asked for and cannot be."""
         self.cache_tokens = 0
+        """Tokens of prefixes that each rank may hold and work on; 0 in mode `sequence`."""
         self._step: _Step | None = None
         self._more = asyncio.Event()  # something was reported
 
@@ -121,18 +115,18 @@ class OverlapSession:
 
     def prepare(self) -> list[RankAbility]:
         """Finds out what the ranks can do, in a step of its own, number 0, and says once if that excludes `token`."""
-        abilities: list[RankAbility] = self._get(self._actor.overlap_open(self._settings(0)))
-        self._get(self._actor.overlap_clear(0))
+        abilities: list[RankAbility] = self._get(self.actor.overlap_open(self._settings(0)))
+        self._get(self.actor.overlap_clear(0))
         if self.mode == "token":
             refusal = next((ability.refusal for ability in abilities if ability.refusal), None)
             if refusal is None:
                 bytes_per_token = max(ability.bytes_per_token for ability in abilities)
-                self.cache_tokens = int(self._overlap.kv_cache_gib * GIB / bytes_per_token)
-                least_tokens = 2 * self._limits.longest
+                self.cache_tokens = int(self.overlap.kv_cache_gib * GIB / bytes_per_token)
+                least_tokens = 2 * self.limits.longest
                 if self.cache_tokens < least_tokens:
                     refusal = (
-                        f"darts.overlap.kv_cache_gib={self._overlap.kv_cache_gib:g} holds {self.cache_tokens} tokens "
-                        f"on a rank; two sequences of {self._limits.longest} need "
+                        f"darts.overlap.kv_cache_gib={self.overlap.kv_cache_gib:g} holds {self.cache_tokens} tokens "
+                        f"on a rank; two sequences of {self.limits.longest} need "
                         f"{least_tokens * bytes_per_token / GIB:.2f} GiB"
                     )
             if refusal is not None:
@@ -143,12 +137,12 @@ class OverlapSession:
     async def run(self, workers: Iterable[Any], rollout: int, step: int) -> None:
         """Computes while `workers` run rollout number `rollout`."""
         self._more = asyncio.Event()
-        limits = self._limits
+        limits = self.limits
         forward_tokens = limits.max_tokens * limits.sequence_parallel
         schedule = OverlapSchedule(
             step, limits.num_ranks, forward_tokens, self.cache_tokens, max_rows=limits.max_rows, padded=limits.padded
         )
-        self._step = _Step(step, schedule, self._actor.overlap_open(self._settings(step)))
+        self._step = _Step(step, schedule, self.actor.overlap_open(self._settings(step)))
         driver_task = asyncio.ensure_future(self._drive(self._step))
         poll_tasks = asyncio.gather(*[self._poll(self._step, worker, rollout) for worker in workers])
         try:
@@ -176,9 +170,9 @@ class OverlapSession:
                 self._take(step, self._get(step.waiting))
             step.schedule.keep_only(keys)
             was_sent = self._send(step)
-        rank_answers = self._get(self._actor.overlap_collect(step.number, step.schedule.complete(keys)))
-        rank_results: list[RankResults] = rank_answers[: self._limits.num_ranks]
-        self._get(self._actor.overlap_clear(step.number))
+        rank_answers = self._get(self.actor.overlap_collect(step.number, step.schedule.complete(keys)))
+        rank_results: list[RankResults] = rank_answers[: self.limits.num_ranks]
+        self._get(self.actor.overlap_clear(step.number))
         sequence_values = {key: value for result in rank_results for key, value in result.values.items()}
         return OverlapOutcome(
             values=sequence_values,
@@ -219,7 +213,7 @@ class OverlapSession:
     async def _answers(self, refs: list[Any]) -> list[Any]:
         """What all ranks answer, or the first failure. If it is cancelled the ranks go on."""
         try:
-            return await asyncio.wait_for(asyncio.gather(*refs), self._limits.timeout_s)
+            return await asyncio.wait_for(asyncio.gather(*refs), self.limits.timeout_s)
         except ray.exceptions.RayError as cause:
             raise RuntimeError(f"the overlapped actor failed: {reason(cause)}") from cause
         except asyncio.TimeoutError:
@@ -230,14 +224,14 @@ class OverlapSession:
         next_calls = step.schedule.next_call()
         if next_calls is not None:
             step.sent = next_calls
-            step.waiting = self._actor.overlap_extend(next_calls)
+            step.waiting = self.actor.overlap_extend(next_calls)
         return next_calls is not None
 
     def _take(self, step: _Step, answers: list[Any]) -> None:
         step.waiting = []
         if not step.sent:
             return
-        reports: list[RankReport] = answers[: self._limits.num_ranks]  # the others are parts of the same ranks
+        reports: list[RankReport] = answers[: self.limits.num_ranks]  # the others are parts of the same ranks
         ended_at = max(report.ended for report in reports)
         actor_call = ActorCall(min(r.began for r in reports), ended_at, sum(r.tokens for r in reports))
         if actor_call.tokens:
@@ -252,7 +246,7 @@ class OverlapSession:
                 step.computed[row.key].append((ended_at, max(num_new, 0)))
 
     def _settings(self, step: int) -> StepSettings:
-        limits = self._limits
+        limits = self.limits
         return StepSettings(
             step=step,
             mode=self.mode,
@@ -263,7 +257,7 @@ class OverlapSession:
 
     def _get(self, refs: list[Any]) -> list[Any]:
         try:
-            return ray.get(refs, timeout=self._limits.timeout_s)
+            return ray.get(refs, timeout=self.limits.timeout_s)
         except ray.exceptions.GetTimeoutError:
             raise self._too_late() from None
         except ray.exceptions.RayError as cause:
@@ -271,7 +265,7 @@ class OverlapSession:
 
     def _too_late(self) -> TimeoutError:
         return TimeoutError(
-            f"darts.timeout_s={self._limits.timeout_s:g}: the overlapped actor did not answer in this time. Look at "
+            f"darts.timeout_s={self.limits.timeout_s:g}: the overlapped actor did not answer in this time. Look at "
             "the log of the actor's ranks, or set darts.overlap.mode=off."
         )
 

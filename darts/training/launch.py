@@ -69,13 +69,10 @@ class DartsTaskRunner(BaseTaskRunner):
         check_cluster(config, others=resource_pools.get_n_gpus() - pools(config).train, nodes=nodes)
         model = omega_conf_to_dataclass(config.actor_rollout_ref.model)
         data = config.data
-        train, val = (
-            create_rl_dataset(files, data, model.tokenizer, model.processor, is_train=is_train, max_samples=limit)
-            for files, is_train, limit in (
-                (data.train_files, True, data.get("train_max_samples", -1)),
-                (data.val_files, False, data.get("val_max_samples", -1)),
-            )
-        )
+        made_of = {"data_config": data, "tokenizer": model.tokenizer, "processor": model.processor}
+        train_limit, val_limit = data.get("train_max_samples", -1), data.get("val_max_samples", -1)
+        train = create_rl_dataset(data.train_files, **made_of, is_train=True, max_samples=train_limit)
+        val = create_rl_dataset(data.val_files, **made_of, is_train=False, max_samples=val_limit)
         trainer = self.trainer_class()(
             config=config,
             tokenizer=model.tokenizer,

@@ -103,7 +103,8 @@ def optimal_total(
         total: whose utility is asked for; None: the best.
 
     Raises:
-        ValueError: a negative or non-finite number, bounds out of order, or another number of seconds than of means.
+        ValueError: a negative or non-finite number, bounds out of order, a total outside them, or another number of
+            seconds than of means.
 
     Example:
         >>> optimal_total(4, 8, 10, seconds=[2.0, 2.0, 3.0], base_seconds=2.0, group_size=8, variation=0.5).total
@@ -116,11 +117,12 @@ def optimal_total(
         raise ValueError(f"seconds: {len(seconds)} values, must be {high - low + 1}, one for each of {low} to {high}.")
     if not (np.isfinite(base_seconds) and base_seconds > 0):
         raise ValueError(f"base_seconds={base_seconds}: must be finite and above 0.")
-    for name, value in (*(("seconds", value) for value in seconds), ("variation", variation)):
+    amounts = (*(("seconds", value) for value in seconds), ("variation", variation), ("cost_weight", cost_weight))
+    for name, value in amounts:
         if not (np.isfinite(value) and value >= 0):
             raise ValueError(f"{name}={value}: must be finite and not negative.")
-    if not (np.isfinite(cost_weight) and cost_weight >= 0):
-        raise ValueError(f"cost_weight={cost_weight}: must be finite and not negative.")
+    if total is not None and not low * num_prompts <= total <= high * num_prompts:
+        raise ValueError(f"total={total}: must lie in [{low * num_prompts}, {high * num_prompts}].")
     if num_prompts == 0:
         return Utility(0, 0.0, 0.0, 0.0)
     if total is not None:

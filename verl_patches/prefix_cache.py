@@ -16,7 +16,7 @@ Contract:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -69,15 +69,13 @@ class Geometry:
         return found_sizes.pop()
 
 
+@dataclass(slots=True, eq=False)
 class Prefix:
     """Keys and values of the tokens of one sequence that a model has seen."""
 
-    __slots__ = ("_chunks", "tokens")
-
-    def __init__(self) -> None:
-        # of consecutive tokens: keys [layers, heads, tokens, key_dim], values [layers, heads, tokens, value_dim]
-        self._chunks: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.tokens = 0
+    # of consecutive tokens: keys [layers, heads, tokens, key_dim], values [layers, heads, tokens, value_dim]
+    _chunks: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    tokens: int = 0
 
     @property
     def nbytes(self) -> int:

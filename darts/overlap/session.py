@@ -66,13 +66,14 @@ class OverlapOutcome:
     their tokens.
     """
 
-    values: dict[SequenceKey, dict[str, np.ndarray]]
-    checksums: dict[SequenceKey, int]
-    mfu: float
-    calls: list[ActorCall]
-    computed: dict[SequenceKey, list[tuple[float, int]]]  # of each sequence: when a part was there, tokens of it
-    restarted_tokens: int
-    peak_cache_bytes: int
+    values: dict[SequenceKey, dict[str, np.ndarray]] = field(default_factory=dict)
+    checksums: dict[SequenceKey, int] = field(default_factory=dict)
+    mfu: float = 0.0
+    calls: list[ActorCall] = field(default_factory=list)
+    # of each sequence: when a part was there, tokens of it
+    computed: dict[SequenceKey, list[tuple[float, int]]] = field(default_factory=dict)
+    restarted_tokens: int = 0
+    peak_cache_bytes: int = 0
 
     def release(self) -> None:
         """Gives the values back: in long runs they are hundreds of megabytes of Ray's object store."""
@@ -87,9 +88,7 @@ class _Step:
     schedule: OverlapSchedule
     waiting: list[Any]  # answers of the ranks, object references
     sent: list[RankCall] = field(default_factory=list)  # what they answer; empty: they open the step
-    calls: list[ActorCall] = field(default_factory=list)
-    computed: dict[SequenceKey, list[tuple[float, int]]] = field(default_factory=dict)
-    peak_cache_bytes: int = 0
+    outcome: OverlapOutcome = field(default_factory=OverlapOutcome)
 
 
 @dataclass(eq=False)
@@ -173,16 +172,12 @@ class OverlapSession:
         rank_answers = self._get(self.actor.overlap_collect(step.number, step.schedule.complete(keys)))
         rank_results: list[RankResults] = rank_answers[: self.limits.num_ranks]
         self._get(self.actor.overlap_clear(step.number))
-        sequence_values = {key: value for result in rank_results for key, value in result.values.items()}
-        return OverlapOutcome(
-            values=sequence_values,
-            checksums={key: step.schedule.checksum(key) for key in sequence_values},
-            mfu=float(np.mean([result.mfu for result in rank_results])),
-            calls=step.calls,
-            computed=step.computed,
-            restarted_tokens=step.schedule.restarted_tokens,
-            peak_cache_bytes=step.peak_cache_bytes,
-        )
+        outcome = step.outcome
+        outcome.values = {key: value for result in rank_results for key, value in result.values.items()}
+        outcome.checksums = {key: step.schedule.checksum(key) for key in outcome.values}
+        outcome.mfu = float(np.mean([result.mfu for result in rank_results]))
+        outcome.restarted_tokens = step.schedule.restarted_tokens
+        return outcome
 
     async def _poll(self, step: _Step, worker: Any, rollout: int) -> None:
         """Takes what one worker reports until it has ended."""
@@ -231,19 +226,20 @@ class OverlapSession:
         step.waiting = []
         if not step.sent:
             return
+        outcome = step.outcome
         reports: list[RankReport] = answers[: self.limits.num_ranks]  # the others are parts of the same ranks
         ended_at = max(report.ended for report in reports)
         actor_call = ActorCall(min(r.began for r in reports), ended_at, sum(r.tokens for r in reports))
         if actor_call.tokens:
-            step.calls.append(actor_call)
-        step.peak_cache_bytes = max(step.peak_cache_bytes, *(report.peak_cache_bytes for report in reports))
+            outcome.calls.append(actor_call)
+        outcome.peak_cache_bytes = max(outcome.peak_cache_bytes, *(report.peak_cache_bytes for report in reports))
         for rank_call in step.sent:
             for row in (*rank_call.whole, *rank_call.growing):
                 # Log-probs there are now: of all tokens but the prompt's; a row's own first token has one too.
                 num_new = row.start + len(row.token_ids) - max(row.start, row.prompt_tokens)
                 if row.start == 0:
-                    step.computed[row.key] = []
-                step.computed[row.key].append((ended_at, max(num_new, 0)))
+                    outcome.computed[row.key] = []
+                outcome.computed[row.key].append((ended_at, max(num_new, 0)))
 
     def _settings(self, step: int) -> StepSettings:
         limits = self.limits

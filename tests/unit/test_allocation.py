@@ -168,6 +168,7 @@ def test_the_total_lies_between_whole_means_where_the_utility_peaks_there():
         ({"variation": float("nan")}, "variation=nan"),
         ({"cost_weight": -1.0}, "cost_weight=-1.0"),
         ({"cost_weight": float("nan")}, "cost_weight=nan"),
+        ({"total": 41}, r"total=41: must lie in \[32, 40\]"),
     ],
 )
 def test_impossible_terms_are_refused(changes, message):

@@ -137,8 +137,7 @@ class CostModel:
             decoded: tokens of each candidate in the order of launch, shape [num_candidates].
             seconds: of the rollout.
             step_times: what its engines' chunks showed.
-            num_engines: as of `seconds`.
-            max_running: as of `seconds`.
+            num_engines: as of `seconds`, and `max_running`.
         """
         self.curve = self.curve.refined(step_times, REFINE_WEIGHT, max_running)
         explained_s = self.seconds(decoded[None, None].astype(np.float64), num_engines, max_running) - self.overhead_s

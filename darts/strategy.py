@@ -127,7 +127,6 @@ class Plain(Strategy):
 
     @staticmethod
     def rules_of(darts: DartsConfig) -> DartsConfig:
-        """Upstream: `Strategy.rules_of`."""
         return replace(all_kept(darts), enable=False)
 
 

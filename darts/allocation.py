@@ -83,6 +83,7 @@ def optimal_total(
     group_size: int,
     variation: float,
     cost_weight: float = 1.0,
+    total: int | None = None,
 ) -> Utility:
     """The total that maximises U(m) = E(m) - lambda T(m) over the mean m of candidates per prompt (paper, section 2).
 
@@ -99,9 +100,11 @@ def optimal_total(
         group_size: M.
         variation: sigma_D / mean length, the dataset-level std of response length over its mean.
         cost_weight: lambda.
+        total: whose utility is asked for; None: the best.
 
     Raises:
-        ValueError: a negative or non-finite number, bounds out of order, or another number of seconds than of means.
+        ValueError: a negative or non-finite number, bounds out of order, a total outside them, or another number of
+            seconds than of means.
 
     Example:
         >>> optimal_total(4, 8, 10, seconds=[2.0, 2.0, 3.0], base_seconds=2.0, group_size=8, variation=0.5).total
@@ -114,86 +117,46 @@ def optimal_total(
         raise ValueError(f"seconds: {len(seconds)} values, must be {high - low + 1}, one for each of {low} to {high}.")
     if not (np.isfinite(base_seconds) and base_seconds > 0):
         raise ValueError(f"base_seconds={base_seconds}: must be finite and above 0.")
-    for name, value in (*(("seconds", value) for value in seconds), ("variation", variation)):
+    amounts = (*(("seconds", value) for value in seconds), ("variation", variation), ("cost_weight", cost_weight))
+    for name, value in amounts:
         if not (np.isfinite(value) and value >= 0):
             raise ValueError(f"{name}={value}: must be finite and not negative.")
-    if not (np.isfinite(cost_weight) and cost_weight >= 0):
-        raise ValueError(f"cost_weight={cost_weight}: must be finite and not negative.")
+    if total is not None and not low * num_prompts <= total <= high * num_prompts:
+        raise ValueError(f"total={total}: must lie in [{low * num_prompts}, {high * num_prompts}].")
     if num_prompts == 0:
         return Utility(0, 0.0, 0.0, 0.0)
-    cost_slopes = cost_weight * np.diff(seconds) / base_seconds
-    interval_starts = np.arange(low, high)
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        stationary_means = np.where(cost_slopes > 0, np.sqrt(variation * group_size / cost_slopes), interval_starts + 1)
-    inner_totals = np.clip(stationary_means, interval_starts, interval_starts + 1) * num_prompts
-    whole_means = np.arange(low, high + 1) * num_prompts
-    totals = np.unique(np.concatenate([whole_means, np.floor(inner_totals), np.ceil(inner_totals)]))
-    gains, costs = expected(totals / num_prompts, low, high, seconds, base_seconds, group_size, variation)
+    if total is not None:
+        totals = np.array([total])
+    else:
+        cost_slopes = cost_weight * np.diff(seconds) / base_seconds
+        starts = np.arange(low, high)  # of the intervals between whole means
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            stationary_means = np.where(cost_slopes > 0, np.sqrt(variation * group_size / cost_slopes), starts + 1)
+        inner_totals = np.clip(stationary_means, starts, starts + 1) * num_prompts
+        whole_totals = np.arange(low, high + 1) * num_prompts
+        totals = np.unique(np.concatenate([whole_totals, np.floor(inner_totals), np.ceil(inner_totals)]))
+    means = totals / num_prompts
+    gains = variation * (1 - group_size / means)
+    costs = np.interp(means, np.arange(low, high + 1), seconds) / base_seconds - 1
     best_index = int(np.argmax(gains - cost_weight * costs))
     best_gain, best_cost = float(gains[best_index]), float(costs[best_index])
     return Utility(int(totals[best_index]), best_gain - cost_weight * best_cost, best_gain, best_cost)
 
 
-def expected(
-    mean: ArrayLike,
-    low: int,
-    high: int,
-    seconds: Sequence[float],
-    base_seconds: float,
-    group_size: int,
-    variation: float,
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """E and T of `mean` candidates per prompt, shape of `mean`; arguments as of `optimal_total`."""
-    mean = np.asarray(mean, dtype=np.float64)
-    gain = variation * (1 - group_size / mean)
-    return gain, np.interp(mean, np.arange(low, high + 1), seconds) / base_seconds - 1
-
-
-def uniform_budgets(num_prompts: int, mean: float, low: int, high: int) -> NDArray[np.int64]:
-    """The same number of candidates for every prompt, up to rounding.
-
-    The total is round(mean x prompts), half up; where it does not divide, the first prompts of the batch get one
-    candidate more (the order of a batch is the sampler's, so this favours nobody).
-
-    Args:
-        num_prompts: prompts in the batch.
-        mean: mean number of candidates per prompt; 10.5 gives half of the prompts 10 and half 11.
-        low: M_low, fewest candidates of a prompt.
-        high: M_up, most candidates of a prompt.
-
-    Returns:
-        Budgets, shape [num_prompts].
-
-    Raises:
-        ValueError: a negative number of prompts, bounds out of order, or a mean outside of them.
-    """
-    if num_prompts < 0:
-        raise ValueError(f"num_prompts={num_prompts}: must not be negative.")
-    _check_bounds(low, high)
-    if not low <= mean <= high:
-        raise ValueError(f"mean={mean}: must lie in [low={low}, high={high}].")
-    return allocate(np.ones(num_prompts), rounded_total(num_prompts, mean), low, high)
-
-
 def rounded_total(num_prompts: int, mean: float) -> int:
-    """round(mean x prompts), half up."""
+    """round(mean x prompts), half up.
+
+    With equal weights `allocate` then gives the first prompts of a batch one candidate more than the others, where it
+    does not divide: a mean of 10.5 is 11 for half of them and 10 for half. The order is the sampler's: nobody's favour.
+    """
     return int(np.floor(mean * num_prompts + 0.5))
 
 
 def contiguous_parts(budgets: NDArray[np.int64], num_parts: int) -> list[NDArray[np.int64]]:
-    """Splits the prompts, in their order, into parts of about equally many candidates.
+    """Splits the prompts, in their order, into at most `num_parts` parts of about equally many candidates.
 
-    A group is never split. Parts without a prompt are left out, so there may be fewer than `num_parts`.
-
-    Args:
-        budgets: candidates per prompt, shape [num_prompts].
-        num_parts: most parts to make (agent-loop workers).
-
-    Returns:
-        The positions of each part's prompts.
-
-    Raises:
-        ValueError: fewer than one part.
+    A group is never split. The budgets are M'_i, shape [num_prompts]; a part is the positions of its prompts, and there
+    is none without a prompt. A `ValueError` where fewer than one part is asked for.
     """
     _check_parts(num_parts)
     if len(budgets) == 0:
@@ -207,17 +170,8 @@ def spread_parts(work: ArrayLike, num_parts: int) -> list[NDArray[np.int64]]:
     """Splits the prompts into parts of about equal work, each from the heaviest to the lightest (our choice).
 
     Longest processing time first: each prompt, from the heaviest, goes to the part with the least work. So heavy
-    prompts are spread over the parts, and started first.
-
-    Args:
-        work: expected work of each prompt, at least 0, shape [num_prompts].
-        num_parts: most parts to make (agent-loop workers).
-
-    Returns:
-        The positions of each part's prompts; parts without a prompt are left out.
-
-    Raises:
-        ValueError: fewer than one part, or work that is negative or not finite.
+    prompts are spread over the parts, and started first. `work` is each prompt's expected work, at least 0, shape
+    [num_prompts]; parts and errors are as of `contiguous_parts`, and work that is negative or not finite is one.
     """
     _check_parts(num_parts)
     work = np.asarray(work, dtype=np.float64)

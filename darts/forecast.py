@@ -10,6 +10,7 @@ do not change from step to step by chance.
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -88,26 +89,21 @@ def _deal(launched: NDArray[np.float64], num_engines: int) -> NDArray[np.float64
     return dealt_tokens.reshape(num_draws, most_sequences, num_engines).swapaxes(1, 2)
 
 
+@dataclass(eq=False)
 class CostModel:
     """Seconds of a rollout: the slowest engine's decoding, and what every rollout takes besides (paper, cost model).
 
     The latter (prefill, agent loops, scoring) is 0 until `refine` has seen rollouts (our choice).
-
-    Args:
-        curve: PTL of one engine.
-        source: says where the curve comes from.
-        overheads: seconds of the last rollouts that decoding does not explain.
     """
 
-    def __init__(self, curve: LatencyCurve, source: str, overheads: Sequence[float] = ()) -> None:
-        self.curve = curve
-        self.source = source
-        self._overheads = list(overheads)[-OVERHEADS:]
+    curve: LatencyCurve  # PTL of one engine
+    source: str  # says where the curve comes from
+    overheads: Sequence[float] = ()  # seconds of the last rollouts that decoding does not explain
 
     @property
     def overhead_s(self) -> float:
         """Seconds that a rollout takes besides decoding: the median of the last ones."""
-        return statistics.median(self._overheads) if self._overheads else 0.0
+        return statistics.median(self.overheads) if self.overheads else 0.0
 
     def seconds(self, lengths: NDArray[np.float64], num_engines: int, max_running: int | None) -> float:
         """Mean over the draws, with what a rollout takes besides decoding.
@@ -141,16 +137,15 @@ class CostModel:
             decoded: tokens of each candidate in the order of launch, shape [num_candidates].
             seconds: of the rollout.
             step_times: what its engines' chunks showed.
-            num_engines: as of `seconds`.
-            max_running: as of `seconds`.
+            num_engines: as of `seconds`, and `max_running`.
         """
         self.curve = self.curve.refined(step_times, REFINE_WEIGHT, max_running)
         explained_s = self.seconds(decoded[None, None].astype(np.float64), num_engines, max_running) - self.overhead_s
-        self._overheads = [*self._overheads, max(seconds - explained_s, 0.0)][-OVERHEADS:]
+        self.overheads = [*self.overheads, max(seconds - explained_s, 0.0)][-OVERHEADS:]
 
     def state_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"curve": self.curve.to_dict(), "source": self.source, "overheads": list(self._overheads)}
+        return {"curve": self.curve.to_dict(), "source": self.source, "overheads": list(self.overheads)}
 
     @classmethod
     def from_state(cls, state: Any) -> "CostModel":
@@ -162,4 +157,4 @@ class CostModel:
             raise ValueError(f"source={source!r}: must be a text.")
         if not are_amounts(overheads):
             raise ValueError(f"overheads={overheads!r:.80}: must be finite numbers that are not negative.")
-        return cls(LatencyCurve.from_dict(state["curve"]), source, overheads)
+        return cls(LatencyCurve.from_dict(state["curve"]), source, overheads[-OVERHEADS:])

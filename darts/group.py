@@ -29,7 +29,7 @@ from bisect import bisect_left, bisect_right, insort
 from dataclasses import dataclass
 
 from darts.pool import State
-from darts.selection import select
+from darts.selection import check_counts, select
 
 EARLY_STOP = ("eager", "exact", "off")
 LONG_WAIT = ("all", "deadline")
@@ -55,14 +55,10 @@ class GroupRules:
     long_wait: str = "all"  # what a dual-end group waits for; see the module's contract
 
     def __post_init__(self) -> None:
-        if self.num_keep < 1:
-            raise ValueError(f"num_keep={self.num_keep}: must be at least 1.")
-        if not 0 <= self.num_long < self.num_keep:
-            raise ValueError(f"num_long={self.num_long}: must lie in [0, num_keep={self.num_keep}).")
-        if self.early_stop not in EARLY_STOP:
-            raise ValueError(f"early_stop={self.early_stop!r}: must be one of {', '.join(EARLY_STOP)}.")
-        if self.long_wait not in LONG_WAIT:
-            raise ValueError(f"long_wait={self.long_wait!r}: must be one of {', '.join(LONG_WAIT)}.")
+        check_counts(self.num_keep, self.num_long)
+        for name, modes in (("early_stop", EARLY_STOP), ("long_wait", LONG_WAIT)):
+            if (mode := getattr(self, name)) not in modes:
+                raise ValueError(f"{name}={mode!r}: must be one of {', '.join(modes)}.")
 
     @property
     def stops_early(self) -> bool:
@@ -104,14 +100,15 @@ class CandidateGroup:
         if num_candidates < rules.num_keep:
             raise ValueError(f"num_candidates={num_candidates}: must be at least num_keep={rules.num_keep}.")
         self.rules = rules
-        self._states = [State.RUNNING] * num_candidates
-        self._lengths = [0] * num_candidates
-        self._arrival: list[int] = []
+        self.states = [State.RUNNING] * num_candidates  # what each candidate does, or how it ended
+        self.lengths = [0] * num_candidates  # generated tokens by candidate, as far as known
+        self.arrival: list[int] = []  # candidates in the order in which they finished; without stopped and lost ones
         # (length, index), sorted, of those that ended by themselves before they were asked to abort. Nobody is asked
         # before there are M of them, so a truncated one that comes later never fills the group.
         self._valid: list[tuple[int, int]] = []
         self._kept: list[int] | None = None
-        self._abandoned = False
+        self.abandoned = False
+        """Whether the group was given up before it was complete."""
 
     def progress(self, index: int, length: int) -> list[int]:
         """Candidate `index` has `length` tokens so far. A report about one that has ended changes nothing.
@@ -120,10 +117,10 @@ class CandidateGroup:
             ValueError: an unknown candidate, or a negative length.
         """
         self._check(index, length, at_least=0)
-        if self._states[index].ended or length <= self._lengths[index]:
+        if self.states[index].ended or length <= self.lengths[index]:
             return []
-        self._lengths[index] = length
-        is_running = self._states[index] is State.RUNNING
+        self.lengths[index] = length
+        is_running = self.states[index] is State.RUNNING
         return self._decide(index) if is_running and self.rules.follows_growth else []
 
     def finish(self, index: int, length: int, truncated: bool) -> list[int]:
@@ -133,10 +130,10 @@ class CandidateGroup:
             ValueError: an unknown candidate, one that has ended already, or a length below 1.
         """
         self._check(index, length, at_least=1, running=True)
-        if self._states[index] is State.RUNNING and not truncated:
+        if self.states[index] is State.RUNNING and not truncated:
             insort(self._valid, (length, index))
-        self._arrival.append(index)
-        self._end(index, length, State.TRUNCATED if truncated else State.FINISHED)
+        self.arrival.append(index)
+        self.states[index], self.lengths[index] = State.TRUNCATED if truncated else State.FINISHED, length
         return self._decide()
 
     def stop(self, index: int, length: int) -> list[int]:
@@ -146,9 +143,9 @@ class CandidateGroup:
             ValueError: an unknown candidate, one that has ended already or that nobody aborted, or a negative length.
         """
         self._check(index, length, at_least=0, running=True)
-        if self._states[index] is not State.ABORTING:
+        if self.states[index] is not State.ABORTING:
             raise ValueError(f"candidate {index}: stopped, but it was not asked to; report it by lose().")
-        self._end(index, length, State.STOPPED)
+        self.states[index], self.lengths[index] = State.STOPPED, length
         return []
 
     def lose(self, index: int, length: int) -> list[int]:
@@ -163,7 +160,7 @@ class CandidateGroup:
         num_left = len(self._valid) + len(set(self._all(State.TRUNCATED, State.RUNNING)) - {index})
         if not self._decided and num_left < self.rules.num_keep:
             raise ValueError(f"{num_lost} candidates were lost, {num_left} are left: {self.rules.num_keep} are needed.")
-        self._end(index, length, State.LOST)
+        self.states[index], self.lengths[index] = State.LOST, length
         return self._decide()
 
     def deadline(self) -> list[int]:
@@ -183,19 +180,16 @@ class CandidateGroup:
         return self._abort(self._all(State.RUNNING))
 
     def abandon(self) -> list[int]:
-        """The rollout is over without this group: what still runs is to be aborted, nothing is ever kept.
-
-        Nothing happens where the group is complete: what it keeps is kept.
-        """
+        """The rollout is over without this group: what runs is to be aborted. A complete one keeps what it has."""
         if self._decided:
             return []
-        self._abandoned = True
+        self.abandoned = True
         return self._abort(self._all(State.RUNNING))
 
     @property
     def ready(self) -> bool:
         """Whether a deadline may fall: a dual-end group that does not wait for all, with M valid candidates."""
-        return self.rules.awaits_deadline and not self._abandoned and len(self._valid) >= self.rules.num_keep
+        return self.rules.awaits_deadline and not self.abandoned and len(self._valid) >= self.rules.num_keep
 
     @property
     def complete(self) -> bool:
@@ -203,36 +197,16 @@ class CandidateGroup:
         return self._kept is not None
 
     @property
-    def abandoned(self) -> bool:
-        """Whether the group was given up before it was complete."""
-        return self._abandoned
-
-    @property
     def ended(self) -> bool:
         """Whether no candidate runs any more, aborted ones included."""
-        return all(state.ended for state in self._states)
-
-    @property
-    def states(self) -> list[State]:
-        """What each candidate does, or how it ended."""
-        return list(self._states)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Generated tokens by candidate, as far as known."""
-        return list(self._lengths)
-
-    @property
-    def arrival(self) -> list[int]:
-        """Candidates in the order in which they finished; without stopped and lost ones."""
-        return list(self._arrival)
+        return all(state.ended for state in self.states)
 
     @property
     def kept(self) -> list[int]:
         """The kept candidates, ordered by length; a `RuntimeError` where the group is not complete."""
         if self._kept is None:
-            phase = "abandoned" if self._abandoned else "not decided yet"
-            raise RuntimeError(f"{len(self._arrival)} of {len(self._lengths)} candidates have finished; {phase}.")
+            phase = "abandoned" if self.abandoned else "not decided yet"
+            raise RuntimeError(f"{len(self.arrival)} of {len(self.lengths)} candidates have finished; {phase}.")
         return list(self._kept)
 
     def keeps(self, index: int) -> bool:
@@ -246,15 +220,15 @@ class CandidateGroup:
         group with too few valid ones.
         """
         num_long, num_short = self.rules.num_long, self.rules.num_keep - self.rules.num_long
-        own_end, num_valid = (self._lengths[index], index), len(self._valid)
+        own_end, num_valid = (self.lengths[index], index), len(self._valid)
         num_shorter, num_longer = bisect_left(self._valid, own_end), num_valid - bisect_right(self._valid, own_end)
         running = self._all(State.RUNNING)
-        may_be_shorter = sum((self._lengths[other], other) < own_end for other in running)
+        may_be_shorter = sum((self.lengths[other], other) < own_end for other in running)
         open_places = max(num_short - num_valid, 0) + num_long
         chance_table = (  # what holds of it, and how likely it is kept then; the first row that holds counts
             (self.complete, float(index in (self._kept or ()))),
             (self.abandoned, 0.0),
-            (self._states[index] is State.RUNNING, min(LIKELY, max(open_places, 0.5) / max(len(running), 1))),
+            (self.states[index] is State.RUNNING, min(LIKELY, max(open_places, 0.5) / max(len(running), 1))),
             (num_shorter + num_longer == num_valid, 0.0),  # is not valid: aborted, lost or truncated
             (num_shorter >= num_short and num_longer >= num_long, 0.0),
             (num_shorter + may_be_shorter < num_short, 1.0),
@@ -270,21 +244,18 @@ class CandidateGroup:
 
     @property
     def _decided(self) -> bool:
-        return self._kept is not None or self._abandoned
+        return self._kept is not None or self.abandoned
 
     def _all(self, *states: State) -> list[int]:
-        return [index for index, state in enumerate(self._states) if state in states]
+        return [index for index, state in enumerate(self.states) if state in states]
 
     def _check(self, index: int, length: int, at_least: int, running: bool = False) -> None:
-        if not 0 <= index < len(self._lengths):
-            raise ValueError(f"candidate {index}: this group has candidates 0 to {len(self._lengths) - 1}.")
+        if not 0 <= index < len(self.lengths):
+            raise ValueError(f"candidate {index}: this group has candidates 0 to {len(self.lengths) - 1}.")
         if not at_least <= length < math.inf:
             raise ValueError(f"candidate {index}: length={length}; must be finite and at least {at_least}.")
-        if running and self._states[index].ended:
+        if running and self.states[index].ended:
             raise ValueError(f"candidate {index}: ended twice; each candidate ends once.")
-
-    def _end(self, index: int, length: int, state: State) -> None:
-        self._states[index], self._lengths[index] = state, length
 
     def _decide(self, grown: int | None = None) -> list[int]:
         """Which of those that run to abort; completes the group if nothing that it needs runs any more.
@@ -299,16 +270,16 @@ class CandidateGroup:
             last_needed = self._valid[self.rules.num_keep - 1]
             is_exact = self.rules.follows_growth
             running = self._all(State.RUNNING) if grown is None else [grown]
-            losers = [index for index in running if not is_exact or (self._lengths[index], index) > last_needed]
+            losers = [index for index in running if not is_exact or (self.lengths[index], index) > last_needed]
         return self._abort(losers)
 
     def _abort(self, losers: list[int]) -> list[int]:
         for index in losers:
-            self._states[index] = State.ABORTING
-        if not self._abandoned and State.RUNNING not in self._states:
+            self.states[index] = State.ABORTING
+        if not self.abandoned and State.RUNNING not in self.states:
             usable_candidates = sorted([index for _, index in self._valid] + self._all(State.TRUNCATED))
-            is_truncated = [self._states[index] is State.TRUNCATED for index in usable_candidates]
-            usable_lengths = [self._lengths[index] for index in usable_candidates]
+            is_truncated = [self.states[index] is State.TRUNCATED for index in usable_candidates]
+            usable_lengths = [self.lengths[index] for index in usable_candidates]
             chosen_positions = select(usable_lengths, self.rules.num_keep, self.rules.num_long, is_truncated)
             self._kept = [usable_candidates[position] for position in chosen_positions]
         return losers

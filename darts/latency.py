@@ -14,6 +14,7 @@ file.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, overload
 
 import numpy as np
@@ -140,6 +141,7 @@ class LatencyCurve:
         return f"LatencyCurve({points})"
 
 
+@dataclass(slots=True)
 class StepTimes:
     """Decoding steps that were seen on running engines: how long, at how many running sequences.
 
@@ -152,11 +154,8 @@ class StepTimes:
         [(12.0, 0.004, 16)]
     """
 
-    __slots__ = ("_bins",)
-
-    def __init__(self) -> None:
-        # exponent of two -> [sum of steps * running, seconds, steps]; running lies in [2**exponent, 2**(exponent + 1))
-        self._bins: dict[int, list[float]] = {}
+    # exponent of two -> [sum of steps * running, seconds, steps]; running lies in [2**exponent, 2**(exponent + 1))
+    _bins: dict[int, list[float]] = field(default_factory=dict)
 
     def add(self, running: float, seconds: float, steps: int) -> None:
         """One sequence got `steps` tokens in `seconds`, while its engine ran `running` sequences on average.
@@ -196,17 +195,12 @@ class StepTimes:
             point[1] += steps
         return [(mean_size, seconds / steps, int(steps)) for mean_size, (seconds, steps) in point_sums.items()]
 
-    def _add(self, exponent: int, running: float, seconds: float, steps: float) -> None:
-        bin_sums = self._bins.setdefault(exponent, [0.0, 0.0, 0])
-        bin_sums[0] += running
-        bin_sums[1] += seconds
-        bin_sums[2] += steps
+    def _add(self, exponent: int, *sums: float) -> None:
+        old_sums = self._bins.get(exponent, (0.0, 0.0, 0))
+        self._bins[exponent] = [old + new for old, new in zip(old_sums, sums, strict=True)]
 
     def __bool__(self) -> bool:
         return bool(self._bins)
-
-    def __eq__(self, other: object) -> bool:
-        return self._bins == other._bins if isinstance(other, StepTimes) else NotImplemented
 
 
 def rollout_time(lengths: ArrayLike, curve: LatencyCurve, max_running: int | None = None) -> float:

@@ -142,13 +142,14 @@ def checksum(token_ids: Tokens, before: int = 0) -> int:
     return zlib.crc32(np.ascontiguousarray(token_ids, dtype=np.int32).tobytes(), before)
 
 
-class Progress(NamedTuple):
+@dataclass(slots=True)
+class Progress:
     """What was reported since the last call."""
 
-    growths: list[Growth]
-    kept: list[SequenceKey]  # certain from now on
-    dropped: list[SequenceKey]
-    ended: bool  # nothing comes any more
+    growths: list[Growth] = field(default_factory=list)
+    kept: list[SequenceKey] = field(default_factory=list)  # certain from now on
+    dropped: list[SequenceKey] = field(default_factory=list)
+    ended: bool = False  # nothing comes any more
 
 
 class Node(NamedTuple):

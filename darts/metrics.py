@@ -8,7 +8,7 @@ rewards, the time of stops, the latency of chunks, the weights' step, and foreca
 import numpy as np
 from numpy.typing import NDArray
 
-from darts.pool import CandidatePool
+from darts.pool import CandidatePool, State
 from darts.selection import select
 
 METRICS: dict[str, tuple[str, str]] = {
@@ -18,23 +18,14 @@ METRICS: dict[str, tuple[str, str]] = {
     "darts/allocation/budget_max": ("count", "largest M'_i; see also darts/group/saturated_share"),
     "darts/allocation/utility": ("", "U = E - lambda T of the total, before generation; the three need a cost model"),
     "darts/allocation/gain": ("", "E, expected shaping: sigma_D / mean length x (1 - M / mean M'_i)"),
-    "darts/allocation/time_cost": (
-        "",
-        "T, expected: seconds over those with M candidates, minus 1; without early stop",
-    ),
+    "darts/allocation/time_cost": ("", "T, expected: seconds over those with M candidates, minus 1; no early stop"),
     "darts/allocation/time_cost_measured": ("", "the same with the seconds measured; lower where early stop helps"),
     "darts/history/prompts": ("count", "prompts with a length history"),
     "darts/history/known_share": ("share", "prompts of the batch that were seen before; the others take the mean"),
     "darts/history/std_mean": ("tokens", "sigma_D: std of response length within a prompt, mean of recent prompts"),
     "darts/history/length_mean": ("tokens", "mean response length of recent prompts, corrected for what was stopped"),
-    "darts/history/stop_correction": (
-        "ratio",
-        "of the std of full groups to its estimate had they been stopped; stopped groups are corrected by it",
-    ),
-    "darts/history/std_correlation": (
-        "",
-        "of predicted with observed std over the prompts seen before; near 0 adaptive budgets are a lottery",
-    ),
+    "darts/history/stop_correction": ("ratio", "true std over its estimate in stopped groups, which it corrects"),
+    "darts/history/std_correlation": ("", "of predicted with observed std, seen prompts; near 0 budgets are a lottery"),
     "darts/latency/predicted_s": ("s", "rollout seconds expected before generation; needs a cost model"),
     "darts/latency/predicted_over_measured": ("ratio", "the same over darts/rollout/seconds; 1 is a perfect forecast"),
     "darts/latency/overhead_s": ("s", "what a rollout takes besides decoding, by the refined cost model"),
@@ -50,11 +41,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "darts/tokens/kept": ("tokens", "of them, those that are trained on"),
     "darts/tokens/dropped": ("tokens", "of them, those thrown away"),
     "darts/tokens/useful_per_s": ("tokens/s", "kept tokens per second of rollout; the throughput that counts"),
-    "darts/length/pool_mean": (
-        "tokens",
-        "mean response length of all candidates, aborted ones with what they had: the policy's own distribution if "
-        "none is aborted, else below it",
-    ),
+    "darts/length/pool_mean": ("tokens", "mean length of all: the policy's own if none is aborted, else below it"),
     "darts/length/pool_p99": ("tokens", "its 99th percentile, a lower bound where some are aborted: what DARTS shapes"),
     "darts/length/pool_max": ("tokens", "longest candidate, a lower bound where some are aborted"),
     "darts/length/kept_mean": ("tokens", "mean length of the kept; below pool_mean, selection is length-biased"),
@@ -69,32 +56,17 @@ METRICS: dict[str, tuple[str, str]] = {
     "darts/group/mixed_reward_share": ("share", "groups whose kept rewards differ; only these teach GRPO anything"),
     "darts/selection/arrival_disagreement": ("share", "groups of which order of arrival would have kept others"),
     "darts/reward/kept_mean": ("reward", "mean reward of the kept"),
-    "darts/reward/pool_mean": (
-        "reward",
-        "mean reward of all candidates that nobody aborted (with darts.reward.pool); compare with kept",
-    ),
+    "darts/reward/pool_mean": ("reward", "mean of all that nobody aborted (with darts.reward.pool); compare with kept"),
     "darts/rollout/seconds": ("s", "from the batch at the manager to the last group decided and scored"),
     "darts/rollout/own_s": ("s", "planning before the rollout, sorting and learning after it: DARTS's own work"),
-    "darts/rollout/tail_s": (
-        "s",
-        "from the last finish of a kept candidate to the end of the last request; near 0 where losers are aborted",
-    ),
-    "darts/rollout/weights_step": (
-        "step",
-        "training step of the weights that generated the kept; one, or the step fails",
-    ),
+    "darts/rollout/tail_s": ("s", "last finish of a kept one to the last request's end; near 0 if losers are aborted"),
+    "darts/rollout/weights_step": ("step", "training step of the weights that made the kept; one, or the step fails"),
     "darts/rollout/prefix_cached_share": ("share", "prompt tokens that the servers had in their prefix cache"),
-    "darts/early_stop/tokens_after": (
-        "tokens",
-        "decoded after the decision to abort, estimated from each request's own speed; up to 3 % of the generated",
-    ),
+    "darts/early_stop/tokens_after": ("tokens", "after the decision to abort, by requests' speed; up to 3 % of all"),
     "darts/early_stop/stop_s_mean": ("s", "from the decision to abort to the answer of the server, mean over aborted"),
     "darts/early_stop/stop_s_max": ("s", "the same, slowest; seconds here are a server or network in trouble"),
     "darts/streaming/chunks": ("count", "reports of growth from the servers"),
-    "darts/streaming/latency_s": (
-        "s",
-        "from a chunk's last token to its arrival at the group, mean; by both hosts' clocks",
-    ),
+    "darts/streaming/latency_s": ("s", "a chunk's last token to its arrival at the group, mean; by both hosts' clocks"),
     "darts/strategy/queue": ("count", "prompts that were launched and are to come again (tail_batching, sorted)"),
     "darts/overlap/hidden_s": ("s", "the actor computed log-probs while generation ran; by the clock of its ranks"),
     "darts/overlap/exposed_s": ("s", "the trainer waited for log-probs after generation, of the reference too"),
@@ -159,7 +131,7 @@ def rollout_metrics(pool: CandidatePool, num_keep: int, seconds: float) -> dict[
         "darts/group/no_valid": sum(is_invalid[rows].all() for rows in groups),
         "darts/group/returned": len(groups) - len(trained_groups),
         "darts/selection/arrival_disagreement": np.mean(
-            [_arrival_disagrees(pool, truncated, rows, num_keep) for rows in trained_groups]
+            [_arrival_disagrees(pool, rows, num_keep) for rows in trained_groups]
         ),
         "darts/rollout/seconds": seconds,
         "darts/rollout/tail_s": pool.ended_at.max() - pool.ended_at[is_kept].max(),
@@ -186,11 +158,10 @@ def rollout_metrics(pool: CandidatePool, num_keep: int, seconds: float) -> dict[
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _arrival_disagrees(
-    pool: CandidatePool, truncated: NDArray[np.bool_], rows: NDArray[np.int64], num_keep: int
-) -> bool:
+def _arrival_disagrees(pool: CandidatePool, rows: NDArray[np.int64], num_keep: int) -> bool:
     """Whether selecting by rank of arrival, among those that finished, keeps another set than the one that was kept."""
     # One that ended before its abort arrived was not chosen from.
     rows = rows[(pool.arrival[rows] >= 0) & np.isnan(pool.stop_seconds[rows])]
-    by_arrival = select(pool.arrival[rows].tolist(), num_keep, int(pool.num_long[rows[0]]), truncated[rows])
+    is_truncated = pool.state[rows] == State.TRUNCATED.value
+    by_arrival = select(pool.arrival[rows].tolist(), num_keep, int(pool.num_long[rows[0]]), is_truncated)
     return set(rows[by_arrival].tolist()) != set(rows[pool.kept[rows]].tolist())

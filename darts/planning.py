@@ -12,22 +12,13 @@ Contract: pure, without a clock; prompts' keys in, a `Plan` out; what the candid
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from darts.allocation import (
-    Utility,
-    allocate,
-    contiguous_parts,
-    expected,
-    optimal_total,
-    rounded_total,
-    spread_parts,
-    uniform_budgets,
-)
+from darts.allocation import Utility, allocate, contiguous_parts, optimal_total, rounded_total, spread_parts
 from darts.config import DartsConfig
 from darts.forecast import CostModel, draw_lengths, stopped_lengths
 from darts.history import LengthHistory, StopCorrection, are_amounts
@@ -92,27 +83,21 @@ class Rollout:
     ended: float = 0.0
 
 
+@dataclass(kw_only=True, eq=False)
 class RolloutPlanner:
-    """Plans rollouts, and learns from them.
+    """Plans rollouts, and learns from them."""
 
-    Args:
-        ema_weight: of a new observation in a prompt's history.
-        response_length: longest response, tokens.
-        num_engines: that share a rollout.
-        max_running: sequences that an engine runs at once; None: no limit.
-    """
+    ema_weight: InitVar[float]  # of a new observation in a prompt's history
+    response_length: int  # longest response, tokens
+    num_engines: int = 1  # that share a rollout
+    max_running: int | None = None  # sequences that an engine runs at once; None: no limit
+    cost: CostModel | None = None
+    steps: int = 0  # rollouts observed
 
-    def __init__(
-        self, *, ema_weight: float, response_length: int, num_engines: int = 1, max_running: int | None = None
-    ) -> None:
+    def __post_init__(self, ema_weight: float) -> None:
         self.history = LengthHistory(ema_weight)
         self.correction = StopCorrection()
-        self.cost: CostModel | None = None
-        self.steps = 0  # rollouts observed
         self._times: tuple[float, ...] = ()  # of the last plan with a utility
-        self.num_engines = num_engines
-        self.max_running = max_running
-        self._response_length = response_length
 
     def plan(self, keys: Sequence[str], darts: DartsConfig) -> Plan:
         """Budgets for a batch, in its order."""
@@ -122,25 +107,23 @@ class RolloutPlanner:
         adaptive = allocation.mode == "adaptive" and self.steps >= allocation.warmup_steps and bool(std.any())
         lengths = None
         if self.cost is not None and mean.any():
-            lengths = draw_lengths(mean, std, max(allocation.high, group_size), self._response_length)
+            lengths = draw_lengths(mean, std, max(allocation.high, group_size), self.response_length)
         base_s = predicted_s = None
         if lengths is not None:
             base_s = self._to_the_end(lengths, np.full(len(keys), group_size), mean, adaptive)
         utility, relative_times = None, ()
         if allocation.mode == "off":
             budgets = np.full(len(keys), group_size)
-        elif adaptive:
-            std_weights = std / std.mean()
+        else:
+            weights = std / std.mean() if adaptive else np.ones(len(keys))
             total_budget = rounded_total(len(keys), allocation.fallback_mean)
-            if lengths is not None:
-                relative_times = self._relative_times(std_weights, lengths, mean, base_s, darts)
+            if adaptive and lengths is not None:
+                relative_times = self._relative_times(weights, lengths, mean, base_s, darts)
                 utility = self._utility(len(keys), relative_times, darts)
                 total_budget = utility.total
-            budgets = allocate(std_weights, total_budget, allocation.low, allocation.high)
-        else:
-            budgets = uniform_budgets(len(keys), allocation.fallback_mean, allocation.low, allocation.high)
+            budgets = allocate(weights, total_budget, allocation.low, allocation.high)
         if lengths is not None:
-            decoded_lengths = stopped_lengths(lengths, budgets, darts, self._response_length)
+            decoded_lengths = stopped_lengths(lengths, budgets, darts, self.response_length)
             start_order = launch_order(budgets, mean, adaptive)
             predicted_s = self.cost.seconds(decoded_lengths[:, start_order], self.num_engines, self.max_running)
         return Plan(
@@ -250,18 +233,18 @@ class RolloutPlanner:
     def _utility(self, num_prompts: int, times: tuple[float, ...], darts: DartsConfig) -> Utility:
         """What the total brings that the settings ask for, or the best one."""
         allocation = darts.allocation
-        low, high = allocation.low, allocation.high
-        utility_terms = {
-            "seconds": times,
-            "base_seconds": 1.0,
-            "group_size": darts.group_size,
-            "variation": self.history.dataset_std / self.history.dataset_mean,
-        }
-        if allocation.mean_candidates is None:
-            return optimal_total(num_prompts, low, high, cost_weight=allocation.cost_weight, **utility_terms)
-        total = rounded_total(num_prompts, allocation.mean_candidates)
-        gain, cost = map(float, expected(total / num_prompts, low, high, **utility_terms))
-        return Utility(total, gain - allocation.cost_weight * cost, gain, cost)
+        mean_budget = allocation.mean_candidates
+        return optimal_total(
+            num_prompts,
+            allocation.low,
+            allocation.high,
+            seconds=times,
+            base_seconds=1.0,
+            group_size=darts.group_size,
+            variation=self.history.dataset_std / self.history.dataset_mean,
+            cost_weight=allocation.cost_weight,
+            total=None if mean_budget is None else rounded_total(num_prompts, mean_budget),
+        )
 
     def _learn_lengths(
         self, keys: list[str], groups: list[NDArray[np.int64]], pool: CandidatePool, darts: DartsConfig

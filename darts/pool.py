@@ -1,7 +1,7 @@
 """The candidates of a rollout: what becomes of one (`State`), and all of them as columns (`CandidatePool`)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from enum import Enum
 
 import numpy as np
@@ -27,29 +27,11 @@ class State(Enum):
         return self is not State.RUNNING and self is not State.ABORTING
 
 
-UNKNOWN = {
-    "state": State.FINISHED.value,
-    "kept": False,
-    "arrival": 0,
-    "num_long": 0,
-    "saturated": False,
-    "reward": np.nan,
-    "weights_min": -1,
-    "weights_max": -1,
-    "prompt_tokens": 0,
-    "cached_tokens": 0,
-    "chunks": 0,
-    "chunk_seconds": 0.0,
-    "ended_at": np.nan,
-    "stop_seconds": np.nan,
-    "tokens_after": 0,
-}
-"""What `CandidatePool.of` takes for a column of which nothing is known."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CandidatePool:
     """All candidates that one rollout launched, one entry each; shape [num_candidates] throughout.
+
+    One value stands for the same of all candidates. What is not given is not known, and has the default.
 
     Example: prompt=[0, 0, 1, 1], candidate=[0, 1, 0, 1], length=[12, 80, 40, 33], arrival=[0, -1, 1, 0], ...
     """
@@ -57,21 +39,27 @@ class CandidatePool:
     prompt: NDArray[np.int64]  # position of the prompt in the batch
     candidate: NDArray[np.int64]  # number of the candidate within its prompt
     length: NDArray[np.int64]  # generated tokens, end token included
-    state: NDArray[np.str_]  # letter of its `State`
-    kept: NDArray[np.bool_]
-    arrival: NDArray[np.int64]  # 0 for the first to finish within its prompt, -1 where it did not finish
-    num_long: NDArray[np.int64]  # L of the candidate's prompt; 0 where it is shortest-only
-    saturated: NDArray[np.bool_]  # whether the prompt's budget is M_up
-    reward: NDArray[np.float64]  # NaN where the candidate was not scored
-    weights_min: NDArray[np.int64]  # oldest and newest version of the weights that generated it, -1 where unknown
-    weights_max: NDArray[np.int64]
-    prompt_tokens: NDArray[np.int64]  # over all turns
-    cached_tokens: NDArray[np.int64]  # of them, found in the server's prefix cache
-    chunks: NDArray[np.int64]
-    chunk_seconds: NDArray[np.float64]  # latency, sum over its chunks
-    ended_at: NDArray[np.float64]  # seconds since the epoch, end of its last request
-    stop_seconds: NDArray[np.float64]  # from the decision to abort to the server's answer; NaN where none was made
-    tokens_after: NDArray[np.int64]  # decoded after that decision, estimated
+    state: NDArray[np.str_] = State.FINISHED.value  # letter of its `State`
+    kept: NDArray[np.bool_] = False
+    arrival: NDArray[np.int64] = 0  # 0 for the first to finish within its prompt, -1 where it did not finish
+    num_long: NDArray[np.int64] = 0  # L of the candidate's prompt; 0 where it is shortest-only
+    saturated: NDArray[np.bool_] = False  # whether the prompt's budget is M_up
+    reward: NDArray[np.float64] = np.nan  # NaN where the candidate was not scored
+    weights_min: NDArray[np.int64] = -1  # oldest and newest version of the weights that generated it, -1 where unknown
+    weights_max: NDArray[np.int64] = -1
+    prompt_tokens: NDArray[np.int64] = 0  # over all turns
+    cached_tokens: NDArray[np.int64] = 0  # of them, found in the server's prefix cache
+    chunks: NDArray[np.int64] = 0
+    chunk_seconds: NDArray[np.float64] = 0.0  # latency, sum over its chunks
+    ended_at: NDArray[np.float64] = np.nan  # seconds since the epoch, end of its last request
+    stop_seconds: NDArray[np.float64] = np.nan  # from the decision to abort to the server's answer; NaN: none was made
+    tokens_after: NDArray[np.int64] = 0  # decoded after that decision, estimated
+
+    def __post_init__(self) -> None:
+        for column in fields(self):
+            column_type = int if column.default is MISSING else type(column.default)
+            values = np.asarray(getattr(self, column.name), dtype=column_type)
+            object.__setattr__(self, column.name, np.broadcast_to(values, len(self.candidate)))
 
     @classmethod
     def of(cls, budgets: Sequence[int] | NDArray[np.int64], **columns: ArrayLike) -> "CandidatePool":
@@ -83,14 +71,7 @@ class CandidatePool:
         """
         prompt_positions = np.repeat(np.arange(len(budgets)), budgets)
         candidate_numbers = np.arange(len(prompt_positions)) - np.repeat(np.cumsum(budgets) - budgets, budgets)
-        known_columns = {"prompt": prompt_positions, "candidate": candidate_numbers} | UNKNOWN | columns
-        column_types = {name: type(value) for name, value in UNKNOWN.items()}
-        return cls(
-            **{
-                name: np.broadcast_to(np.asarray(value, dtype=column_types.get(name, int)), len(prompt_positions))
-                for name, value in known_columns.items()
-            }
-        )
+        return cls(**{"prompt": prompt_positions, "candidate": candidate_numbers} | columns)
 
     @property
     def truncated(self) -> NDArray[np.bool_]:

@@ -85,51 +85,28 @@ class _Rank:
     deepest: int = 0  # cached tokens of the longest prefix among them
 
 
+@dataclass(eq=False)
 class OverlapSchedule:
-    """The sequences of one step, and the calls for the ranks.
+    """The sequences of one step, and the calls for the ranks; a `ValueError` where a number is below its least."""
 
-    Args:
-        step: number of the training step.
-        num_ranks: data-parallel ranks of the actor.
-        max_tokens: of one forward on one rank (verl's limit of a micro-batch, which no sequence exceeds).
-        max_cache_tokens: of prefixes on one rank, kept and in use; 0: complete sequences alone (mode `sequence`).
-        max_rows: complete sequences in one forward on one rank; None: any number.
-        padded: whether verl pads them to the longest of the forward, instead of packing them.
+    step: int  # number of the training step
+    num_ranks: int  # data-parallel ranks of the actor
+    max_tokens: int  # of one forward on one rank (verl's limit of a micro-batch, which no sequence exceeds)
+    max_cache_tokens: int  # of prefixes on one rank, kept and in use; 0: complete sequences alone (mode `sequence`)
+    max_rows: int | None = None  # complete sequences in one forward on one rank; None: any number
+    padded: bool = False  # whether verl pads them to the longest of the forward, instead of packing them
+    restarted_tokens: int = 0  # sent for sequences that began again: forwarded twice
 
-    Raises:
-        ValueError: a number below its least.
-    """
-
-    def __init__(
-        self,
-        step: int,
-        num_ranks: int,
-        max_tokens: int,
-        max_cache_tokens: int,
-        *,
-        max_rows: int | None = None,
-        padded: bool = False,
-    ) -> None:
-        for name, value, least_value in (
-            ("num_ranks", num_ranks, 1),
-            ("max_tokens", max_tokens, 1),
-            ("max_cache_tokens", max_cache_tokens, 0),
-            ("max_rows", max_rows, 1),
-        ):
-            if value is not None and value < least_value:
+    def __post_init__(self) -> None:
+        for name, least_value in {"num_ranks": 1, "max_tokens": 1, "max_cache_tokens": 0, "max_rows": 1}.items():
+            if (value := getattr(self, name)) is not None and value < least_value:
                 raise ValueError(f"{name}={value}: must be at least {least_value}.")
-        self.step = step
-        self._max_tokens = max_tokens
-        self._max_held = max_cache_tokens // 2
-        self._max_rows = max_rows
-        self._padded = padded
-        self._ranks = [_Rank() for _ in range(num_ranks)]
+        self._max_held = self.max_cache_tokens // 2
+        self._ranks = [_Rank() for _ in range(self.num_ranks)]
         self._sequences: dict[SequenceKey, _OpenSequence] = {}
         self._dropped: set[SequenceKey] = set()
         self._calls = 0
         self._reported = 0
-        self.restarted_tokens = 0
-        """Sent for sequences that began again: forwarded twice."""
 
     def grow(self, growth: Growth) -> None:
         """A candidate has new tokens. What comes after its `drop` is ignored.
@@ -173,10 +150,7 @@ class OverlapSchedule:
         """Generation has ended, and these are the kept: all others are dropped."""
         kept_keys = set(keys)
         for key in list(self._sequences):
-            if key in kept_keys:
-                self.keep(key)
-            else:
-                self.drop(key)
+            (self.keep if key in kept_keys else self.drop)(key)
 
     def next_call(self) -> list[RankCall] | None:
         """What the ranks do next, one call each; None if no row can go. The caller sends it, in order."""
@@ -248,15 +222,15 @@ class OverlapSchedule:
         num_rows, num_tokens = len(rank.whole) + 1, sequence.num_waiting
         if num_rows == 1:
             return True
-        forward_tokens = num_rows * max(rank.longest, num_tokens) if self._padded else rank.whole_tokens + num_tokens
-        return forward_tokens <= self._max_tokens and (self._max_rows is None or num_rows <= self._max_rows)
+        forward_tokens = num_rows * max(rank.longest, num_tokens) if self.padded else rank.whole_tokens + num_tokens
+        return forward_tokens <= self.max_tokens and (self.max_rows is None or num_rows <= self.max_rows)
 
     def _fits_growing(self, rank: _Rank, sequence: _OpenSequence) -> bool:
         rows, num_tokens = len(rank.growing) + 1, sequence.num_waiting
         if not sequence.complete and rank.held + num_tokens > self._max_held:
             return False
         widest, deepest = max(rank.widest, num_tokens), max(rank.deepest, sequence.held)
-        return rows == 1 or (rows * widest <= self._max_tokens and rows * (deepest + widest) <= self._max_held)
+        return rows == 1 or (rows * widest <= self.max_tokens and rows * (deepest + widest) <= self._max_held)
 
     def _add(self, rank_number: int, sequence: _OpenSequence) -> None:
         rank, num_tokens = self._ranks[rank_number], sequence.num_waiting

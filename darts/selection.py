@@ -31,7 +31,14 @@ def select(
         >>> select([30, 10, 50, 20, 40], num_keep=3, num_long=1)
         [1, 3, 2]
     """
-    _check(lengths, num_keep, num_long, truncated)
+    check_counts(num_keep, num_long)
+    if len(lengths) < num_keep:
+        raise ValueError(f"{len(lengths)} candidates, num_keep={num_keep}: a group needs at least num_keep candidates.")
+    if truncated is not None and len(truncated) != len(lengths):
+        raise ValueError(f"{len(truncated)} truncation flags for {len(lengths)} lengths: one per candidate is needed.")
+    for index, length in enumerate(lengths):
+        if not math.isfinite(length) or length < 0:
+            raise ValueError(f"lengths[{index}]={length}: a length must be finite and not negative.")
     is_cut = [False] * len(lengths) if truncated is None else [bool(flag) for flag in truncated]
 
     def by_length(index: int) -> tuple[float, int]:
@@ -45,15 +52,9 @@ def select(
     return valid_indices[:num_short] + valid_indices[len(valid_indices) - num_long :]
 
 
-def _check(lengths: Sequence[float], num_keep: int, num_long: int, truncated: Sequence[bool] | None) -> None:
+def check_counts(num_keep: int, num_long: int) -> None:
+    """Raises a `ValueError` where no group can keep so many, and so many of them as the longest."""
     if num_keep < 1:
         raise ValueError(f"num_keep={num_keep}: must be at least 1.")
     if not 0 <= num_long < num_keep:
         raise ValueError(f"num_long={num_long}: must lie in [0, num_keep={num_keep}).")
-    if len(lengths) < num_keep:
-        raise ValueError(f"{len(lengths)} candidates, num_keep={num_keep}: a group needs at least num_keep candidates.")
-    if truncated is not None and len(truncated) != len(lengths):
-        raise ValueError(f"{len(truncated)} truncation flags for {len(lengths)} lengths: one per candidate is needed.")
-    for index, length in enumerate(lengths):
-        if not math.isfinite(length) or length < 0:
-            raise ValueError(f"lengths[{index}]={length}: a length must be finite and not negative.")

@@ -34,6 +34,32 @@ class Round:
     harvest: int | None = None  # the rollout ends once so many prompts are complete; None: with its last
 
 
+def times(count: int, factor: float) -> int:
+    """So many times a number of prompts or candidates, rounded up: 1.1 times 100 is 110, whatever floats make of it."""
+    return math.ceil(round(count * factor, 6))
+
+
+def all_kept(darts: DartsConfig) -> DartsConfig:
+    """Rules for groups of M candidates, all of which run to their end and are kept."""
+    return replace(
+        darts,
+        allocation=replace(darts.allocation, mode="off"),
+        selection=replace(darts.selection, mode="shortest_only"),
+        early_stop="off",
+    )
+
+
+def shortest_only(darts: DartsConfig, candidates: float, early_stop: str) -> DartsConfig:
+    """Rules for groups that keep the M shortest of `candidates`, the same number for each prompt."""
+    low, high = min(darts.allocation.low, math.floor(candidates)), max(darts.allocation.high, math.ceil(candidates))
+    return replace(
+        darts,
+        allocation=replace(darts.allocation, mode="uniform", mean_candidates=float(candidates), low=low, high=high),
+        selection=replace(darts.selection, mode="shortest_only"),
+        early_stop=early_stop,
+    )
+
+
 class Strategy:
     """What is trained on.
 
@@ -52,6 +78,7 @@ class Strategy:
     def __init__(self, darts: DartsConfig, num_prompts: int) -> None:
         self.darts = darts
         self.num_prompts = num_prompts
+        self._queue: list[int] = []
         self.rules = self.rules_of(darts)
 
     @staticmethod
@@ -74,7 +101,7 @@ class Strategy:
     @property
     def queue(self) -> tuple[int, ...]:
         """Prompts that were launched and are to come again."""
-        return ()
+        return tuple(self._queue)
 
     def state_dict(self) -> dict[str, Any]:
         """All that later rounds depend on."""
@@ -82,10 +109,6 @@ class Strategy:
 
     def load_state_dict(self, state: Any) -> None:
         """Goes on where `state_dict` was called; a `ValueError` on what is no state of such a strategy."""
-        if self._checked_queue(state):
-            raise ValueError(f"queue={state['queue']!r:.80}: darts.strategy={self.darts.strategy} has no queue.")
-
-    def _checked_queue(self, state: Any) -> list[int]:
         queue = state.get("queue") if isinstance(state, Mapping) else None
         if isinstance(state, Mapping) and state.get("num_prompts", self.num_prompts) != self.num_prompts:
             raise ValueError(
@@ -94,7 +117,9 @@ class Strategy:
             )
         if not (isinstance(queue, list) and all(type(row) is int and row >= 0 for row in queue)):
             raise ValueError(f"queue={queue!r:.80}: must be a list of rows of the dataset.")
-        return queue
+        if queue and not self.chooses_prompts:
+            raise ValueError(f"queue={queue!r:.80}: darts.strategy={self.darts.strategy} has no queue.")
+        self._queue = list(queue)
 
 
 class Plain(Strategy):
@@ -102,7 +127,6 @@ class Plain(Strategy):
 
     @staticmethod
     def rules_of(darts: DartsConfig) -> DartsConfig:
-        """Upstream: `Strategy.rules_of`."""
         return replace(all_kept(darts), enable=False)
 
 
@@ -130,25 +154,12 @@ class Queueing(Strategy):
 
     chooses_prompts = True
 
-    def __init__(self, darts: DartsConfig, num_prompts: int) -> None:
-        super().__init__(darts, num_prompts)
-        self._queue: list[int] = []
-
-    @property
-    def queue(self) -> tuple[int, ...]:
-        """Upstream: `Strategy.queue`."""
-        return tuple(self._queue)
-
     def ended(self, launched: Sequence[int], trained: Sequence[int]) -> None:
         """Those not trained on wait behind the others, in their order."""
         trained_positions = set(trained)
         queued_again = [row for position, row in enumerate(launched) if position not in trained_positions]
         num_taken = len(self.next_round().queued)  # at the queue's head, by the round
         self._queue = [*self._queue[num_taken:], *queued_again]
-
-    def load_state_dict(self, state: Any) -> None:
-        """Upstream: `Strategy.load_state_dict`."""
-        self._queue = list(self._checked_queue(state))
 
 
 class TailBatching(Queueing):
@@ -190,10 +201,7 @@ class Sorted(Queueing):
         more = len(self._queue) + new > self.num_prompts
         return Round(rules=self.rules, new=new, queued=tuple(self._queue), harvest=self.num_prompts if more else None)
 
-    @staticmethod
-    def rules_of(darts: DartsConfig) -> DartsConfig:
-        """M candidates, all trained on."""
-        return all_kept(darts)
+    rules_of = staticmethod(all_kept)
 
 
 _CLASSES: dict[str, type[Strategy]] = dict(
@@ -225,29 +233,3 @@ def strategy_class(name: str) -> type[Strategy]:
 def make_strategy(darts: DartsConfig, num_prompts: int) -> Strategy:
     """The strategy that `darts.strategy` names; a `ConfigError` as `strategy_class`."""
     return strategy_class(darts.strategy)(darts, num_prompts)
-
-
-def times(count: int, factor: float) -> int:
-    """So many times a number of prompts or candidates, rounded up: 1.1 times 100 is 110, whatever floats make of it."""
-    return math.ceil(round(count * factor, 6))
-
-
-def all_kept(darts: DartsConfig) -> DartsConfig:
-    """Rules for groups of M candidates, all of which run to their end and are kept."""
-    return replace(
-        darts,
-        allocation=replace(darts.allocation, mode="off"),
-        selection=replace(darts.selection, mode="shortest_only"),
-        early_stop="off",
-    )
-
-
-def shortest_only(darts: DartsConfig, candidates: float, early_stop: str) -> DartsConfig:
-    """Rules for groups that keep the M shortest of `candidates`, the same number for each prompt."""
-    low, high = min(darts.allocation.low, math.floor(candidates)), max(darts.allocation.high, math.ceil(candidates))
-    return replace(
-        darts,
-        allocation=replace(darts.allocation, mode="uniform", mean_candidates=float(candidates), low=low, high=high),
-        selection=replace(darts.selection, mode="shortest_only"),
-        early_stop=early_stop,
-    )

@@ -11,6 +11,7 @@ Contract:
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
@@ -38,8 +39,9 @@ ROLLOUT_ENV = {
 }
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """What there is to do for a device, where there is none."""
+def _always(answer: Any) -> Callable[..., Any]:
+    """A function that takes anything and answers so; None: there is nothing to do where there is no device."""
+    return lambda *args, **kwargs: answer
 
 
 def _cpu_device_module() -> ModuleType:
@@ -49,8 +51,6 @@ def _cpu_device_module() -> ModuleType:
     measured, seeded or snapshotted.
     """
     module = ModuleType("verl_patches.cpu_device", "torch.cpu with the memory and RNG members of torch.cuda")
-    for name in ("Event", "Stream", "current_stream", "device_count", "set_device", "stream", "synchronize"):
-        setattr(module, name, getattr(torch.cpu, name))
     this_process = psutil.Process()
 
     def resident_bytes(device: Any = None) -> int:
@@ -60,68 +60,47 @@ def _cpu_device_module() -> ModuleType:
         memory_info = psutil.virtual_memory()
         return memory_info.available, memory_info.total
 
-    module.is_available = lambda: False
-    module.current_device = lambda: "cpu"
-    module.get_device_name = lambda device=None: "cpu"
-    module.mem_get_info = mem_get_info
-    for name in ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"):
-        setattr(module, name, resident_bytes)
-    for name in (
+    of_torch = ("Event", "Stream", "current_stream", "device_count", "set_device", "stream", "synchronize")
+    measures = ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved")
+    needless = (
         "empty_cache", "ipc_collect", "set_per_process_memory_fraction", "reset_peak_memory_stats",
         "reset_accumulated_memory_stats",
-    ):  # fmt: skip
-        setattr(module, name, _nothing)
-    module.get_rng_state = lambda device=None: torch.get_rng_state()
-    module.set_rng_state = lambda rng_state, device=None: torch.set_rng_state(rng_state)
+    )  # fmt: skip
+    vars(module).update(
+        {name: getattr(torch.cpu, name) for name in of_torch}
+        | dict.fromkeys(measures, resident_bytes)
+        | dict.fromkeys(needless, _always(None)),
+        is_available=_always(False),
+        current_device=_always("cpu"),
+        get_device_name=_always("cpu"),
+        mem_get_info=mem_get_info,
+        get_rng_state=lambda device=None: torch.get_rng_state(),
+        set_rng_state=lambda rng_state, device=None: torch.set_rng_state(rng_state),
+    )
     return module
 
 
 class CpuPlatform(PlatformBase):
     """verl's platform interface for CPU: gloo, no memory pool, logical GPUs as the Ray resource."""
 
-    _module = _cpu_device_module()
     device_name = vendor_name = "cpu"
-
-    @property
-    def device_module(self) -> ModuleType:
-        return self._module
-
-    def is_available(self) -> bool:
-        return True
-
-    def current_device(self) -> str:
-        """A device for ``tensor.to``: an index would mean a GPU to torch."""
-        return "cpu"
-
-    def device_count(self) -> int:
-        return 1
-
-    set_device = synchronize = set_allocator_settings = empty_cache = _nothing
-    profiler_start = profiler_stop = cudart = _nothing
+    device_module = _cpu_device_module()
+    is_available = _always(True)
+    current_device = _always("cpu")  # for `tensor.to`: an index would mean a GPU to torch
+    device_count = _always(1)
+    set_device = synchronize = set_allocator_settings = empty_cache = _always(None)
+    profiler_start = profiler_stop = cudart = _always(None)
     nvtx_range = nullcontext
     manual_seed = manual_seed_all = staticmethod(torch.manual_seed)
-
-    def get_device_capability(self, device_index: int = 0) -> tuple[int | None, int | None]:
-        return None, None
-
-    def communication_backend_name(self) -> str:
-        return "gloo"
-
-    def visible_devices_envvar(self) -> str:
-        return "CUDA_VISIBLE_DEVICES"
-
-    def ray_resource_name(self) -> str:
-        """``GPU``: verl's ``ResourcePoolManager`` counts only GPU and NPU resources."""
-        return "GPU"
-
-    def ray_noset_envvars(self) -> list[str]:
-        return []
-
-    def is_ipc_supported(self) -> bool:
-        """False: weights travel to vLLM through shared memory."""
-        return False
+    get_device_capability = _always((None, None))
+    communication_backend_name = _always("gloo")
+    visible_devices_envvar = _always("CUDA_VISIBLE_DEVICES")
+    ray_resource_name = _always("GPU")  # verl's `ResourcePoolManager` counts only GPU and NPU resources
+    ray_noset_envvars = _always(())
+    is_ipc_supported = _always(False)  # weights travel to vLLM through shared memory
 
     def rollout_env_vars(self) -> dict[str, str]:
+        """What the servers inherit, unless the user has set it."""
         return {name: os.environ.get(name, default) for name, default in ROLLOUT_ENV.items()}
 
 

@@ -319,31 +319,32 @@ class RankSession:
         return float(estimated / promised / 3.0 / self._actor.engine.ulysses_sequence_parallel_size)
 
 
-def _for_each_rank(worker_group: WorkerGroup, *args: Any, **kwargs: Any) -> tuple[tuple, dict[str, Any]]:
+def _for_each_rank(worker_group: WorkerGroup, *args: Any) -> tuple[tuple, dict[str, Any]]:
     """Dispatches lists that are split by data-parallel rank already, through verl; the rest goes to all ranks."""
-    rank_of = _ranks_of(worker_group)
+    rank_of, _ = _mesh_of(worker_group)
     num_ranks = max(rank_of) + 1
-    rank_values = [value if isinstance(value, list) else [value] * num_ranks for value in (*args, *kwargs.values())]
+    rank_values = [value if isinstance(value, list) else [value] * num_ranks for value in args]
     for value in rank_values:
         if len(value) != num_ranks:
             raise ValueError(f"{len(value)} arguments came for {num_ranks} data-parallel ranks, one each is needed")
-    rank_values, _ = dispatch_nd_compute(rank_of, num_ranks, worker_group, *rank_values)
-    return rank_values[: len(args)], dict(zip(kwargs, rank_values[len(args) :], strict=True))
+    return dispatch_nd_compute(rank_of, num_ranks, worker_group, *rank_values)
 
 
 def _of_each_rank(worker_group: WorkerGroup, output: list[Any]) -> list[Any]:
     """Those that verl would collect, in data-parallel order, and then those of all other ranks, which may fail too."""
-    if MESH not in worker_group._collect_info:
-        worker_group._collect_info[MESH] = worker_group._query_collect_info(MESH)
-    is_collected, rank_of = worker_group._collect_info[MESH], _ranks_of(worker_group)
+    rank_of, is_collected = _mesh_of(worker_group)
     return [output[at] for at in sorted(range(len(output)), key=lambda at: (not is_collected[at], rank_of[at]))]
 
 
-def _ranks_of(worker_group: WorkerGroup) -> list[int]:
-    """The data-parallel rank of each worker."""
-    if MESH not in worker_group._dispatch_info:
-        worker_group._dispatch_info[MESH] = worker_group._query_dispatch_info(MESH)
-    return worker_group._dispatch_info[MESH]
+def _mesh_of(group: WorkerGroup) -> tuple[list[int], list[bool]]:
+    """The data-parallel rank of each worker, and whether verl collects from it; asked once."""
+    for known, ask in (
+        (group._dispatch_info, group._query_dispatch_info),
+        (group._collect_info, group._query_collect_info),
+    ):
+        if MESH not in known:
+            known[MESH] = ask(MESH)
+    return group._dispatch_info[MESH], group._collect_info[MESH]
 
 
 EACH_RANK = {"dispatch_fn": _for_each_rank, "collect_fn": _of_each_rank}

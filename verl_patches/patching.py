@@ -16,7 +16,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-_ORIGINAL = "__verl_patches_original__"
 _PATCH = "__verl_patches_name__"
 
 
@@ -65,7 +64,6 @@ def replace(owner: Any, name: str, parameters: tuple[str, ...], make: Callable[[
             f"{symbol} has parameters {found}, the patch {patch_name} was written for {parameters}: adapt or delete it"
         )
     replacement = functools.wraps(upstream)(make(upstream))
-    setattr(replacement, _ORIGINAL, upstream)
     setattr(replacement, _PATCH, patch_name)
     setattr(owner, name, replacement)
     return True
@@ -73,4 +71,4 @@ def replace(owner: Any, name: str, parameters: tuple[str, ...], make: Callable[[
 
 def original(function: Callable) -> Callable:
     """The upstream function behind a patched one; an unpatched one comes back as it is."""
-    return getattr(function, _ORIGINAL, function)
+    return function.__wrapped__ if hasattr(function, _PATCH) else function

@@ -16,7 +16,7 @@ Contract:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ class CannotContinue(RuntimeError):
     """The model's cache is not one that these prefixes can stand for."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Geometry:
     """Sizes of the keys and values that a model caches for a token; all its layers are alike."""
 
@@ -63,25 +63,19 @@ class Geometry:
             if keys.ndim != 4 or keys.shape[:3] != values.shape[:3]:
                 raise CannotContinue(f"layer {layer_number} caches keys {keys.shape} and values {values.shape}")
             layer_sizes = (keys.shape[1], keys.shape[3], values.shape[3])
-            found_sizes.add((*layer_sizes, keys.dtype, values.dtype, keys.device))
+            found_sizes.add(cls(num_layers, *layer_sizes, keys.dtype, values.dtype, keys.device))
         if len(found_sizes) != 1:
             raise CannotContinue(f"layers cache keys and values of different sizes: {sorted(map(str, found_sizes))}")
-        heads, key_dim, value_dim, key_dtype, value_dtype, device = found_sizes.pop()
-        return cls(
-            layers=num_layers, heads=heads, key_dim=key_dim, value_dim=value_dim,
-            key_dtype=key_dtype, value_dtype=value_dtype, device=device,
-        )  # fmt: skip
+        return found_sizes.pop()
 
 
+@dataclass(slots=True, eq=False)
 class Prefix:
     """Keys and values of the tokens of one sequence that a model has seen."""
 
-    __slots__ = ("_chunks", "tokens")
-
-    def __init__(self) -> None:
-        # of consecutive tokens: keys [layers, heads, tokens, key_dim], values [layers, heads, tokens, value_dim]
-        self._chunks: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.tokens = 0
+    # of consecutive tokens: keys [layers, heads, tokens, key_dim], values [layers, heads, tokens, value_dim]
+    _chunks: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    tokens: int = 0
 
     @property
     def nbytes(self) -> int:

@@ -3,7 +3,8 @@
 Contract:
 1. The import does the registrations, once per process. It is cheap: no vLLM, no Ray beyond what verl has imported.
 2. verl logs a plugin's exception at DEBUG and goes on, so nothing is raised here: the exception is kept in
-   ``plugin_state()``, its traceback goes to stderr, and ``assert_active()`` raises it. Entry programs call that.
+   the state that ``register()`` answers, its traceback goes to stderr. Entry programs call ``assert_active()``, which
+   raises it.
 3. verl calls this at the end of ``verl/__init__.py``: only submodules of verl that need no more than that are used.
 """
 
@@ -47,22 +48,17 @@ def register() -> PluginState:
 
 
 def _apply() -> tuple[str, ...]:
-    """Every registration of the project, in order; returns their names."""
+    """Every registration of the project, in order; returns their names.
+
+    The streaming vLLM server imports vLLM: darts.training.trainer registers it in the process that starts the servers.
+    """
     from verl_patches.device import is_cpu_only
 
-    applied_names: tuple[str, ...] = ()
-    if is_cpu_only():
-        from verl_patches import cpu_platform
+    if not is_cpu_only():
+        return ()
+    from verl_patches import cpu_platform
 
-        applied_names += cpu_platform.activate()
-    # The streaming vLLM server imports vLLM: darts.training.trainer registers it in the process that starts the
-    # servers.
-    return applied_names
-
-
-def plugin_state() -> PluginState:
-    """What happened in this process."""
-    return register()
+    return cpu_platform.activate()
 
 
 def assert_active() -> PluginState:

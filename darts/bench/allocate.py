@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from darts.allocation import allocate, expected, optimal_total, rounded_total
+from darts.allocation import allocate, optimal_total, rounded_total
 from darts.bench import harness
 from darts.bench.harness import ArmFigures, Bench, FlatRecords, Save
 from darts.evidence.tables import Check, table
@@ -50,11 +50,13 @@ def greedy(weights: NDArray[np.float64], total_budget: int, low: int, high: int)
     return np.array(budgets, dtype=np.int64)
 
 
-def scan(num_prompts: int, low: int, high: int, cost_weight: float = 1.0, **cost_terms: Any) -> int:
+def scan(num_prompts: int, low: int, high: int, terms: dict[str, Any]) -> int:
     """The total that `optimal_total` gives, by trying all."""
     all_totals = np.arange(low * num_prompts, high * num_prompts + 1)
-    expected_gain, expected_cost = expected(all_totals / num_prompts, low, high, **cost_terms)
-    return int(all_totals[np.argmax(expected_gain - cost_weight * expected_cost)])
+    means = all_totals / num_prompts
+    gains = terms["variation"] * (1 - terms["group_size"] / means)
+    costs = np.interp(means, np.arange(low, high + 1), terms["seconds"]) / terms["base_seconds"] - 1
+    return int(all_totals[np.argmax(gains - costs)])
 
 
 def problem(options: argparse.Namespace, prompts: int, repetition: int) -> dict[str, Callable[[], Any]]:
@@ -70,7 +72,7 @@ def problem(options: argparse.Namespace, prompts: int, repetition: int) -> dict[
         ALLOCATE: lambda: allocate(weights, total, low, high),
         GREEDY: lambda: greedy(weights, total, low, high),
         OPTIMAL: lambda: optimal_total(prompts, low, high, **terms).total,
-        SCAN: lambda: scan(prompts, low, high, **terms),
+        SCAN: lambda: scan(prompts, low, high, terms),
     }
 
 

@@ -7,6 +7,7 @@ other rows are computed by verl's own call, in one batch. Outputs are those of v
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from verl.protocol import DataProto, pad_dataproto_to_divisor, unpad_dataproto
 
 from darts.config import DartsConfig
 from darts.messages import CANDIDATE, ActorCall, SequenceKey, checksum
-from darts.overlap.session import ActorLimits, OverlapOutcome, OverlapSession, overlap_metrics
+from darts.overlap.session import GIB, ActorLimits, OverlapOutcome, OverlapSession
 from darts.planning import Rollout
 
 
@@ -25,68 +26,6 @@ def sequence_keys(batch: DataProto) -> list[SequenceKey]:
     """The name of each row's sequence."""
     columns = batch.non_tensor_batch
     return [SequenceKey(uid, int(candidate)) for uid, candidate in zip(columns["uid"], columns[CANDIDATE], strict=True)]
-
-
-def response_lengths(batch: DataProto) -> torch.Tensor:
-    """Tokens of each row's response, those of tools included; int64 [rows]."""
-    return batch.batch["attention_mask"][:, batch.batch["prompts"].shape[1] :].sum(dim=1)
-
-
-def usable_rows(batch: DataProto, outcome: OverlapOutcome) -> list[bool]:
-    """Which rows have an overlapped result of exactly their tokens."""
-    input_ids, attention_mask = batch.batch["input_ids"].numpy(), batch.batch["attention_mask"].numpy().astype(bool)
-    usable = []
-    for row, (key, length) in enumerate(zip(sequence_keys(batch), response_lengths(batch).tolist(), strict=True)):
-        row_values = outcome.values.get(key)
-        usable.append(
-            row_values is not None
-            and all(len(token_values) == length for token_values in row_values.values())
-            and checksum(input_ids[row][attention_mask[row]]) == outcome.checksums[key]
-        )
-    return usable
-
-
-def join(
-    batch: DataProto,
-    outcome: OverlapOutcome,
-    usable: list[bool],
-    names: list[str],
-    compute: Callable[[DataProto], DataProto],
-    num_ranks: int,
-    max_tokens: int,
-) -> DataProto:
-    """The values `names` of all rows.
-
-    Args:
-        batch: as verl computes log-probs of it.
-        outcome: of the step; `usable` as `usable_rows` says.
-        names: of the values, as in `darts.messages.RankResults`.
-        compute: verl's computation of them, for the rows that are missing.
-        num_ranks: by which verl's computation divides its rows.
-        max_tokens: of a micro-batch.
-
-    Returns:
-        float32 [rows, response length] for each name.
-    """
-    num_rows, width = batch.batch["responses"].shape
-    joined_values = {name: torch.zeros(num_rows, width, dtype=torch.float32) for name in names}
-    for row, key in enumerate(sequence_keys(batch)):
-        if usable[row]:
-            for name in names:
-                values = torch.tensor(outcome.values[key][name])  # a copy: what Ray gives is read-only
-                joined_values[name][row, : len(values)] = values
-    missing_rows = _uneven(batch, np.flatnonzero(~np.asarray(usable, dtype=bool)))
-    if len(missing_rows):
-        padded_part, num_added = pad_dataproto_to_divisor(batch.select_idxs(missing_rows), num_ranks)
-        padded_part.meta_info = padded_part.meta_info | {
-            "global_token_num": padded_part.batch["attention_mask"].sum(dim=-1).tolist(),
-            "use_dynamic_bsz": True,
-            "max_token_len_per_gpu": max_tokens,
-        }
-        computed_values = unpad_dataproto(compute(padded_part), num_added)
-        for name in names:
-            joined_values[name][missing_rows] = computed_values.batch[name].float()
-    return DataProto.from_single_dict(joined_values)
 
 
 def _uneven(batch: DataProto, rows: np.ndarray) -> np.ndarray:
@@ -136,18 +75,13 @@ class _Joined:
     exposed_s: float = 0.0
 
 
+@dataclass(eq=False)
 class OverlappedLogProbs:
-    """The trainer's view: verl's two calls, answered from what was computed during generation.
+    """The trainer's view: verl's two calls, answered from what was computed during generation."""
 
-    Args:
-        session: drives the actor.
-        limits: as the session's.
-    """
-
-    def __init__(self, session: OverlapSession, limits: ActorLimits) -> None:
-        self.session = session
-        self._limits = limits
-        self._joined: _Joined | None = None
+    session: OverlapSession  # drives the actor
+    limits: ActorLimits  # as the session's
+    _joined: _Joined | None = None
 
     def old(self, batch: DataProto, compute: Callable[[DataProto], tuple[DataProto, float]]) -> tuple[DataProto, float]:
         """Answers for `RayPPOTrainer._compute_old_log_prob`, which is `compute`."""
@@ -157,8 +91,20 @@ class OverlappedLogProbs:
         started_at = time.monotonic()
         keys = sequence_keys(batch)
         outcome = self.session.finish(keys)
-        usable_flags = usable_rows(batch, outcome)
-        self._joined = _Joined(outcome, keys, response_lengths(batch).tolist(), usable_flags)
+        token_ids, is_token = batch.batch["input_ids"].numpy(), batch.batch["attention_mask"].numpy().astype(bool)
+        response_lengths = is_token[:, batch.batch["prompts"].shape[1] :].sum(axis=1).tolist()  # with those of tools
+
+        def is_usable(row: int) -> bool:
+            """Whether the row has an overlapped result of exactly its tokens."""
+            row_values = outcome.values.get(keys[row])
+            return (
+                row_values is not None
+                and all(len(token_values) == response_lengths[row] for token_values in row_values.values())
+                and checksum(token_ids[row][is_token[row]]) == outcome.checksums[keys[row]]
+            )
+
+        usable_flags = [is_usable(row) for row in range(len(keys))]
+        self._joined = _Joined(outcome, keys, response_lengths, usable_flags)
         mfu_parts = [outcome.mfu] if any(usable_flags) else []
 
         def missing(part: DataProto) -> DataProto:
@@ -166,9 +112,9 @@ class OverlappedLogProbs:
             mfu_parts.append(part_mfu)
             return output
 
-        value_names = ["old_log_probs", "entropys"] + ["sum_pi_squared"] * self._limits.sum_pi_squared
+        value_names = ["old_log_probs", "entropys"] + ["sum_pi_squared"] * self.limits.sum_pi_squared
         output = self._join(batch, value_names, missing)
-        if not self._limits.with_reference:
+        if not self.limits.with_reference:
             outcome.release()
         self._joined.exposed_s = time.monotonic() - started_at
         return output, mfu_parts[0]
@@ -185,23 +131,40 @@ class OverlappedLogProbs:
 
     def metrics(self, rollout: Rollout) -> dict[str, float]:
         """Metrics of the step that was fetched last; empty if it had no overlapped results. Keys as in `METRICS`."""
-        joined_step = self._joined
+        joined_step, pool = self._joined, rollout.pool
         if joined_step is None:
             return {}
-        pool = rollout.pool
+        outcome = joined_step.outcome
         ended_at = {
             SequenceKey(rollout.uids[prompt], candidate): time_ended
             for prompt, candidate, time_ended in zip(
                 pool.prompt.tolist(), pool.candidate.tolist(), pool.ended_at.tolist(), strict=True
             )
         }
-        kept_lengths = dict(zip(joined_step.keys, joined_step.lengths, strict=True))
-        metrics = overlap_metrics(joined_step.outcome, kept_lengths, ended_at, rollout.ended)
-        hidden_s = metrics["darts/overlap/hidden_s"]
-        metrics["darts/overlap/exposed_s"] = joined_step.exposed_s
-        metrics["darts/overlap/hidden_share"] = hidden_s / max(hidden_s + joined_step.exposed_s, 1e-9)
-        metrics["darts/overlap/late_rows"] = float(joined_step.usable.count(False))
-        return metrics
+        kept_keys, kept_tokens = set(joined_step.keys), max(sum(joined_step.lengths), 1)
+        early_tokens = Counter()
+        for key in kept_keys & outcome.values.keys():
+            for computed_at, tokens in outcome.computed.get(key, []):
+                early_tokens["rollout"] += tokens * (computed_at <= rollout.ended)
+                early_tokens["response"] += tokens * (computed_at <= ended_at[key])
+        hidden_s = sum(max(min(call.ended, rollout.ended) - call.began, 0.0) for call in outcome.calls)
+        forwarded_tokens = sum(call.tokens for call in outcome.calls)
+        wasted_parts = [parts for key, parts in outcome.computed.items() if key not in kept_keys]
+        metrics = {
+            "calls": len(outcome.calls),
+            "hidden_s": hidden_s,
+            "exposed_s": joined_step.exposed_s,
+            "hidden_share": hidden_s / max(hidden_s + joined_step.exposed_s, 1e-9),
+            "tokens_forwarded": forwarded_tokens,
+            "tokens_twice": outcome.restarted_tokens,
+            "tokens_wasted": sum(tokens for parts in wasted_parts for _, tokens in parts),
+            "forwarded_per_kept": forwarded_tokens / kept_tokens,
+            "before_end_share": early_tokens["response"] / kept_tokens,
+            "in_rollout_share": early_tokens["rollout"] / kept_tokens,
+            "late_rows": joined_step.usable.count(False),
+            "cache_peak_gib": outcome.peak_cache_bytes / GIB,
+        }
+        return {f"darts/overlap/{name}": float(value) for name, value in metrics.items()}
 
     @property
     def calls(self) -> list[ActorCall]:
@@ -209,7 +172,24 @@ class OverlappedLogProbs:
         return [] if self._joined is None else self._joined.outcome.calls
 
     def _join(self, batch: DataProto, names: list[str], compute: Callable[[DataProto], DataProto]) -> DataProto:
-        joined_step, limits = self._joined, self._limits
-        # A fixed number of rows would have to divide them; one of the longest always fits.
-        max_tokens = limits.max_tokens if limits.max_rows is None else limits.longest
-        return join(batch, joined_step.outcome, joined_step.usable, names, compute, limits.num_ranks, max_tokens)
+        """The values `names` of all rows, float32 [rows, response length]; `compute` is verl's, for what is missing."""
+        joined_step, limits = self._joined, self.limits
+        joined_values = {name: torch.zeros(batch.batch["responses"].shape, dtype=torch.float32) for name in names}
+        for row, key in enumerate(joined_step.keys):
+            if joined_step.usable[row]:
+                for name in names:
+                    values = torch.tensor(joined_step.outcome.values[key][name])  # a copy: what Ray gives is read-only
+                    joined_values[name][row, : len(values)] = values
+        missing_rows = _uneven(batch, np.flatnonzero(~np.asarray(joined_step.usable, dtype=bool)))
+        if len(missing_rows):
+            padded_part, num_added = pad_dataproto_to_divisor(batch.select_idxs(missing_rows), limits.num_ranks)
+            padded_part.meta_info = padded_part.meta_info | {
+                "global_token_num": padded_part.batch["attention_mask"].sum(dim=-1).tolist(),
+                # A fixed number of rows would have to divide them; one of the longest always fits.
+                "use_dynamic_bsz": True,
+                "max_token_len_per_gpu": limits.max_tokens if limits.max_rows is None else limits.longest,
+            }
+            computed_values = unpad_dataproto(compute(padded_part), num_added)
+            for name in names:
+                joined_values[name][missing_rows] = computed_values.batch[name].float()
+        return DataProto.from_single_dict(joined_values)

@@ -38,10 +38,7 @@ class GrowthOutbox:
 
     growing: bool  # tell of growing candidates too
     _sent: dict[SequenceKey, _Sent] = field(default_factory=dict)
-    _growths: list[Growth] = field(default_factory=list)
-    _kept: list[SequenceKey] = field(default_factory=list)
-    _dropped: list[SequenceKey] = field(default_factory=list)
-    _ended: bool = False
+    _news: Progress = field(default_factory=Progress)
     _filled: asyncio.Event = field(default_factory=asyncio.Event)
 
     def grow(
@@ -51,9 +48,9 @@ class GrowthOutbox:
         sent = self._sent.setdefault(key, _Sent())
         if not self.growing or sent.over or sent.tokens != (len(prompt_ids) + offset if offset else 0):
             return
-        self._tell(
-            key, sent, len(prompt_ids), _array(token_ids if offset else [*prompt_ids, *token_ids]), False, chance
-        )
+        tokens = _array(token_ids if offset else [*prompt_ids, *token_ids])
+        row = Row(key=key, prompt_tokens=len(prompt_ids), start=sent.tokens, token_ids=tokens, last=False)
+        self._tell(sent, Growth(row, chance))
 
     def finish(
         self,
@@ -70,12 +67,19 @@ class GrowthOutbox:
         tokens = _array([*prompt_ids, *response_ids])
         if extras is not None or sent.tokens > len(tokens) or checksum(tokens[: sent.tokens]) != sent.checksum:
             sent.tokens = sent.checksum = 0
-        made_extras = None if extras is None else extras()
-        self._tell(key, sent, len(prompt_ids), tokens[sent.tokens :], True, chance, made_extras)
+        row = Row(
+            key=key,
+            prompt_tokens=len(prompt_ids),
+            start=sent.tokens,
+            token_ids=tokens[sent.tokens :],
+            last=True,
+            extras=None if extras is None else extras(),
+        )
+        self._tell(sent, Growth(row, chance))
 
     def keep(self, keys: Iterable[SequenceKey]) -> None:
         """The candidates that a group keeps."""
-        self._kept.extend(keys)
+        self._news.kept.extend(keys)
         self._filled.set()
 
     def drop(self, key: SequenceKey) -> None:
@@ -83,12 +87,12 @@ class GrowthOutbox:
         sent = self._sent.pop(key, None)
         self._sent[key] = _Sent(over=True)
         if sent is not None and sent.tokens:
-            self._dropped.append(key)
+            self._news.dropped.append(key)
             self._filled.set()
 
     def end(self) -> None:
         """The rollout has ended."""
-        self._ended = True
+        self._news.ended = True
         self._filled.set()
 
     async def take(self, wait_s: float) -> Progress:
@@ -96,25 +100,15 @@ class GrowthOutbox:
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._filled.wait(), wait_s)
         self._filled.clear()
-        progress = Progress(self._growths, self._kept, self._dropped, self._ended)
-        self._growths, self._kept, self._dropped = [], [], []
+        progress, self._news = self._news, Progress(ended=self._news.ended)
         return progress
 
-    def _tell(
-        self,
-        key: SequenceKey,
-        sent: _Sent,
-        prompt_tokens: int,
-        new: np.ndarray,
-        last: bool,
-        chance: float,
-        extras: Extras | None = None,
-    ) -> None:
-        row = Row(key=key, prompt_tokens=prompt_tokens, start=sent.tokens, token_ids=new, last=last, extras=extras)
-        self._growths.append(Growth(row, chance))
-        sent.checksum = checksum(new, sent.checksum)
-        sent.tokens += len(new)
-        sent.over = last
+    def _tell(self, sent: _Sent, growth: Growth) -> None:
+        row = growth.row
+        self._news.growths.append(growth)
+        sent.checksum = checksum(row.token_ids, sent.checksum)
+        sent.tokens += len(row.token_ids)
+        sent.over = row.last
         self._filled.set()
 
 

@@ -7,14 +7,14 @@ exposed.
 1. One call is in flight at a time: ranks forward together, and Ray does not promise an order to calls of an actor that
    has async methods. Generation never waits: `run` only awaits, and returns when the workers have nothing to report any
    more; a call that is in flight then goes on, and `finish` takes its answer.
-2. A rank that raises or dies ends `run` or `finish` with the cause; every wait has a limit (`darts.timeout_s`).
+2. A rank that raises or dies ends `prepare`, `run` or `finish` with a `RuntimeError` that has the cause. Every wait has
+   a limit, `darts.timeout_s`: a `TimeoutError`.
 3. Nothing of a step outlives it: ranks forget when a step opens and when it is finished; every call names its step.
 4. `finish` gives results only for sequences whose tokens are those of the batch, by checksum. The rest is missing, and
    verl computes it.
 """
 
 import asyncio
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,13 +66,14 @@ class OverlapOutcome:
     their tokens.
     """
 
-    values: dict[SequenceKey, dict[str, np.ndarray]]
-    checksums: dict[SequenceKey, int]
-    mfu: float
-    calls: list[ActorCall]
-    computed: dict[SequenceKey, list[tuple[float, int]]]  # of each sequence: when a part was there, tokens of it
-    restarted_tokens: int
-    peak_cache_bytes: int
+    values: dict[SequenceKey, dict[str, np.ndarray]] = field(default_factory=dict)
+    checksums: dict[SequenceKey, int] = field(default_factory=dict)
+    mfu: float = 0.0
+    calls: list[ActorCall] = field(default_factory=list)
+    # of each sequence: when a part was there, tokens of it
+    computed: dict[SequenceKey, list[tuple[float, int]]] = field(default_factory=dict)
+    restarted_tokens: int = 0
+    peak_cache_bytes: int = 0
 
     def release(self) -> None:
         """Gives the values back: in long runs they are hundreds of megabytes of Ray's object store."""
@@ -84,34 +85,25 @@ class _Step:
     """A step that has begun and is not finished."""
 
     number: int
-    schedule: OverlapSchedule | None = None  # None until the ranks have opened the step
-    early: list[Progress] = field(default_factory=list)  # reported before that
-    waiting: list[Any] = field(default_factory=list)  # answers of the ranks, object references
+    schedule: OverlapSchedule
+    waiting: list[Any]  # answers of the ranks, object references
     sent: list[RankCall] = field(default_factory=list)  # what they answer; empty: they open the step
-    calls: list[ActorCall] = field(default_factory=list)
-    computed: dict[SequenceKey, list[tuple[float, int]]] = field(default_factory=dict)
-    peak_cache_bytes: int = 0
+    outcome: OverlapOutcome = field(default_factory=OverlapOutcome)
 
 
+@dataclass(eq=False)
 class OverlapSession:
-    """Drives the overlapped actor, once `prepare` has asked it what it can do.
+    """Drives the overlapped actor, once `prepare` has asked it what it can do."""
 
-    Args:
-        actor: worker group of `verl_patches.dp_actor.OverlappedActorWorker`.
-        overlap: the settings; the mode is `sequence` or `token`.
-        limits: of the actor's forwards.
+    actor: Any  # worker group of `verl_patches.dp_actor.OverlappedActorWorker`
+    overlap: OverlapConfig  # the settings; the mode is `sequence` or `token`
+    limits: ActorLimits
 
-    Attributes:
-        mode: in which log-probs are computed; `sequence` also where `token` was asked for and cannot be.
-        cache_tokens: of prefixes that each rank may hold and work on; 0 in mode `sequence`.
-    """
-
-    def __init__(self, actor: Any, overlap: OverlapConfig, limits: ActorLimits) -> None:
-        self._actor = actor
-        self._overlap = overlap
-        self._limits = limits
-        self.mode = overlap.mode
+    def __post_init__(self) -> None:
+        self.mode = self.overlap.mode
+        """In which log-probs are computed; `sequence` also where `token` was asked for and cannot be."""
         self.cache_tokens = 0
+        """Tokens of prefixes that each rank may hold and work on; 0 in mode `sequence`."""
         self._step: _Step | None = None
         self._more = asyncio.Event()  # something was reported
 
@@ -121,32 +113,35 @@ class OverlapSession:
         return self._step is not None
 
     def prepare(self) -> list[RankAbility]:
-        """Finds out what the ranks can do, in a step of its own, number 0, and says once if that excludes `token`.
-
-        Raises:
-            RuntimeError: a rank failed.
-            TimeoutError: a rank did not answer.
-        """
-        abilities: list[RankAbility] = self._get(self._actor.overlap_open(self._settings(0)))
-        self._get(self._actor.overlap_clear(0))
+        """Finds out what the ranks can do, in a step of its own, number 0, and says once if that excludes `token`."""
+        abilities: list[RankAbility] = self._get(self.actor.overlap_open(self._settings(0)))
+        self._get(self.actor.overlap_clear(0))
         if self.mode == "token":
             refusal = next((ability.refusal for ability in abilities if ability.refusal), None)
             if refusal is None:
-                refusal = self._choose_cache(max(ability.bytes_per_token for ability in abilities))
+                bytes_per_token = max(ability.bytes_per_token for ability in abilities)
+                self.cache_tokens = int(self.overlap.kv_cache_gib * GIB / bytes_per_token)
+                least_tokens = 2 * self.limits.longest
+                if self.cache_tokens < least_tokens:
+                    refusal = (
+                        f"darts.overlap.kv_cache_gib={self.overlap.kv_cache_gib:g} holds {self.cache_tokens} tokens "
+                        f"on a rank; two sequences of {self.limits.longest} need "
+                        f"{least_tokens * bytes_per_token / GIB:.2f} GiB"
+                    )
             if refusal is not None:
-                self.mode = "sequence"
+                self.mode, self.cache_tokens = "sequence", 0
                 logger.warning(f"overlap: complete responses alone (mode sequence), since {refusal}")
         return abilities
 
     async def run(self, workers: Iterable[Any], rollout: int, step: int) -> None:
-        """Computes while `workers` run rollout number `rollout`.
-
-        Raises:
-            RuntimeError: a rank failed.
-            TimeoutError: a rank did not answer.
-        """
+        """Computes while `workers` run rollout number `rollout`."""
         self._more = asyncio.Event()
-        self._step = _Step(step, waiting=self._actor.overlap_open(self._settings(step)))
+        limits = self.limits
+        forward_tokens = limits.max_tokens * limits.sequence_parallel
+        schedule = OverlapSchedule(
+            step, limits.num_ranks, forward_tokens, self.cache_tokens, max_rows=limits.max_rows, padded=limits.padded
+        )
+        self._step = _Step(step, schedule, self.actor.overlap_open(self._settings(step)))
         driver_task = asyncio.ensure_future(self._drive(self._step))
         poll_tasks = asyncio.gather(*[self._poll(self._step, worker, rollout) for worker in workers])
         try:
@@ -163,8 +158,7 @@ class OverlapSession:
         """Computes what is left of the kept sequences `keys`, fetches their results, and clears the ranks.
 
         Raises:
-            RuntimeError: a rank failed, or no step has begun.
-            TimeoutError: a rank did not answer.
+            RuntimeError: no step has begun; or see the module's contract.
         """
         if self._step is None:
             raise RuntimeError("no step has begun: run() comes before finish().")
@@ -175,29 +169,27 @@ class OverlapSession:
                 self._take(step, self._get(step.waiting))
             step.schedule.keep_only(keys)
             was_sent = self._send(step)
-        rank_answers = self._get(self._actor.overlap_collect(step.number, step.schedule.complete(keys)))
-        rank_results: list[RankResults] = rank_answers[: self._limits.num_ranks]
-        self._get(self._actor.overlap_clear(step.number))
-        sequence_values = {key: value for result in rank_results for key, value in result.values.items()}
-        return OverlapOutcome(
-            values=sequence_values,
-            checksums={key: step.schedule.checksum(key) for key in sequence_values},
-            mfu=float(np.mean([result.mfu for result in rank_results])),
-            calls=step.calls,
-            computed=step.computed,
-            restarted_tokens=step.schedule.restarted_tokens,
-            peak_cache_bytes=step.peak_cache_bytes,
-        )
+        rank_answers = self._get(self.actor.overlap_collect(step.number, step.schedule.complete(keys)))
+        rank_results: list[RankResults] = rank_answers[: self.limits.num_ranks]
+        self._get(self.actor.overlap_clear(step.number))
+        outcome = step.outcome
+        outcome.values = {key: value for result in rank_results for key, value in result.values.items()}
+        outcome.checksums = {key: step.schedule.checksum(key) for key in outcome.values}
+        outcome.mfu = float(np.mean([result.mfu for result in rank_results]))
+        outcome.restarted_tokens = step.schedule.restarted_tokens
+        return outcome
 
     async def _poll(self, step: _Step, worker: Any, rollout: int) -> None:
         """Takes what one worker reports until it has ended."""
         try:
             while True:
                 progress: Progress = await worker.take_growth.remote(rollout, POLL_S)
-                if step.schedule is None:
-                    step.early.append(progress)
-                else:
-                    _report(step.schedule, progress)
+                for growth in progress.growths:
+                    step.schedule.grow(growth)
+                for key in progress.kept:
+                    step.schedule.keep(key)
+                for key in progress.dropped:
+                    step.schedule.drop(key)
                 self._more.set()
                 if progress.ended:
                     return
@@ -215,64 +207,42 @@ class OverlapSession:
 
     async def _answers(self, refs: list[Any]) -> list[Any]:
         """What all ranks answer, or the first failure. If it is cancelled the ranks go on."""
-        tasks = [asyncio.ensure_future(ref) for ref in refs]
-        for task in tasks:
-            task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # retrieved
         try:
-            done_tasks, pending_tasks = await asyncio.wait(
-                tasks, timeout=self._limits.timeout_s, return_when=asyncio.FIRST_EXCEPTION
-            )
-            for task in done_tasks:
-                task.result()
+            return await asyncio.wait_for(asyncio.gather(*refs), self.limits.timeout_s)
         except ray.exceptions.RayError as cause:
-            raise failed(cause) from cause
-        finally:
-            for task in tasks:
-                task.cancel()
-        if pending_tasks:
-            raise self._too_late()
-        return [task.result() for task in tasks]
+            raise RuntimeError(f"the overlapped actor failed: {reason(cause)}") from cause
+        except asyncio.TimeoutError:
+            raise self._too_late() from None
 
     def _send(self, step: _Step) -> bool:
         """Sends the next call. Returns whether there was one."""
         next_calls = step.schedule.next_call()
         if next_calls is not None:
             step.sent = next_calls
-            step.waiting = self._actor.overlap_extend(next_calls)
+            step.waiting = self.actor.overlap_extend(next_calls)
         return next_calls is not None
 
     def _take(self, step: _Step, answers: list[Any]) -> None:
         step.waiting = []
         if not step.sent:
-            limits = self._limits
-            step.schedule = OverlapSchedule(
-                step.number,
-                limits.num_ranks,
-                limits.max_tokens * limits.sequence_parallel,
-                self.cache_tokens,
-                max_rows=limits.max_rows,
-                padded=limits.padded,
-            )
-            for progress in step.early:
-                _report(step.schedule, progress)
-            step.early = []
             return
-        reports: list[RankReport] = answers[: self._limits.num_ranks]  # the others are parts of the same ranks
+        outcome = step.outcome
+        reports: list[RankReport] = answers[: self.limits.num_ranks]  # the others are parts of the same ranks
         ended_at = max(report.ended for report in reports)
         actor_call = ActorCall(min(r.began for r in reports), ended_at, sum(r.tokens for r in reports))
         if actor_call.tokens:
-            step.calls.append(actor_call)
-        step.peak_cache_bytes = max(step.peak_cache_bytes, *(report.peak_cache_bytes for report in reports))
+            outcome.calls.append(actor_call)
+        outcome.peak_cache_bytes = max(outcome.peak_cache_bytes, *(report.peak_cache_bytes for report in reports))
         for rank_call in step.sent:
             for row in (*rank_call.whole, *rank_call.growing):
                 # Log-probs there are now: of all tokens but the prompt's; a row's own first token has one too.
                 num_new = row.start + len(row.token_ids) - max(row.start, row.prompt_tokens)
                 if row.start == 0:
-                    step.computed[row.key] = []
-                step.computed[row.key].append((ended_at, max(num_new, 0)))
+                    outcome.computed[row.key] = []
+                outcome.computed[row.key].append((ended_at, max(num_new, 0)))
 
     def _settings(self, step: int) -> StepSettings:
-        limits = self._limits
+        limits = self.limits
         return StepSettings(
             step=step,
             mode=self.mode,
@@ -281,74 +251,22 @@ class OverlapSession:
             sum_pi_squared=limits.sum_pi_squared,
         )
 
-    def _choose_cache(self, bytes_per_token: int) -> str | None:
-        """Sets `cache_tokens`, or says why there is no room."""
-        cache_tokens, least_tokens = int(self._overlap.kv_cache_gib * GIB / bytes_per_token), 2 * self._limits.longest
-        if cache_tokens < least_tokens:
-            return (
-                f"darts.overlap.kv_cache_gib={self._overlap.kv_cache_gib:g} holds {cache_tokens} tokens on a rank; two "
-                f"sequences of {self._limits.longest} need {least_tokens * bytes_per_token / GIB:.2f} GiB"
-            )
-        self.cache_tokens = cache_tokens
-        return None
-
     def _get(self, refs: list[Any]) -> list[Any]:
         try:
-            return ray.get(refs, timeout=self._limits.timeout_s)
+            return ray.get(refs, timeout=self.limits.timeout_s)
         except ray.exceptions.GetTimeoutError:
             raise self._too_late() from None
         except ray.exceptions.RayError as cause:
-            raise failed(cause) from cause
+            raise RuntimeError(f"the overlapped actor failed: {reason(cause)}") from cause
 
     def _too_late(self) -> TimeoutError:
         return TimeoutError(
-            f"darts.timeout_s={self._limits.timeout_s:g}: the overlapped actor did not answer in this time. Look at "
+            f"darts.timeout_s={self.limits.timeout_s:g}: the overlapped actor did not answer in this time. Look at "
             "the log of the actor's ranks, or set darts.overlap.mode=off."
         )
 
 
-def overlap_metrics(
-    outcome: OverlapOutcome, lengths: dict[SequenceKey, int], ended_at: dict[SequenceKey, float], generated: float
-) -> dict[str, float]:
-    """Metrics of the hidden part; keys as in `darts.metrics.METRICS`.
-
-    Args:
-        outcome: of the step.
-        lengths: response tokens of the kept sequences.
-        ended_at: `time.time()` at which each of them had been generated.
-        generated: the same for the rollout.
-    """
-    forwarded_tokens = sum(call.tokens for call in outcome.calls)
-    kept_tokens = sum(lengths.values())
-    early_tokens = Counter()
-    for key in lengths.keys() & outcome.values.keys():
-        for computed_at, tokens in outcome.computed.get(key, []):
-            early_tokens["rollout"] += tokens * (computed_at <= generated)
-            early_tokens["response"] += tokens * (computed_at <= ended_at[key])
-    wasted_tokens = sum(tokens for key, parts in outcome.computed.items() if key not in lengths for _, tokens in parts)
-    return {
-        "darts/overlap/calls": float(len(outcome.calls)),
-        "darts/overlap/hidden_s": sum(max(min(call.ended, generated) - call.began, 0.0) for call in outcome.calls),
-        "darts/overlap/tokens_forwarded": float(forwarded_tokens),
-        "darts/overlap/tokens_twice": float(outcome.restarted_tokens),
-        "darts/overlap/tokens_wasted": float(wasted_tokens),
-        "darts/overlap/forwarded_per_kept": forwarded_tokens / max(kept_tokens, 1),
-        "darts/overlap/before_end_share": early_tokens["response"] / max(kept_tokens, 1),
-        "darts/overlap/in_rollout_share": early_tokens["rollout"] / max(kept_tokens, 1),
-        "darts/overlap/cache_peak_gib": outcome.peak_cache_bytes / GIB,
-    }
-
-
-def failed(cause: BaseException) -> RuntimeError:
-    """What is raised where a rank has failed."""
-    origin = cause.cause if isinstance(cause, ray.exceptions.RayTaskError) else cause
-    return RuntimeError(f"the overlapped actor failed: {type(origin).__name__}: {origin}")
-
-
-def _report(schedule: OverlapSchedule, progress: Progress) -> None:
-    for growth in progress.growths:
-        schedule.grow(growth)
-    for key in progress.kept:
-        schedule.keep(key)
-    for key in progress.dropped:
-        schedule.drop(key)
+def reason(error: BaseException) -> str:
+    """Type and text of an exception; of one that another Ray process raised, without that process's traceback."""
+    cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+    return f"{type(cause).__name__}: {cause}"

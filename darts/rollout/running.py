@@ -14,6 +14,7 @@ worker's event loop. A `RunningCandidate` listens to the requests of its agent l
 import asyncio
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import numpy as np
 from verl.workers.rollout.replica import TokenOutput
@@ -47,7 +48,7 @@ class RunningCandidate:
         self.generated = 0  # tokens of the turns that have ended
         self.finish_reason: str | None = None  # of the last turn
         self.reward = np.nan
-        self.weights: set[int] = set()  # versions of the weights that generated
+        self.weights_min = self.weights_max = -1  # oldest and newest version of the weights that generated
         self.prompt_tokens = 0  # over all turns
         self.cached_tokens = 0  # of them, those that the server had in its prefix cache
         self.chunks = 0
@@ -67,16 +68,6 @@ class RunningCandidate:
     def over(self) -> bool:
         """Whether the agent loop is to be left: it was aborted or lost."""
         return self._aborted_at is not None or self.state is State.LOST
-
-    @property
-    def weights_min(self) -> int:
-        """The oldest version of the weights that generated; -1 where unknown."""
-        return min(self.weights, default=-1)
-
-    @property
-    def weights_max(self) -> int:
-        """The newest one."""
-        return max(self.weights, default=-1)
 
     def opened(self, request: OpenRequest) -> None:
         """A turn begins."""
@@ -99,7 +90,9 @@ class RunningCandidate:
         self.generated += num_tokens
         self.finish_reason = finish_reason
         if (weights_version := output.extra_fields.get("global_steps")) is not None:
-            self.weights.add(int(weights_version))
+            version = int(weights_version)
+            self.weights_min = version if self.weights_min < 0 else min(self.weights_min, version)
+            self.weights_max = max(self.weights_max, version)
         self.cached_tokens += output.extra_fields.get("num_cached_tokens") or 0
         if self._aborted_at is not None:
             self.stop_seconds = time.monotonic() - self._aborted_at
@@ -155,32 +148,24 @@ class RunningCandidate:
             self.task.cancel()
 
 
+@dataclass(eq=False)
 class RunningGroup:
     """One prompt's group while its candidates run: the state machine, its aborts, and the wait for its decision."""
 
-    def __init__(
-        self,
-        uid: str,
-        prompt: int,
-        budget: int,
-        darts: DartsConfig,
-        client: DartsServerClient,
-        routing_key: str | None = None,
-        outbox: GrowthOutbox | None = None,
-        on_complete: Callable[[str], None] = lambda uid: None,
-    ) -> None:
-        self.uid = uid
-        self._on_complete = on_complete  # told once
-        self._outbox = outbox  # None: nobody computes log-probs meanwhile
+    uid: str
+    prompt: int  # its position in the batch
+    budget: int
+    darts: DartsConfig
+    client: DartsServerClient
+    routing_key: str | None = None
+    outbox: GrowthOutbox | None = None  # None: nobody computes log-probs meanwhile
+    on_complete: Callable[[str], None] = lambda uid: None  # told once
+
+    def __post_init__(self) -> None:
+        self.machine = CandidateGroup(self.budget, self.darts.group_rules(self.budget))
+        self.candidates = [RunningCandidate(self, index) for index in range(self.budget)]
         self.shared = SharedInputs()  # of the candidates, for the outbox
-        self.routing_key = routing_key
-        self.prompt = prompt
-        self.darts = darts
-        self.saturated = budget >= darts.allocation.high
-        self.machine = CandidateGroup(budget, darts.group_rules(budget))
-        self.candidates = [RunningCandidate(self, index) for index in range(budget)]
         self.settled = asyncio.Event()  # ready for the deadline, or complete
-        self._client = client
         self._decided = asyncio.Event()
 
     def act(self, losers: list[int]) -> None:
@@ -189,10 +174,10 @@ class RunningGroup:
         self.tell_dropped(losers)
         if self.machine.complete and not self._decided.is_set():
             self._decided.set()
-            self._on_complete(self.uid)
+            self.on_complete(self.uid)
             self.tell_dropped(set(range(len(self.candidates))).difference(self.machine.kept))
-            if self._outbox is not None:
-                self._outbox.keep(SequenceKey(self.uid, index) for index in self.machine.kept)
+            if self.outbox is not None:
+                self.outbox.keep(SequenceKey(self.uid, index) for index in self.machine.kept)
         if self.machine.complete or self.machine.ready:
             self.settled.set()
 
@@ -227,31 +212,31 @@ class RunningGroup:
             kept=[group.complete and group.keeps(index) for index in candidate_indices],
             arrival=[arrival_places.get(index, -1) for index in candidate_indices],
             num_long=group.rules.num_long,
-            saturated=self.saturated,
+            saturated=self.budget >= self.darts.allocation.high,
             **{name: [getattr(candidate, name) for candidate in self.candidates] for name in MEASURED},
         )
 
     def stop_requests(self, requests: list[OpenRequest]) -> None:
         """Stops them at their servers."""
         if requests:
-            self._client.abort(requests, self.darts.streaming.abort_timeout_s)
+            self.client.abort(requests, self.darts.streaming.abort_timeout_s)
 
     def tell_growth(self, index: int, prompt_ids: list[int], chunk: Chunk) -> None:
         """The overlapped actor may go on with a response that grows."""
-        if self._outbox is not None:
+        if self.outbox is not None:
             chance = self.machine.chance(index)
-            self._outbox.grow(SequenceKey(self.uid, index), prompt_ids, chunk.offset, chunk.token_ids, chance)
+            self.outbox.grow(SequenceKey(self.uid, index), prompt_ids, chunk.offset, chunk.token_ids, chance)
 
     def tell_end(
         self, index: int, prompt_ids: list[int], response_ids: list[int], extras: Callable[[], Extras] | None
     ) -> None:
         """The overlapped actor has the whole response; `extras` as in `GrowthOutbox.finish`."""
-        if self._outbox is not None:
+        if self.outbox is not None:
             key, chance = SequenceKey(self.uid, index), self.machine.chance(index)
-            self._outbox.finish(key, prompt_ids, response_ids, chance, extras)
+            self.outbox.finish(key, prompt_ids, response_ids, chance, extras)
 
     def tell_dropped(self, indices: Iterable[int]) -> None:
         """The overlapped actor need not go on with these."""
-        if self._outbox is not None:
+        if self.outbox is not None:
             for index in indices:
-                self._outbox.drop(SequenceKey(self.uid, index))
+                self.outbox.drop(SequenceKey(self.uid, index))

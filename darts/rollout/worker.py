@@ -16,7 +16,6 @@ import asyncio
 from typing import Any
 
 import numpy as np
-import ray
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, AgentLoopWorker
 from verl.protocol import DataProto
 
@@ -26,6 +25,7 @@ from darts.latency import StepTimes
 from darts.messages import BUDGET, CANDIDATE, PROMPT, Progress
 from darts.overlap.images import make_extras
 from darts.overlap.outbox import GrowthOutbox
+from darts.overlap.session import reason
 from darts.pool import CandidatePool
 from darts.rollout.client import AbortTimeout, DartsServerClient, current_listener
 from darts.rollout.running import RunningCandidate, RunningGroup
@@ -57,7 +57,7 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         super().__init__(*args, **kwargs)
         if self.config.darts.enable:
             patch_building()
-        self._groups: dict[str, RunningGroup] = {}
+        self._groups: dict[str, RunningGroup] = {}  # by uid
         self._number = 0  # of the last rollout that began
         self._running: asyncio.Task | None = None  # that rollout, unless it is being stopped
         self._given_up = 0  # the last rollout that was
@@ -100,22 +100,16 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         candidate_rows.non_tensor_batch["priority"] = candidate_rows.non_tensor_batch["priority"] + candidates
         self._step = prompts.meta_info.get("global_steps", -1)
         self._darts = darts
-        self._outbox = self._new_outbox()
-        self._groups = {
-            uid: RunningGroup(
-                uid,
-                int(prompt),
-                budget,
-                darts,
-                self.llm_client,
-                self._routing_key(uid, int(prompt)),
-                self._outbox,
-                self._tell_complete,
+        mode = darts.overlap.mode
+        # With a processor nothing is told of growing candidates.
+        self._outbox = None if mode == "off" else GrowthOutbox(growing=mode == "token" and self.processor is None)
+        groups, positions = {}, prompts.non_tensor_batch[PROMPT].tolist()
+        for uid, prompt, budget in zip(prompts.non_tensor_batch["uid"], positions, budgets.tolist(), strict=True):
+            routing_key = self._routing_key(uid, prompt)
+            groups[uid] = RunningGroup(
+                uid, prompt, budget, darts, self.llm_client, routing_key, self._outbox, self._tell_complete
             )
-            for uid, prompt, budget in zip(
-                prompts.non_tensor_batch["uid"], prompts.non_tensor_batch[PROMPT], budgets.tolist(), strict=True
-            )
-        }
+        self._groups = groups
         self._complete, self._closed, self._number = [], False, number
         self._running = asyncio.current_task()
         try:
@@ -201,7 +195,7 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         """What candidates of rollout `number` have reported since the last call; see `darts.overlap.outbox`."""
         await self._has_begun(number)
         if self._number != number or self._outbox is None:
-            return Progress([], [], [], True)
+            return Progress(ended=True)
         return await self._outbox.take(wait_s)
 
     async def progress(self) -> tuple[int, list[str]] | None:
@@ -246,16 +240,12 @@ class DartsAgentLoopWorker(AgentLoopWorker):
             if not candidate.over:
                 raise
         except Exception as cause:
-            if candidate.over and not isinstance(cause, AbortTimeout):
-                logger.warning(
-                    f"the agent loop of an aborted candidate (prompt uid={group.uid}) failed: {reason(cause)}"
-                )
-                candidate.left()
-                return DROPPED
-            raise CandidateError(
-                f"candidate {candidate.index} of prompt uid={group.uid} (row {group.prompt} of the batch, step "
-                f"{self._step}) failed: {reason(cause)}"
-            ) from cause
+            if not candidate.over or isinstance(cause, AbortTimeout):
+                raise CandidateError(
+                    f"candidate {candidate.index} of prompt uid={group.uid} (row {group.prompt} of the batch, step "
+                    f"{self._step}) failed: {reason(cause)}"
+                ) from cause
+            logger.warning(f"the agent loop of an aborted candidate (prompt uid={group.uid}) failed: {reason(cause)}")
         candidate.left()
         return DROPPED
 
@@ -317,12 +307,6 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         output.non_tensor_batch[CANDIDATE] = columns[CANDIDATE]
         return output
 
-    def _new_outbox(self) -> GrowthOutbox | None:
-        """None where no log-probs are computed meanwhile. With a processor nothing is told of growing candidates."""
-        if self._darts.overlap.mode == "off":
-            return None
-        return GrowthOutbox(growing=self._darts.overlap.mode == "token" and self.processor is None)
-
     def _routing_key(self, uid: str, prompt: int) -> str | None:
         """What verl's balancer keeps together; None leaves each candidate to it. A uid differs from run to run."""
         if self._darts.routing == "balanced":
@@ -334,9 +318,3 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         if self._darts.seed is None and self.rollout_config.full_determinism:
             return self.rollout_config.seed  # verl's server gives every request of a replica the same seed
         return self._darts.seed
-
-
-def reason(error: Exception) -> str:
-    """Type and text of an exception; of one that another Ray process raised, without that process's traceback."""
-    cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
-    return f"{type(cause).__name__}: {cause}"

@@ -63,16 +63,16 @@ class DartsTaskRunner(BaseTaskRunner):
         self.add_teacher_model_resource_pool(config)
         validate_config(config, need_reference_policy(config), need_critic(config))
         resource_pools = self.init_resource_pool_mgr(config)
-        check_ray(config, resource_pools.get_n_gpus())
+        # The nodes that Ray has now must be enough, before data or models are loaded.
+        found_resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        nodes = [Node(found.get(get_resource_name(), 0), found.get("CPU", 0)) for found in found_resources]
+        check_cluster(config, others=resource_pools.get_n_gpus() - pools(config).train, nodes=nodes)
         model = omega_conf_to_dataclass(config.actor_rollout_ref.model)
         data = config.data
-        train, val = (
-            create_rl_dataset(files, data, model.tokenizer, model.processor, is_train=is_train, max_samples=limit)
-            for files, is_train, limit in (
-                (data.train_files, True, data.get("train_max_samples", -1)),
-                (data.val_files, False, data.get("val_max_samples", -1)),
-            )
-        )
+        made_of = {"data_config": data, "tokenizer": model.tokenizer, "processor": model.processor}
+        train_limit, val_limit = data.get("train_max_samples", -1), data.get("val_max_samples", -1)
+        train = create_rl_dataset(data.train_files, **made_of, is_train=True, max_samples=train_limit)
+        val = create_rl_dataset(data.val_files, **made_of, is_train=False, max_samples=val_limit)
         trainer = self.trainer_class()(
             config=config,
             tokenizer=model.tokenizer,
@@ -86,21 +86,6 @@ class DartsTaskRunner(BaseTaskRunner):
         )
         trainer.init_workers()
         trainer.fit()
-
-
-def check_ray(config: DictConfig, num_gpus: int) -> None:
-    """Checks that the nodes which Ray has now are enough, before data or models are loaded.
-
-    Args:
-        config: of the run.
-        num_gpus: of verl's resource pools: those that train, and those of reward and teacher models.
-
-    Raises:
-        ClusterTooSmall: they are not.
-    """
-    nodes_resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    nodes = [Node(resources.get(get_resource_name(), 0), resources.get("CPU", 0)) for resources in nodes_resources]
-    check_cluster(config, others=num_gpus - pools(config).train, nodes=nodes)
 
 
 def join_cluster(config: DictConfig, environment: Mapping[str, str]) -> None:

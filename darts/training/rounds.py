@@ -11,38 +11,28 @@ Contract.
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from darts.strategy import Round
 
 
+@dataclass(eq=False)
 class RoundLoader:
-    """Batches by rounds.
+    """Batches by rounds."""
 
-    Args:
-        dataset: rows by number, as verl's datasets.
-        sampler: gives an order of the rows for each epoch; seeded, or a resumed run has another order.
-        collate: rows to a batch, verl's `collate_fn`.
-        next_round: the strategy's.
-    """
+    dataset: Any  # rows by number, as verl's datasets
+    sampler: Any  # gives an order of the rows for each epoch; seeded, or a resumed run has another order
+    collate: Callable[[list[Any]], dict[str, Any]]  # rows to a batch, verl's `collate_fn`
+    next_round: Callable[[], Round]  # the strategy's
+    epoch: int = 0
+    round: Round | None = None  # of the last batch
+    launched: tuple[int, ...] = ()  # its rows of the dataset
 
-    def __init__(
-        self,
-        dataset: Any,
-        sampler: Any,
-        collate: Callable[[list[Any]], dict[str, Any]],
-        next_round: Callable[[], Round],
-    ) -> None:
-        self._dataset = dataset
-        self._sampler = sampler
-        self._collate = collate
-        self._next_round = next_round
-        self.epoch = 0
+    def __post_init__(self) -> None:
         self._drawn = 0  # rows of this epoch
-        self._order = iter(sampler)
-        self.round: Round | None = None  # of the last batch
-        self.launched: tuple[int, ...] = ()  # its rows of the dataset
+        self._order = iter(self.sampler)
 
     def __len__(self) -> int:
         """For verl's loop, which asks in which epoch to go on: in the first, which does not end."""
@@ -54,9 +44,9 @@ class RoundLoader:
 
     def next(self) -> dict[str, Any]:
         """The batch of the next round, which is `round` from then on."""
-        self.round = self._next_round()
+        self.round = self.next_round()
         self.launched = (*self.round.queued, *self._draw(self.round.new))
-        return self._collate([self._dataset[row] for row in self.launched])
+        return self.collate([self.dataset[row] for row in self.launched])
 
     def state_dict(self) -> dict[str, Any]:
         """For verl, which saves it: nothing."""
@@ -78,13 +68,13 @@ class RoundLoader:
         """
         saved_position = position if isinstance(position, dict) else {}
         epoch, num_drawn = saved_position.get("epoch"), saved_position.get("drawn")
-        if not (type(epoch) is int and type(num_drawn) is int and epoch >= 0 and 0 <= num_drawn <= len(self._dataset)):
+        if not (type(epoch) is int and type(num_drawn) is int and epoch >= 0 and 0 <= num_drawn <= len(self.dataset)):
             raise ValueError(
-                f"position={position!r:.80}: must be an epoch, and how many of {len(self._dataset)} rows were drawn."
+                f"position={position!r:.80}: must be an epoch, and how many of {len(self.dataset)} rows were drawn."
             )
         for _ in range(epoch):
-            self._skip(len(self._dataset) + 1)  # to its end, where a sampler may draw the next order
-            self._order = iter(self._sampler)
+            self._skip(len(self.dataset) + 1)  # to its end, where a sampler may draw the next order
+            self._order = iter(self.sampler)
         self._skip(num_drawn)
         self.epoch, self._drawn = epoch, num_drawn
 
@@ -99,6 +89,6 @@ class RoundLoader:
             drawn_rows += epoch_rows
             self._drawn += len(epoch_rows)
             if len(drawn_rows) < rows:
-                self._order = iter(self._sampler)
+                self._order = iter(self.sampler)
                 self.epoch, self._drawn = self.epoch + 1, 0
         return drawn_rows

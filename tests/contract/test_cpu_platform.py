@@ -137,7 +137,7 @@ def test_a_failed_registration_is_loud(monkeypatch, capfd):
 
     monkeypatch.setattr(register, "_state", None)
     monkeypatch.setattr(register, "_apply", fail)
-    assert isinstance(register.plugin_state().error, RuntimeError)
+    assert isinstance(register.register().error, RuntimeError)
     assert "boom" in capfd.readouterr().err
     with pytest.raises(register.PluginNotActive, match="boom"):
         register.assert_active()

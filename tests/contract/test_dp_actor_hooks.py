@@ -159,8 +159,7 @@ def test_each_rank_gets_its_own_argument(monkeypatch):
     monkeypatch.setattr("verl.utils.ray_utils.parallel_put", lambda values, max_workers: values)
     group = Group()
     assert dp_actor._for_each_rank(group, ["a", "b"]) == ((["a", "a", "b", "b"],), {})
-    args, kwargs = dp_actor._for_each_rank(group, 7, keys=[[1], [2]])
-    assert (args, kwargs) == (([7, 7, 7, 7],), {"keys": [[1], [1], [2], [2]]})
+    assert dp_actor._for_each_rank(group, 7, [[1], [2]]) == (([7, 7, 7, 7], [[1], [1], [2], [2]]), {})
     assert dp_actor._of_each_rank(group, ["w", "x", "y", "z"]) == ["w", "y", "x", "z"], "the collected come first"
     group._dispatch_info["actor"], group._collect_info["actor"] = [1, 0, 1, 0], [False, False, True, True]
     assert dp_actor._of_each_rank(group, ["w", "x", "y", "z"]) == ["z", "y", "x", "w"], "in data-parallel order"

@@ -15,7 +15,7 @@ from scripted_cluster import ScriptedCluster
 from tensordict import TensorDict
 from verl.utils.skip import SkipManager
 
-from darts.allocation import uniform_budgets
+from darts.allocation import allocate, rounded_total
 from darts.messages import CANDIDATE
 from darts.metrics import METRICS
 from darts.rollout.worker import candidate_seed
@@ -53,7 +53,7 @@ def test_any_number_of_prompts_gives_m_rows_each_in_order(cluster, num_prompts):
     served(servers)
     batch = prompts([f"{number}+2=" for number in range(num_prompts)], GROUP_SIZE, step=num_prompts)
     output = manager.generate_sequences(batch)
-    budgets = uniform_budgets(num_prompts, 5.5, GROUP_SIZE, 2 * GROUP_SIZE)
+    budgets = allocate(np.ones(num_prompts), rounded_total(num_prompts, 5.5), GROUP_SIZE, 2 * GROUP_SIZE)
     assert output.non_tensor_batch["uid"].tolist() == [
         f"uid-{n}" for n in range(num_prompts) for _ in range(GROUP_SIZE)
     ]
@@ -99,7 +99,7 @@ def test_lengths_decide_across_workers(cluster):
     """Random lengths and delays; expected by brute force from the script."""
     manager, servers = cluster
     rng = np.random.default_rng(1)
-    budgets = uniform_budgets(7, 5.5, GROUP_SIZE, 2 * GROUP_SIZE)
+    budgets = allocate(np.ones(7), rounded_total(7, 5.5), GROUP_SIZE, 2 * GROUP_SIZE)
     groups = [
         [Turn(int(rng.integers(1, 33)), delay=float(rng.uniform(0, 0.2))) for _ in range(budget)] for budget in budgets
     ]

@@ -11,11 +11,9 @@ from hypothesis import strategies as st
 from darts.allocation import (
     allocate,
     contiguous_parts,
-    expected,
     optimal_total,
     rounded_total,
     spread_parts,
-    uniform_budgets,
 )
 
 # --- allocate --------------------------------------------------------------------------------------------------------
@@ -152,8 +150,12 @@ def test_the_total_lies_between_whole_means_where_the_utility_peaks_there():
     """E' = 0.6 x 8 / m^2 falls to the slope 0.054 at m = 9.43."""
     best = optimal_total(1000, 8, 10, cost_weight=0.3, **GIVEN)
     assert best.total == pytest.approx(1000 * np.sqrt(0.6 * 8 / (0.3 * 0.18)), abs=1)
-    gain, cost = expected(best.total / 1000, 8, 10, **GIVEN)
-    assert (best.gain, best.cost) == (pytest.approx(float(gain)), pytest.approx(float(cost)))
+    mean = best.total / 1000
+    gain, cost = 0.6 * (1 - 8 / mean), np.interp(mean, [8, 9, 10], GIVEN["seconds"]) - 1
+    assert (best.gain, best.cost) == (pytest.approx(gain), pytest.approx(cost))
+    asked = optimal_total(1000, 8, 10, cost_weight=0.3, total=8500, **GIVEN)
+    assert asked == pytest.approx((8500, 0.6 * (1 - 8 / 8.5) - 0.3 * 0.01, 0.6 * (1 - 8 / 8.5), 0.01))
+    assert asked.utility < best.utility
 
 
 @pytest.mark.parametrize(
@@ -166,6 +168,7 @@ def test_the_total_lies_between_whole_means_where_the_utility_peaks_there():
         ({"variation": float("nan")}, "variation=nan"),
         ({"cost_weight": -1.0}, "cost_weight=-1.0"),
         ({"cost_weight": float("nan")}, "cost_weight=nan"),
+        ({"total": 41}, r"total=41: must lie in \[32, 40\]"),
     ],
 )
 def test_impossible_terms_are_refused(changes, message):
@@ -182,29 +185,19 @@ def test_a_negative_number_of_prompts_is_refused():
 
 
 @given(st.integers(0, 300), st.integers(1, 16), st.integers(0, 16), st.floats(0, 1))
-def test_uniform_budgets_sum_to_the_total_within_bounds(num_prompts, low, width, share):
+def test_equal_weights_give_even_budgets_that_sum_to_the_rounded_total(num_prompts, low, width, share):
     high = low + width
     mean = low + share * width
-    budgets = uniform_budgets(num_prompts, mean, low, high)
+    budgets = allocate(np.ones(num_prompts), rounded_total(num_prompts, mean), low, high)
     assert len(budgets) == num_prompts
-    assert budgets.sum() == np.floor(mean * num_prompts + 0.5) == rounded_total(num_prompts, mean)
+    assert budgets.sum() == np.floor(mean * num_prompts + 0.5)
     if num_prompts:
         assert low <= budgets.min() <= budgets.max() <= high
         assert budgets.max() - budgets.min() <= 1
 
 
 def test_half_a_candidate_gives_half_of_the_prompts_one_more():
-    assert uniform_budgets(8, 10.5, 8, 16).tolist() == [11, 11, 11, 11, 10, 10, 10, 10]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [((-1, 8, 8, 16), "num_prompts=-1"), ((4, 7.9, 8, 16), "mean=7.9"), ((4, 17, 8, 16), "mean=17"),
-     ((4, 8, 9, 8), "low=9, high=8"), ((4, float("nan"), 8, 16), "mean=nan"), ((4, 1, 0, 2), "low=0")],
-)  # fmt: skip
-def test_impossible_budgets_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        uniform_budgets(*arguments)
+    assert allocate(np.ones(8), rounded_total(8, 10.5), 8, 16).tolist() == [11, 11, 11, 11, 10, 10, 10, 10]
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------

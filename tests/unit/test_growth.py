@@ -5,7 +5,7 @@ import asyncio
 import numpy as np
 import pytest
 
-from darts.messages import Extras, SequenceKey
+from darts.messages import Extras, Progress, SequenceKey
 from darts.overlap.outbox import GrowthOutbox
 
 A, B = SequenceKey("a", 0), SequenceKey("b", 1)
@@ -129,7 +129,7 @@ def test_drops_are_told_once_and_only_of_what_was_told():
 def test_a_wait_ends_with_reports_time_or_the_end():
     async def main():
         outbox = GrowthOutbox(growing=True)
-        assert await outbox.take(0.01) == ([], [], [], False)
+        assert await outbox.take(0.01) == Progress()
         waiting = asyncio.ensure_future(outbox.take(30))
         await asyncio.sleep(0)
         outbox.grow(A, PROMPT, 0, [4], 0.5)

@@ -11,39 +11,30 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from darts.config import STRATEGIES
+from darts.config import STRATEGIES, DartsConfig
+from darts.evidence.log import OptionParser
 from darts.evidence.trace import read_steps
 from darts.latency import LatencyCurve
 from darts.simulation import SimulationError
-from darts.simulation.cluster import Cluster
-from darts.simulation.costs import CANDIDATE_SHARE, StepCosts, fit
+from darts.simulation.costs import CANDIDATE_SHARE, Cluster, StepCosts, fit
 from darts.simulation.curves import BUILTIN, load_curve
 from darts.simulation.replay import ReplayArm, Setting
-from darts.simulation.run_trace import read_trace
-from darts.simulation.search import merged, nested
-from darts.simulation.trace import LengthTrace
+from darts.simulation.search import with_settings
+from darts.simulation.trace import LengthTrace, read_trace
 from darts.strategy import make_strategy
 
 LEAST_STEPS = 20
 """A replay has no fewer by itself: rounds of some strategies come in cycles of four or five (our choice)."""
 
 
-class _OptionParser(argparse.ArgumentParser):
-    """Says in one line what is wrong."""
-
-    def error(self, message: str) -> NoReturn:
-        raise SimulationError(f"{message}; --help lists the options.")
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, with `command` one of replay, plan, validate, table, and `given`, the arguments.
 
-    Raises:
-        SimulationError: unknown options, or values of the wrong kind.
+    Unknown options, and values of the wrong kind, end the program.
     """
-    parser = _OptionParser(prog="python -m darts.simulation", description="Replays lengths through strategies.")
+    parser = OptionParser(prog="python -m darts.simulation", description="Replays lengths through strategies.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="replay | plan | validate | table")
     common_options = _common()
     replay = commands.add_parser("replay", parents=[common_options], help="strategies side by side")
@@ -77,15 +68,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     table.add_argument("--name", default="rows", help="rows, speed-ups, gaps or verdict (default: %(default)s)")
     table.add_argument("--gpus", type=_positive, nargs="+", default=[], metavar="N", help="of a replay (default: all)")
     given_words = sys.argv[1:] if arguments is None else list(arguments)
-    options = parser.parse_args(given_words)
-    options.given = given_words
+    options = parser.parse_args(given_words, argparse.Namespace(given=given_words))
     if options.command in ("plan", "validate") and len(options.gpus) > 1:
         parser.error(f"--gpus {' '.join(map(str, options.gpus))}: {options.command} takes one number")
     return options
 
 
 def _common() -> argparse.ArgumentParser:
-    common_options = _OptionParser(add_help=False)
+    common_options = OptionParser(add_help=False)
     add = common_options.add_argument
     add("trace", metavar="TRACE", help="CSV of lengths (.gz), or the darts.jsonl of a run")
     add("--gpus", type=_positive, nargs="+", default=[64], metavar="N", help="default: 64")
@@ -124,7 +114,14 @@ def _common() -> argparse.ArgumentParser:
 
 def inputs_of(options: argparse.Namespace) -> tuple[LengthTrace, list[Setting], int]:
     """The trace, what surrounds the strategies for each number of GPUs, and how many steps are to be replayed."""
-    _check_output(options)
+    # 1. What is to be written can be.
+    for name in ("json", "png"):
+        path = getattr(options, name, None)
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise SimulationError(f"--{name} {path}: a file cannot be written there; name one in a folder that exists.")
+    if getattr(options, "png", None) and importlib.util.find_spec("matplotlib") is None:
+        raise SimulationError("--png: needs matplotlib; install verl-darts[report].")
+    # 2. The settings.
     trace = read_trace(options.trace).between(options.first, options.last)
     curve, _ = load_curve(options.curve)
     costs = _costs(options, curve)
@@ -147,10 +144,11 @@ def arms_of(options: argparse.Namespace) -> list[ReplayArm]:
     arms = []
     for strategy_text in options.strategy or STRATEGIES:
         strategy_name, _, own_settings = strategy_text.partition(":")
-        block = merged(block_of(options.set), block_of(own_settings.split(",") if own_settings else []))
-        arm = ReplayArm(name=strategy_text, block=merged(block, {"strategy": strategy_name}))
-        make_strategy(arm.config(options.group_size, options.placement), 1)  # refuses what cannot work
-        arms.append(arm)
+        block = block_of([*options.set, *own_settings.split(",")] if own_settings else options.set)
+        block["strategy"] = strategy_name
+        # Refuses what cannot work.
+        make_strategy(DartsConfig.from_block({"placement": options.placement, **block}, options.group_size), 1)
+        arms.append(ReplayArm(name=strategy_text, block=block))
     return arms
 
 
@@ -166,18 +164,13 @@ def block_of(settings: Sequence[str]) -> dict[str, Any]:
             value = json.loads(value_text)
         except ValueError:
             value = value_text
-        block = merged(block, nested(key, value))
+        block = with_settings(block, {key: value})
     return block
 
 
 def _cluster(options: argparse.Namespace, gpus: int) -> Cluster:
-    return Cluster(
-        gpus=gpus,
-        tensor_parallel=options.tensor_parallel,
-        placement=options.placement,
-        max_num_seqs=options.max_num_seqs,
-        abort_s=options.abort_s,
-    )
+    names = ("tensor_parallel", "placement", "max_num_seqs", "abort_s")
+    return Cluster(gpus=gpus, **{name: getattr(options, name) for name in names})
 
 
 def _costs(options: argparse.Namespace, curve: LatencyCurve) -> StepCosts:
@@ -194,15 +187,6 @@ def _costs(options: argparse.Namespace, curve: LatencyCurve) -> StepCosts:
             known = ", ".join(StepCosts.__dataclass_fields__)
             raise SimulationError(f"--cost {cost_text}: must be NAME=VALUE, not negative; names are {known}.") from None
     return costs
-
-
-def _check_output(options: argparse.Namespace) -> None:
-    for name in ("json", "png"):
-        path = getattr(options, name, None)
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise SimulationError(f"--{name} {path}: a file cannot be written there; name one in a folder that exists.")
-    if getattr(options, "png", None) and importlib.util.find_spec("matplotlib") is None:
-        raise SimulationError("--png: needs matplotlib; install verl-darts[report].")
 
 
 def _positive(text: str) -> int:

@@ -24,21 +24,13 @@ from numpy.typing import NDArray
 
 from darts.config import DartsConfig
 from darts.group import CandidateGroup
+from darts.latency import LatencyCurve
 from darts.pool import CandidatePool
+from darts.simulation.costs import Cluster
 from darts.simulation.engine import NEVER, Engine
 
 ABORT = -1
 """In the queue of events, where an engine's number stands otherwise."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fleet:
-    """The engines that share a rollout. Example: `Fleet(engines=16, slots=256, step_seconds=(0.0, 0.01, ...))`."""
-
-    engines: int
-    slots: int  # `max_num_seqs` of an engine
-    step_seconds: Sequence[float]  # PTL(b) for b = 0, 1, ..., as far as may run at once
-    abort_s: float = 0.0  # from a decision to its arrival at the engine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -77,7 +69,8 @@ class SimulatedRollout:
         truncated: which of them end at the length limit.
         budgets: candidates of each prompt, shape [num_prompts].
         rules: of the groups.
-        fleet: the engines.
+        cluster: its engines share the candidates.
+        curve: PTL of an engine.
         order: positions of the prompts in the order of launch; None: as they stand.
         harvest: the rollout ends once so many prompts are complete; None: with its last.
     """
@@ -88,21 +81,23 @@ class SimulatedRollout:
         truncated: NDArray[np.bool_],
         budgets: NDArray[np.int64],
         rules: DartsConfig,
-        fleet: Fleet,
+        cluster: Cluster,
+        curve: LatencyCurve,
         *,
         order: Sequence[int] | None = None,
         harvest: int | None = None,
     ) -> None:
-        self.rules, self.fleet, self.budgets = rules, fleet, budgets
+        self.rules, self.cluster, self.budgets = rules, cluster, budgets
         self.cut = truncated.tolist()
         self.lengths = lengths.tolist()
         self.harvest = harvest
         self.groups = [CandidateGroup(budget, rules.group_rules(budget)) for budget in budgets.tolist()]
         self.firsts = (np.cumsum(budgets) - budgets).tolist()
         self.prompts = np.repeat(np.arange(len(budgets)), budgets).tolist()
-        self.engines = [Engine(fleet.step_seconds, fleet.slots) for _ in range(fleet.engines)]
+        step_seconds = curve(np.arange(min(cluster.max_num_seqs, len(lengths)) + 1)).tolist()
+        self.engines = [Engine(step_seconds, cluster.max_num_seqs) for _ in range(cluster.engines)]
         self.order = range(len(budgets)) if order is None else list(order)
-        self.engine_of = route(budgets, self.order, fleet.engines, rules.routing)
+        self.engine_of = route(budgets, self.order, cluster.engines, rules.routing)
         self.ended_at = [NEVER] * len(self.lengths)
         self.complete: list[int] = []
         self.decided = [False] * len(self.groups)  # complete or abandoned
@@ -110,7 +105,7 @@ class SimulatedRollout:
         self.deadline = rules.enable and rules.selection.long_wait == "deadline"
         self.followed = [group.rules.follows_growth for group in self.groups]  # those that hear of growth
         self.chunk = rules.streaming.chunk_tokens
-        self.versions = [0] * fleet.engines
+        self.versions = [0] * cluster.engines
         self.events: list[tuple[float, int, int]] = []  # (time, engine, its version) or (time, ABORT, candidate)
         self.touched: set[int] = set()
 
@@ -189,8 +184,8 @@ class SimulatedRollout:
     def _abort(self, prompt: int, losers: list[int], now: float) -> None:
         first_candidate = self.firsts[prompt]
         for index in losers:
-            if self.fleet.abort_s:
-                heapq.heappush(self.events, (now + self.fleet.abort_s, ABORT, first_candidate + index))
+            if self.cluster.abort_s:
+                heapq.heappush(self.events, (now + self.cluster.abort_s, ABORT, first_candidate + index))
             else:
                 self._stop(first_candidate + index, now)
 

@@ -119,15 +119,23 @@ def start_servers(
     manager = type("EngineManager", (LLMServerManager,), class_members).create(
         config, start_rank=start_rank, load_balancer_cls=load_balancer_class
     )
-    engine_list: list[psutil.Process] = []
+    engines: list[psutil.Process] = []
     try:
         for server in manager.server_handles:
-            engine_list += engine_processes(server)
+            engines += engine_processes(server)
         # The load balancer starts in the background, for seconds of a core.
         ray.get(manager.global_load_balancer.require_acquire_fields.remote(), timeout=60)
         yield manager
-    finally:
-        _stop(manager, engine_list)
+    finally:  # ends the actors, and the engine processes that do not end with them
+        for replica in manager.rollout_replicas:
+            for actor in [*replica.servers, *replica.workers]:
+                ray.kill(actor)
+            for group in replica.resource_pool.pgs or []:
+                ray.util.remove_placement_group(group)
+        ray.kill(manager.global_load_balancer)
+        for engine in psutil.wait_procs(engines, timeout=5)[1]:
+            engine.kill()
+        psutil.wait_procs(engines, timeout=5)
 
 
 def process_of(actor: Any) -> psutil.Process:
@@ -138,16 +146,3 @@ def process_of(actor: Any) -> psutil.Process:
 def engine_processes(server: Any) -> list[psutil.Process]:
     """The processes that a server has started: its engine's."""
     return process_of(server).children(recursive=True)
-
-
-def _stop(manager: Any, engines: list[psutil.Process]) -> None:
-    """Ends the actors, and the engine processes that do not end with them."""
-    for replica in manager.rollout_replicas:
-        for actor in [*replica.servers, *replica.workers]:
-            ray.kill(actor)
-        for group in replica.resource_pool.pgs or []:
-            ray.util.remove_placement_group(group)
-    ray.kill(manager.global_load_balancer)
-    for engine in psutil.wait_procs(engines, timeout=5)[1]:
-        engine.kill()
-    psutil.wait_procs(engines, timeout=5)

@@ -25,12 +25,9 @@ _IGNORED = -100
 class Schedule:
     """How long and how fast to train. The number of steps is fixed, so that a seed decides all."""
 
-    steps: int = 2000
-    """Optimizer steps."""
-    rows: int = 8
-    """Rows per step, each of prompt limit + response limit tokens."""
-    peak_rate: float = 2e-3
-    """Learning rate after `warmup` steps; then it falls to 0 along a half cosine."""
+    steps: int = 2000  # of the optimizer
+    rows: int = 8  # per step, each of prompt limit + response limit tokens
+    peak_rate: float = 2e-3  # learning rate after `warmup` steps; then it falls to 0 along a half cosine
     warmup: int = 100
     weight_decay: float = 0.01
     clip_norm: float = 1.0
@@ -48,8 +45,7 @@ class Packed:
     """One batch; all tensors are (rows, length), and the padding of a row is segment -1."""
 
     tokens: Tensor
-    labels: Tensor
-    """The token to predict at each place; `_IGNORED` in prompts and padding."""
+    labels: Tensor  # the token to predict at each place; `_IGNORED` in prompts and padding
     positions: Tensor
     segments: Tensor
 

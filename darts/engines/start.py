@@ -47,17 +47,16 @@ def engine_config(
 
     verl_patches.register.assert_active()
     register_resolver()
-    # No trainer sends weights.
-    default_overrides = ["actor_rollout_ref.rollout.nnodes=1", "actor_rollout_ref.rollout.load_format=auto"]
-    if response_length is not None:
-        default_overrides.append(f"data.max_response_length={response_length}")
-    if max_model_len is not None:
-        default_overrides += [
-            f"actor_rollout_ref.rollout.max_model_len={max_model_len}",
-            # The models were made for 512 tokens, but RoPE has no end. verl reads the first, vLLM the second.
-            f"+actor_rollout_ref.model.override_config.max_position_embeddings={max_model_len}",
-            f"+{ENGINE}.hf_overrides.max_position_embeddings={max_model_len}",
-        ]
+    rollout = "actor_rollout_ref.rollout"
+    limits = {
+        "data.max_response_length": response_length,
+        f"{rollout}.max_model_len": max_model_len,
+        # The models were made for 512 tokens, but RoPE has no end. verl reads the first, vLLM the second.
+        "+actor_rollout_ref.model.override_config.max_position_embeddings": max_model_len,
+        f"+{ENGINE}.hf_overrides.max_position_embeddings": max_model_len,
+    }
+    default_overrides = [f"{rollout}.nnodes=1", f"{rollout}.load_format=auto"]  # no trainer sends weights
+    default_overrides += [f"{key}={tokens}" for key, tokens in limits.items() if tokens is not None]
     config_folder = CONFIG_DIR if config_dir is None else Path(config_dir).resolve()
     with initialize_config_dir(str(config_folder), version_base=None):
         config = compose(config_name, overrides=[*default_overrides, *overrides])

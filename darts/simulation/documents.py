@@ -6,15 +6,16 @@ command said of its inputs (`about`), and the rows. NaN is null.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from darts.evidence import documents
 from darts.evidence.documents import DocumentError
 from darts.evidence.machine import machine
-from darts.evidence.statistics import Estimate
 from darts.simulation import comparison, validation
 from darts.simulation.comparison import ReplaySummary
 from darts.simulation.validation import ComparedSeconds
@@ -71,16 +72,14 @@ def load(path: Path) -> tuple[dict[str, Any], list[Any]]:
     if kind not in TABLES:
         raise DocumentError(f"{path}: is no document of one of {', '.join(TABLES)}.")
     row_class = ComparedSeconds if kind == "validate" else ReplaySummary
-    names, typed_rows = [field.name for field in fields(row_class)], []
     try:
-        for row in opened_document["rows"]:
-            values = {name: math.nan if row[name] is None else row[name] for name in names}
-            if kind != "validate":
-                values["speed_up"] = Estimate(**values["speed_up"])
-            typed_rows.append(row_class(**values))
-    except (KeyError, TypeError, ValueError) as error:
+        rows = [
+            {name: math.nan if value is None else value for name, value in row.items()}
+            for row in opened_document["rows"]
+        ]
+        return opened_document, TypeAdapter(list[row_class]).validate_python(rows)
+    except (AttributeError, KeyError, ValueError) as error:
         raise DocumentError(f"{path}: has rows that are not those of a {kind}: {error!r}.") from None
-    return opened_document, typed_rows
 
 
 def tell(path: Path, name: str = "rows", gpus: Sequence[int] = ()) -> str:

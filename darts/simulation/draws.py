@@ -49,10 +49,6 @@ class Dataset:
         """Share of `width` candidates per prompt that are drawn with replacement."""
         return float(np.maximum(self.width - self._counts, 0).sum() / (self.width * len(self)))
 
-    def key(self, row: int) -> str:
-        """The prompt of a row, in any epoch."""
-        return self.keys[row % len(self)]
-
     def draw(self, rows: Sequence[int], launches: Sequence[int]) -> np.recarray:
         """Candidates of prompts: `lengths`, `truncated` and `reward`, each of shape [num_prompts, width].
 

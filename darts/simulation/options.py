@@ -16,7 +16,6 @@ from typing import Any
 from darts.config import STRATEGIES, DartsConfig
 from darts.evidence.log import OptionParser
 from darts.evidence.trace import read_steps
-from darts.latency import LatencyCurve
 from darts.simulation import SimulationError
 from darts.simulation.costs import CANDIDATE_SHARE, Cluster, StepCosts, fit
 from darts.simulation.curves import BUILTIN, load_curve
@@ -121,10 +120,21 @@ def inputs_of(options: argparse.Namespace) -> tuple[LengthTrace, list[Setting], 
             raise SimulationError(f"--{name} {path}: a file cannot be written there; name one in a folder that exists.")
     if getattr(options, "png", None) and importlib.util.find_spec("matplotlib") is None:
         raise SimulationError("--png: needs matplotlib; install verl-darts[report].")
-    # 2. The settings.
+    # 2. What is replayed, and what a step takes.
     trace = read_trace(options.trace).between(options.first, options.last)
     curve, _ = load_curve(options.curve)
-    costs = _costs(options, curve)
+    costs = StepCosts()
+    if options.fit is not None:
+        ran_on = _cluster(options, options.fit_gpus or options.gpus[0])
+        plain_runs = {path: read_steps(path, lambda step: step)[0] for path in options.fit}
+        costs = fit(plain_runs, curve, ran_on, options.candidate_share)
+    for cost_text in options.cost:
+        cost_name, _, value = cost_text.partition("=")
+        try:
+            costs = replace(costs, **{cost_name: _seconds(value)})
+        except (TypeError, ValueError):
+            known = ", ".join(StepCosts.__dataclass_fields__)
+            raise SimulationError(f"--cost {cost_text}: must be NAME=VALUE, not negative; names are {known}.") from None
     settings = [
         Setting(
             num_prompts=options.prompts or trace.prompts_per_step,
@@ -171,22 +181,6 @@ def block_of(settings: Sequence[str]) -> dict[str, Any]:
 def _cluster(options: argparse.Namespace, gpus: int) -> Cluster:
     names = ("tensor_parallel", "placement", "max_num_seqs", "abort_s")
     return Cluster(gpus=gpus, **{name: getattr(options, name) for name in names})
-
-
-def _costs(options: argparse.Namespace, curve: LatencyCurve) -> StepCosts:
-    costs = StepCosts()
-    if options.fit is not None:
-        ran_on = _cluster(options, options.fit_gpus or options.gpus[0])
-        plain_runs = {path: read_steps(path, lambda step: step)[0] for path in options.fit}
-        costs = fit(plain_runs, curve, ran_on, options.candidate_share)
-    for cost_text in options.cost:
-        cost_name, _, value = cost_text.partition("=")
-        try:
-            costs = replace(costs, **{cost_name: _seconds(value)})
-        except (TypeError, ValueError):
-            known = ", ".join(StepCosts.__dataclass_fields__)
-            raise SimulationError(f"--cost {cost_text}: must be NAME=VALUE, not negative; names are {known}.") from None
-    return costs
 
 
 def _positive(text: str) -> int:

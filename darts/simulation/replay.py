@@ -140,7 +140,7 @@ def replay(
         # 2. How many candidates each launches, and in which order.
         plan, budgets, launch_order = None, np.full(len(dataset_rows), setting.group_size), None
         if rules.enable:
-            plan = planner.plan([dataset.key(row) for row in dataset_rows], rules)
+            plan = planner.plan([dataset.keys[row % len(dataset)] for row in dataset_rows], rules)
             budgets, launch_order = plan.budgets, plan.launch_order.tolist()
         # 3. The rollout.
         is_launched = np.arange(dataset.width) < budgets[:, None]

@@ -166,7 +166,7 @@ class SimulatedRollout:
         prompt, engine = self.prompts[candidate], self.engines[self.engine_of[candidate]]
         tokens = engine.tokens(candidate, now)
         self._abort(prompt, self.groups[prompt].progress(candidate - self.firsts[prompt], tokens), now)
-        if engine.runs(candidate):
+        if self.ended_at[candidate] == NEVER:
             self._follow(candidate, tokens)
         if not self.decided[prompt]:
             self._settle(prompt, now)

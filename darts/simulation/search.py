@@ -7,6 +7,7 @@ paper does; beside it the fastest of all. Replay knows nothing of shaping, for w
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
 from darts.config import STRATEGIES
@@ -25,16 +26,16 @@ MOSTLY = 0.5
 def grid(group_size: int, block: Mapping[str, Any]) -> list[ReplayArm]:
     """What is tried; `block` is what all have in common."""
     arms = []
-    for most_candidates in dict.fromkeys(math.ceil(high_factor * group_size) for high_factor in HIGHS):
-        for num_long in [num_longest for num_longest in LONGS if num_longest < group_size]:
-            for cost_weight in COST_WEIGHTS:
-                arm_settings = {
-                    "strategy": "darts",
-                    "allocation": {"high": most_candidates, "cost_weight": cost_weight},
-                    "selection.num_long": num_long,
-                }
-                arm_name = f"darts M_up={most_candidates} L={num_long} lambda={cost_weight:g}"
-                arms.append(ReplayArm(name=arm_name, block=with_settings(block, arm_settings)))
+    highs = dict.fromkeys(math.ceil(high_factor * group_size) for high_factor in HIGHS)
+    longs = [num_long for num_long in LONGS if num_long < group_size]
+    for most_candidates, num_long, cost_weight in product(highs, longs, COST_WEIGHTS):
+        arm_settings = {
+            "strategy": "darts",
+            "allocation": {"high": most_candidates, "cost_weight": cost_weight},
+            "selection.num_long": num_long,
+        }
+        arm_name = f"darts M_up={most_candidates} L={num_long} lambda={cost_weight:g}"
+        arms.append(ReplayArm(name=arm_name, block=with_settings(block, arm_settings)))
     others = [name for name in STRATEGIES if name not in (PLAIN, "darts")]
     return [*arms, *(ReplayArm(name=name, block={**block, "strategy": name}) for name in others)]
 

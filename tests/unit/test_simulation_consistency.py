@@ -53,7 +53,7 @@ def test_a_run_replayed_on_its_own_trace_takes_as_long(name, data, tmp_path, mon
 
     class Recorded(Dataset):
         def draw(self, rows, launches):
-            lines.append([self.key(row) for row in rows])
+            lines.append([self.keys[row % len(self)] for row in rows])
             return super().draw(rows, launches)
 
     run = SimulatedRollout.run

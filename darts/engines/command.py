@@ -127,10 +127,9 @@ def main(given: Sequence[str] | None = None) -> int:
 
 def table(profile: LatencyProfile) -> str:
     """A profile for people."""
-    table_lines = [
-        f"\n{profile.model} on {profile.device}, tensor parallel {profile.tensor_parallel}",
-        f"{'sequences':>9}  {'ms per step':>11}  {'tokens/s':>9}",
+    rows = [
+        f"{batch_size:9d}  {seconds * 1e3:11.3f}  {batch_size / seconds:9,.0f}"
+        for batch_size, seconds in zip(profile.batch_sizes, profile.seconds, strict=True)
     ]
-    for batch_size, seconds in zip(profile.batch_sizes, profile.seconds, strict=True):
-        table_lines.append(f"{batch_size:9d}  {seconds * 1e3:11.3f}  {batch_size / seconds:9,.0f}")
-    return "\n".join(table_lines) + "\n"
+    title = f"\n{profile.model} on {profile.device}, tensor parallel {profile.tensor_parallel}"
+    return "\n".join([title, f"{'sequences':>9}  {'ms per step':>11}  {'tokens/s':>9}", *rows]) + "\n"

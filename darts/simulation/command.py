@@ -21,9 +21,8 @@ from darts.evidence.log import refuse
 from darts.evidence.trace import TraceError
 from darts.simulation import SimulationError, documents, shaping
 from darts.simulation.comparison import CAVEAT, FORMULAS, ReplaySummary, assumptions, compare, markdown
-from darts.simulation.curves import load_curve
 from darts.simulation.draws import Dataset
-from darts.simulation.options import arms_of, block_of, inputs_of, parse
+from darts.simulation.options import arms_of, block_of, inputs_of, load_curve, parse
 from darts.simulation.replay import ReplayArm, Setting
 from darts.simulation.search import advise, grid
 from darts.simulation.trace import LengthTrace, read_trace
@@ -146,11 +145,8 @@ def _introduce(
 def _odd(trace: LengthTrace, most: int) -> list[str]:
     """What has to be known of lengths of which so many candidates a prompt are drawn."""
     share = Dataset(trace, most).resampled
-    resampled_note = (
-        f"{share:.1%} of {most} candidates a prompt were not recorded: they are drawn again from the recorded ones, so "
-        "tails are too short"
-    )
-    return [*trace.notes, *([resampled_note] if share else [])]
+    what = f"{share:.1%} of {most} candidates a prompt were not recorded: they are drawn again from the recorded ones"
+    return [*trace.notes, *([f"{what}, so tails are too short"] if share else [])]
 
 
 def _write_json(

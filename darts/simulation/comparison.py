@@ -142,14 +142,9 @@ def _own_batches(oracle_steps: Sequence[SimulatedStep], setting: Setting, num_st
     for first_step in range(0, len(oracle_steps), num_steps):
         replayed_steps = oracle_steps[first_step : first_step + num_steps]
         kept = np.concatenate([step.oracle for step in replayed_steps])
-        step_time = setting.costs.time(
-            decode_s=setting.throughput().least_seconds_of(kept, setting.num_prompts) / num_steps,
-            launched=setting.num_prompts * setting.group_size,
-            tokens=round(kept.sum() / num_steps),
-            cluster=setting.cluster,
-            bypass=True,
-            overlap=False,
-        )
+        decode_s = setting.throughput().least_seconds_of(kept, setting.num_prompts) / num_steps
+        num_launched, num_tokens = setting.num_prompts * setting.group_size, round(kept.sum() / num_steps)
+        step_time = setting.costs.time(setting.cluster, decode_s, num_launched, num_tokens, bypass=True, overlap=False)
         free_steps += [replace(step, time=step_time, bound=step_time) for step in replayed_steps]
     return free_steps
 

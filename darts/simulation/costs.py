@@ -115,9 +115,9 @@ class StepCosts:
     other_s: float = 1.0
 
     def time(
-        self, *, decode_s: float, launched: int, tokens: int, cluster: Cluster, bypass: bool, overlap: bool
+        self, cluster: Cluster, decode_s: float, launched: int, tokens: int, *, bypass: bool, overlap: bool
     ) -> StepTime:
-        """One step that launched so many candidates, decoded for `decode_s`, and trains on responses of so many tokens.
+        """One step that decoded for `decode_s`, launched so many candidates, and trains on responses of so many tokens.
 
         Args:
             bypass: the servers' log-probs are taken.

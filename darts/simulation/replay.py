@@ -161,13 +161,9 @@ def replay(
                 f"{setting.group_size} each: the strategy {darts.strategy} breaks the contract of darts.strategy."
             )
         kept_lengths = pool.length[pool.kept]
-        seconds_of = partial(costs.time, cluster=cluster, overlap=rules.enable and rules.overlap.mode != "off")
-        step_time = seconds_of(
-            decode_s=outcome.seconds,
-            launched=len(pool),
-            tokens=int(kept_lengths.sum()),
-            bypass=arm.bypasses(strategy),
-        )
+        seconds_of = partial(costs.time, cluster, overlap=rules.enable and rules.overlap.mode != "off")
+        num_tokens, is_bypassed = int(kept_lengths.sum()), arm.bypasses(strategy)
+        step_time = seconds_of(outcome.seconds, len(pool), num_tokens, bypass=is_bypassed)
         # 4. What is learnt of it, and who comes again.
         if plan is not None:
             planner.observe(plan, rules, pool, max(step_time.rollout, 1e-9), StepTimes())
@@ -184,18 +180,13 @@ def replay(
             prompts=len(budgets),
             launched=len(pool),
             generated=int(pool.length.sum()),
-            kept=int(kept_lengths.sum()),
+            kept=num_tokens,
             longest_kept=int(kept_lengths.max()),
             reward_kept=float(reward[pool.kept].mean()),
             reward_pool=float(reward[~pool.aborted].mean()),
             slot_s=outcome.slot_seconds,
             slot_capacity_s=num_slots * outcome.seconds,
-            bound=seconds_of(
-                decode_s=throughput.least_seconds(oracle),
-                launched=oracle.size,
-                tokens=int(oracle.sum()),
-                bypass=True,
-            ),
+            bound=seconds_of(throughput.least_seconds(oracle), oracle.size, int(oracle.sum()), bypass=True),
             oracle=oracle,
             queue=len(strategy.queue),
             saturated=float((budgets >= rules.allocation.high).mean()) if rules.enable else 0.0,

@@ -50,14 +50,11 @@ def route(budgets: Sequence[int], order: Sequence[int], engines: int, routing: s
     engine_loads = [(0, engine) for engine in range(engines)]
     position = 0
     for prompt in order:
-        first, budget = firsts[prompt], budgets[prompt]
-        if routing == "group":
-            engine_load, engine = engine_loads[0]
-            heapq.heapreplace(engine_loads, (engine_load + int(budget), engine))
-            engine_numbers[first : first + budget] = engine
-        else:
-            engine_numbers[first : first + budget] = np.arange(position, position + budget) % engines
-            position += budget
+        budget, (engine_load, engine) = int(budgets[prompt]), engine_loads[0]
+        heapq.heapreplace(engine_loads, (engine_load + budget, engine))
+        in_turns = np.arange(position, position + budget) % engines
+        engine_numbers[firsts[prompt] : firsts[prompt] + budget] = engine if routing == "group" else in_turns
+        position += budget
     return engine_numbers.tolist()
 
 
@@ -111,6 +108,7 @@ class SimulatedRollout:
 
     def run(self) -> Outcome:
         """Runs them, once."""
+        # 1. All are submitted, and events handled in the order of time.
         for prompt in self.order:
             first_candidate = self.firsts[prompt]
             for candidate in range(first_candidate, first_candidate + int(self.budgets[prompt])):
@@ -135,7 +133,30 @@ class SimulatedRollout:
                     heapq.heappush(events, (next_time, engine, event_mark))
             if self.touched:
                 self._schedule(now_s)
-        return self._outcome()
+        # 2. What became of them.
+        is_kept = np.zeros(len(self.lengths), dtype=bool)
+        for prompt in self.complete:
+            first_candidate = self.firsts[prompt]
+            is_kept[[first_candidate + index for index in self.groups[prompt].kept]] = True
+        ended = np.array(self.ended_at)
+        began_at = [
+            self.engines[engine].began.get(candidate, (0.0, self.ended_at[candidate]))[1]
+            for candidate, engine in enumerate(self.engine_of)
+        ]
+        return Outcome(
+            seconds=float(ended.max(initial=0.0)),
+            complete=sorted(self.complete),
+            slot_seconds=float((ended - began_at).sum()),
+            pool=CandidatePool.of(
+                self.budgets,
+                length=self.lengths,
+                state=[state.value for group in self.groups for state in group.states],
+                kept=is_kept,
+                num_long=np.repeat([group.rules.num_long for group in self.groups], self.budgets),
+                saturated=np.repeat(self.budgets >= self.rules.allocation.high, self.budgets),
+                ended_at=ended,
+            ),
+        )
 
     def _schedule(self, now: float) -> None:
         """Free slots are filled, and the next event of each engine that has changed is queued."""
@@ -218,28 +239,3 @@ class SimulatedRollout:
         next_tokens = tokens - tokens % self.chunk + self.chunk
         if next_tokens < self.lengths[candidate]:
             self.engines[self.engine_of[candidate]].report_at(candidate, next_tokens)
-
-    def _outcome(self) -> Outcome:
-        is_kept = np.zeros(len(self.lengths), dtype=bool)
-        for prompt in self.complete:
-            first_candidate = self.firsts[prompt]
-            is_kept[[first_candidate + index for index in self.groups[prompt].kept]] = True
-        ended = np.array(self.ended_at)
-        began_at = [
-            self.engines[engine].began.get(candidate, (0.0, self.ended_at[candidate]))[1]
-            for candidate, engine in enumerate(self.engine_of)
-        ]
-        return Outcome(
-            seconds=float(ended.max(initial=0.0)),
-            complete=sorted(self.complete),
-            slot_seconds=float((ended - began_at).sum()),
-            pool=CandidatePool.of(
-                self.budgets,
-                length=self.lengths,
-                state=[state.value for group in self.groups for state in group.states],
-                kept=is_kept,
-                num_long=np.repeat([group.rules.num_long for group in self.groups], self.budgets),
-                saturated=np.repeat(self.budgets >= self.rules.allocation.high, self.budgets),
-                ended_at=ended,
-            ),
-        )

@@ -110,8 +110,8 @@ def with_settings(block: Mapping[str, Any], settings: Mapping[str, Any]) -> dict
 
 def flags(block: Mapping[str, Any], prefix: str = "darts") -> str:
     """The block as overrides: `darts.strategy=darts darts.allocation.high=16`."""
-    flag_parts = []
-    for key, value in block.items():
-        flag_name = f"{prefix}.{key}"
-        flag_parts.append(flags(value, flag_name) if isinstance(value, Mapping) else f"{flag_name}={value}")
+    flag_parts = [
+        flags(value, f"{prefix}.{key}") if isinstance(value, Mapping) else f"{prefix}.{key}={value}"
+        for key, value in block.items()
+    ]
     return " ".join(flag_parts)

@@ -87,25 +87,19 @@ def collect(folder: Path, limit: int, groups: int, size: int, seed: int, split: 
     samples_by_class = {}
     for difficulty in sorted({row["extra_info"]["difficulty"] for row in rows}):
         chosen_rows = [row for row in rows if row["extra_info"]["difficulty"] == difficulty][:groups]
-        lengths, correct, truncated = [], [], []
+        outcomes = []  # length, score, whether truncated
         start_s = time.monotonic()
         for first_row in range(0, len(chosen_rows), rows_at_once):
             batch_rows = [row for row in chosen_rows[first_row : first_row + rows_at_once] for _ in range(size)]
             prompts = [prompt_tokens(tokenizer, row["prompt"][0]["content"]) for row in batch_rows]
             for row, response in zip(batch_rows, sample(model, prompts, limit, generator), strict=True):
                 response_text = tokenizer.decode(response, skip_special_tokens=True)
-                right_total = row["reward_model"]["ground_truth"]
-                correct.append(compute_score(row["data_source"], response_text, right_total)["score"])
-                lengths.append(len(response))
-                truncated.append(response[-1] != tokenizer.eos_token_id)
-        sample_shape = (len(chosen_rows), size)
-        samples_by_class[difficulty] = Samples(
-            lengths=np.array(lengths).reshape(sample_shape),
-            correct=np.array(correct).reshape(sample_shape),
-            truncated=np.array(truncated, dtype=int).reshape(sample_shape),
-        )
-        tokens_per_s = sum(lengths) / (time.monotonic() - start_s)
-        print(f"{difficulty} numbers: {len(lengths)} responses, {tokens_per_s:,.0f} tokens/s", flush=True)
+                score = compute_score(row["data_source"], response_text, row["reward_model"]["ground_truth"])["score"]
+                outcomes.append((len(response), score, response[-1] != tokenizer.eos_token_id))
+        lengths, correct, truncated = np.array(outcomes, dtype=float).T.reshape(3, len(chosen_rows), size)
+        samples_by_class[difficulty] = Samples(lengths=lengths, correct=correct, truncated=truncated)
+        tokens_per_s = lengths.sum() / (time.monotonic() - start_s)
+        print(f"{difficulty} numbers: {len(outcomes)} responses, {tokens_per_s:,.0f} tokens/s", flush=True)
     return samples_by_class
 
 

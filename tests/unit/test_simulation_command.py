@@ -11,8 +11,7 @@ import pytest
 from darts.config import STRATEGIES
 from darts.simulation import SimulationError
 from darts.simulation.command import main
-from darts.simulation.curves import BUILTIN, load_curve
-from darts.simulation.options import block_of
+from darts.simulation.options import BUILTIN, block_of, load_curve
 from darts.simulation.search import flags
 from darts.simulation.validation import kendall, read_bench, spearman
 

@@ -75,14 +75,7 @@ def _configure(options: argparse.Namespace) -> Any:
     name = config.actor_rollout_ref.rollout.name
     if name != "vllm":
         raise ConfigError("actor_rollout_ref.rollout.name", name, "DARTS drives vLLM servers.", "set it to vllm.")
-    known_tokens = vocabulary(model_config(config.actor_rollout_ref.model.path))
-    Workload.plan(config.actor_rollout_ref.rollout, known_tokens, **_wanted(options))
     return config
-
-
-def _wanted(options: argparse.Namespace) -> dict[str, int | None]:
-    """What the options say of the workload."""
-    return {name: getattr(options, name) for name in ("largest", "tokens", "prompt_tokens")}
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -92,8 +85,11 @@ def main(given: Sequence[str] | None = None) -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    workload = {name: getattr(options, name) for name in ("largest", "tokens", "prompt_tokens")}
     try:
         config = _configure(options)
+        model = config.actor_rollout_ref.model.path
+        Workload.plan(config.actor_rollout_ref.rollout, vocabulary(model_config(model)), **workload)
     except (ValueError, HydraException, OmegaConfBaseException) as error:
         refuse(" ".join(str(error).split()))
     from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
@@ -102,10 +98,9 @@ def main(given: Sequence[str] | None = None) -> int:
     from verl_patches.vllm_stream_server import StreamingReplica
 
     start_s = time.monotonic()
-    model, num_gpus = config.actor_rollout_ref.model.path, gpus_per_engine(config)
     logger.info(f"starting one engine of {model}, which takes a minute or more ...")
-    ray_environment = get_ppo_ray_runtime_env(config)["env_vars"]
-    with local_ray(num_gpus, ray_environment, options.verbose), start_servers(config, StreamingReplica) as manager:
+    ray_session = local_ray(gpus_per_engine(config), get_ppo_ray_runtime_env(config)["env_vars"], options.verbose)
+    with ray_session, start_servers(config, StreamingReplica) as manager:
         logger.info(f"it runs after {time.monotonic() - start_s:.0f} s; measuring for at most {options.limit_s:g} s")
         try:
             profile = asyncio.run(
@@ -113,7 +108,7 @@ def main(given: Sequence[str] | None = None) -> int:
                     manager.server_handles,
                     model,
                     limit_s=options.limit_s,
-                    **_wanted(options),
+                    **workload,
                     seeded=config.get("darts", {}).get("seed") is not None,
                     command=f"python -m darts.engines {' '.join(sys.argv[1:] if given is None else given)}",
                     say=logger.info,
@@ -132,10 +127,9 @@ def main(given: Sequence[str] | None = None) -> int:
 
 def table(profile: LatencyProfile) -> str:
     """A profile for people."""
-    table_lines = [
-        f"\n{profile.model} on {profile.device}, tensor parallel {profile.tensor_parallel}",
-        f"{'sequences':>9}  {'ms per step':>11}  {'tokens/s':>9}",
+    rows = [
+        f"{batch_size:9d}  {seconds * 1e3:11.3f}  {batch_size / seconds:9,.0f}"
+        for batch_size, seconds in zip(profile.batch_sizes, profile.seconds, strict=True)
     ]
-    for batch_size, seconds in zip(profile.batch_sizes, profile.seconds, strict=True):
-        table_lines.append(f"{batch_size:9d}  {seconds * 1e3:11.3f}  {batch_size / seconds:9,.0f}")
-    return "\n".join(table_lines) + "\n"
+    title = f"\n{profile.model} on {profile.device}, tensor parallel {profile.tensor_parallel}"
+    return "\n".join([title, f"{'sequences':>9}  {'ms per step':>11}  {'tokens/s':>9}", *rows]) + "\n"

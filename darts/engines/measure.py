@@ -44,8 +44,6 @@ STOP_S = 30.0
 DRAWS = random.Random()
 """A generator apart: whether engines were measured shall not show in anything that is drawn later."""
 
-Say = Callable[[str], None]
-
 
 class ProfileError(RuntimeError):
     """Servers could not be measured; nothing runs on them."""
@@ -116,9 +114,8 @@ class Workload:
                 f"prompt_tokens={prompt}, tokens={tokens}: {prompt + needed_tokens} tokens do not fit into "
                 f"max_model_len={context}."
             )
-        batch_sizes = [1 << power for power in range(top.bit_length()) if 1 << power <= top]
         return cls(
-            batch_sizes=tuple(batch_sizes if batch_sizes[-1] == top else [*batch_sizes, top]),
+            batch_sizes=tuple(sorted({*(1 << power for power in range(top.bit_length())), top})),
             tokens=tokens,
             prompt_tokens=prompt,
             max_tokens=min(4 * needed_tokens + 256, sys.maxsize if context is None else context - prompt),
@@ -154,7 +151,7 @@ async def profile_servers(
     *,
     limit_s: float = 60.0,
     command: str = "",
-    say: Say = lambda line: None,
+    say: Callable[[str], None] = lambda line: None,
     **wanted: Any,
 ) -> LatencyProfile:
     """Measures PTL on idle, running servers (`verl_patches.vllm_stream_server`), all at once.
@@ -178,35 +175,14 @@ async def profile_servers(
     if not limit_s > 0:
         raise ValueError(f"limit_s={limit_s}: must be positive.")
     end_s = time.monotonic() + limit_s
+    # 1. What the servers are, and what they are given to do.
     try:
         rollout = await asyncio.wait_for(servers[0].get_rollout_config.remote(), limit_s)
         device = await asyncio.wait_for(engine_device(servers[0]), limit_s)
     except asyncio.TimeoutError:
         raise ProfileError(f"a server did not answer within {limit_s:g} s: look at its log.") from None
     workload = Workload.plan(rollout, vocabulary(model_config(model)), **wanted)
-    points = await _measure(servers, workload, end_s, limit_s, say)
-    return LatencyProfile(
-        model=model,
-        model_id=model_id(model),
-        tensor_parallel=rollout.tensor_model_parallel_size,
-        device=device,
-        versions={name: installed(name) or UNKNOWN for name in ("verl", "vllm", "torch")},
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        command=command,
-        engines=len(servers) * workload.engines_per_server,
-        max_num_seqs=rollout.max_num_seqs,
-        prompt_tokens=workload.prompt_tokens,
-        tokens=workload.tokens,
-        sampling=workload.sampling,
-        batch_sizes=[size for size, _ in points],
-        seconds=[seconds for _, seconds in points],
-    )
-
-
-async def _measure(
-    servers: Sequence[Any], workload: Workload, end_s: float, limit_s: float, say: Say
-) -> list[tuple[int, float]]:
-    """`(batch size, seconds of a step)`, as many as can be had until `end_s` (`time.monotonic()`)."""
+    # 2. Batch size and seconds of a step, as many as can be had until the end.
     sizes, points, took_s = workload.batch_sizes, [], 0.0
     try:
         say("warming up")
@@ -233,7 +209,22 @@ async def _measure(
             f"{len(points)} of {len(sizes)} batch sizes could be measured within {limit_s:g} s, a curve needs at least "
             "2: give it more time, or look at the log of the servers."
         )
-    return points
+    return LatencyProfile(
+        model=model,
+        model_id=model_id(model),
+        tensor_parallel=rollout.tensor_model_parallel_size,
+        device=device,
+        versions={name: installed(name) or UNKNOWN for name in ("verl", "vllm", "torch")},
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        command=command,
+        engines=len(servers) * workload.engines_per_server,
+        max_num_seqs=rollout.max_num_seqs,
+        prompt_tokens=workload.prompt_tokens,
+        tokens=workload.tokens,
+        sampling=workload.sampling,
+        batch_sizes=[size for size, _ in points],
+        seconds=[seconds for _, seconds in points],
+    )
 
 
 async def _step_seconds(servers: Sequence[Any], work: Workload, size: int, end_s: float) -> float | None:
@@ -250,13 +241,9 @@ async def _step_seconds(servers: Sequence[Any], work: Workload, size: int, end_s
         for task in watch_tasks:
             task.cancel()
         # All of them, also if one fails.
-        failures = [
-            failure
-            for failure in await asyncio.gather(*[batch.stop() for batch in batches], return_exceptions=True)
-            if failure is not None
-        ]
-        if failures:
-            raise failures[0]
+        for failure in await asyncio.gather(*[batch.stop() for batch in batches], return_exceptions=True):
+            if failure is not None:
+                raise failure
     if None in paces:
         return None
     return statistics.median(pace for server_paces in paces for pace in server_paces)
@@ -269,13 +256,10 @@ class _Batch:
         self._server = server
         self._tokens = work.tokens
         self._client = uuid4().hex
-        requests = [work.request() for _ in range(size)]
-        self._answers = {
-            request["request_id"]: asyncio.ensure_future(
-                server.generate_streamed.remote(client=self._client, **request)
-            )
-            for request in requests
-        }
+        self._answers: dict[str, asyncio.Future[Any]] = {}
+        for request in [work.request() for _ in range(size)]:
+            pending_answer = server.generate_streamed.remote(client=self._client, **request)
+            self._answers[request["request_id"]] = asyncio.ensure_future(pending_answer)
 
     async def watch(self) -> list[float] | None:
         """Seconds per step of each request, while all of them decode; None if one ends before the last one begins."""

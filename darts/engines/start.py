@@ -47,17 +47,16 @@ def engine_config(
 
     verl_patches.register.assert_active()
     register_resolver()
-    # No trainer sends weights.
-    default_overrides = ["actor_rollout_ref.rollout.nnodes=1", "actor_rollout_ref.rollout.load_format=auto"]
-    if response_length is not None:
-        default_overrides.append(f"data.max_response_length={response_length}")
-    if max_model_len is not None:
-        default_overrides += [
-            f"actor_rollout_ref.rollout.max_model_len={max_model_len}",
-            # The models were made for 512 tokens, but RoPE has no end. verl reads the first, vLLM the second.
-            f"+actor_rollout_ref.model.override_config.max_position_embeddings={max_model_len}",
-            f"+{ENGINE}.hf_overrides.max_position_embeddings={max_model_len}",
-        ]
+    rollout = "actor_rollout_ref.rollout"
+    limits = {
+        "data.max_response_length": response_length,
+        f"{rollout}.max_model_len": max_model_len,
+        # The models were made for 512 tokens, but RoPE has no end. verl reads the first, vLLM the second.
+        "+actor_rollout_ref.model.override_config.max_position_embeddings": max_model_len,
+        f"+{ENGINE}.hf_overrides.max_position_embeddings": max_model_len,
+    }
+    default_overrides = [f"{rollout}.nnodes=1", f"{rollout}.load_format=auto"]  # no trainer sends weights
+    default_overrides += [f"{key}={tokens}" for key, tokens in limits.items() if tokens is not None]
     config_folder = CONFIG_DIR if config_dir is None else Path(config_dir).resolve()
     with initialize_config_dir(str(config_folder), version_base=None):
         config = compose(config_name, overrides=[*default_overrides, *overrides])
@@ -119,15 +118,23 @@ def start_servers(
     manager = type("EngineManager", (LLMServerManager,), class_members).create(
         config, start_rank=start_rank, load_balancer_cls=load_balancer_class
     )
-    engine_list: list[psutil.Process] = []
+    engines: list[psutil.Process] = []
     try:
         for server in manager.server_handles:
-            engine_list += engine_processes(server)
+            engines += engine_processes(server)
         # The load balancer starts in the background, for seconds of a core.
         ray.get(manager.global_load_balancer.require_acquire_fields.remote(), timeout=60)
         yield manager
-    finally:
-        _stop(manager, engine_list)
+    finally:  # ends the actors, and the engine processes that do not end with them
+        for replica in manager.rollout_replicas:
+            for actor in [*replica.servers, *replica.workers]:
+                ray.kill(actor)
+            for group in replica.resource_pool.pgs or []:
+                ray.util.remove_placement_group(group)
+        ray.kill(manager.global_load_balancer)
+        for engine in psutil.wait_procs(engines, timeout=5)[1]:
+            engine.kill()
+        psutil.wait_procs(engines, timeout=5)
 
 
 def process_of(actor: Any) -> psutil.Process:
@@ -138,16 +145,3 @@ def process_of(actor: Any) -> psutil.Process:
 def engine_processes(server: Any) -> list[psutil.Process]:
     """The processes that a server has started: its engine's."""
     return process_of(server).children(recursive=True)
-
-
-def _stop(manager: Any, engines: list[psutil.Process]) -> None:
-    """Ends the actors, and the engine processes that do not end with them."""
-    for replica in manager.rollout_replicas:
-        for actor in [*replica.servers, *replica.workers]:
-            ray.kill(actor)
-        for group in replica.resource_pool.pgs or []:
-            ray.util.remove_placement_group(group)
-    ray.kill(manager.global_load_balancer)
-    for engine in psutil.wait_procs(engines, timeout=5)[1]:
-        engine.kill()
-    psutil.wait_procs(engines, timeout=5)

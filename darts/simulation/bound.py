@@ -47,10 +47,14 @@ class Throughput:
         batch_sizes = np.arange(slots + 1)
         batch_speeds = np.concatenate([[0.0], batch_sizes[1:] / curve(batch_sizes[1:])])
         hull_corners = [0]  # of the upper concave hull
-        for batch_size in range(1, slots + 1):
-            while len(hull_corners) > 1 and _above(batch_speeds, hull_corners[-2], hull_corners[-1], batch_size):
-                hull_corners.pop()
-            hull_corners.append(batch_size)
+        for right in range(1, slots + 1):
+            while len(hull_corners) > 1:
+                left, middle = hull_corners[-2:]
+                rise = (batch_speeds[right] - batch_speeds[left]) * (middle - left) / (right - left)
+                if batch_speeds[left] + rise < batch_speeds[middle]:
+                    break
+                hull_corners.pop()  # the line from left to right passes above it, or through it
+            hull_corners.append(right)
         peak_corner = int(np.argmax(batch_speeds[hull_corners]))  # from there on it does not fall
         self._sizes = np.array(hull_corners[: peak_corner + 1], dtype=np.float64)
         self._speeds = batch_speeds[hull_corners[: peak_corner + 1]]
@@ -67,20 +71,11 @@ class Throughput:
             return 0.0
         return float((np.cumsum(lengths) / self(np.arange(1, len(lengths) + 1))).max())
 
-    def least_seconds_of(self, longest: NDArray[np.int64], tokens: int, num_prompts: int, num_keep: int) -> float:
-        """The bound for several rollouts that share out prompts as they like.
+    def least_seconds_of(self, kept_lengths: NDArray[np.int64], num_prompts: int) -> float:
+        """The bound for several rollouts of so many prompts each, that share out prompts as they like.
 
         Args:
-            longest: of each prompt's kept responses, shape [rollouts * num_prompts].
-            tokens: of all that is kept.
-            num_prompts: N, of a rollout.
-            num_keep: M.
+            kept_lengths: of all prompts, shape [rollouts * num_prompts, M].
         """
-        longest_alone_s = np.sort(longest)[::-1][::num_prompts].sum() / self(1)
-        return float(max(longest_alone_s, tokens / self(num_prompts * num_keep)))
-
-
-def _above(values: NDArray[np.float64], left: int, middle: int, right: int) -> bool:
-    """Whether the line from left to right passes above, or through, the middle."""
-    line_there = values[left] + (values[right] - values[left]) * (middle - left) / (right - left)
-    return bool(line_there >= values[middle])
+        longest_alone_s = np.sort(kept_lengths.max(axis=1))[::-1][::num_prompts].sum() / self(1)
+        return float(max(longest_alone_s, kept_lengths.sum() / self(num_prompts * kept_lengths.shape[1])))

@@ -1,6 +1,8 @@
-"""Seconds of a step besides decoding, and their fit to a plain run.
+"""GPUs and the engines that they make; seconds of a step besides decoding, and their fit to a plain run.
 
-Contract: pure. The model (our choice throughout):
+Contract: pure. `colocated`: all GPUs generate, then all train. `disaggregated`: a share of them generates, the others
+train; the phases of a step follow one another all the same, since rollouts are synchronous. Seconds (our choice
+throughout):
 
     rollout  = decoding + rollout_s + candidate_s x candidates launched / engines + contention x hidden log-probs
     log-prob = log_prob_s + log_prob_token_s x trained tokens / training GPUs, less what is hidden under generation
@@ -29,12 +31,55 @@ from numpy.typing import NDArray
 from darts.evidence.trace import TracedStep
 from darts.latency import LatencyCurve, makespan
 from darts.simulation import SimulationError
-from darts.simulation.cluster import Cluster
 
 MOST_STEPS = 300
 """Steps of a run that a fit takes: the last ones."""
 CANDIDATE_SHARE = 1.0
 """The part of what a rollout takes besides decoding that grows with the number of candidates."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """What a run has. Example: `Cluster(gpus=64, tensor_parallel=4)` has 16 engines.
+
+    Raises:
+        SimulationError: not one engine, engines that do not fill the GPUs, or no GPU to train on.
+    """
+
+    gpus: int
+    tensor_parallel: int = 1
+    placement: str = "colocated"
+    max_num_seqs: int = 1024  # of an engine
+    abort_s: float = 0.0  # from the decision to abort to its arrival at the engine
+
+    def __post_init__(self) -> None:
+        is_uneven = self.tensor_parallel < 1 or self.rollout_gpus % self.tensor_parallel
+        if is_uneven or self.engines < 1 or self.train_gpus < 1:
+            raise SimulationError(
+                f"gpus={self.gpus}, tensor_parallel={self.tensor_parallel}, {self.placement}: at least one engine and "
+                f"one GPU that trains are needed, and engines must fill the {self.rollout_gpus} GPUs that generate; "
+                "take another number of GPUs, or another tensor-parallel size."
+            )
+        if self.max_num_seqs < 1 or not 0 <= self.abort_s < np.inf:
+            raise SimulationError(
+                f"max_num_seqs={self.max_num_seqs}, abort_s={self.abort_s}: an engine runs at least 1 sequence, and "
+                "seconds are finite and not negative."
+            )
+
+    @property
+    def rollout_gpus(self) -> int:
+        """GPUs that generate; where disaggregated the paper's half."""
+        return self.gpus if self.placement == "colocated" else self.gpus // 2
+
+    @property
+    def engines(self) -> int:
+        """Replicas of the model that generate."""
+        return self.rollout_gpus // self.tensor_parallel
+
+    @property
+    def train_gpus(self) -> int:
+        """GPUs that compute log-probs and updates."""
+        return self.gpus if self.placement == "colocated" else self.gpus - self.rollout_gpus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,9 +115,9 @@ class StepCosts:
     other_s: float = 1.0
 
     def time(
-        self, *, decode_s: float, launched: int, tokens: int, cluster: Cluster, bypass: bool, overlap: bool
+        self, cluster: Cluster, decode_s: float, launched: int, tokens: int, *, bypass: bool, overlap: bool
     ) -> StepTime:
-        """One step that launched so many candidates, decoded for `decode_s`, and trains on responses of so many tokens.
+        """One step that decoded for `decode_s`, launched so many candidates, and trains on responses of so many tokens.
 
         Args:
             bypass: the servers' log-probs are taken.

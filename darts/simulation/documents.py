@@ -6,51 +6,52 @@ command said of its inputs (`about`), and the rows. NaN is null.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from darts.evidence import documents
 from darts.evidence.documents import DocumentError
 from darts.evidence.machine import machine
-from darts.evidence.statistics import Estimate
 from darts.simulation import comparison, validation
 from darts.simulation.comparison import ReplaySummary
 from darts.simulation.validation import ComparedSeconds
 
 FORMAT, VERSION = "darts.simulation", 1
-ROWS: Mapping[str, type[ReplaySummary] | type[ComparedSeconds]] = {
-    "replay": ReplaySummary,
-    "plan": ReplaySummary,
-    "validate": ComparedSeconds,
-}
-"""What the rows of each command are."""
 TABLES: Mapping[str, Mapping[str, Callable[[Sequence[Any]], str]]] = {
-    "replay": {"rows": comparison.markdown, "speed-ups": comparison.speed_ups, "gaps": comparison.gaps},
+    "replay": {
+        "rows": comparison.markdown,
+        "speed-ups": partial(comparison.by_gpus, column="speed-up"),
+        "gaps": partial(comparison.by_gpus, column="gap closed"),
+    },
     "plan": {"rows": comparison.markdown},
     "validate": {"rows": validation.markdown, "verdict": validation.verdict},
 }
 """What can be told of the rows of each command."""
 
 
-def document(
-    kind: str,
+def save(
+    path: Path,
     arguments: Sequence[str],
     about: Sequence[str],
     rows: Sequence[ReplaySummary | ComparedSeconds],
     **facts: Any,
-) -> dict[str, Any]:
-    """What a command leaves behind; `kind` is its name, `about` what has to be known to read the rows."""
-    return {
+) -> None:
+    """Writes what a command leaves behind; `about` is what has to be known to read the rows."""
+    document = {
         "format": FORMAT,
         "version": VERSION,
-        "kind": kind,
+        "kind": arguments[0],
         "settings": {"command": ["python", "-m", FORMAT, *arguments]},
         "machine": machine(),
-        "about": list(about),
+        "about": about,
         **facts,
         "rows": [row_to_dict(row) for row in rows],
     }
+    documents.save(path, document)
 
 
 def row_to_dict(row: ReplaySummary | ComparedSeconds) -> dict[str, Any]:
@@ -67,18 +68,18 @@ def load(path: Path) -> tuple[dict[str, Any], list[Any]]:
         DocumentError: the file cannot be read, or is something else.
     """
     opened_document = documents.load(path, FORMAT, VERSION)
-    if (kind := ROWS.get(opened_document.get("kind", ""))) is None:
-        raise DocumentError(f"{path}: is no document of one of {', '.join(ROWS)}.")
-    typed_rows = []
+    kind = opened_document.get("kind", "")
+    if kind not in TABLES:
+        raise DocumentError(f"{path}: is no document of one of {', '.join(TABLES)}.")
+    row_class = ComparedSeconds if kind == "validate" else ReplaySummary
     try:
-        for row in opened_document["rows"]:
-            values = {field.name: math.nan if row[field.name] is None else row[field.name] for field in fields(kind)}
-            if kind is ReplaySummary:
-                values["speed_up"] = Estimate(**values["speed_up"])
-            typed_rows.append(kind(**values))
-    except (KeyError, TypeError, ValueError) as error:
-        raise DocumentError(f"{path}: has rows that are not those of a {opened_document['kind']}: {error!r}.") from None
-    return opened_document, typed_rows
+        rows = [
+            {name: math.nan if value is None else value for name, value in row.items()}
+            for row in opened_document["rows"]
+        ]
+        return opened_document, TypeAdapter(list[row_class]).validate_python(rows)
+    except (AttributeError, KeyError, ValueError) as error:
+        raise DocumentError(f"{path}: has rows that are not those of a {kind}: {error!r}.") from None
 
 
 def tell(path: Path, name: str = "rows", gpus: Sequence[int] = ()) -> str:

@@ -15,8 +15,6 @@ from collections.abc import Sequence
 
 WAITING, RUNNING, LEFT = 0, 1, 2
 NEVER = math.inf
-FEW = 4
-"""Events that are put into their places one by one."""
 
 
 class Engine:
@@ -63,7 +61,7 @@ class Engine:
 
     def fill(self, now: float) -> list[int]:
         """Free slots go to the queue; returns the sequences that start."""
-        queue, state, started, end_events = self._queue, self._state, [], []
+        queue, state, started = self._queue, self._state, []
         while queue and self.running + len(started) < self._slots:
             queue_number, sequence, tokens = queue.popleft()
             if state[sequence] == WAITING:
@@ -71,14 +69,8 @@ class Engine:
                     self._advance(now)
                 state[sequence] = RUNNING
                 self.began[sequence] = self._steps, now
-                end_events.append((-self._steps - tokens, -queue_number, -sequence, True))
+                insort(self._events, (-self._steps - tokens, -queue_number, -sequence, True))
                 started.append(sequence)
-        if len(end_events) > FEW:
-            self._events += end_events
-            self._events.sort()
-        else:
-            for end_event in end_events:
-                insort(self._events, end_event)
         if started:
             self._resize(self.running + len(started))
         return started
@@ -120,10 +112,6 @@ class Engine:
             self._resize(self.running - 1)
         self._state[sequence] = LEFT
         return tokens_done
-
-    def runs(self, sequence: int) -> bool:
-        """Whether a sequence has started and not left."""
-        return self._state[sequence] == RUNNING
 
     def _advance(self, now: float) -> None:
         if now > self._now:

@@ -11,39 +11,39 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from darts.config import STRATEGIES
+from darts.config import STRATEGIES, ConfigError, DartsConfig
+from darts.evidence.log import OptionParser
+from darts.evidence.profile import LatencyProfile
 from darts.evidence.trace import read_steps
 from darts.latency import LatencyCurve
 from darts.simulation import SimulationError
-from darts.simulation.cluster import Cluster
-from darts.simulation.costs import CANDIDATE_SHARE, StepCosts, fit
-from darts.simulation.curves import BUILTIN, load_curve
+from darts.simulation.costs import CANDIDATE_SHARE, Cluster, StepCosts, fit
 from darts.simulation.replay import ReplayArm, Setting
-from darts.simulation.run_trace import read_trace
-from darts.simulation.search import merged, nested
-from darts.simulation.trace import LengthTrace
+from darts.simulation.search import with_settings
+from darts.simulation.trace import LengthTrace, read_trace
 from darts.strategy import make_strategy
 
 LEAST_STEPS = 20
 """A replay has no fewer by itself: rounds of some strategies come in cycles of four or five (our choice)."""
-
-
-class _OptionParser(argparse.ArgumentParser):
-    """Says in one line what is wrong."""
-
-    def error(self, message: str) -> NoReturn:
-        raise SimulationError(f"{message}; --help lists the options.")
+SIZES = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
+BUILTIN = {
+    # A 14B model over 4 GPUs with 148 TFLOPS and 4 TB/s each.
+    "h20-like": (0.0078, 0.0080, 0.0083, 0.0088, 0.0122, 0.019, 0.033, 0.062, 0.119),
+    # A 7B model on one GPU with 990 TFLOPS and 3.35 TB/s.
+    "h100-like": (0.0077, 0.0079, 0.0082, 0.0087, 0.0097, 0.0119, 0.0180, 0.034, 0.066),
+    # Memory-bound throughout: a step hardly grows with the batch.
+    "flat": (0.0200, 0.0202, 0.0204, 0.0208, 0.0216, 0.0232, 0.0264, 0.0328, 0.0456),
+}
+"""Seconds of a step at `SIZES`: estimates of GPUs that nobody measured here (our choice), for a first look: as long as
+reading the weights and each sequence's cache of 1,500 tokens takes at 80 % of the memory's bandwidth, or computing at
+50 % of the peak where that is longer, plus launches and communication."""
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options, with `command` one of replay, plan, validate, table, and `given`, the arguments.
-
-    Raises:
-        SimulationError: unknown options, or values of the wrong kind.
-    """
-    parser = _OptionParser(prog="python -m darts.simulation", description="Replays lengths through strategies.")
+    """The options, with `command` and the arguments as `given`; ends the program with what is no such option."""
+    parser = OptionParser(prog="python -m darts.simulation", description="Replays lengths through strategies.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="replay | plan | validate | table")
     common_options = _common()
     replay = commands.add_parser("replay", parents=[common_options], help="strategies side by side")
@@ -77,15 +77,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     table.add_argument("--name", default="rows", help="rows, speed-ups, gaps or verdict (default: %(default)s)")
     table.add_argument("--gpus", type=_positive, nargs="+", default=[], metavar="N", help="of a replay (default: all)")
     given_words = sys.argv[1:] if arguments is None else list(arguments)
-    options = parser.parse_args(given_words)
-    options.given = given_words
+    options = parser.parse_args(given_words, argparse.Namespace(given=given_words))
     if options.command in ("plan", "validate") and len(options.gpus) > 1:
         parser.error(f"--gpus {' '.join(map(str, options.gpus))}: {options.command} takes one number")
     return options
 
 
 def _common() -> argparse.ArgumentParser:
-    common_options = _OptionParser(add_help=False)
+    common_options = OptionParser(add_help=False)
     add = common_options.add_argument
     add("trace", metavar="TRACE", help="CSV of lengths (.gz), or the darts.jsonl of a run")
     add("--gpus", type=_positive, nargs="+", default=[64], metavar="N", help="default: 64")
@@ -124,10 +123,28 @@ def _common() -> argparse.ArgumentParser:
 
 def inputs_of(options: argparse.Namespace) -> tuple[LengthTrace, list[Setting], int]:
     """The trace, what surrounds the strategies for each number of GPUs, and how many steps are to be replayed."""
-    _check_output(options)
+    # 1. What is to be written can be.
+    for name in ("json", "png"):
+        path = getattr(options, name, None)
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise SimulationError(f"--{name} {path}: a file cannot be written there; name one in a folder that exists.")
+    if getattr(options, "png", None) and importlib.util.find_spec("matplotlib") is None:
+        raise SimulationError("--png: needs matplotlib; install verl-darts[report].")
+    # 2. What is replayed, and what a step takes.
     trace = read_trace(options.trace).between(options.first, options.last)
     curve, _ = load_curve(options.curve)
-    costs = _costs(options, curve)
+    costs = StepCosts()
+    if options.fit is not None:
+        ran_on = _cluster(options, options.fit_gpus or options.gpus[0])
+        plain_runs = {path: read_steps(path, lambda step: step)[0] for path in options.fit}
+        costs = fit(plain_runs, curve, ran_on, options.candidate_share)
+    for cost_text in options.cost:
+        cost_name, _, value = cost_text.partition("=")
+        try:
+            costs = replace(costs, **{cost_name: _seconds(value)})
+        except (TypeError, ValueError):
+            known = ", ".join(StepCosts.__dataclass_fields__)
+            raise SimulationError(f"--cost {cost_text}: must be NAME=VALUE, not negative; names are {known}.") from None
     settings = [
         Setting(
             num_prompts=options.prompts or trace.prompts_per_step,
@@ -142,15 +159,44 @@ def inputs_of(options: argparse.Namespace) -> tuple[LengthTrace, list[Setting], 
     return trace, settings, options.steps or max(len(trace.steps), LEAST_STEPS)
 
 
+def load_curve(name: str) -> tuple[LatencyCurve, str]:
+    """A built-in curve by its name, or that of a file: a profile, or `LatencyCurve.to_dict()` as JSON.
+
+    Returns:
+        The curve, and one line that says what it is.
+
+    Raises:
+        SimulationError: neither a known name nor a file that holds a curve.
+    """
+    if name in BUILTIN:
+        return LatencyCurve(SIZES, BUILTIN[name]), f"{name} (built in: an estimate, not measured)"
+    curve_path = Path(name)
+    if not curve_path.is_file():
+        raise SimulationError(
+            f"--curve {name}: neither a file nor one of {', '.join(BUILTIN)}; measure one with "
+            "`python -m darts.engines profile --out FILE`."
+        )
+    try:
+        curve_state = json.loads(curve_path.read_text())
+        if isinstance(curve_state, dict) and set(curve_state) == {"batch_sizes", "seconds"}:
+            return LatencyCurve.from_dict(curve_state), f"{curve_path}"
+        profile = LatencyProfile.load(curve_path)
+        return profile.curve(), f"{curve_path} ({profile.device}, tensor parallel {profile.tensor_parallel})"
+    except (ConfigError, OSError, UnicodeDecodeError, ValueError) as error:
+        error_text = " ".join(str(error).split())
+        raise SimulationError(f"--curve {curve_path}: holds no latency curve: {error_text}") from None
+
+
 def arms_of(options: argparse.Namespace) -> list[ReplayArm]:
     """`--strategy NAME[:KEY=VALUE,...]`: a strategy with settings of its own, beside those of `--set`."""
     arms = []
     for strategy_text in options.strategy or STRATEGIES:
         strategy_name, _, own_settings = strategy_text.partition(":")
-        block = merged(block_of(options.set), block_of(own_settings.split(",") if own_settings else []))
-        arm = ReplayArm(name=strategy_text, block=merged(block, {"strategy": strategy_name}))
-        make_strategy(arm.config(options.group_size, options.placement), 1)  # refuses what cannot work
-        arms.append(arm)
+        block = block_of([*options.set, *own_settings.split(",")] if own_settings else options.set)
+        block["strategy"] = strategy_name
+        # Refuses what cannot work.
+        make_strategy(DartsConfig.from_block({"placement": options.placement, **block}, options.group_size), 1)
+        arms.append(ReplayArm(name=strategy_text, block=block))
     return arms
 
 
@@ -166,43 +212,13 @@ def block_of(settings: Sequence[str]) -> dict[str, Any]:
             value = json.loads(value_text)
         except ValueError:
             value = value_text
-        block = merged(block, nested(key, value))
+        block = with_settings(block, {key: value})
     return block
 
 
 def _cluster(options: argparse.Namespace, gpus: int) -> Cluster:
-    return Cluster(
-        gpus=gpus,
-        tensor_parallel=options.tensor_parallel,
-        placement=options.placement,
-        max_num_seqs=options.max_num_seqs,
-        abort_s=options.abort_s,
-    )
-
-
-def _costs(options: argparse.Namespace, curve: LatencyCurve) -> StepCosts:
-    costs = StepCosts()
-    if options.fit is not None:
-        ran_on = _cluster(options, options.fit_gpus or options.gpus[0])
-        plain_runs = {path: read_steps(path, lambda step: step)[0] for path in options.fit}
-        costs = fit(plain_runs, curve, ran_on, options.candidate_share)
-    for cost_text in options.cost:
-        cost_name, _, value = cost_text.partition("=")
-        try:
-            costs = replace(costs, **{cost_name: _seconds(value)})
-        except (TypeError, ValueError):
-            known = ", ".join(StepCosts.__dataclass_fields__)
-            raise SimulationError(f"--cost {cost_text}: must be NAME=VALUE, not negative; names are {known}.") from None
-    return costs
-
-
-def _check_output(options: argparse.Namespace) -> None:
-    for name in ("json", "png"):
-        path = getattr(options, name, None)
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise SimulationError(f"--{name} {path}: a file cannot be written there; name one in a folder that exists.")
-    if getattr(options, "png", None) and importlib.util.find_spec("matplotlib") is None:
-        raise SimulationError("--png: needs matplotlib; install verl-darts[report].")
+    names = ("tensor_parallel", "placement", "max_num_seqs", "abort_s")
+    return Cluster(gpus=gpus, **{name: getattr(options, name) for name in names})
 
 
 def _positive(text: str) -> int:

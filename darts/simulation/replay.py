@@ -1,7 +1,7 @@
 """A strategy over many steps: the trace's lengths through the method's own code.
 
-Contract: pure. `Strategy` says which prompts a round launches, by which rules, and when it ends; `RolloutPlanner` plans
-and learns; `darts.simulation.rollout` runs the groups.
+Contract: pure, but for a line of `progress`. `Strategy` says which prompts a round launches, by which rules, and when
+it ends; `RolloutPlanner` plans and learns; `darts.simulation.rollout` runs the groups.
 
 1. New prompts come in the trace's order, those of the strategy's queue with fresh draws of their candidates. All
    strategies get the same draws for the same prompt, epoch and launch.
@@ -10,8 +10,9 @@ and learns; `darts.simulation.rollout` runs the groups.
    and there is no cost model where `darts.latency.profile` or the allocation does without.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -22,9 +23,9 @@ from darts.config import DartsConfig
 from darts.forecast import CostModel
 from darts.latency import LatencyCurve, StepTimes
 from darts.planning import RolloutPlanner
+from darts.simulation import progress
 from darts.simulation.bound import Throughput, shortest
-from darts.simulation.cluster import Cluster
-from darts.simulation.costs import StepCosts, StepTime
+from darts.simulation.costs import Cluster, StepCosts, StepTime
 from darts.simulation.draws import Dataset
 from darts.simulation.rollout import SimulatedRollout
 from darts.strategy import BYPASS_MODE, Strategy, make_strategy
@@ -41,13 +42,9 @@ class ReplayArm:
     block: Mapping[str, Any] = field(default_factory=dict)  # `darts:`
     bypass: bool = False  # with verl's `BYPASS_MODE`, whatever the strategy
 
-    def config(self, group_size: int, placement: str) -> DartsConfig:
-        """The settings.
-
-        Raises:
-            ConfigError: what `DartsConfig.from_block` refuses.
-        """
-        return DartsConfig.from_block({"placement": placement, **self.block}, group_size)
+    def bypasses(self, strategy: Strategy) -> bool:
+        """Whether the servers' log-probs are taken for the old ones."""
+        return self.bypass or bool(strategy.overrides.get(BYPASS_MODE, False))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +57,25 @@ class Setting:
     curve: LatencyCurve
     cluster: Cluster
     costs: StepCosts = field(default_factory=StepCosts)
+
+    def strategy(self, arm: ReplayArm) -> Strategy:
+        """An arm's strategy.
+
+        Raises:
+            ConfigError: settings that cannot work.
+        """
+        block = {"placement": self.cluster.placement, **arm.block}
+        return make_strategy(DartsConfig.from_block(block, self.group_size), self.num_prompts)
+
+    def width(self, *arms: ReplayArm) -> int:
+        """Most candidates that one of the arms may launch for a prompt."""
+        all_rules = [self.strategy(arm).next_round().rules for arm in arms]
+        allocations = [rules.allocation for rules in all_rules if rules.enable and rules.allocation.mode != "off"]
+        return max([self.group_size, *(allocation.high for allocation in allocations)])
+
+    def throughput(self) -> Throughput:
+        """What the engines can give at most."""
+        return Throughput(self.curve, self.cluster.engines, self.cluster.max_num_seqs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -81,6 +97,12 @@ class SimulatedStep:
     queue: int  # prompts that are to come again
     saturated: float  # share of the prompts with M_up candidates
 
+    def of_oracle(self) -> "SimulatedStep":
+        """The step of the oracle; what is not known of it is NaN."""
+        unknown = dict.fromkeys(("slot_s", "slot_capacity_s", "saturated", "reward_kept", "reward_pool"), math.nan)
+        tokens = {"generated": self.oracle.sum(), "kept": self.oracle.sum(), "longest_kept": self.oracle.max()}
+        return replace(self, time=self.bound, launched=self.oracle.size, **tokens, **unknown)
+
 
 def replay(
     arm: ReplayArm, setting: Setting, dataset: Dataset, num_steps: int, reshape: Reshape | None = None
@@ -88,16 +110,15 @@ def replay(
     """The steps of a strategy, one after the other.
 
     Args:
-        dataset: candidates; at least as wide as the most that the arm launches (`width`).
+        dataset: candidates; at least as wide as the most that the arm launches (`Setting.width`).
         reshape: moves the lengths of later steps; None: lengths as they were recorded.
 
     Raises:
         ConfigError: settings that cannot work.
     """
     # The strategy, the planner with its cost model, and the bound.
-    cluster, costs = setting.cluster, setting.costs
-    darts = arm.config(setting.group_size, cluster.placement)
-    strategy = make_strategy(darts, setting.num_prompts)
+    cluster, costs, strategy, throughput = setting.cluster, setting.costs, setting.strategy(arm), setting.throughput()
+    darts = strategy.darts
     planner = RolloutPlanner(
         ema_weight=darts.allocation.ema_weight,
         response_length=setting.response_length,
@@ -107,7 +128,6 @@ def replay(
     latency = darts.latency.profile
     if latency != "off" and (latency != "auto" or strategy.rules.allocation.mode == "adaptive"):
         planner.cost = CostModel(setting.curve, "simulated")
-    throughput = Throughput(setting.curve, cluster.engines, cluster.max_num_seqs)
     next_row, row_launches = 0, {}  # launches of rows that are queued
     for steps_done in range(num_steps):
         # 1. The prompts, and lengths of their candidates.
@@ -120,7 +140,7 @@ def replay(
         # 2. How many candidates each launches, and in which order.
         plan, budgets, launch_order = None, np.full(len(dataset_rows), setting.group_size), None
         if rules.enable:
-            plan = planner.plan([dataset.key(row) for row in dataset_rows], rules)
+            plan = planner.plan([dataset.keys[row % len(dataset)] for row in dataset_rows], rules)
             budgets, launch_order = plan.budgets, plan.launch_order.tolist()
         # 3. The rollout.
         is_launched = np.arange(dataset.width) < budgets[:, None]
@@ -129,7 +149,8 @@ def replay(
             drawn_candidates.truncated[is_launched],
             budgets,
             rules,
-            cluster.fleet(setting.curve, int(budgets.sum())),
+            cluster,
+            setting.curve,
             order=launch_order,
             harvest=round_.harvest,
         ).run()
@@ -140,13 +161,9 @@ def replay(
                 f"{setting.group_size} each: the strategy {darts.strategy} breaks the contract of darts.strategy."
             )
         kept_lengths = pool.length[pool.kept]
-        seconds_of = partial(costs.time, cluster=cluster, overlap=rules.enable and rules.overlap.mode != "off")
-        step_time = seconds_of(
-            decode_s=outcome.seconds,
-            launched=len(pool),
-            tokens=int(kept_lengths.sum()),
-            bypass=bypasses(arm, strategy),
-        )
+        seconds_of = partial(costs.time, cluster, overlap=rules.enable and rules.overlap.mode != "off")
+        num_tokens, is_bypassed = int(kept_lengths.sum()), arm.bypasses(strategy)
+        step_time = seconds_of(outcome.seconds, len(pool), num_tokens, bypass=is_bypassed)
         # 4. What is learnt of it, and who comes again.
         if plan is not None:
             planner.observe(plan, rules, pool, max(step_time.rollout, 1e-9), StepTimes())
@@ -154,6 +171,7 @@ def replay(
         launched_rows = set(dataset_rows)
         row_launches = {row: row_launches.get(row, 0) + (row in launched_rows) for row in strategy.queue}
         # 5. What is told of it, beside the oracle's step.
+        progress(f"{cluster.gpus} GPUs, {arm.name}, seed {dataset.seed}: step {steps_done + 1}/{num_steps}")
         oracle = shortest(lengths[outcome.complete], setting.group_size)
         num_slots = min(cluster.max_num_seqs, -(-len(pool) // cluster.engines)) * cluster.engines
         reward = drawn_candidates.reward[is_launched]
@@ -162,32 +180,14 @@ def replay(
             prompts=len(budgets),
             launched=len(pool),
             generated=int(pool.length.sum()),
-            kept=int(kept_lengths.sum()),
+            kept=num_tokens,
             longest_kept=int(kept_lengths.max()),
             reward_kept=float(reward[pool.kept].mean()),
             reward_pool=float(reward[~pool.aborted].mean()),
             slot_s=outcome.slot_seconds,
             slot_capacity_s=num_slots * outcome.seconds,
-            bound=seconds_of(
-                decode_s=throughput.least_seconds(oracle),
-                launched=oracle.size,
-                tokens=int(oracle.sum()),
-                bypass=True,
-            ),
+            bound=seconds_of(throughput.least_seconds(oracle), oracle.size, int(oracle.sum()), bypass=True),
             oracle=oracle,
             queue=len(strategy.queue),
             saturated=float((budgets >= rules.allocation.high).mean()) if rules.enable else 0.0,
         )
-
-
-def width(arm: ReplayArm, setting: Setting) -> int:
-    """Most candidates that an arm may launch for a prompt."""
-    strategy = make_strategy(arm.config(setting.group_size, setting.cluster.placement), setting.num_prompts)
-    rules = strategy.next_round().rules
-    most_candidates = rules.allocation.high if rules.enable and rules.allocation.mode != "off" else setting.group_size
-    return max(most_candidates, setting.group_size)
-
-
-def bypasses(arm: ReplayArm, strategy: Strategy) -> bool:
-    """Whether the servers' log-probs are taken for the old ones."""
-    return arm.bypass or bool(strategy.overrides.get(BYPASS_MODE, False))

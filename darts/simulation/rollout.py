@@ -24,21 +24,13 @@ from numpy.typing import NDArray
 
 from darts.config import DartsConfig
 from darts.group import CandidateGroup
+from darts.latency import LatencyCurve
 from darts.pool import CandidatePool
+from darts.simulation.costs import Cluster
 from darts.simulation.engine import NEVER, Engine
 
 ABORT = -1
 """In the queue of events, where an engine's number stands otherwise."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fleet:
-    """The engines that share a rollout. Example: `Fleet(engines=16, slots=256, step_seconds=(0.0, 0.01, ...))`."""
-
-    engines: int
-    slots: int  # `max_num_seqs` of an engine
-    step_seconds: Sequence[float]  # PTL(b) for b = 0, 1, ..., as far as may run at once
-    abort_s: float = 0.0  # from a decision to its arrival at the engine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -58,14 +50,11 @@ def route(budgets: Sequence[int], order: Sequence[int], engines: int, routing: s
     engine_loads = [(0, engine) for engine in range(engines)]
     position = 0
     for prompt in order:
-        first, budget = firsts[prompt], budgets[prompt]
-        if routing == "group":
-            engine_load, engine = engine_loads[0]
-            heapq.heapreplace(engine_loads, (engine_load + int(budget), engine))
-            engine_numbers[first : first + budget] = engine
-        else:
-            engine_numbers[first : first + budget] = np.arange(position, position + budget) % engines
-            position += budget
+        budget, (engine_load, engine) = int(budgets[prompt]), engine_loads[0]
+        heapq.heapreplace(engine_loads, (engine_load + budget, engine))
+        in_turns = np.arange(position, position + budget) % engines
+        engine_numbers[firsts[prompt] : firsts[prompt] + budget] = engine if routing == "group" else in_turns
+        position += budget
     return engine_numbers.tolist()
 
 
@@ -77,7 +66,8 @@ class SimulatedRollout:
         truncated: which of them end at the length limit.
         budgets: candidates of each prompt, shape [num_prompts].
         rules: of the groups.
-        fleet: the engines.
+        cluster: its engines share the candidates.
+        curve: PTL of an engine.
         order: positions of the prompts in the order of launch; None: as they stand.
         harvest: the rollout ends once so many prompts are complete; None: with its last.
     """
@@ -88,21 +78,23 @@ class SimulatedRollout:
         truncated: NDArray[np.bool_],
         budgets: NDArray[np.int64],
         rules: DartsConfig,
-        fleet: Fleet,
+        cluster: Cluster,
+        curve: LatencyCurve,
         *,
         order: Sequence[int] | None = None,
         harvest: int | None = None,
     ) -> None:
-        self.rules, self.fleet, self.budgets = rules, fleet, budgets
+        self.rules, self.cluster, self.budgets = rules, cluster, budgets
         self.cut = truncated.tolist()
         self.lengths = lengths.tolist()
         self.harvest = harvest
         self.groups = [CandidateGroup(budget, rules.group_rules(budget)) for budget in budgets.tolist()]
         self.firsts = (np.cumsum(budgets) - budgets).tolist()
         self.prompts = np.repeat(np.arange(len(budgets)), budgets).tolist()
-        self.engines = [Engine(fleet.step_seconds, fleet.slots) for _ in range(fleet.engines)]
+        step_seconds = curve(np.arange(min(cluster.max_num_seqs, len(lengths)) + 1)).tolist()
+        self.engines = [Engine(step_seconds, cluster.max_num_seqs) for _ in range(cluster.engines)]
         self.order = range(len(budgets)) if order is None else list(order)
-        self.engine_of = route(budgets, self.order, fleet.engines, rules.routing)
+        self.engine_of = route(budgets, self.order, cluster.engines, rules.routing)
         self.ended_at = [NEVER] * len(self.lengths)
         self.complete: list[int] = []
         self.decided = [False] * len(self.groups)  # complete or abandoned
@@ -110,12 +102,13 @@ class SimulatedRollout:
         self.deadline = rules.enable and rules.selection.long_wait == "deadline"
         self.followed = [group.rules.follows_growth for group in self.groups]  # those that hear of growth
         self.chunk = rules.streaming.chunk_tokens
-        self.versions = [0] * fleet.engines
+        self.versions = [0] * cluster.engines
         self.events: list[tuple[float, int, int]] = []  # (time, engine, its version) or (time, ABORT, candidate)
         self.touched: set[int] = set()
 
     def run(self) -> Outcome:
         """Runs them, once."""
+        # 1. All are submitted, and events handled in the order of time.
         for prompt in self.order:
             first_candidate = self.firsts[prompt]
             for candidate in range(first_candidate, first_candidate + int(self.budgets[prompt])):
@@ -140,7 +133,30 @@ class SimulatedRollout:
                     heapq.heappush(events, (next_time, engine, event_mark))
             if self.touched:
                 self._schedule(now_s)
-        return self._outcome()
+        # 2. What became of them.
+        is_kept = np.zeros(len(self.lengths), dtype=bool)
+        for prompt in self.complete:
+            first_candidate = self.firsts[prompt]
+            is_kept[[first_candidate + index for index in self.groups[prompt].kept]] = True
+        ended = np.array(self.ended_at)
+        began_at = [
+            self.engines[engine].began.get(candidate, (0.0, self.ended_at[candidate]))[1]
+            for candidate, engine in enumerate(self.engine_of)
+        ]
+        return Outcome(
+            seconds=float(ended.max(initial=0.0)),
+            complete=sorted(self.complete),
+            slot_seconds=float((ended - began_at).sum()),
+            pool=CandidatePool.of(
+                self.budgets,
+                length=self.lengths,
+                state=[state.value for group in self.groups for state in group.states],
+                kept=is_kept,
+                num_long=np.repeat([group.rules.num_long for group in self.groups], self.budgets),
+                saturated=np.repeat(self.budgets >= self.rules.allocation.high, self.budgets),
+                ended_at=ended,
+            ),
+        )
 
     def _schedule(self, now: float) -> None:
         """Free slots are filled, and the next event of each engine that has changed is queued."""
@@ -171,7 +187,7 @@ class SimulatedRollout:
         prompt, engine = self.prompts[candidate], self.engines[self.engine_of[candidate]]
         tokens = engine.tokens(candidate, now)
         self._abort(prompt, self.groups[prompt].progress(candidate - self.firsts[prompt], tokens), now)
-        if engine.runs(candidate):
+        if self.ended_at[candidate] == NEVER:
             self._follow(candidate, tokens)
         if not self.decided[prompt]:
             self._settle(prompt, now)
@@ -189,8 +205,8 @@ class SimulatedRollout:
     def _abort(self, prompt: int, losers: list[int], now: float) -> None:
         first_candidate = self.firsts[prompt]
         for index in losers:
-            if self.fleet.abort_s:
-                heapq.heappush(self.events, (now + self.fleet.abort_s, ABORT, first_candidate + index))
+            if self.cluster.abort_s:
+                heapq.heappush(self.events, (now + self.cluster.abort_s, ABORT, first_candidate + index))
             else:
                 self._stop(first_candidate + index, now)
 
@@ -223,28 +239,3 @@ class SimulatedRollout:
         next_tokens = tokens - tokens % self.chunk + self.chunk
         if next_tokens < self.lengths[candidate]:
             self.engines[self.engine_of[candidate]].report_at(candidate, next_tokens)
-
-    def _outcome(self) -> Outcome:
-        is_kept = np.zeros(len(self.lengths), dtype=bool)
-        for prompt in self.complete:
-            first_candidate = self.firsts[prompt]
-            is_kept[[first_candidate + index for index in self.groups[prompt].kept]] = True
-        ended = np.array(self.ended_at)
-        began_at = [
-            self.engines[engine].began.get(candidate, (0.0, self.ended_at[candidate]))[1]
-            for candidate, engine in enumerate(self.engine_of)
-        ]
-        return Outcome(
-            seconds=float(ended.max(initial=0.0)),
-            complete=sorted(self.complete),
-            slot_seconds=float((ended - began_at).sum()),
-            pool=CandidatePool.of(
-                self.budgets,
-                length=self.lengths,
-                state=[state.value for group in self.groups for state in group.states],
-                kept=is_kept,
-                num_long=np.repeat([group.rules.num_long for group in self.groups], self.budgets),
-                saturated=np.repeat(self.budgets >= self.rules.allocation.high, self.budgets),
-                ended_at=ended,
-            ),
-        )

@@ -57,12 +57,11 @@ def fit(plain: LengthTrace, shaped: LengthTrace, replayed: LengthTrace) -> Shapi
             f"{plain.name} and {shaped.name} have {len(common)} steps in common: a drift needs at least 2; give two "
             "runs of the same steps."
         )
-    log_ratios = [np.log(_quantiles(shaped, step) / _quantiles(plain, step)) for step in common]
+    quantiles = []
+    for trace in (plain, shaped):
+        by_step = [[prompt.lengths for prompt in trace.prompts if prompt.step == step] for step in common]
+        quantiles.append(np.array([np.quantile(np.concatenate(lengths), QUANTILES) for lengths in by_step]))
     steps_passed = np.array(common, dtype=np.float64) - common[0]
-    drift = steps_passed @ np.array(log_ratios) / (steps_passed @ steps_passed)
+    drift = steps_passed @ np.log(quantiles[1] / quantiles[0]) / (steps_passed @ steps_passed)
     lengths = np.sort(np.concatenate([prompt.lengths for prompt in replayed.prompts]))
     return ShapingModel(drift=drift.tolist(), steps=int(steps_passed[-1]), lengths=lengths)
-
-
-def _quantiles(trace: LengthTrace, step: int) -> NDArray[np.float64]:
-    return np.quantile(np.concatenate([prompt.lengths for prompt in trace.prompts if prompt.step == step]), QUANTILES)

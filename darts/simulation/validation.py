@@ -1,9 +1,8 @@
 """Simulated against measured seconds, strategy by strategy: `python -m darts.simulation validate`.
 
-Contract: pure, but for `read_bench`. Costs come from plain runs alone (`darts.simulation.costs.fit`); nothing is fitted
-per strategy. Measured and simulated figures are means over all steps: strategies with a queue have rounds of different
-kinds, of which a median shows the most frequent alone. Noise of the machine is in the means of all arms, which take
-turns.
+Contract: costs come from plain runs alone (`darts.simulation.costs.fit`); nothing is fitted per strategy. Measured and
+simulated figures are means over all steps: strategies with a queue have rounds of different kinds, of which a median
+shows the most frequent alone. Noise of the machine is in the means of all arms, which take turns.
 
 Of the JSON of a benchmark little is read, so that the format may grow: the table `steps` by column, with `arm`,
 `step_s` and maybe `rollout_s`; of each of `arms` its `name`, `strategy` (else the name), `changes` (by path within
@@ -12,7 +11,7 @@ Of the JSON of a benchmark little is read, so that the format may grow: the tabl
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ import numpy as np
 from darts.evidence.tables import number, table
 from darts.simulation import SimulationError
 from darts.simulation.draws import Dataset
-from darts.simulation.replay import ReplayArm, Setting, replay, width
-from darts.simulation.search import merged, nested
+from darts.simulation.replay import ReplayArm, Setting, replay
+from darts.simulation.search import with_settings
 from darts.simulation.trace import LengthTrace
 
 
@@ -49,37 +48,31 @@ def read_bench(path: Path) -> list[MeasuredArm]:
     columns = bench_state.get("steps") if isinstance(bench_state, Mapping) else None
     if not isinstance(columns, Mapping) or not columns:
         raise SimulationError(f"{path}: has no steps; give the JSON that the benchmark of strategies wrote.")
-    try:
-        records = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    except (TypeError, ValueError) as error:
-        raise SimulationError(f"{path}: steps must be columns of one length, but {error}.") from None
     found_arms: dict[str, MeasuredArm] = {}
-    for place, record in enumerate(records):
-        name, step_s, rollout_s = _times(f"{path}, steps[{place}]", record)
-        measured = found_arms.setdefault(name, MeasuredArm(arm=_arm(bench_state, name), step_s=[], rollout_s=[]))
-        measured.step_s.append(step_s)
-        measured.rollout_s.append(rollout_s)
-    return list(found_arms.values())
-
-
-def _times(where: str, record: Mapping[str, Any]) -> tuple[str, float, float]:
+    where = f"{path}, steps[0]"
     try:
-        name, step_s, rollout_s = str(record["arm"]), float(record["step_s"]), record.get("rollout_s", math.nan)
-        if not 0 < step_s < math.inf:
-            raise ValueError(f"step_s={step_s}")
-        return name, step_s, float(rollout_s)
+        for place, row in enumerate(zip(*columns.values(), strict=True)):
+            where = f"{path}, steps[{place}]"
+            record = dict(zip(columns, row, strict=True))
+            name, step_s, rollout_s = str(record["arm"]), float(record["step_s"]), record.get("rollout_s", math.nan)
+            if not 0 < step_s < math.inf:
+                raise ValueError(f"step_s={step_s}")
+            measured = found_arms.setdefault(name, MeasuredArm(arm=_arm(bench_state, name), step_s=[], rollout_s=[]))
+            measured.step_s.append(step_s)
+            measured.rollout_s.append(float(rollout_s))
     except (KeyError, TypeError, ValueError) as error:
-        rule = f"must have arm and a positive step_s, but {error!r}"
+        rule = f"must have arm and a positive step_s, in columns of one length, but {error!r}"
         raise SimulationError(f"{where}: {rule}; remove the record.") from None
+    return list(found_arms.values())
 
 
 def _arm(state: Mapping[str, Any], name: str) -> ReplayArm:
     arm = next((arm for arm in state.get("arms") or () if arm.get("name") == name), {})
-    block = (state.get("config") or {}).get("darts") or {}
-    overlap = {} if arm.get("overlap") is None else {"overlap.mode": arm["overlap"]}
-    for key, value in (dict(arm.get("changes") or {}) | overlap).items():
-        block = merged(block, nested(key, value))
-    block = merged(block, {"enable": True, "strategy": arm.get("strategy", name)})
+    changes = dict(arm.get("changes") or {})
+    if arm.get("overlap") is not None:
+        changes["overlap.mode"] = arm["overlap"]
+    block = with_settings((state.get("config") or {}).get("darts") or {}, changes)
+    block |= {"enable": True, "strategy": arm.get("strategy", name)}
     return ReplayArm(name=name, block=block, bypass=bool(arm.get("bypass", False)))
 
 
@@ -106,14 +99,12 @@ def validate(
     setting: Setting,
     num_steps: int,
     own_traces: Mapping[str, Sequence[LengthTrace]],
-    say: Callable[[str], None] = lambda line: None,
 ) -> list[ComparedSeconds]:
     """Replays each arm and compares.
 
     Args:
         trace: lengths, for arms that have none of their own.
-        traces: lengths of an arm's own runs, by its name; each is replayed, and the mean is over all.
-        say: hears how far it is.
+        own_traces: lengths of an arm's own runs, by its name; each is replayed, and the mean is over all.
 
     Raises:
         ConfigError, SimulationError: an arm whose settings or trace cannot be used.
@@ -123,10 +114,8 @@ def validate(
         arm, step_times = measured_arm.arm, []
         for lengths in own_traces.get(arm.name) or [trace]:
             run_setting = replace(setting, response_length=max(lengths.response_length, trace.response_length))
-            dataset = Dataset(lengths, width(arm, run_setting))
-            for step_count, step in enumerate(replay(arm, run_setting, dataset, num_steps), 1):
-                step_times.append(step.time)
-                say(f"{arm.name}: step {step_count}/{num_steps}")
+            dataset = Dataset(lengths, run_setting.width(arm))
+            step_times += [step.time for step in replay(arm, run_setting, dataset, num_steps)]
         compared_arms.append(
             ComparedSeconds(
                 name=arm.name,
@@ -142,12 +131,12 @@ def validate(
 
 def markdown(compared: Sequence[ComparedSeconds]) -> str:
     """One row for each arm."""
+    columns = ["strategy", "steps", "measured s a step", "simulated", "error", "measured rollout s", "simulated"]
     rows = []
     for row in compared:
-        time_cells = [f"{row.measured_s:.3f}", f"{row.simulated_s:.3f}", f"{row.error:+.1%}"]
-        time_cells += [number(row.measured_rollout_s, ".3f"), f"{row.simulated_rollout_s:.3f}"]
-        rows.append([row.name, row.steps, *time_cells])
-    columns = ["strategy", "steps", "measured s a step", "simulated", "error", "measured rollout s", "simulated"]
+        step_cells = [f"{row.measured_s:.3f}", f"{row.simulated_s:.3f}", f"{row.error:+.1%}"]
+        rollout_cells = [number(row.measured_rollout_s, ".3f"), f"{row.simulated_rollout_s:.3f}"]
+        rows.append([row.name, row.steps, *step_cells, *rollout_cells])
     return table(columns, rows)
 
 
@@ -163,19 +152,16 @@ def verdict(compared: Sequence[ComparedSeconds]) -> str:
 
 def kendall(first: Sequence[float], second: Sequence[float]) -> float:
     """Kendall's tau-a: concordant less discordant pairs over all pairs; NaN for fewer than two values."""
-    pairs = np.triu_indices(len(first), 1)
-    signs = [np.sign(values[pairs[0]] - values[pairs[1]]) for values in map(np.asarray, (first, second))]
-    agreement = signs[0] * signs[1]
-    return float(agreement.mean()) if len(agreement) else math.nan
+    num_pairs = len(first) * (len(first) - 1)
+    return float((_order(first) * _order(second)).sum() / num_pairs) if num_pairs else math.nan
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float:
     """Correlation of the ranks, ties with their mean rank; NaN for fewer than two values or where all are equal."""
-    ranks = [_ranks(np.asarray(values, dtype=np.float64)) for values in (first, second)]
-    if len(ranks[0]) < 2 or any(np.ptp(rank_values) == 0 for rank_values in ranks):
-        return math.nan
-    return float(np.corrcoef(*ranks)[0, 1])
+    ranks = [_order(values).sum(axis=1) for values in (first, second)]
+    return float(np.corrcoef(*ranks)[0, 1]) if all(map(np.ptp, ranks)) else math.nan
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
-    return np.array([(values < value).sum() + ((values == value).sum() - 1) / 2 for value in values])
+def _order(values: Sequence[float]) -> np.ndarray:
+    """Signs of all differences, [values, values]; the sum of a row is twice the mean rank, but for a constant."""
+    return np.sign(np.subtract.outer(values, values))

@@ -17,10 +17,8 @@ from omegaconf import OmegaConf
 class Limits:
     """The lengths that a testbed is measured and trained with, in tokens (one byte each)."""
 
-    prompt: int
-    """Longest prompt, chat template included."""
-    response: int
-    """Longest response, end-of-sequence token included."""
+    prompt: int  # longest prompt, chat template included
+    response: int  # longest response, end-of-sequence token included
 
 
 LIMITS: dict[str, Limits] = {

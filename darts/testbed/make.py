@@ -20,7 +20,7 @@ import torch
 from darts.testbed import LIMITS
 from darts.testbed.model import build_model, build_tokenizer
 from darts.testbed.task import MIXES, Problem, split_problems
-from darts.testbed.warmstart import Packer, Schedule, examples, train
+from darts.testbed.warmstart import Schedule, examples, packed, train
 
 CHECKSUMS = "SHA256SUMS"
 TRAIN_PER_CLASS, VAL_PER_CLASS = 400, 50
@@ -50,17 +50,6 @@ def write_data(testbed: str, seed: int, out: Path) -> frozenset[Problem]:
     return frozenset(split_parts[1])
 
 
-def write_model(testbed: str, seed: int, out: Path, schedule: Schedule, held_out: frozenset[Problem]) -> None:
-    """Trains the model on demonstrations of any but the held-out problems; writes ``model/``."""
-    tokenizer, limits = build_tokenizer(), LIMITS[testbed]
-    model = build_model(tokenizer, seed)
-    stream = examples(tokenizer, MIXES[testbed], limits, seed, held_out)
-    packer = Packer(stream, length=limits.prompt + limits.response, pad=tokenizer.pad_token_id)
-    train(model, packer, schedule, report=lambda line: print(line, flush=True))
-    model.save_pretrained(out / "model")
-    tokenizer.save_pretrained(out / "model")
-
-
 def checksums(folder: Path) -> str:
     """Lines of ``sha256  path`` for every file below `folder` but the checksum file, by path."""
     file_paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
@@ -84,7 +73,14 @@ def main(arguments: list[str] | None = None) -> int:
     start_s = time.monotonic()
     (options.out / "model").mkdir(parents=True, exist_ok=True)
     held_out = write_data(options.testbed, options.seed, options.out)
-    write_model(options.testbed, options.seed, options.out, Schedule(steps=options.steps), held_out)
+    # The model is trained on demonstrations of any but the held-out problems.
+    tokenizer, limits, schedule = build_tokenizer(), LIMITS[options.testbed], Schedule(steps=options.steps)
+    model = build_model(tokenizer, options.seed)
+    stream = examples(tokenizer, MIXES[options.testbed], limits, options.seed, held_out)
+    batches = packed(stream, schedule.rows, limits.prompt + limits.response, tokenizer.pad_token_id)
+    train(model, batches, schedule, report=lambda line: print(line, flush=True))
+    model.save_pretrained(options.out / "model")
+    tokenizer.save_pretrained(options.out / "model")
     for path in options.out.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
     (options.out / CHECKSUMS).write_text(checksums(options.out))

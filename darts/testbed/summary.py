@@ -1,7 +1,7 @@
 """What a testbed's responses look like, and the bounds that a usable testbed keeps."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,17 +15,18 @@ from darts.evidence.tables import Check
 class Samples:
     """Sampled responses of one difficulty class; arrays are (groups, size)."""
 
-    lengths: Array
-    """Tokens, the end-of-sequence token included."""
-    correct: Array
-    """1 for a right answer, else 0."""
-    truncated: Array
-    """1 for a response that reached the limit without an end-of-sequence token, else 0."""
+    lengths: Array  # tokens, the end-of-sequence token included
+    correct: Array  # 1 for a right answer, else 0
+    truncated: Array  # 1 for a response that reached the limit without an end-of-sequence token, else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """The statistics of one class, or of all of them; lengths in tokens."""
+    """The statistics of one class, or of all of them; lengths in tokens.
+
+    `correlation` is Pearson's of length and correctness within a group: the mean over the `correlated_groups`, which
+    have both outcomes and lengths that vary.
+    """
 
     groups: int
     size: int
@@ -34,22 +35,14 @@ class Summary:
     length_p50: Estimate
     length_p99: Estimate
     truncated: Estimate
-    spread_p50: Estimate
-    """Longest over median response of a group: the median over groups."""
-    spread_p90: Estimate
-    """The same: the 90th percentile over groups."""
+    spread_p50: Estimate  # longest over median response of a group: the median over groups
+    spread_p90: Estimate  # the same: the 90th percentile over groups
     correlation: Estimate
-    """Pearson correlation of length and correctness within a group: the mean over the groups that
-    have both outcomes and lengths that vary."""
     correlated_groups: int
-    """How many groups that is."""
-    verbose_groups: Estimate
-    """Share of the groups with both outcomes whose wrong responses are on average no shorter."""
-    gap: Estimate
-    """E[length | wrong] - E[length | correct]; NaN without both outcomes."""
+    verbose_groups: Estimate  # share of the groups with both outcomes whose wrong responses are on average no shorter
+    gap: Estimate  # E[length | wrong] - E[length | correct]; NaN without both outcomes
     pattern: Verdict
-    false_patterns: float
-    """Control: share of shuffles of correctness that still show a pattern; 0.05 is expected."""
+    false_patterns: float  # control: share of shuffles of correctness that still show a pattern; 0.05 is expected
 
 
 def summarize(samples: Samples, seed: int = 0, shuffles: int = 200) -> Summary:
@@ -88,7 +81,31 @@ def pool(classes: Mapping[int, Samples]) -> Samples:
 
 def checks(testbed: str, overall: Summary, classes: Mapping[int, Summary]) -> list[Check]:
     """The bounds of `testbed`, each with the measured value."""
-    return list({"overthink": _overthink, "depth": _depth}[testbed](overall, classes))
+    patterns = [summary.pattern for summary in classes.values()]
+    mixed_patterns = [summary.pattern for summary in classes.values() if 0 < summary.accuracy.value < 1]
+    num_mixed, most_of_one = len(mixed_patterns), len(classes) - 1
+    false_patterns = sum(summary.false_patterns for summary in classes.values()) / len(classes)
+    bounds = {
+        "overthink": (
+            ("pass@1", overall.accuracy.value, 0.40, 0.75),
+            ("longest/median, p50 of groups", overall.spread_p50.value, 3, math.inf),
+            ("longest/median, p90 of groups", overall.spread_p90.value, 6, math.inf),
+            ("share at the limit", overall.truncated.value, 0.01, 0.05),
+            ("correlation length, correct", overall.correlation.value, -0.15, 0),
+            ("classes of Pattern I", patterns.count("I"), 1, most_of_one),
+            ("classes of Pattern II", patterns.count("II"), 1, most_of_one),
+        ),
+        "depth": (
+            ("pass@1", overall.accuracy.value, 0.40, 0.75),
+            ("longest/median, p50 of groups", overall.spread_p50.value, 1.05, math.inf),
+            ("share at the limit", overall.truncated.value, 0, 0.01),
+            ("correlation length, correct", overall.correlation.value, 0.1, 1),
+            ("classes with both outcomes", num_mixed, 1, len(classes)),
+            ("of those, of Pattern II", mixed_patterns.count("II"), num_mixed, num_mixed),
+        ),
+    }
+    rows = (*bounds[testbed], ("control: shuffles with a pattern", false_patterns, 0, 0.1))
+    return [Check(name=name, value=value, low=low, high=high) for name, value, low, high in rows]
 
 
 def table(overall: Summary, classes: Mapping[int, Summary]) -> str:
@@ -110,32 +127,3 @@ def table(overall: Summary, classes: Mapping[int, Summary]) -> str:
         "control: shuffles with a pattern": lambda s: f"{s.false_patterns:.3f}",
     }
     return tables.table(["", *columns], [[name, *map(cell, columns.values())] for name, cell in row_cells.items()])
-
-
-def _overthink(overall: Summary, classes: Mapping[int, Summary]) -> Iterator[Check]:
-    patterns = [summary.pattern for summary in classes.values()]
-    yield Check(name="pass@1", value=overall.accuracy.value, low=0.40, high=0.75)
-    yield Check(name="longest/median, p50 of groups", value=overall.spread_p50.value, low=3, high=math.inf)
-    yield Check(name="longest/median, p90 of groups", value=overall.spread_p90.value, low=6, high=math.inf)
-    yield Check(name="share at the limit", value=overall.truncated.value, low=0.01, high=0.05)
-    yield Check(name="correlation length, correct", value=overall.correlation.value, low=-0.15, high=0)
-    yield Check(name="classes of Pattern I", value=patterns.count("I"), low=1, high=len(classes) - 1)
-    yield Check(name="classes of Pattern II", value=patterns.count("II"), low=1, high=len(classes) - 1)
-    yield _control(classes)
-
-
-def _depth(overall: Summary, classes: Mapping[int, Summary]) -> Iterator[Check]:
-    mixed_classes = [summary for summary in classes.values() if 0 < summary.accuracy.value < 1]
-    num_deep = sum(summary.pattern == "II" for summary in mixed_classes)
-    yield Check(name="pass@1", value=overall.accuracy.value, low=0.40, high=0.75)
-    yield Check(name="longest/median, p50 of groups", value=overall.spread_p50.value, low=1.05, high=math.inf)
-    yield Check(name="share at the limit", value=overall.truncated.value, low=0, high=0.01)
-    yield Check(name="correlation length, correct", value=overall.correlation.value, low=0.1, high=1)
-    yield Check(name="classes with both outcomes", value=len(mixed_classes), low=1, high=len(classes))
-    yield Check(name="of those, of Pattern II", value=num_deep, low=len(mixed_classes), high=len(mixed_classes))
-    yield _control(classes)
-
-
-def _control(classes: Mapping[int, Summary]) -> Check:
-    shares = [summary.false_patterns for summary in classes.values()]
-    return Check(name="control: shuffles with a pattern", value=sum(shares) / len(shares), low=0, high=0.1)

@@ -19,7 +19,6 @@ import random
 import re
 from dataclasses import dataclass
 
-_LINE = re.compile(r"(?P<step>\d+\+\d+=\d+)|(?P<guess>guess \d+)|(?P<wait>wait, \d+)", re.ASCII)
 _ANSWER = re.compile(r"#(\d{1,3})\.", re.ASCII)
 _TOTALS = range(10, 100)
 
@@ -50,50 +49,17 @@ class Problem:
 class Mix:
     """What the warm-start demonstrations of a testbed look like.
 
-    All shares and chances are in [0, 1]; those per class are in the order of `classes`.
+    All shares and chances are in [0, 1], `wait_again` below 1; those per class are in the order of `classes`.
     """
 
-    classes: tuple[int, ...]
-    """Difficulties, equally frequent."""
-    first: tuple[int, int]
-    """Smallest and largest first number."""
-    stepwise: tuple[float, ...]
-    """Per class, the share that carries out every step; the rest guesses."""
-    guess_midway: bool
-    """Whether a guess comes after a uniform number of steps (else always at once)."""
-    guess_right: tuple[float, ...]
-    """Chance that a guess over 1, 2, ... missing steps is right; the last value serves beyond."""
-    wait_start: tuple[float, ...]
-    """Per class, the chance of a first re-check."""
-    wait_again: float
-    """Chance of one more re-check after each: memoryless, so their number is geometric."""
-    wait_corrupts: float
-    """Chance that a re-check changes the total, which is then kept."""
-
-    def __post_init__(self) -> None:
-        smallest_first, largest_first = self.first
-        largest_total = largest_first + 9 * (max(self.classes) - 1)
-        if smallest_first < _TOTALS.start or largest_total >= _TOTALS.stop or min(self.classes) < 2:
-            raise ValueError(
-                f"classes={self.classes} and first={self.first} give sums outside {_TOTALS}, or less than two numbers"
-            )
-        for name in ("stepwise", "wait_start"):
-            if len(getattr(self, name)) != len(self.classes):
-                raise ValueError(f"{name}={getattr(self, name)} must have one value per class of {self.classes}")
-        chances = (*self.stepwise, *self.guess_right, *self.wait_start, self.wait_corrupts)
-        if not all(0 <= chance <= 1 for chance in chances) or not 0 <= self.wait_again < 1:
-            raise ValueError(f"shares and chances must be in [0, 1], and wait_again below 1: {self}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ResponseTrace:
-    """What a response does, e.g. ``ResponseTrace(steps=2, guessed=False, waits=1, answer=47)``."""
-
-    steps: int
-    guessed: bool
-    waits: int
-    answer: int | None
-    """The final answer; None if there is none at the very end (cut off, or garbled)."""
+    classes: tuple[int, ...]  # difficulties, equally frequent
+    first: tuple[int, int]  # smallest and largest first number
+    stepwise: tuple[float, ...]  # per class, the share that carries out every step; the rest guesses
+    guess_midway: bool  # whether a guess comes after a uniform number of steps (else always at once)
+    guess_right: tuple[float, ...]  # chance of a guess over 1, 2, ... missing steps; the last value serves beyond
+    wait_start: tuple[float, ...]  # per class, the chance of a first re-check
+    wait_again: float  # chance of one more re-check after each: memoryless, so their number is geometric
+    wait_corrupts: float  # chance that a re-check changes the total, which is then kept
 
 
 # `overthink` is tuned to resemble a recorded RL run on math prompts: length and correctness correlate
@@ -174,22 +140,10 @@ def demonstrate(rng: random.Random, problem: Problem, mix: Mix) -> str:
     return "\n".join([*text_lines, f"#{total}."])
 
 
-def read_trace(response: str) -> ResponseTrace:
-    """Reads what a response does. Never raises: lines of no known form count as nothing."""
-    *lines, last_line = response.split("\n")
-    line_kinds = [line_match.lastgroup for line in lines if (line_match := _LINE.fullmatch(line))]
-    answer = _ANSWER.fullmatch(last_line)
-    return ResponseTrace(
-        steps=line_kinds.count("step"),
-        guessed="guess" in line_kinds,
-        waits=line_kinds.count("wait"),
-        answer=int(answer[1]) if answer else None,
-    )
-
-
 def score(response: str, total: int) -> float:
     """1.0 if the response ends in the right answer, else 0.0 (wrong, cut off, garbled or empty)."""
-    return float(read_trace(response).answer == total)
+    answer = _ANSWER.fullmatch(response.rpartition("\n")[2])
+    return float(answer is not None and int(answer[1]) == total)
 
 
 def _miss(rng: random.Random, total: int) -> int:

@@ -25,12 +25,9 @@ _IGNORED = -100
 class Schedule:
     """How long and how fast to train. The number of steps is fixed, so that a seed decides all."""
 
-    steps: int = 2000
-    """Optimizer steps."""
-    rows: int = 8
-    """Rows per step, each of prompt limit + response limit tokens."""
-    peak_rate: float = 2e-3
-    """Learning rate after `warmup` steps; then it falls to 0 along a half cosine."""
+    steps: int = 2000  # of the optimizer
+    rows: int = 8  # per step, each of prompt limit + response limit tokens
+    peak_rate: float = 2e-3  # learning rate after `warmup` steps; then it falls to 0 along a half cosine
     warmup: int = 100
     weight_decay: float = 0.01
     clip_norm: float = 1.0
@@ -48,8 +45,7 @@ class Packed:
     """One batch; all tensors are (rows, length), and the padding of a row is segment -1."""
 
     tokens: Tensor
-    labels: Tensor
-    """The token to predict at each place; `_IGNORED` in prompts and padding."""
+    labels: Tensor  # the token to predict at each place; `_IGNORED` in prompts and padding
     positions: Tensor
     segments: Tensor
 
@@ -73,33 +69,25 @@ def examples(
         yield prompt + answer[: limits.response], len(prompt)
 
 
-class Packer:
-    """Packs a stream of examples into batches; an example that does not fit opens the next row."""
-
-    def __init__(self, stream: Iterator[tuple[list[int], int]], length: int, pad: int) -> None:
-        self._stream = stream
-        self._length = length
-        self._pad = pad
-        self._next = next(stream)
-
-    def batch(self, rows: int) -> Packed:
-        """The next batch of `rows` rows."""
-        batch_shape = (rows, self._length)
-        tokens = torch.full(batch_shape, self._pad)
+def packed(stream: Iterator[tuple[list[int], int]], rows: int, length: int, pad: int) -> Iterator[Packed]:
+    """Packs examples into batches of `rows` rows; an example that does not fit opens the next row."""
+    example, batch_shape = next(stream), (rows, length)
+    while True:
+        tokens = torch.full(batch_shape, pad)
         labels = torch.full(batch_shape, _IGNORED)
         positions = torch.zeros(batch_shape, dtype=torch.long)
         segments = torch.full(batch_shape, -1)
         for row in range(rows):
             start_place, segment = 0, 0
-            while start_place + len(self._next[0]) <= self._length:
-                token_ids, prompt = torch.tensor(self._next[0]), self._next[1]
+            while start_place + len(example[0]) <= length:
+                token_ids, prompt = torch.tensor(example[0]), example[1]
                 end_place = start_place + len(token_ids)
                 tokens[row, start_place:end_place] = token_ids
                 labels[row, start_place + prompt - 1 : end_place - 1] = token_ids[prompt:]
                 positions[row, start_place:end_place] = torch.arange(len(token_ids))
                 segments[row, start_place:end_place] = segment
-                start_place, segment, self._next = end_place, segment + 1, next(self._stream)
-        return Packed(tokens=tokens, labels=labels, positions=positions, segments=segments)
+                start_place, segment, example = end_place, segment + 1, next(stream)
+        yield Packed(tokens=tokens, labels=labels, positions=positions, segments=segments)
 
 
 def loss_of(model: Qwen2ForCausalLM, batch: Packed) -> Tensor:
@@ -112,10 +100,7 @@ def loss_of(model: Qwen2ForCausalLM, batch: Packed) -> Tensor:
 
 
 def train(
-    model: Qwen2ForCausalLM,
-    packer: Packer,
-    schedule: Schedule,
-    report: Callable[[str], None] = print,
+    model: Qwen2ForCausalLM, batches: Iterator[Packed], schedule: Schedule, report: Callable[[str], None] = print
 ) -> None:
     """Trains `model` in place and reports loss, speed and remaining time every 100 steps."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
@@ -129,7 +114,7 @@ def train(
     for step in range(schedule.steps):
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate(step)
-        batch = packer.batch(schedule.rows)
+        batch = next(batches)
         loss = loss_of(model, batch)
         optimizer.zero_grad()
         loss.backward()

@@ -17,7 +17,7 @@ from documents import PAGES, ROOT, commands_of, named, text_of, understood, unkn
 from darts.bench.arms import PRESETS
 from darts.config import STRATEGIES
 from darts.metrics import METRICS
-from darts.simulation.curves import load_curve
+from darts.simulation.options import load_curve
 
 TODAYS = [page for page in PAGES if page.name != "log.md"]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]

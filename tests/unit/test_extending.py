@@ -11,7 +11,7 @@ from documents import ROOT, commands_of, text_of, write_example
 
 from darts.config import DartsConfig
 from darts.latency import LatencyCurve
-from darts.simulation.cluster import Cluster
+from darts.simulation.costs import Cluster
 from darts.simulation.draws import Dataset
 from darts.simulation.replay import ReplayArm, Setting, replay
 from darts.simulation.trace import LengthTrace, PromptLengths

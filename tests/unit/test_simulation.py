@@ -10,14 +10,17 @@ from hypothesis import strategies as st
 from darts.config import DartsConfig
 from darts.group import CandidateGroup
 from darts.latency import LatencyCurve, makespan
+from darts.simulation.costs import Cluster
 from darts.simulation.engine import Engine
-from darts.simulation.rollout import Fleet, SimulatedRollout, route
+from darts.simulation.rollout import SimulatedRollout, route
 
-BY_HAND = (0.0, 1.0, 2.0, 4.0)  # seconds of a step with 0, 1, 2, 3 running
+BY_HAND = (1.0, 2.0, 4.0)  # seconds of a step with 1, 2, 3 running
 
 
-def fleet(engines=1, slots=8, step_seconds=(0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 4.0, 8.0), abort_s=0.0):
-    return Fleet(engines=engines, slots=slots, step_seconds=step_seconds, abort_s=abort_s)
+def fleet(engines=1, slots=8, step_seconds=(1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 4.0, 8.0), abort_s=0.0):
+    """Engines of one GPU, and their curve."""
+    curve = LatencyCurve(range(1, len(step_seconds) + 1), step_seconds)
+    return Cluster(gpus=engines, max_num_seqs=slots, abort_s=abort_s), curve
 
 
 def rules(group_size, **block):
@@ -31,7 +34,7 @@ def shortest(group_size, early_stop="eager", **block):
 def run(lengths, budgets, some_rules, some_fleet, truncated=None, **options):
     lengths = np.array(lengths, dtype=np.int64)
     cut = np.zeros(len(lengths), dtype=bool) if truncated is None else np.array(truncated, dtype=bool)
-    return SimulatedRollout(lengths, cut, np.array(budgets, dtype=np.int64), some_rules, some_fleet, **options).run()
+    return SimulatedRollout(lengths, cut, np.array(budgets, dtype=np.int64), some_rules, *some_fleet, **options).run()
 
 
 # --- by hand ---------------------------------------------------------------------------------------------------------
@@ -86,7 +89,7 @@ def test_exact_hears_of_growth_in_chunks():
 
 def test_the_deadline_falls_once_all_groups_are_ready():
     some = rules(2, selection={"mode": "dual_end", "long_wait": "deadline"})
-    outcome = run([2, 4, 40, 3, 8, 50], [3, 3], some, fleet(step_seconds=(0.0, *[1.0] * 6)))
+    outcome = run([2, 4, 40, 3, 8, 50], [3, 3], some, fleet(step_seconds=[1.0] * 6))
     assert outcome.seconds == 8.0
     assert outcome.pool.length.tolist() == [2, 4, 8, 3, 8, 8]
     assert outcome.complete == [0, 1]
@@ -95,13 +98,13 @@ def test_the_deadline_falls_once_all_groups_are_ready():
 
 def test_a_group_that_is_complete_before_the_deadline_counts():
     some = rules(2, selection={"mode": "dual_end", "long_wait": "deadline"})
-    outcome = run([2, 4, 5, 3, 8, 50], [3, 3], some, fleet(step_seconds=(0.0, *[1.0] * 6)))
+    outcome = run([2, 4, 5, 3, 8, 50], [3, 3], some, fleet(step_seconds=[1.0] * 6))
     assert outcome.complete == [0, 1]
     assert outcome.pool.kept.tolist() == [True, False, True, True, True, False]
 
 
 def test_the_harvest_abandons_the_others():
-    outcome = run([4, 9, 2, 3, 7, 30], [2, 2, 2], shortest(2), fleet(step_seconds=(0.0, *[1.0] * 6)), harvest=2)
+    outcome = run([4, 9, 2, 3, 7, 30], [2, 2, 2], shortest(2), fleet(step_seconds=[1.0] * 6), harvest=2)
     assert outcome.seconds == 9.0
     assert outcome.complete == [0, 1]
     assert outcome.pool.length.tolist() == [4, 9, 2, 3, 7, 9]
@@ -141,7 +144,7 @@ def test_an_engine_that_is_empty_for_a_while_goes_on():
 )
 def test_without_aborts_the_seconds_are_those_of_the_cost_model(lengths, engines, slots, seconds):
     curve = LatencyCurve([1, 4, 16], seconds)
-    some = fleet(engines, slots, curve(np.arange(slots + 1)).tolist())
+    some = Cluster(gpus=engines, max_num_seqs=slots), curve
     outcome = run(lengths, [1] * len(lengths), rules(1, enable=False), some)
     parts = [lengths[engine::engines] for engine in range(engines)]
     assert outcome.seconds == pytest.approx(makespan(parts, curve, slots), rel=1e-12)
@@ -155,7 +158,7 @@ class Naive:
     """Looks at every candidate at every instant at which anything may happen; times are exact in binary."""
 
     def __init__(self, lengths, truncated, budgets, some_rules, some_fleet, order, harvest):
-        self.rules, self.fleet, self.harvest = some_rules, some_fleet, harvest
+        self.rules, (self.cluster, self.curve), self.harvest = some_rules, some_fleet, harvest
         self.total, self.cut = list(lengths), list(truncated)
         self.done = [0.0] * len(lengths)
         self.ended_at = [None] * len(lengths)
@@ -164,12 +167,12 @@ class Naive:
         self.first = [sum(budgets[:prompt]) for prompt in range(len(budgets))]
         self.groups = [CandidateGroup(budget, some_rules.group_rules(budget)) for budget in budgets]
         submitted = [self.first[prompt] + index for prompt in order for index in range(budgets[prompt])]
-        engine_of = route(budgets, order, some_fleet.engines, some_rules.routing)
-        self.queues = [[c for c in submitted if engine_of[c] == engine] for engine in range(some_fleet.engines)]
+        engine_of = route(budgets, order, self.cluster.engines, some_rules.routing)
+        self.queues = [[c for c in submitted if engine_of[c] == engine] for engine in range(self.cluster.engines)]
         self.now, self.finished, self.over = 0.0, [], False
 
     def running(self, engine):
-        return [c for c in self.queues[engine] if self.ended_at[c] is None][: self.fleet.slots]
+        return [c for c in self.queues[engine] if self.ended_at[c] is None][: self.cluster.max_num_seqs]
 
     def milestones(self, c):
         """Tokens at which something may happen to a candidate that runs."""
@@ -181,8 +184,8 @@ class Naive:
 
     def live(self):
         while any(at is None for at in self.ended_at):
-            running = [self.running(engine) for engine in range(self.fleet.engines)]
-            speeds = [self.fleet.step_seconds[len(some)] for some in running]
+            running = [self.running(engine) for engine in range(self.cluster.engines)]
+            speeds = [self.curve(len(some)) for some in running]
             waits = [
                 (self.milestones(c) - self.done[c]) * s for some, s in zip(running, speeds, strict=True) for c in some
             ]
@@ -280,7 +283,7 @@ def test_it_is_what_a_simulator_without_events_gives(case):
 @given(rollouts(), st.floats(0.1, 30.0))
 def test_late_aborts_change_times_but_no_rule(case, abort_s):
     lengths, truncated, budgets, some, some_fleet, order, harvest = case
-    slow = fleet(some_fleet.engines, some_fleet.slots, abort_s=abort_s)
+    slow = fleet(some_fleet[0].engines, some_fleet[0].max_num_seqs, abort_s=abort_s)
     outcome = run(lengths, budgets, some, slow, truncated, order=order, harvest=harvest)
     assert np.isfinite(outcome.pool.ended_at).all()
     assert outcome.pool.kept.sum() == 2 * len(outcome.complete)

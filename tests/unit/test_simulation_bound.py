@@ -42,7 +42,7 @@ def test_no_choice_of_candidates_is_faster_than_the_shortest(lengths, num_keep, 
 @given(st.lists(st.lists(st.integers(1, 30), min_size=2, max_size=2), min_size=6, max_size=6), curves())
 def test_no_batches_are_faster_than_the_oracles_own(kept, curve):
     throughput, kept = Throughput(curve, 2, 2), np.array(kept)
-    bound = throughput.least_seconds_of(kept.max(axis=1), int(kept.sum()), num_prompts=2, num_keep=2)
+    bound = throughput.least_seconds_of(kept, num_prompts=2)
     for order in itertools.permutations(range(6)):
         batches = [kept[list(order[first : first + 2])] for first in (0, 2, 4)]
         assert bound <= sum(map(throughput.least_seconds, batches)) * (1 + 1e-9)
@@ -52,7 +52,7 @@ def test_the_bound_of_batches_is_reached_where_the_longest_alone_count():
     """Batches (9, 8) and (3, 2), each on engines of their own: 9 + 3; as they stand, 9 + 8."""
     throughput = Throughput(LatencyCurve([1, 2], [1.0, 1.0]), 8, 8)
     kept = np.array([[9], [3], [8], [2]])
-    assert throughput.least_seconds_of(kept.max(axis=1), int(kept.sum()), num_prompts=2, num_keep=1) == 12.0
+    assert throughput.least_seconds_of(kept, num_prompts=2) == 12.0
 
 
 def test_the_bound_is_reached_where_nothing_is_uneven():

@@ -8,12 +8,11 @@ import pytest
 from darts.config import STRATEGIES
 from darts.evidence.trace import fate
 from darts.latency import LatencyCurve
-from darts.simulation.cluster import Cluster
+from darts.simulation.costs import Cluster
 from darts.simulation.draws import Dataset
-from darts.simulation.replay import ReplayArm, Setting, replay, width
+from darts.simulation.replay import ReplayArm, Setting, replay
 from darts.simulation.rollout import SimulatedRollout
-from darts.simulation.run_trace import read_trace
-from darts.simulation.trace import LengthTrace, PromptLengths
+from darts.simulation.trace import LengthTrace, PromptLengths, read_trace
 
 PROMPTS, GROUP, STEPS = 16, 4, 120
 DEADLINE = {"strategy": "darts", "allocation": {"mode": "uniform"}, "selection": {"long_wait": "deadline"}}
@@ -54,7 +53,7 @@ def test_a_run_replayed_on_its_own_trace_takes_as_long(name, data, tmp_path, mon
 
     class Recorded(Dataset):
         def draw(self, rows, launches):
-            lines.append([self.key(row) for row in rows])
+            lines.append([self.keys[row % len(self)] for row in rows])
             return super().draw(rows, launches)
 
     run = SimulatedRollout.run
@@ -78,5 +77,5 @@ def test_a_run_replayed_on_its_own_trace_takes_as_long(name, data, tmp_path, mon
     path.write_text("\n".join(lines) + "\n")
     own = read_trace(path)
     assert own.prompts_per_step == PROMPTS
-    again = [seconds_a_step(arm, Dataset(own, width(arm, SETTING), seed)) for seed in (0, 1, 2)]
+    again = [seconds_a_step(arm, Dataset(own, SETTING.width(arm), seed)) for seed in (0, 1, 2)]
     assert np.mean(again) == pytest.approx(took, rel=TOLERANCE)

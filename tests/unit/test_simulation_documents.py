@@ -56,8 +56,9 @@ def test_tables_of_a_document_are_told_as_markdown(trace, tmp_path, capsys):
     assert [row.split(" | ")[0] for row in speed_ups[3:]] == ["| darts", "| oracle", "| oracle, own batches"]
     assert "| oracle | 100% | 100% |" in ran(capsys, "table", path, "--name", "gaps")
     for wrong in (["--name", "verdict"], ["--gpus", 8], ["--fast"]):
-        assert main(["table", str(path), *map(str, wrong)]) == 2
-        assert capsys.readouterr().err.startswith("no simulation: ")
+        with pytest.raises(SystemExit, match="2"):
+            main(["table", str(path), *map(str, wrong)])
+        assert capsys.readouterr().err.startswith("[darts] ")
 
 
 @pytest.mark.parametrize(

@@ -14,15 +14,13 @@ from darts.evidence.trace import TracedStep
 from darts.latency import LatencyCurve, makespan
 from darts.selection import select
 from darts.simulation import SimulationError, shaping
-from darts.simulation.cluster import Cluster
 from darts.simulation.comparison import compare, markdown
-from darts.simulation.costs import StepCosts, fit, line
+from darts.simulation.costs import Cluster, StepCosts, fit, line
 from darts.simulation.documents import row_to_dict
 from darts.simulation.draws import Dataset
-from darts.simulation.replay import ReplayArm, Setting, replay, width
+from darts.simulation.replay import ReplayArm, Setting, replay
 from darts.simulation.rollout import SimulatedRollout
-from darts.simulation.run_trace import read_trace
-from darts.simulation.trace import LengthTrace, PromptLengths
+from darts.simulation.trace import LengthTrace, PromptLengths, read_trace
 from darts.strategy import Darts, strategy_class
 
 CURVE = LatencyCurve([1, 16, 64, 256], [0.010, 0.011, 0.014, 0.03])
@@ -198,7 +196,7 @@ def test_how_many_candidates_an_arm_may_need():
         {"strategy": "darts", "allocation": {"mode": "off"}},
         {"strategy": "tail_batching", "tail_batching": {"candidates": 3.0}},
     ]
-    assert [width(ReplayArm(name="arm", block=block), setting) for block in blocks] == [8, 16, 24, 8, 24]
+    assert [setting.width(ReplayArm(name="arm", block=block)) for block in blocks] == [8, 16, 24, 8, 24]
 
 
 # --- draws -----------------------------------------------------------------------------------------------------------

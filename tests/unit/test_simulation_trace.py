@@ -8,8 +8,7 @@ import pytest
 
 from darts.evidence.trace import TraceError, read_steps
 from darts.simulation import SimulationError
-from darts.simulation.run_trace import read_trace
-from darts.simulation.trace import read_csv
+from darts.simulation.trace import read_trace
 
 HEADER = "step,prompt,candidate,reward,response_length\n"
 GOOD = HEADER + "7,b,0,1.0,30\n7,b,2,,50\n7,a,0,-1,10\n6,a,0,0.5,11\n"
@@ -37,7 +36,7 @@ def test_a_csv_file(tmp_path, name):
 
 def test_truncated_candidates_say_what_the_limit_is(tmp_path):
     text = "response_length,truncated,candidate,prompt,step\n40,1,0,a,1\n12,0,1,a,1\n13,,2,a,1\n"
-    trace = read_csv(write(tmp_path / "lengths.csv", text))
+    trace = read_trace(write(tmp_path / "lengths.csv", text))
     assert trace.prompts[0].truncated.tolist() == [True, False, False]
     assert trace.response_length == 40
 
@@ -48,17 +47,17 @@ def test_truncated_candidates_say_what_the_limit_is(tmp_path):
         ("step,prompt,candidate,length\n1,a,0,5\n", "line 1: column response_length is missing; found: step, prompt"),
         ("", "line 1: column step is missing; found: none"),
         (HEADER, "line 2: holds no rows below its header"),
-        (GOOD + "7,a,1,0,-4\n", r"line 6: response_length=-4; a trace lies in \[1, "),
-        (GOOD + "7,a,1,0,0\n", "line 6: response_length=0"),
+        (GOOD + "7,a,1,0,-4\n", r"line 6: response_length='-4'; a trace is a whole number of tokens in \[1, "),
+        (GOOD + "7,a,1,0,0\n", "line 6: response_length='0'"),
         (GOOD + "7,a,1,0,4.5\n", "line 6: response_length='4.5'; a trace is a whole number of tokens"),
         (GOOD + "7,a,1,0,nan\n", "line 6: response_length='nan'"),
         (GOOD + "7,a,1,0\n", "line 6: response_length=None"),
-        (GOOD + "7,a,1,0,99999999999999\n", "line 6: response_length=99999999999999"),
+        (GOOD + "7,a,1,0,99999999999999\n", "line 6: response_length='99999999999999'"),
         (GOOD + "x,a,1,0,4\n", "line 6: step='x'; a trace is a whole number"),
         (GOOD + "7,a,1,good,4\n", "line 6: reward='good'"),
         (GOOD + "7,,1,0,4\n", "line 6: prompt=''"),
         (GOOD + "7,b,2,0,4\n", "line 6: step=7, prompt=b, candidate=2 is there twice"),
-        ("step,prompt,candidate,response_length,truncated\n1,a,0,5,2\n", "line 2: truncated=2"),
+        ("step,prompt,candidate,response_length,truncated\n1,a,0,5,2\n", "line 2: truncated='2'; a trace is 0 or 1"),
     ],
 )
 def test_a_bad_csv_file_is_one_error_with_file_and_line(tmp_path, text, told):

@@ -8,10 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from darts.testbed import LIMITS, assets_dir
+from darts.testbed.measure import sample
 from darts.testbed.model import END, PAD, build_model, build_tokenizer, prompt_tokens
-from darts.testbed.sampling import sample
 from darts.testbed.task import MIXES, Problem, demonstrate, draw_problem
-from darts.testbed.warmstart import Packer, Schedule, examples, loss_of, train
+from darts.testbed.warmstart import Schedule, examples, loss_of, packed, train
 
 TESTBEDS = sorted(MIXES)
 
@@ -107,14 +107,14 @@ def test_packing_changes_no_loss(tokenizer: Qwen2Tokenizer, model: Qwen2ForCausa
         prompt = prompt_tokens(tokenizer, problem.question)
         pairs.append(([*prompt, *tokenizer.encode(demonstrate(rng, problem, mix))], len(prompt)))
     filler = ([0] * 200, 1)
-    packed = Packer(iter([*pairs, filler]), length=190, pad=tokenizer.pad_token_id).batch(1)
-    assert packed.segments.max() == 1
+    together = next(packed(iter([*pairs, filler]), 1, 190, tokenizer.pad_token_id))
+    assert together.segments.max() == 1
     total, count = 0.0, 0
     for pair in pairs:
-        alone = Packer(iter([pair, filler]), length=len(pair[0]), pad=tokenizer.pad_token_id).batch(1)
+        alone = next(packed(iter([pair, filler]), 1, len(pair[0]), tokenizer.pad_token_id))
         answers = len(pair[0]) - pair[1]
         total, count = total + loss_of(model, alone).item() * answers, count + answers
-    assert loss_of(model, packed).item() == pytest.approx(total / count, abs=1e-5)
+    assert loss_of(model, together).item() == pytest.approx(total / count, abs=1e-5)
 
 
 def test_training_is_deterministic_and_lowers_the_loss(tokenizer: Qwen2Tokenizer):
@@ -122,8 +122,8 @@ def test_training_is_deterministic_and_lowers_the_loss(tokenizer: Qwen2Tokenizer
         lines: list[str] = []
         trained = build_model(tokenizer, seed=0)
         stream = examples(tokenizer, MIXES["depth"], LIMITS["depth"], 0, frozenset())
-        packer = Packer(stream, length=176, pad=tokenizer.pad_token_id)
-        train(trained, packer, Schedule(steps=4, rows=1, warmup=1), report=lines.append)
+        batches = packed(stream, 1, 176, tokenizer.pad_token_id)
+        train(trained, batches, Schedule(steps=4, rows=1, warmup=1), report=lines.append)
         return trained, lines
 
     (first, lines), (second, _) = run(), run()
@@ -146,7 +146,7 @@ def test_sampler_keeps_the_context_of_rows_when_others_finish(
     model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, monkeypatch: pytest.MonkeyPatch, compact_below: float
 ):
     """With the likeliest token always drawn, each row equals a run of that row alone."""
-    monkeypatch.setattr("darts.testbed.sampling._COMPACT_BELOW", compact_below)
+    monkeypatch.setattr("darts.testbed.measure._COMPACT_BELOW", compact_below)
     monkeypatch.setattr(torch, "multinomial", lambda p, n, generator: p.argmax(-1, keepdim=True))
     prompts = [prompt_tokens(tokenizer, question) for question in ("37+8", "10+1", "20+5")]
     alone = [sample(model, [prompt], 6, torch.Generator())[0] for prompt in prompts]

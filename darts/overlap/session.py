@@ -39,6 +39,8 @@ from darts.schedule import OverlapSchedule
 POLL_S = 5.0
 PAUSE_S = 0.05
 """Between two polls of a worker: at 64 GPUs it has thousands of reports in a second, and one call brings them all."""
+CAUSE_S = 5.0
+"""Wait for the other ranks after a failure: one that died ends the collectives of others, who may be heard first."""
 GIB = 1 << 30
 
 
@@ -209,7 +211,8 @@ class OverlapSession:
         """What all ranks answer, or the first failure. If it is cancelled the ranks go on."""
         try:
             return await asyncio.wait_for(asyncio.gather(*refs), self.limits.timeout_s)
-        except ray.exceptions.RayError as cause:
+        except ray.exceptions.RayError as error:
+            cause = _cause(refs, error)
             raise RuntimeError(f"the overlapped actor failed: {reason(cause)}") from cause
         except asyncio.TimeoutError:
             raise self._too_late() from None
@@ -256,7 +259,8 @@ class OverlapSession:
             return ray.get(refs, timeout=self.limits.timeout_s)
         except ray.exceptions.GetTimeoutError:
             raise self._too_late() from None
-        except ray.exceptions.RayError as cause:
+        except ray.exceptions.RayError as error:
+            cause = _cause(refs, error)
             raise RuntimeError(f"the overlapped actor failed: {reason(cause)}") from cause
 
     def _too_late(self) -> TimeoutError:
@@ -264,6 +268,22 @@ class OverlapSession:
             f"darts.timeout_s={self.limits.timeout_s:g}: the overlapped actor did not answer in this time. Look at "
             "the log of the actor's ranks, or set darts.overlap.mode=off."
         )
+
+
+def _cause(refs: list[ray.ObjectRef], error: ray.exceptions.RayError) -> ray.exceptions.RayError:
+    """Why these calls, one a rank, ended in an error: a rank that died is the cause of what the others say."""
+    ended_calls, _ = ray.wait(refs, num_returns=len(refs), timeout=CAUSE_S)
+    return next(filter(None, map(_death, ended_calls)), error)
+
+
+def _death(ref: ray.ObjectRef) -> ray.exceptions.RayActorError | None:
+    try:
+        ray.get(ref)
+    except ray.exceptions.RayActorError as death:
+        return death
+    except ray.exceptions.RayError:
+        pass
+    return None
 
 
 def reason(error: BaseException) -> str:

@@ -30,7 +30,7 @@ def test_a_colocated_run_trains_on_the_overlapped_log_probs(tmp_path, mode):
     for metrics in steps:
         assert metrics["darts/overlap/late_rows"] == metrics["darts/overlap/tokens_twice"] == 0
         assert metrics["darts/overlap/tokens_forwarded"] > 0
-        assert metrics["darts/overlap/in_rollout_share"] > 0.3
+        assert metrics["darts/overlap/in_rollout_share"] > 0
         assert (metrics["darts/overlap/before_end_share"] > 0) == (mode == "token")
         assert metrics["training/rollout_probs_diff_max"] < 1e-4
     assert len(run.rows(STEPS)) == PROMPTS * M

@@ -271,7 +271,7 @@ def test_a_run_that_slurm_interrupts_goes_on_where_it_was(submit, slurm, tmp_pat
 
 
 def test_a_resumed_quickstart_that_is_refused_loses_nothing(tmp_path):
-    """What was logged up to the checkpoint; verl's logger would begin anew."""
+    """What was logged comes back, also what came after the checkpoint; verl's logger would begin anew."""
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("2")
     lines = [f'{{"step":{step},"data":{{"a":{step}}}}}\n' for step in range(4)]
@@ -282,7 +282,8 @@ def test_a_resumed_quickstart_that_is_refused_loses_nothing(tmp_path):
     for _ in range(2):
         run = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, timeout=1200)
         assert run.returncode == 2, run.stderr
-        assert (tmp_path / "metrics.earlier.jsonl").read_text() == "".join(lines[:3])
+        assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines)
+        assert not (tmp_path / "metrics.earlier.jsonl").exists()
         assert (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "2"
 
 

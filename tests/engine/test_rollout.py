@@ -88,25 +88,31 @@ def pools(manager, monkeypatch):
 
 
 def test_exact_keeps_what_the_same_seeds_give_without_stopping(manager, configure, server, monkeypatch):
+    """On a busy machine all may have ended before anybody is stopped: then with the next step's seeds again."""
     collected = pools(manager, monkeypatch)
-    configure(early_stop="off")
-    full = responses(manager.generate_sequences(batch(PROMPTS, step=1)))
-    configure(early_stop="exact")
-    output = responses(manager.generate_sequences(batch(PROMPTS, step=1)))
-    EngineState.wait_idle(server)
-    off, exact = collected
-    expected = {
-        (f"uid-{p}", c)
-        for p in range(PROMPTS)
-        for c in select(off.length[off.prompt == p].tolist(), M, 0, off.truncated[off.prompt == p].tolist())
-    }
-    assert set(output) == set(full) == expected
-    assert output == full, "token for token"
-    assert not off.aborted.any()
-    assert exact.aborted.sum() >= PROMPTS
-    assert exact.length.sum() < off.length.sum()
-    stopped = exact.aborted
-    assert (exact.length[stopped] <= off.length[stopped]).all()
+    num_stopped = 0
+    for step in range(1, 21):
+        configure(early_stop="off")
+        full = responses(manager.generate_sequences(batch(PROMPTS, step=step)))
+        configure(early_stop="exact")
+        output = responses(manager.generate_sequences(batch(PROMPTS, step=step)))
+        EngineState.wait_idle(server)
+        off, exact = collected[-2:]
+        expected = {
+            (f"uid-{p}", c)
+            for p in range(PROMPTS)
+            for c in select(off.length[off.prompt == p].tolist(), M, 0, off.truncated[off.prompt == p].tolist())
+        }
+        assert set(output) == set(full) == expected
+        assert output == full, "token for token"
+        assert not off.aborted.any()
+        stopped = exact.aborted
+        assert (exact.length[~stopped] == off.length[~stopped]).all()
+        assert (exact.length[stopped] <= off.length[stopped]).all()
+        num_stopped += stopped.sum()
+        if num_stopped >= PROMPTS:
+            return
+    raise AssertionError(f"{num_stopped} stopped in {step} rollouts")
 
 
 def test_eager_and_exact_agree_where_all_start_together(manager, configure, server, monkeypatch):

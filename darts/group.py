@@ -100,6 +100,7 @@ class CandidateGroup:
         if num_candidates < rules.num_keep:
             raise ValueError(f"num_candidates={num_candidates}: must be at least num_keep={rules.num_keep}.")
         self.rules = rules
+        # These four are for reading, and change as the group does.
         self.states = [State.RUNNING] * num_candidates  # what each candidate does, or how it ended
         self.lengths = [0] * num_candidates  # generated tokens by candidate, as far as known
         self.arrival: list[int] = []  # candidates in the order in which they finished; without stopped and lost ones

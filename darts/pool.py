@@ -31,7 +31,8 @@ class State(Enum):
 class CandidatePool:
     """All candidates that one rollout launched, one entry each; shape [num_candidates] throughout.
 
-    One value stands for the same of all candidates. What is not given is not known, and has the default.
+    One value stands for the same of all candidates. What is not given is not known, and has the default. Columns are
+    read-only.
 
     Example: prompt=[0, 0, 1, 1], candidate=[0, 1, 0, 1], length=[12, 80, 40, 33], arrival=[0, -1, 1, 0], ...
     """

@@ -150,7 +150,10 @@ class OverlapSchedule:
         """Generation has ended, and these are the kept: all others are dropped."""
         kept_keys = set(keys)
         for key in list(self._sequences):
-            (self.keep if key in kept_keys else self.drop)(key)
+            if key in kept_keys:
+                self.keep(key)
+            else:
+                self.drop(key)
 
     def next_call(self) -> list[RankCall] | None:
         """What the ranks do next, one call each; None if no row can go. The caller sends it, in order."""

@@ -47,7 +47,7 @@ MAX_EARLY_ABORTS = 65_536
 """Aborts that came before their request, or after its end, and are remembered."""
 
 ABORT_WAITS_S = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
-"""Pauses between the attempts to abort a request that the engine does not know yet."""
+"""Pauses between the attempts to abort a request that the engine does not know yet; the last one comes again."""
 
 HAS_STREAM_INTERVAL = "stream_interval" in SamplingParams.__struct_fields__
 
@@ -206,15 +206,16 @@ class StreamingServer(vLLMHttpServer):
         self._early_aborts |= dict.fromkeys(name for name in request_ids if name not in self._streams)
         while len(self._early_aborts) > MAX_EARLY_ABORTS:
             del self._early_aborts[next(iter(self._early_aborts))]
-        still_running = running_ids
-        for pause_s in ABORT_WAITS_S:
-            await asyncio.sleep(pause_s)
+        still_running, attempt = running_ids, 0
+        while True:
+            await asyncio.sleep(ABORT_WAITS_S[min(attempt, len(ABORT_WAITS_S) - 1)])
             still_running = [request_id for request_id in still_running if request_id in self._streams]
             if not still_running:
                 return running_ids
+            if attempt == len(ABORT_WAITS_S):
+                logger.warning("aborted requests still run: %s", still_running)
             await self.engine.abort(still_running)
-        logger.warning("aborted requests still run: %s", still_running)
-        return running_ids
+            attempt += 1
 
     def _release(self, client: str, outbox: _Outbox) -> None:
         """Wakes a waiting call when nothing will come any more, and forgets a client that has left."""

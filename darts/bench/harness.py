@@ -1,6 +1,6 @@
 """What all benches stand on: a command with options, a JSON document, arms that take turns, pairs, tables, checks.
 
-Contract: standard library, pandas and `darts` alone, so that `--help` is fast.
+Contract: standard library, pandas and `darts` alone: `--help` loads neither verl nor torch.
 
 1. A bench is a `Bench`: its options, one function that measures, one that makes tables of the records, one that checks.
 2. A record is a flat dictionary: what was measured of one arm at one place, with `arm` and the place's keys, by which

@@ -6,7 +6,6 @@ work but is outside the method's theory. It reads the configuration and versions
 
 import os
 import warnings
-from functools import reduce
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
@@ -198,7 +197,10 @@ def refuse_unknown_overrides(arguments: list[str]) -> None:
     for argument in arguments:
         key, has_value, value = argument.lstrip("+").partition("=")
         if has_value and key.startswith("darts."):
-            refuse_unknown_keys(reduce(lambda block, name: {name: block}, reversed(key.split(".")[1:]), value))
+            block: Any = value
+            for name in reversed(key.split(".")[1:]):
+                block = {name: block}
+            refuse_unknown_keys(block)
 
 
 def _check_strategy(config: DictConfig, darts: DartsConfig) -> None:

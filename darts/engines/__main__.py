@@ -1,5 +1,8 @@
 """`python -m darts.engines profile`, see `darts.engines.command`."""
 
+import sys
+
 from darts.engines.command import main
 
-raise SystemExit(main())
+if __name__ == "__main__":
+    sys.exit(main())

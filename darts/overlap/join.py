@@ -112,7 +112,9 @@ class OverlappedLogProbs:
             mfu_parts.append(part_mfu)
             return output
 
-        value_names = ["old_log_probs", "entropys"] + ["sum_pi_squared"] * self.limits.sum_pi_squared
+        value_names = ["old_log_probs", "entropys"]
+        if self.limits.sum_pi_squared:
+            value_names.append("sum_pi_squared")
         output = self._join(batch, value_names, missing)
         if not self.limits.with_reference:
             outcome.release()

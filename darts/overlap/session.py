@@ -211,9 +211,9 @@ class OverlapSession:
         """What all ranks answer, or the first failure. If it is cancelled the ranks go on."""
         try:
             return await asyncio.wait_for(asyncio.gather(*refs), self.limits.timeout_s)
-        except ray.exceptions.RayError as error:
-            cause = _cause(refs, error)
-            raise RuntimeError(f"the overlapped actor failed: {reason(cause)}") from cause
+        except ray.exceptions.RayError as cause:
+            failure_text = await asyncio.to_thread(_failure_text, refs, cause)
+            raise RuntimeError(f"the overlapped actor failed: {failure_text}") from cause
         except asyncio.TimeoutError:
             raise self._too_late() from None
 
@@ -259,9 +259,8 @@ class OverlapSession:
             return ray.get(refs, timeout=self.limits.timeout_s)
         except ray.exceptions.GetTimeoutError:
             raise self._too_late() from None
-        except ray.exceptions.RayError as error:
-            cause = _cause(refs, error)
-            raise RuntimeError(f"the overlapped actor failed: {reason(cause)}") from cause
+        except ray.exceptions.RayError as cause:
+            raise RuntimeError(f"the overlapped actor failed: {_failure_text(refs, cause)}") from cause
 
     def _too_late(self) -> TimeoutError:
         return TimeoutError(
@@ -270,16 +269,19 @@ class OverlapSession:
         )
 
 
-def _cause(refs: list[ray.ObjectRef], error: ray.exceptions.RayError) -> ray.exceptions.RayError:
-    """Why these calls, one a rank, ended in an error: a rank that died is the cause of what the others say."""
+def _failure_text(refs: list[ray.ObjectRef], error: ray.exceptions.RayError) -> str:
+    """Why these calls, one a rank, failed: `error`, which was heard first, and a rank's death that may be its cause."""
+    if isinstance(error, ray.exceptions.ActorDiedError):
+        return reason(error)
     ended_calls, _ = ray.wait(refs, num_returns=len(refs), timeout=CAUSE_S)
-    return next(filter(None, map(_death, ended_calls)), error)
+    deaths = [death for death in map(_death, ended_calls) if death is not None]
+    return f"{reason(deaths[0])} (heard first: {reason(error)})" if deaths else reason(error)
 
 
-def _death(ref: ray.ObjectRef) -> ray.exceptions.RayActorError | None:
+def _death(ref: ray.ObjectRef) -> ray.exceptions.ActorDiedError | None:
     try:
         ray.get(ref)
-    except ray.exceptions.RayActorError as death:
+    except ray.exceptions.ActorDiedError as death:
         return death
     except ray.exceptions.RayError:
         pass

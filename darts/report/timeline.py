@@ -101,10 +101,12 @@ def _caption(timeline: Timeline) -> str:
     median_text = f"has the median time of the last {timeline.chosen_of} steps with a timeline"
     choice_text = {0: "was asked for", 1: "is the last with a timeline"}.get(timeline.chosen_of, median_text)
     calls, num_calls = timeline.step.values.get("darts/overlap/calls", 0), len(timeline.calls)
-    middle = (
-        " Middle: calls of the actor for log-probs; a bar's area is its tokens, blue is hidden under the rollout, "
-        "orange is not."
-    ) * (num_calls > 0)
+    middle = ""
+    if num_calls > 0:
+        middle = (
+            " Middle: calls of the actor for log-probs; a bar's area is its tokens, blue is hidden under the rollout, "
+            "orange is not."
+        )
     if calls > num_calls > 0:
         middle += f" The {calls:,.0f} calls are drawn as {num_calls}: neighbours are joined."
     return (

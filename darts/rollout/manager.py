@@ -17,7 +17,6 @@ M of a prompt are kept. From what all candidates became, the planner learns.
 """
 
 import asyncio
-import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -233,17 +232,20 @@ class DartsAgentLoopManager(AgentLoopManager):
             raise RuntimeError(
                 f"{len(wanted)} prompts are complete of {self._harvest}; this is a bug in darts.rollout."
             )
-        row_metrics = [row_metric for output in outputs for row_metric in output.meta_info.pop("metrics")]
-        all_rows, places = DataProto.concat(outputs), {uid: place for place, uid in enumerate(wanted)}
-        row_places = [places.get(uid, len(wanted)) for uid in all_rows.non_tensor_batch["uid"]]
-        order = np.argsort(row_places, kind="stable")[: len(wanted) * size]
-        joined_rows = all_rows.select_idxs(order)
+        groups: dict[str, tuple[DataProto, list[Any]]] = {}  # rows, which are views: they are copied once, by `concat`
+        for output in outputs:
+            row_metrics = output.meta_info.pop("metrics")
+            for first in range(0, len(output), size):
+                rows = slice(first, first + size)
+                groups[output.non_tensor_batch["uid"][first]] = output[rows], row_metrics[rows]
+        wanted_groups = [groups[uid] for uid in wanted if uid in groups]
+        joined_rows = DataProto.concat([group_rows for group_rows, _ in wanted_groups])
         if not np.array_equal(joined_rows.non_tensor_batch["uid"], np.repeat(wanted, size)):
             raise RuntimeError(
                 f"the rollout returned {len(joined_rows)} rows that are not {size} for each of {len(wanted)} prompts "
                 "in their order; this is a bug in darts.rollout."
             )
-        timing = self._performance_metrics([[row_metrics[row] for row in order]], joined_rows)
+        timing = self._performance_metrics([group_metrics for _, group_metrics in wanted_groups], joined_rows)
         joined_rows.meta_info = {"timing": timing, **outputs[0].meta_info}
         return joined_rows
 
@@ -278,16 +280,18 @@ class DartsAgentLoopManager(AgentLoopManager):
         deadline = time.monotonic() + self.rules.timeout_s
         futures = {asyncio.wrap_future(job.ref.future()): job for job in jobs}
         # They end right after the workers, whose last reports they have to hear.
-        side_tasks = {asyncio.ensure_future(self._steer(jobs, complete))} | ({overlapping} if overlapping else set())
+        side_tasks = {asyncio.ensure_future(self._steer(jobs, complete))}
+        if overlapping is not None:
+            side_tasks.add(overlapping)
         pending = side_tasks.union(futures)
         try:
             while pending:
                 seconds_left = deadline - time.monotonic()
                 wait_s = max(min(seconds_left, self.rules.progress_s or seconds_left), 0.0)
                 done, pending = await asyncio.wait(pending, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
-                for future in sorted(done, key=side_tasks.__contains__):  # a worker's failure is the cause
-                    if future in futures:
-                        futures[future].raise_failure(future)
+                for future in done - side_tasks:  # first, since a worker's failure is the cause of the others'
+                    futures[future].raise_failure(future)
+                for future in done & side_tasks:
                     future.result()
                 if not done:
                     is_expired = time.monotonic() >= deadline
@@ -322,8 +326,14 @@ class DartsAgentLoopManager(AgentLoopManager):
 
         duties = [end_waits()] if self.rules.selection.long_wait == "deadline" else []
         duties += [] if self._harvest is None else [listen(job) for job in jobs]
-        with contextlib.suppress(ray.exceptions.RayActorError):  # the job of that worker fails with the same cause
-            await asyncio.gather(*duties)
+        duty_tasks = [asyncio.ensure_future(duty) for duty in duties]
+        try:
+            await asyncio.gather(*duty_tasks)
+        except ray.exceptions.RayActorError:
+            pass  # the job of that worker fails with the same cause
+        finally:
+            for task in duty_tasks:
+                task.cancel()
 
     async def _report(self, jobs: list["_Job"], running: list["_Job"], is_expired: bool) -> None:
         """Says how far the rollout is; raises if its time is over."""

@@ -1,7 +1,8 @@
 """Replays length traces through the method: what a strategy would take on a cluster, without one.
 
-Contract: Python and NumPy; figures need matplotlib. Decisions are those of `darts.strategy`, `darts.planning` and
-`darts.group` themselves; here is what they run on: engines whose steps take what a `LatencyCurve` says.
+Contract: Python, NumPy and pydantic; figures need matplotlib. Decisions are those of `darts.strategy`,
+`darts.planning` and `darts.group` themselves; here is what they run on: engines whose steps take what a `LatencyCurve`
+says.
 
 A replay takes lengths as they were recorded. It does not know that a strategy changes what the model learns, so it
 shows what a strategy gains or costs at once, never what shaping brings later.

@@ -1,5 +1,8 @@
 """`python -m darts.simulation`; see `darts.simulation.command`."""
 
+import sys
+
 from darts.simulation.command import main
 
-raise SystemExit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -179,7 +179,9 @@ def assumptions(arms: Sequence[ReplayArm], setting: Setting) -> list[str]:
             hidden: rules.enable and rules.overlap.mode != "off" and not arm.bypasses(strategy),
         }
         for assumption, is_gain in gains.items():
-            favoured.setdefault(assumption, []).extend([arm.name] * is_gain)
+            favoured.setdefault(assumption, [])
+            if is_gain:
+                favoured[assumption].append(arm.name)
     lines = []
     for assumption, names in favoured.items():
         others = f" and {len(names) - SHOWN} others" if len(names) > SHOWN else ""

@@ -60,7 +60,7 @@ def read_bench(path: Path) -> list[MeasuredArm]:
             measured = found_arms.setdefault(name, MeasuredArm(arm=_arm(bench_state, name), step_s=[], rollout_s=[]))
             measured.step_s.append(step_s)
             measured.rollout_s.append(float(rollout_s))
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         rule = f"must have arm and a positive step_s, in columns of one length, but {error!r}"
         raise SimulationError(f"{where}: {rule}; remove the record.") from None
     return list(found_arms.values())

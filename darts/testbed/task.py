@@ -61,6 +61,17 @@ class Mix:
     wait_again: float  # chance of one more re-check after each: memoryless, so their number is geometric
     wait_corrupts: float  # chance that a re-check changes the total, which is then kept
 
+    def __post_init__(self) -> None:
+        largest_total = self.first[1] + 9 * (max(self.classes) - 1)
+        if self.first[0] < _TOTALS.start or largest_total >= _TOTALS.stop or min(self.classes) < 2:
+            raise ValueError(f"classes={self.classes}, first={self.first}: sums outside {_TOTALS}, or of one number")
+        for name in ("stepwise", "wait_start"):
+            if len(getattr(self, name)) != len(self.classes):
+                raise ValueError(f"{name}={getattr(self, name)} must have one value per class of {self.classes}")
+        chances = (*self.stepwise, *self.guess_right, *self.wait_start, self.wait_corrupts)
+        if not all(0 <= chance <= 1 for chance in chances) or not 0 <= self.wait_again < 1:
+            raise ValueError(f"shares and chances must be in [0, 1], and wait_again below 1: {self}")
+
 
 # `overthink` is tuned to resemble a recorded RL run on math prompts: length and correctness correlate
 # at about -0.07 within a group, and wrong responses are the longer ones on about 60 % of the prompts.

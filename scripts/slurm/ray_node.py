@@ -16,8 +16,8 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from pathlib import Path
+from typing import Any
 
 END_S = 15  # limit for Ray to end in order
 OWN_LOGS = ("raylet.*", "gcs_server.*", "ray_process_exit.log")
@@ -84,8 +84,13 @@ def main() -> int:
     options = parser.parse_args()
 
     # 1. Ray starts; a head that can be reached writes its address.
-    end_asked = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: end_asked.set())
+    end_asked = False
+
+    def on_sigterm(*_: Any) -> None:
+        nonlocal end_asked
+        end_asked = True
+
+    signal.signal(signal.SIGTERM, on_sigterm)
     options.temp.mkdir(parents=True, exist_ok=True)
     users_lock = (options.temp / ".users").open("w")  # virtual nodes on one machine share the folder
     fcntl.flock(users_lock, fcntl.LOCK_SH)
@@ -94,14 +99,14 @@ def main() -> int:
     ray_environment = os.environ | {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
     ray_process = subprocess.Popen(ray_command, env=ray_environment, stdin=subprocess.DEVNULL)
     address_file = options.head
-    while ray_process.poll() is None and not end_asked.is_set():
+    while ray_process.poll() is None and not end_asked:
         if address_file and can_be_reached(address):
             partial_file = address_file.with_suffix(".partial")
             partial_file.write_text(address)
             partial_file.replace(address_file)
             address_file = None
         if select.select([sys.stdin], [], [], 0.2)[0] and not os.read(sys.stdin.fileno(), 4096):
-            end_asked.set()  # nobody is left at the other end
+            end_asked = True  # nobody is left at the other end
     # 2. Ray ends in order, or by force.
     if ray_process.poll() is None:
         ray_process.terminate()
@@ -118,7 +123,7 @@ def main() -> int:
     with contextlib.suppress(BlockingIOError):  # another node uses it
         fcntl.flock(users_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(options.temp, ignore_errors=True)
-    return 0 if end_asked.is_set() else 1
+    return 0 if end_asked else 1
 
 
 if __name__ == "__main__":

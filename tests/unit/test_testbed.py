@@ -93,6 +93,19 @@ def test_number_of_rechecks_is_geometric():
 
 
 @pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("first", (10, 80), "sums outside"),
+        ("stepwise", (0.5,), "one value per class"),
+        ("wait_again", 1.0, "wait_again below 1"),
+    ],
+)
+def test_mix_refuses_what_makes_no_sense(field: str, value: object, message: str):
+    with pytest.raises(ValueError, match=message):
+        replace(MIXES["overthink"], **{field: value})
+
+
+@pytest.mark.parametrize(
     ("response", "expected"),
     [
         ("37+8=45\n45+2=47\n#47.", 1.0),

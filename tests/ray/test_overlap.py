@@ -18,7 +18,7 @@ from verl.protocol import DataProto
 from darts.config import OverlapConfig
 from darts.metrics import METRICS
 from darts.overlap.join import OverlappedLogProbs, sequence_keys
-from darts.overlap.session import ActorLimits, OverlapSession
+from darts.overlap.session import ActorLimits, OverlapSession, _failure_text
 from darts.rollout.worker import candidate_seed
 
 GROUP_SIZE, CANDIDATES, PROMPTS = 4, 6, 5
@@ -288,6 +288,19 @@ def test_a_rank_that_fails_ends_the_step_with_the_cause(cluster, overlap, troubl
     wait_until_stopped(cluster)
     cancelled = ray.get([server.count_cancelled.remote() for server in cluster.servers])
     assert cancelled == [0, 0], "what runs is aborted: cancelled calls leave holes in the queues of Ray's actors"
+
+
+def test_a_dead_rank_is_the_cause_of_what_others_say(local_ray):
+    ranks = ScriptedActor(2).ranks
+    ray.kill(ranks[1])
+    refs = [ranks[0].overlap_clear.remote(0), ranks[1].overlap_clear.remote(0)]  # no step has begun
+    with pytest.raises(ray.exceptions.RayTaskError) as heard:
+        ray.get(refs[0])
+    failure_text = _failure_text(refs, heard.value)
+    assert failure_text.startswith("ActorDiedError: ")
+    assert "(heard first: AttributeError: " in failure_text
+    assert _failure_text(refs[:1], heard.value).startswith("AttributeError: ")
+    ray.kill(ranks[0])
 
 
 def test_a_rank_that_hangs_ends_the_step_in_time(cluster, overlap):

@@ -163,9 +163,17 @@ def head(name: str, recipe: Recipe) -> str:
     if recipe.disaggregated:
         commands[f"PLACEMENT=disaggregated {launch_command}.sh"] = recipe.disaggregated
     command_width = max(map(len, commands))
+    template = f"run_{TEMPLATE}.sh"
+    origin = (
+        f"Made by scripts/make_recipes.py: the body of {template}, and what differs. Change those, or a copy of this."
+    )
+    if name == TEMPLATE:
+        origin = (
+            "The template of the others: after a change below the head run scripts/make_recipes.py, or change a copy."
+        )
     command_lines = "".join(f"#   {command:{command_width}}   {meaning}\n" for command, meaning in commands.items())
     return f"""#!/usr/bin/env bash
-# Made by scripts/make_recipes.py: the body of run_{TEMPLATE}.sh, and what differs. Change those, or a copy of this.
+# {origin}
 # GRPO with DARTS | {recipe.model} | {recipe.data_title} | {recipe.engines}
 {textwrap.fill(recipe.note, 120, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)}
 # Composed and checked on CPUs; not run on GPUs yet. Hydra overrides come last; other settings, another OUTPUT_DIR.

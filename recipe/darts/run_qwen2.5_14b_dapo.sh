@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Made by scripts/make_recipes.py: the body of run_qwen2.5_14b_dapo.sh, and what differs. Change those, or a copy of this.
+# The template of the others: after a change below the head run scripts/make_recipes.py, or change a copy.
 # GRPO with DARTS | Qwen2.5-14B | DAPO-Math-17k, AIME-2024 | FSDP2 and vLLM
 # The paper's settings (arXiv 2605.30859); docs/reproduction.md says which are its own and which are our choice.
 # Composed and checked on CPUs; not run on GPUs yet. Hydra overrides come last; other settings, another OUTPUT_DIR.

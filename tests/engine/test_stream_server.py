@@ -195,8 +195,10 @@ def test_the_client_hears_nothing_of_a_request_after_its_end(client):
             asyncio.create_task(listen(client, one, **request(max_tokens=150, seed=n)))
             for n, one in enumerate(listeners)
         ]
-        for listener in listeners[::2]:
+        for listener, answer in zip(listeners[::2], asked[::2], strict=True):
             await asyncio.sleep(0.02)
+            while listener.request is None and not answer.done():
+                await asyncio.sleep(0.01)
             if listener.request is not None:
                 client.abort([listener.request], timeout_s=LIMIT_S)
         outputs = await asyncio.gather(*asked)

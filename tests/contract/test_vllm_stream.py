@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import inspect
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 from verl.workers.rollout.llm_server import LLMServerClient
@@ -216,3 +217,24 @@ def test_without_a_stream_the_engine_is_called_as_it_is():
     assert generator.__qualname__ == ScriptedEngine.generate.__qualname__
     assert _StreamingEngine(engine).reason == "stop", "everything else is the engine's"
     assert issubclass(StreamingServer, vLLMHttpServer)
+
+
+def test_an_abort_is_repeated_until_the_request_has_ended(monkeypatch):
+    """The engine may learn of a request later than all the pauses together last."""
+    monkeypatch.setattr(module, "ABORT_WAITS_S", (0.0, 0.0))
+    streams = {name: SimpleNamespace(aborted=False) for name in ("slow", "other")}
+    attempts, warnings = [], []
+    monkeypatch.setattr(module.logger, "warning", lambda *said: warnings.append(said))
+
+    async def abort(request_ids):
+        attempts.append(request_ids)
+        if len(attempts) == 7:
+            del streams["slow"]
+
+    server = SimpleNamespace(_streams=streams, _early_aborts={}, engine=SimpleNamespace(abort=abort))
+    stopped = asyncio.run(StreamingServer.abort_streams(server, ["slow", "unknown"]))
+    assert stopped == ["slow"]
+    assert attempts == [["slow"]] * 7
+    assert not streams["other"].aborted
+    assert list(server._early_aborts) == ["unknown"]
+    assert warnings == [("aborted requests still run: %s", ["slow"])], "once"

@@ -11,7 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 class State(Enum):
     """What a candidate does, or how it ended; the letter is a trace's for one that was not kept.
 
-    RUNNING -> FINISHED | TRUNCATED | LOST, or RUNNING -> ABORTING -> STOPPED | FINISHED | TRUNCATED | LOST.
+    RUNNING -> FINISHED | TRUNCATED | LOST, or RUNNING -> ABORTING -> STOPPED | FINISHED | TRUNCATED | LOST; and where the
+    long end may be cut, STOPPED -> CUT once the group has decided.
     """
 
     RUNNING = "r"
@@ -19,6 +20,7 @@ class State(Enum):
     FINISHED = "d"  # ended by itself
     TRUNCATED = "t"  # ended at the length limit
     STOPPED = "a"  # ended by the abort: its length is that of a part
+    CUT = "c"  # the same, and kept with what it has
     LOST = "x"  # was ended by a server unasked, or has no usable response
 
     @property
@@ -81,8 +83,18 @@ class CandidatePool:
 
     @property
     def aborted(self) -> NDArray[np.bool_]:
-        """Which were stopped: their length is that of a part."""
+        """Which were stopped and not kept: their length is that of a part."""
         return self.state == State.STOPPED.value
+
+    @property
+    def cut(self) -> NDArray[np.bool_]:
+        """Which were stopped, and are kept with what they have."""
+        return self.state == State.CUT.value
+
+    @property
+    def censored(self) -> NDArray[np.bool_]:
+        """Which did not end by themselves: their own length would be larger."""
+        return self.state != State.FINISHED.value
 
     @property
     def lost(self) -> NDArray[np.bool_]:

@@ -18,14 +18,14 @@ def test_exactly_num_keep_are_kept_and_the_decision_stands(case):
             assert world.group.kept == decided
             assert {index for index in range(case.size) if world.group.keeps(index)} == set(decided)
     assert len(set(decided)) == len(decided) == case.num_keep
-    assert decided == sorted(decided, key=lambda index: (case.candidates[index].length, index))
+    assert decided == sorted(decided, key=lambda index: (world.reported[index], index))
 
 
 @over(*EVERY_MODE)
-def test_the_group_is_complete_when_only_aborted_ones_run_and_ended_when_none_does(case):
+def test_the_group_is_complete_when_none_runs_that_may_be_kept_and_ended_when_none_does(case):
     world = World(case)
     for _ in world.live():
-        assert world.group.complete == (world.running <= set(world.asked))
+        assert world.group.complete == (not world.running if case.cuts else world.running <= set(world.asked))
         assert world.group.ended == (not world.running)
     assert not world.running
 
@@ -44,8 +44,9 @@ def test_kept_are_the_best_of_those_that_finished_before_they_were_asked_to_abor
     world = World(case)
     for _ in world.live():
         if world.group.complete:
-            assert set(world.group.kept) == brute_force(case, world.usable)
-            assert not set(world.group.kept) & set(world.asked)  # not even those that finished anyway
+            assert set(world.group.kept) == brute_force(case, world.usable, world.cut, world.reported)
+            if not case.cuts:
+                assert not set(world.group.kept) & set(world.asked)  # not even those that finished anyway
         assert world.group.num_valid == len(world.valid)
 
 
@@ -60,10 +61,12 @@ def test_how_each_ended_is_on_record_whatever_is_reported_later(case):
         how = dict.fromkeys(world.ended["stop"], State.STOPPED) | dict.fromkeys(world.ended["lose"], State.LOST)
         for index in world.ended["finish"]:
             how[index] = State.TRUNCATED if case.candidates[index].truncated else State.FINISHED
+        if world.group.complete:
+            how |= dict.fromkeys(set(world.ended["stop"]).intersection(world.group.kept if case.cuts else ()), State.CUT)
         assert {index: state for index, state in enumerate(world.group.states) if state.ended} == how
 
 
-@over(*EVERY_MODE, any_losses=True)
+@over(*EVERY_MODE[:-1], any_losses=True)
 def test_losses_are_an_error_at_once_when_too_few_are_left_and_only_then(case):
     world, error = World(case), None
     try:
@@ -121,29 +124,102 @@ def test_eager_and_exact_agree_up_to_ties_where_all_start_together_at_one_speed(
     assert worlds[0].group.kept == worlds[1].group.kept or len({it.length for it in case.candidates}) < case.size
 
 
+@over("cut", any_losses=True)
+def test_losses_are_an_error_when_the_group_can_keep_too_few_of_what_was_cut_and_only_then(case):
+    world, failed = World(case), False
+    try:
+        for _ in world.live():
+            left = world.running - set(world.asked)
+            assert len(world.usable) + len(left | world.cut) >= case.num_keep
+    except ValueError as error:
+        assert str(error).endswith(f"are left: {case.num_keep} are needed.")
+        failed = True
+    possible = set(world.usable) | (world.running - set(world.asked)) | world.cut
+    assert failed == (not world.group.complete) == (len(possible) < case.num_keep)
+
+
 @over(*EVERY_MODE)
-def test_a_deadline_falls_for_no_group_that_is_not_ready(case):
+def test_a_group_is_ready_while_it_waits_for_nothing_but_the_deadline(case):
     world = World(case)
     waits = case.num_long > 0 and case.long_wait == "deadline"
     for _ in world.live():
-        assert world.group.ready == (waits and len(world.valid) >= case.num_keep)
-        message = f"^{len(world.valid)} valid .*num_long={case.num_long}, long_wait={case.long_wait}"
-        if world.group.complete:
-            assert world.group.deadline() == []
-        elif not world.group.ready:
-            with pytest.raises(ValueError, match=message):
-                world.group.deadline()
+        decided = world.group.complete or (case.cuts and bool(world.asked))
+        assert world.group.ready == (waits and not decided and not world.deadline_fell and world.settled)
 
 
-@over("deadline")
-def test_a_deadline_aborts_what_runs_and_keeps_the_best_that_finished_by_then(case):
+@over("deadline", "none", "cut")
+def test_a_dual_end_group_stops_when_it_is_settled_and_waits_no_longer(case):
     world = World(case)
-    for name in world.live():
-        if name == "deadline":
+    for _ in world.live():
+        waits = case.long_wait == "deadline" and not world.deadline_fell
+        if not world.asked:
+            assert waits or not world.settled or not world.running
+        else:
+            assert not waits
+            assert world.running <= set(world.asked)
+
+
+@over("deadline", "none")
+def test_what_runs_when_the_group_is_settled_is_aborted_and_the_best_that_finished_by_then_are_kept(case):
+    world = World(case)
+    for _ in world.live():
+        if world.asked:
             assert set(world.asked) == world.running
-            assert set(world.group.kept) == brute_force(case, world.valid)
+            assert set(world.group.kept) == brute_force(case, world.usable)
             break
-        assert not world.asked
+
+
+@over("cut")
+def test_a_cut_group_keeps_k_that_ended_by_themselves_wherever_it_stopped_one(case):
+    world = World(case).end()
+    kept = set(world.group.kept)
+    assert [i for i in range(case.size) if world.group.states[i] is State.CUT] == sorted(kept & set(world.ended["stop"]))
+    if world.asked:
+        assert len(kept & set(world.valid)) >= case.num_keep - case.num_long
+        assert all(world.reported[index] > 0 for index in kept)
+        assert not kept & world.held & set(world.ended["stop"]), "nothing to stop them with"
+
+
+@over("all", "deadline", "none")
+def test_truncated_ones_are_the_long_end_before_any_that_ended_where_the_rules_say_so(case):
+    world = World(case).end()
+    truncated = set(world.usable) - set(world.valid)
+    kept = truncated & set(world.group.kept)
+    if case.long_end != "finished":
+        assert len(kept) >= min(case.num_long, len(truncated))
+    elif len(world.valid) >= case.num_keep:
+        assert not kept
+
+
+def test_a_cut_group_by_hand():
+    rules = GroupRules(num_keep=3, num_long=1, long_wait="deadline", long_end="cut")
+    group = CandidateGroup(5, rules)
+    assert group.finish(0, 10, truncated=False) == []
+    assert group.finish(1, 12, truncated=False) == []
+    assert not group.ready, "nobody that runs has a token yet"
+    group.progress(2, 8)
+    assert group.ready
+    group.hold(2, True)
+    assert not group.ready, "it has nothing to be stopped with"
+    assert group.deadline() == []
+    group.hold(3, True)
+    group.progress(3, 40)
+    assert group.progress(4, 9) == [2, 3, 4]
+    assert not group.complete, "how long they are is not known yet"
+    group.stop(3, 50)
+    group.stop(2, 20)
+    group.stop(4, 18)
+    assert group.kept == [0, 1, 4], "the longest, but for those on hold"
+    assert group.states[2:] == [State.STOPPED, State.STOPPED, State.CUT]
+
+
+def test_a_cut_group_prefers_one_that_ended_over_one_that_started_late():
+    group = CandidateGroup(4, GroupRules(num_keep=3, num_long=1, long_wait="none", long_end="cut"))
+    assert group.finish(0, 10, truncated=False) + group.progress(3, 2) == []
+    assert group.finish(1, 12, truncated=False) == [2, 3]
+    group.finish(2, 14, truncated=False)  # before its abort arrived
+    group.stop(3, 3)
+    assert group.kept == [0, 1, 2]
 
 
 def test_a_scenario_by_hand():
@@ -186,7 +262,7 @@ def test_a_scenario_by_hand():
         ("stop", (1, 6), "candidate 1: ended twice"),
         ("lose", (0, 6), "candidate 0: ended twice"),
         ("stop", (3, 6), r"candidate 3: stopped, but it was not asked to; report it by lose\(\)"),
-        ("deadline", (), "1 valid candidates have finished .num_long=0, long_wait=deadline.: .* num_keep=1"),
+        ("hold", (4, True), "candidate 4: this group"),
     ],
 )
 def test_impossible_reports_are_refused_and_change_nothing(event, arguments, message):
@@ -208,7 +284,8 @@ def test_impossible_reports_are_refused_and_change_nothing(event, arguments, mes
         (4, {"num_long": 2}, r"num_long=2: must lie in \[0, num_keep=2\)"),
         (4, {"num_long": -1}, "num_long=-1: must lie in"),
         (4, {"early_stop": "fast"}, "early_stop='fast': must be one of eager, exact, off"),
-        (4, {"num_long": 1, "long_wait": "long"}, "long_wait='long': must be one of all, deadline"),
+        (4, {"num_long": 1, "long_wait": "long"}, "long_wait='long': must be one of all, deadline, none"),
+        (4, {"long_end": "short"}, "long_end='short': must be one of finished, truncated, cut"),
     ],
 )
 def test_impossible_groups_are_refused(size, rules, message):
@@ -263,6 +340,7 @@ def test_an_abandoned_group_aborts_what_runs_and_keeps_nothing(case):
                 assert len(world.asked) == len(set(world.asked)) == asked, "each once, and none later"
                 assert (world.group.complete, world.group.ready) == (False, False)
                 assert world.group.abandon() == world.group.deadline() == []
+                assert not world.group.ready
                 assert [world.group.chance(index) for index in range(case.size)] == [0] * case.size
                 with pytest.raises(RuntimeError, match="candidates have finished; abandoned"):
                     world.group.keeps(0)
@@ -289,14 +367,20 @@ class Plainly:
 
     def __init__(self, case):
         self.case, self.length, self.fate, self.asked, self.kept = case, [0] * case.size, {}, set(), None
+        self.held, self.waits = set(), case.num_long > 0 and case.long_wait != "none"
 
-    def event(self, name, index, length, truncated=False):
-        if index in self.fate:
+    def event(self, name, index=None, length=0, truncated=False):
+        if name == "deadline":
+            self.waits = self.waits and case_waits_for_all(self.case)
+        elif name == "hold":
+            (self.held.add if length else self.held.discard)(index)
+        elif index in self.fate:
             return []  # a late report
-        self.length[index] = max(self.length[index], length) if name == "progress" else length
-        if name != "progress":
-            cut = "truncated" if truncated else "valid"
-            self.fate[index] = name if name != "finish" else "late" if index in self.asked else cut
+        else:
+            self.length[index] = max(self.length[index], length) if name == "progress" else length
+        if name not in ("progress", "deadline", "hold"):
+            late = index in self.asked and not self.case.cuts
+            self.fate[index] = name if name != "finish" else "late" if late else "cut" if truncated else "valid"
         return self.decide(self.losers())
 
     def of(self, *fates):
@@ -305,9 +389,16 @@ class Plainly:
     def runs(self):
         return [index for index in range(self.case.size) if index not in self.fate and index not in self.asked]
 
+    def to_cut(self, indices):
+        return {i for i in indices if self.case.cuts and self.length[i] and i not in self.held}
+
     def losers(self):
         valid, size = sorted((self.length[index], index) for index in self.of("valid")), self.case.num_keep
-        if self.case.num_long or self.case.early_stop == "off" or len(valid) < size:
+        if self.case.num_long:
+            others = {*(self.of("cut") if self.case.long_end != "finished" else ()), *self.to_cut(self.runs())}
+            is_settled = len(valid) + min(len(others), self.case.num_long) >= size
+            return self.runs() if is_settled and not self.waits else []
+        if self.case.early_stop == "off" or len(valid) < size:
             return []
         if self.case.early_stop == "eager":
             return self.runs()
@@ -317,23 +408,29 @@ class Plainly:
         if self.kept is not None:
             return []
         self.asked |= set(losers)
-        if not self.runs():
-            best = brute_force(self.case, self.of("valid", "truncated"))
+        open_ones = self.asked - set(self.fate) if self.case.cuts else set()
+        if not self.runs() and not open_ones:
+            cut = self.to_cut(self.of("stop"))
+            best = brute_force(self.case, self.of("valid", "cut"), cut, self.length)
             self.kept = sorted(best, key=lambda index: (self.length[index], index))
         return losers
+
+
+def case_waits_for_all(case):
+    """Whether no deadline may fall."""
+    return case.long_wait == "all"
 
 
 @over(*EVERY_MODE)
 def test_every_answer_is_that_of_the_contract_reckoned_anew(case):
     world, plainly = World(case), Plainly(case)
     told = []
-    for name in ("progress", "finish", "stop", "lose", "deadline"):
+    for name in ("progress", "finish", "stop", "lose", "deadline", "hold"):
         act = getattr(world.group, name)
 
         def tell(*arguments, name=name, act=act):
             answer = act(*arguments)
-            expected = plainly.decide(plainly.runs()) if name == "deadline" else plainly.event(name, *arguments)
-            told.append((answer, expected, world.group.complete, plainly.kept))
+            told.append((answer, plainly.event(name, *arguments), world.group.complete, plainly.kept))
             return answer
 
         setattr(world.group, name, tell)

@@ -17,12 +17,14 @@ from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 
 from darts.group import EARLY_STOP, LONG_WAIT, GroupRules
+from darts.selection import LONG_END
 
 STRATEGIES = ("none", "bypass", "shortest_k", "darts", "tail_batching", "sorted")
 
 RULES = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 """No integer from a truth value or a text; the text below a key is its help."""
 TRACE = "${trainer.default_local_dir}/darts.jsonl"
+WAITS = ("auto", *LONG_WAIT)
 KINDS = {bool: "true or false", int: "an integer", float: "a finite number", str: "a text"}
 BOUNDS = {"ge": "of at least", "gt": "above", "le": "of at most"}
 
@@ -110,11 +112,29 @@ class SelectionConfig:
     dual_end, shortest_only: for all prompts."""
     num_long: int = setting(1, paper="L = M - K")
     """How many of the kept responses are the longest, in [0, rollout.n). K = rollout.n - L are the shortest."""
-    long_wait: Literal[LONG_WAIT] = setting("all")
-    """What a dual-end group waits for. all: every candidate, as in the paper; deadline: until every group of the batch
-    has rollout.n valid responses (or is complete); what runs then is aborted, and L are the longest that finished."""
+    long_end: Literal[LONG_END] = setting("finished")
+    """What the L longest may be. finished: responses that ended by themselves, as in the paper; truncated: also those
+    at the length limit, which count as longer; cut: also those that run when their group stops waiting, which are
+    stopped and trained on with what they have. A group then needs K valid responses, and waits for no long one."""
+    long_wait: Literal[WAITS] = setting("auto")
+    """What a dual-end group waits for. all: every candidate, as in the paper; deadline: until 95 % of the groups of the
+    batch (all but one, of few) have rollout.n responses that may be kept, or are complete; what runs then is aborted,
+    and a group that is not so far goes on alone until it is, so that no hard prompt holds up the others; none: each
+    group until it has them itself; auto: deadline where long_end is cut, else all."""
     on_no_valid: Literal["fill", "fail"] = setting("fill")
     """What happens where all candidates of a prompt hit the length limit. fill: they fill its group; fail: an error."""
+
+    def settled(self) -> "SelectionConfig":
+        """The same with the wait that `auto` stands for.
+
+        Raises:
+            ConfigError: a long end that is cut, and a wait for every candidate.
+        """
+        wait = ("deadline" if self.long_end == "cut" else "all") if self.long_wait == "auto" else self.long_wait
+        if self.long_end == "cut" and wait == "all":
+            rule = "with darts.selection.long_end=cut a group stops what it does not wait for; it would wait for all."
+            raise ConfigError("darts.selection.long_wait", wait, rule, "set it to deadline (or none), or auto.")
+        return replace(self, long_wait=wait)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=RULES)
@@ -244,6 +264,7 @@ class DartsConfig:
         """Settles what depends on the group size or on the placement."""
         size, num_long = self.group_size, self.selection.num_long
         object.__setattr__(self, "allocation", self.allocation.settled(size))
+        object.__setattr__(self, "selection", self.selection.settled())
         if self.overlap.mode == "auto":
             overlap_mode = "token" if self.placement == "disaggregated" else "off"
             object.__setattr__(self, "overlap", replace(self.overlap, mode=overlap_mode))
@@ -271,6 +292,7 @@ class DartsConfig:
             num_long=0 if shortest_only else self.selection.num_long,
             early_stop=self.early_stop,
             long_wait=self.selection.long_wait,
+            long_end=self.selection.long_end,
         )
 
     @property

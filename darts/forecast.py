@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darts.config import DartsConfig
+from darts.group import num_due
 from darts.history import are_amounts
 from darts.latency import LatencyCurve, StepTimes, decode_seconds
 
@@ -63,18 +64,44 @@ def stopped_lengths(
     Returns:
         The same shape; what does not run has 0.
     """
-    group_size = darts.group_size
+    return until(lengths, budgets, group_ends(lengths, budgets, darts, limit)[1])
+
+
+def until(
+    lengths: NDArray[np.float64], budgets: NDArray[np.int64], ends_at: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """What is decoded of each length where groups end after so many tokens; what does not run has 0."""
+    is_launched = np.arange(lengths.shape[-1]) < budgets[:, None]
+    return np.where(is_launched, np.minimum(lengths, ends_at[..., None]), 0.0)
+
+
+def group_ends(
+    lengths: NDArray[np.float64], budgets: NDArray[np.int64], darts: DartsConfig, limit: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """When groups are settled, and when what runs of them is stopped, in tokens; arguments as `stopped_lengths`.
+
+    Returns:
+        Both of shape [draws, num_prompts].
+    """
+    # 1. The rules of each group: of how many valid ones it may be decided, and whether it stops then, or by a deadline.
     rules_of_budget = {budget: darts.group_rules(budget) for budget in set(budgets.tolist())}
     group_rules = [rules_of_budget[budget] for budget in budgets.tolist()]
-    stops_early, awaits_deadline = np.array([(each.stops_early, each.awaits_deadline) for each in group_rules]).T
+    # 2. When so many valid ones have ended (inf: never), and when all have.
     is_launched = np.arange(lengths.shape[-1]) < budgets[:, None]
-    valid_lengths = np.where(is_launched & (lengths < limit), lengths, np.inf)
-    # When M valid ones have ended; inf: never.
-    enough_valid = np.partition(valid_lengths, group_size - 1, axis=-1)[..., group_size - 1]
+    valid_lengths = np.sort(np.where(is_launched & (lengths < limit), lengths, np.inf), axis=-1)
     last_end = np.where(is_launched, lengths, 0.0).max(axis=-1)
-    settled_at = np.where(stops_early | awaits_deadline, np.minimum(enough_valid, last_end), last_end)
-    ends_at = np.where(awaits_deadline, np.minimum(last_end, settled_at.max(axis=-1, keepdims=True)), settled_at)
-    return np.where(is_launched, np.minimum(lengths, ends_at[..., None]), 0.0)
+    least_valid = np.array([each.num_keep - (each.num_long if each.cuts else 0) for each in group_rules])
+    enough_valid = np.take_along_axis(
+        valid_lengths, np.broadcast_to(least_valid[:, None] - 1, (*last_end.shape, 1)), axis=-1
+    )[..., 0]
+    stops_at_once, awaits_deadline = np.array(
+        [(each.stops_when_settled, each.awaits_deadline) for each in group_rules]
+    ).T
+    settled_at = np.where(stops_at_once | awaits_deadline, np.minimum(enough_valid, last_end), last_end)
+    # 3. A deadline falls when enough groups are settled; the others end when they are.
+    deadline = np.partition(settled_at, num_due(len(budgets)) - 1, axis=-1)[..., num_due(len(budgets)) - 1, None]
+    ends_at = np.where(awaits_deadline, np.minimum(last_end, np.maximum(settled_at, deadline)), settled_at)
+    return settled_at, ends_at
 
 
 def _deal(launched: NDArray[np.float64], num_engines: int) -> NDArray[np.float64]:

@@ -17,15 +17,15 @@ candidates to abort now; each is named once.
    - `exact` (our choice): only those are aborted that can no longer be among the M shortest, whatever they become, so
      the kept are those of a run without early stop;
    - `off`: the group waits for every candidate.
-4. Dual-end. The group is settled once M candidates are there that may be kept: valid ones, and as the long end, of
-   which there are at most L, what `long_end` allows (our choice): `finished` (the paper) nothing else, `truncated` those
-   at the length limit, `cut` also those that run and have a token. `long_wait`:
+4. Dual-end. The group is settled once M candidates are there that may be kept: valid ones, and as the long end, which
+   are at most L, what `long_end` allows (our choice): `finished` (the paper) nothing else, `truncated` those at the
+   length limit, `cut` also those that run and have a token. `long_wait`:
    - `all` (the paper): the group waits for every candidate;
    - `deadline` (our choice): `deadline()` says that the group waits no longer than until it is settled, and aborts then
      what runs. Whoever owns the batch calls it when enough groups are `ready`, which is settled before the deadline;
    - `none` (our choice): it never waits longer than that.
-   With `cut` the group is complete when what was aborted has ended, and keeps the longest of it with what they have. One
-   that is on `hold`, between two requests, has nothing to be stopped with: it is not counted, and not kept.
+   With `cut` the group is complete when what was aborted has ended, and keeps the longest of it with what they have.
+   One that is on `hold`, between two requests, has nothing to be stopped with: it is not counted, and not kept.
 5. `abandon()` (our choice): the rollout is over without this group. What runs is aborted; the group never becomes
    complete, and every later event is accepted and answers [].
 """
@@ -39,6 +39,8 @@ from darts.selection import LONG_END, check_counts, select
 
 EARLY_STOP = ("eager", "exact", "off")
 LONG_WAIT = ("all", "deadline", "none")
+DUE_SHARE = 0.95
+"""Share of the groups that are settled when a deadline falls (our choice)."""
 LIKELY = 0.9
 """Chance of a candidate that is kept unless the others surprise (our choice)."""
 
@@ -73,6 +75,11 @@ class GroupRules:
         return self.num_long == 0 and self.early_stop != "off"
 
     @property
+    def stops_when_settled(self) -> bool:
+        """Whether candidates are aborted as soon as enough are there, whatever the other groups do."""
+        return self.stops_early or (self.num_long > 0 and self.long_wait == "none")
+
+    @property
     def follows_growth(self) -> bool:
         """Whether a report of progress may decide something."""
         return self.num_long == 0 and self.early_stop == "exact"
@@ -86,6 +93,17 @@ class GroupRules:
     def cuts(self) -> bool:
         """Whether candidates that were aborted may be kept with what they have."""
         return self.num_long > 0 and self.long_wait != "all" and self.long_end == "cut"
+
+
+def num_due(num_groups: int) -> int:
+    """How many groups of a batch must be settled for a deadline to fall: all but a few, so that no hard prompt holds up
+    the others (our choice). Those that are not go on until they are.
+
+    Example:
+        >>> num_due(512), num_due(8), num_due(1)
+        (486, 7, 1)
+    """
+    return max(min(num_groups - 1, math.floor(DUE_SHARE * num_groups)), 1)
 
 
 class CandidateGroup:

@@ -8,7 +8,7 @@ rewards, the time of stops, the latency of chunks, the weights' step, and foreca
 import numpy as np
 from numpy.typing import NDArray
 
-from darts.pool import CandidatePool, State
+from darts.pool import CandidatePool
 from darts.selection import select
 
 METRICS: dict[str, tuple[str, str]] = {
@@ -36,6 +36,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "darts/candidates/finished": ("count", "of them, those that ended by themselves"),
     "darts/candidates/truncated": ("count", "of them, those that filled the response budget without ending"),
     "darts/candidates/aborted": ("count", "of them, those that early stop or the deadline ended before their end"),
+    "darts/candidates/cut": ("count", "of them, those that were ended so and are kept as the long end"),
     "darts/candidates/lost": ("count", "of them, those a server ended unasked or without a token; 0 in a healthy run"),
     "darts/candidates/kept": ("count", "rows that are trained on: M x prompts"),
     "darts/candidates/dropped": ("count", "launched, not kept: what redundancy costs"),
@@ -56,6 +57,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "darts/group/max_over_median": ("ratio", "longest over median length within a group, median over groups"),
     "darts/group/saturated_share": ("share", "groups with a budget at M_up; about 5 % in the paper"),
     "darts/group/shortest_only_share": ("share", "groups without a long response: the saturated, or as the mode says"),
+    "darts/group/cut_share": ("share", "rows that are trained on with a part, since they were cut; L / M at most"),
     "darts/group/filled": ("count", "truncated candidates that filled a group; 0 unless the limit is too tight"),
     "darts/group/no_valid": ("count", "groups in which every candidate was truncated; 0 unless the limit is too tight"),
     "darts/group/returned": ("count", "groups launched and not trained on (tail_batching, sorted): they come again"),
@@ -95,13 +97,14 @@ METRICS: dict[str, tuple[str, str]] = {
 }
 
 
-def rollout_metrics(pool: CandidatePool, num_keep: int, seconds: float) -> dict[str, float]:
+def rollout_metrics(pool: CandidatePool, num_keep: int, seconds: float, long_end: str = "finished") -> dict[str, float]:
     """The metrics of one rollout; keys as in `METRICS`.
 
     Args:
         pool: every launched candidate; not empty.
         num_keep: M.
         seconds: duration of the rollout.
+        long_end: what the longest may be, as in `darts.selection`.
 
     Raises:
         ValueError: an empty pool, or a duration that is not above 0.
@@ -112,14 +115,15 @@ def rollout_metrics(pool: CandidatePool, num_keep: int, seconds: float) -> dict[
         raise ValueError(f"seconds={seconds}: must be above 0.")
     is_kept, length, truncated, aborted, lost = pool.kept, pool.length, pool.truncated, pool.aborted, pool.lost
     length_or_1 = np.maximum(length, 1)  # one that was aborted before it began has none
-    is_invalid = truncated | lost
+    is_invalid, cut = truncated | lost, pool.cut
     groups = [np.flatnonzero(pool.prompt == prompt) for prompt in np.unique(pool.prompt)]
     trained_groups = [rows for rows in groups if is_kept[rows].any()]
     metrics = {
         "darts/candidates/launched": len(pool),
-        "darts/candidates/finished": (~truncated & ~aborted & ~lost).sum(),
+        "darts/candidates/finished": (~pool.censored).sum(),
         "darts/candidates/truncated": truncated.sum(),
         "darts/candidates/aborted": aborted.sum(),
+        "darts/candidates/cut": cut.sum(),
         "darts/candidates/lost": lost.sum(),
         "darts/candidates/kept": is_kept.sum(),
         "darts/candidates/dropped": (~is_kept).sum(),
@@ -139,11 +143,15 @@ def rollout_metrics(pool: CandidatePool, num_keep: int, seconds: float) -> dict[
         ),
         "darts/group/saturated_share": np.mean([pool.saturated[rows[0]] for rows in groups]),
         "darts/group/shortest_only_share": np.mean([pool.num_long[rows[0]] == 0 for rows in groups]),
-        "darts/group/filled": (is_kept & truncated).sum(),
+        "darts/group/cut_share": cut[is_kept].mean(),
+        "darts/group/filled": sum(
+            max(0, (is_kept & pool.censored)[rows].sum() - (pool.num_long[rows[0]] if long_end != "finished" else 0))
+            for rows in groups
+        ),
         "darts/group/no_valid": sum(is_invalid[rows].all() for rows in groups),
         "darts/group/returned": len(groups) - len(trained_groups),
         "darts/selection/arrival_disagreement": np.mean(
-            [_arrival_disagrees(pool, rows, num_keep) for rows in trained_groups]
+            [_arrival_disagrees(pool, rows, num_keep, long_end) for rows in trained_groups]
         ),
         "darts/rollout/seconds": seconds,
         "darts/rollout/tail_s": pool.ended_at.max() - pool.ended_at[is_kept].max(),
@@ -164,16 +172,24 @@ def rollout_metrics(pool: CandidatePool, num_keep: int, seconds: float) -> dict[
         metrics["darts/group/mixed_reward_share"] = np.mean(
             [np.ptp(pool.reward[rows[is_kept[rows]]]) > 0 for rows in trained_groups]
         )
-    ended_rewards = pool.reward[np.isnan(pool.stop_seconds) & ~aborted & ~lost]
+    ended_rewards = pool.reward[np.isnan(pool.stop_seconds) & ~aborted & ~cut & ~lost]
     if not np.isnan(ended_rewards).any():
         metrics["darts/reward/pool_mean"] = ended_rewards.mean()
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _arrival_disagrees(pool: CandidatePool, rows: NDArray[np.int64], num_keep: int) -> bool:
-    """Whether selecting by rank of arrival, among those that finished, keeps another set than the one that was kept."""
-    # One that ended before its abort arrived was not chosen from.
-    rows = rows[(pool.arrival[rows] >= 0) & np.isnan(pool.stop_seconds[rows])]
-    is_truncated = pool.state[rows] == State.TRUNCATED.value
-    by_arrival = select(pool.arrival[rows].tolist(), num_keep, int(pool.num_long[rows[0]]), is_truncated)
+def _arrival_disagrees(pool: CandidatePool, rows: NDArray[np.int64], num_keep: int, long_end: str) -> bool:
+    """Whether selecting by rank of arrival, among those that were chosen from, keeps another set than was kept."""
+    # One that ended before its abort arrived was not chosen from, unless it is kept; one that was cut came last.
+    is_late = ~np.isnan(pool.stop_seconds[rows])
+    rows = rows[pool.kept[rows] | ((pool.arrival[rows] >= 0) & ~is_late)]
+    arrival = np.where(pool.arrival[rows] >= 0, pool.arrival[rows], len(pool))
+    by_arrival = select(
+        arrival.tolist(),
+        num_keep,
+        int(pool.num_long[rows[0]]),
+        pool.truncated[rows],
+        long_end=long_end,
+        cut=pool.cut[rows],
+    )
     return set(rows[by_arrival].tolist()) != set(rows[pool.kept[rows]].tolist())

@@ -254,8 +254,8 @@ class RolloutPlanner:
         Nothing is learnt from a prompt whose candidates were all aborted, as a rollout's harvest may do: how long they
         were says when others were complete.
         """
-        aborted = pool.aborted
-        censored = aborted | pool.truncated | pool.lost
+        aborted = pool.aborted | pool.cut
+        censored = pool.censored
         full_groups = [pool.length[group] for group in groups if not censored[group].any()]
         self.correction.learn(full_groups, darts.group_size, darts.allocation.high)
         rows_by_key: dict[str, list[NDArray[np.int64]]] = {}

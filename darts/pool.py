@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 class State(Enum):
     """What a candidate does, or how it ended; the letter is a trace's for one that was not kept.
 
-    RUNNING -> FINISHED | TRUNCATED | LOST, or RUNNING -> ABORTING -> STOPPED | FINISHED | TRUNCATED | LOST; and where the
+    RUNNING -> FINISHED | TRUNCATED | LOST, or RUNNING -> ABORTING -> STOPPED | FINISHED | TRUNCATED | LOST; where the
     long end may be cut, STOPPED -> CUT once the group has decided.
     """
 

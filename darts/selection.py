@@ -17,7 +17,6 @@ Contract: response lengths in, indices out. Pure Python; no randomness, so equal
 import math
 from collections.abc import Sequence
 
-
 LONG_END = ("finished", "truncated", "cut")
 
 
@@ -56,7 +55,8 @@ def select(
         raise ValueError(f"long_end={long_end!r}: must be one of {', '.join(LONG_END)}.")
     is_truncated, is_cut = _flags("truncation", truncated, lengths), _flags("cut", cut, lengths)
     if any(is_cut) and long_end != "cut":
-        raise ValueError(f"cut[{is_cut.index(True)}]=True, long_end={long_end!r}: a cut candidate needs long_end='cut'.")
+        first_cut = is_cut.index(True)
+        raise ValueError(f"cut[{first_cut}]=True, long_end={long_end!r}: a cut candidate needs long_end='cut'.")
     for index, length in enumerate(lengths):
         if not math.isfinite(length) or length < 0:
             raise ValueError(f"lengths[{index}]={length}: a length must be finite and not negative.")

@@ -68,6 +68,7 @@ class _Stream:
 
     request_id: str
     chunk_tokens: int
+    first_tokens: int  # of the first chunk
     outbox: _Outbox
     streams: dict[str, _Stream] = field(repr=False)  # all that the server runs, this one too
     delta: bool = True  # outputs hold the new tokens, not all
@@ -89,7 +90,8 @@ class _Stream:
                 part.token_ids = self.token_ids
                 part.logprobs = self.logprobs if part.logprobs is not None else None
                 self.finish_reason = part.finish_reason
-        if not output.finished and len(self.token_ids) - self.sent >= self.chunk_tokens:
+        least_tokens = self.chunk_tokens if self.sent else self.first_tokens
+        if not output.finished and len(self.token_ids) - self.sent >= least_tokens:
             self._send()
 
     def _send(self) -> None:
@@ -156,9 +158,11 @@ class StreamingServer(vLLMHttpServer):
         self.engine = _StreamingEngine(self.engine)
 
     async def generate_streamed(
-        self, *, client: str, chunk_tokens: int, request_id: str, **request: Any
+        self, *, client: str, chunk_tokens: int, request_id: str, first_tokens: int | None = None, **request: Any
     ) -> TokenOutput:
         """Generates as `generate` does; chunks of `chunk_tokens` tokens wait for `take_chunks(client)` meanwhile.
+
+        The first one has `first_tokens`; None: as many as the others. With 1 it tells when the request has begun.
 
         Raises:
             ValueError: a request of this id runs already.
@@ -168,7 +172,9 @@ class StreamingServer(vLLMHttpServer):
         outbox = self._outboxes.setdefault(client, _Outbox())
         # vLLM loses `routed_experts` where it merges two outputs of kind DELTA.
         wants_delta = not self.config.enable_rollout_routing_replay
-        stream = self._streams[request_id] = _Stream(request_id, chunk_tokens, outbox, self._streams, wants_delta)
+        first_tokens = chunk_tokens if first_tokens is None else first_tokens
+        stream = _Stream(request_id, chunk_tokens, first_tokens, outbox, self._streams, wants_delta)
+        self._streams[request_id] = stream
         stream.aborted = request_id in self._early_aborts
         self._early_aborts.pop(request_id, None)
         outbox.streams += 1

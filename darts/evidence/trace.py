@@ -25,7 +25,8 @@ from darts.pool import CandidatePool
 
 VERSION = 1
 FILE = "darts.jsonl"
-FATES = "kfdtax"  # kept, kept although truncated, finished and dropped, truncated and dropped, aborted, lost
+FATES = "kfcdtax"
+"""Kept, kept although truncated, kept as it was cut, finished and dropped, truncated and dropped, aborted, lost."""
 LONGEST_RESPONSE = 1 << 30  # tokens; a longer response is a mistake
 MOST = 256  # points of a timeline
 LONGEST_LINE = 1 << 26  # bytes; a step with 2,048 candidates takes some 30,000
@@ -113,7 +114,7 @@ def timeline_columns(rollout: Rollout, calls: Sequence[ActorCall]) -> dict[str, 
 
 def fate(pool: CandidatePool) -> np.ndarray:
     """One letter per candidate; see `rollout_columns`."""
-    return np.where(pool.kept, np.where(pool.truncated, "f", "k"), pool.state)
+    return np.where(pool.kept & ~pool.cut, np.where(pool.truncated, "f", "k"), pool.state)
 
 
 def _number(value: Any) -> float | None:

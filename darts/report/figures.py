@@ -20,7 +20,8 @@ from darts.evidence.trace import INSIDE_STEP
 from darts.report.run import Array, Run, RunStep, first_and_last, tenths
 
 FATES = {
-    "kept": BLUE, "kept, truncated": SKY, "dropped": ORANGE, "dropped, truncated": RED, "aborted": PINK, "lost": BLACK,
+    "kept": BLUE, "kept, truncated": SKY, "kept, cut": GREEN, "dropped": ORANGE, "dropped, truncated": RED,
+    "aborted": PINK, "lost": BLACK,
 }  # fmt: skip
 SHARES = LinearSegmentedColormap.from_list("shares", ["#DCE9F5", "#6BAED6", "#08306B"])
 SMOOTH_FROM, MAX_COLUMNS, MAX_POINTS, MAX_BARS = 100, 75, 2000, 40
@@ -254,7 +255,7 @@ def _selection(run: Run) -> tuple[Figure, str]:
         dress(grid["reward"], "Mean reward", "reward", legend=2)
     counts = np.array([step.rollout.fates if step.rollout else np.full(len(FATES), math.nan) for step in run.steps]).T
     plot_stack(grid["fate"], run, {name: row for name, row in zip(FATES, counts, strict=True) if np.nansum(row)}, FATES)
-    dress(grid["fate"], "What became of the candidates", "candidates a step", legend=6)
+    dress(grid["fate"], "What became of the candidates", "candidates a step", legend=len(FATES))
     caption = (
         "The gap between kept and pool is the bias of selection (top), and all that is not kept is what redundancy "
         "costs (bottom)."

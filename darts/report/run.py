@@ -26,7 +26,7 @@ PROGRESS_S = 3.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutDigest:
-    """What is held of a rollout. Example: fates=[64, 0, 12, 1, 7, 0], lengths=[9, 11, ...], budgets={10: 4, 11: 4}."""
+    """What is held of a rollout. Example: fates=[64, 0, 0, 12, 1, 7, 0], lengths=[9, ...], budgets={10: 4, 11: 4}."""
 
     fates: NDArray[np.int64]  # candidates by fate, in the order of FATES
     lengths: NDArray[np.int32]  # sorted; at most MAX_LENGTHS
@@ -174,7 +174,7 @@ def _reduce(traced: TracedStep) -> tuple[RolloutDigest, dict[str, float]]:
     """What the page needs of a step's rollout: what is held, and figures, NaN where they are not known."""
     letters = "".join(traced.fates)
     lengths, rewards, fates = np.concatenate(traced.lengths), np.concatenate(traced.rewards), np.array(list(letters))
-    is_kept, has_ended = np.isin(fates, list("kf")), ~np.isin(fates, list("ax"))
+    is_kept, has_ended = np.isin(fates, list("kfc")), ~np.isin(fates, list("acx"))
     budgets = np.array([len(row) for row in traced.lengths])
     std_rows = np.stack([traced.std, traced.observed_std, budgets], axis=1)[np.isfinite(traced.std)]
     both_known = std_rows[np.isfinite(std_rows[:, 1]), :2]

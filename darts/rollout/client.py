@@ -34,6 +34,8 @@ from darts.latency import StepTimes
 from darts.messages import Chunk
 
 POLL_S = 5.0
+MEDIA = ("image_data", "video_data", "audio_data", "mm_processor_kwargs")
+"""What a request of verl's client holds besides tokens and sampling parameters."""
 
 
 class AbortTimeout(TimeoutError):
@@ -48,6 +50,7 @@ class RequestListener(Protocol):
     """Who is told what the requests of the current task do."""
 
     chunk_tokens: int
+    first_tokens: int  # of the first chunk
     routing_key: str | None  # requests of one key go to one server; None: wherever verl sends them
     over: bool  # no further request is wanted
 
@@ -73,6 +76,7 @@ class OpenRequest:
     def __init__(self, request: dict[str, Any], server_id: str, server: Any, listener: RequestListener) -> None:
         self.request_id: str = request["request_id"]
         self.prompt_ids: list[int] = request["prompt_ids"]
+        self.media = {name: value for name, value in request.items() if name in MEDIA and value is not None}
         self.server_id = server_id
         self.server = server
         self.listener = listener
@@ -213,7 +217,8 @@ class DartsServerClient(LLMServerClient):
         if listener.over:
             raise CandidateStopped
         open_request = OpenRequest(request, server_id, server, listener)
-        answer_ref = server.generate_streamed.remote(client=self._name, chunk_tokens=listener.chunk_tokens, **request)
+        chunk_sizes = {"chunk_tokens": listener.chunk_tokens, "first_tokens": listener.first_tokens}
+        answer_ref = server.generate_streamed.remote(client=self._name, **chunk_sizes, **request)
         self._open[open_request.request_id] = open_request
         self._running[server_id] += 1
         if server_id not in self._pollers:

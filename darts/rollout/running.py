@@ -6,7 +6,9 @@ worker's event loop. A `RunningCandidate` listens to the requests of its agent l
 1. A candidate ends once: `finish` when its agent loop has returned, `stop` when it was aborted, `lose` when a server
    ended a request that nobody aborted. Its state is the group's.
 2. An abort stops the open request; a candidate between two requests (tool, judge) is cancelled, which releases what it
-   holds. Either way its agent loop is left by a `CancelledError`, and its task returns without a result.
+   holds. Either way its agent loop is left by a `CancelledError`. Where the group keeps it as its cut long end, the
+   answer is what its requests have (`darts.rollout.transcript`); a candidate between two requests, or whose requests do
+   not go on from one another, is on hold: it cannot be kept so.
 3. Length is counted in generated tokens over all turns; tool answers do not count.
 4. With an outbox, the overlapped actor is told of what grows, ends and is dropped (`darts.overlap.outbox`).
 """
@@ -17,6 +19,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
+from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
 from verl.workers.rollout.replica import TokenOutput
 
 from darts.config import DartsConfig
@@ -26,6 +29,7 @@ from darts.overlap.images import SharedInputs
 from darts.overlap.outbox import GrowthOutbox
 from darts.pool import CandidatePool, State
 from darts.rollout.client import DartsServerClient, OpenRequest
+from darts.rollout.transcript import Transcript
 
 MEASURED = (
     "reward", "weights_min", "weights_max", "prompt_tokens", "cached_tokens", "chunks", "chunk_seconds", "ended_at",
@@ -41,6 +45,8 @@ class RunningCandidate:
         self.group = group
         self.index = index
         self.chunk_tokens = group.darts.streaming.chunk_tokens
+        self.transcript = Transcript() if group.machine.rules.cuts else None
+        self.first_tokens = 1 if group.machine.rules.cuts else self.chunk_tokens  # tells that it can be cut
         self.routing_key = group.routing_key
         self.task: asyncio.Task | None = None
         self.single_turn = False  # its agent loop makes one request
@@ -73,6 +79,9 @@ class RunningCandidate:
         """A turn begins."""
         self.requests[request.request_id] = request
         self.prompt_tokens += len(request.prompt_ids)
+        if self.transcript is not None:
+            self.transcript.is_whole &= len(self.requests) == 1
+            self.group.act(self.group.machine.hold(self.index, not self.transcript.goes_on(request)))
 
     def grew(self, request: OpenRequest, chunk: Chunk, latency: float) -> None:
         """A turn has more tokens."""
@@ -94,6 +103,11 @@ class RunningCandidate:
             self.weights_min = version if self.weights_min < 0 else min(self.weights_min, version)
             self.weights_max = max(self.weights_max, version)
         self.cached_tokens += output.extra_fields.get("num_cached_tokens") or 0
+        if self.transcript is not None:
+            self.transcript.add(request, output)
+            if not self.over:
+                self.group.machine.hold(self.index, True)
+                self.group.act(self.group.machine.progress(self.index, self.generated))
         if self._aborted_at is not None:
             self.stop_seconds = time.monotonic() - self._aborted_at
             # The request's own decoding rate tells how much of it came after the decision.
@@ -142,6 +156,12 @@ class RunningCandidate:
             self.ended_at = time.time()
             self.group.act(self.group.machine.stop(self.index, self.generated))
 
+    def answer(self) -> AgentLoopOutput | None:
+        """What it has, where it was left in the middle and may be kept all the same; else None."""
+        if self.transcript is None or self.state is State.LOST or not (self.generated and self.transcript.is_whole):
+            return None
+        return self.transcript.answer(self.group.response_length)
+
     def _leave_other_branches(self) -> None:
         """An agent loop with parallel branches is left in all of them, once no request of it is open."""
         if self.over and not self.requests and self.task not in (None, asyncio.current_task()):
@@ -159,27 +179,28 @@ class RunningGroup:
     client: DartsServerClient
     routing_key: str | None = None
     outbox: GrowthOutbox | None = None  # None: nobody computes log-probs meanwhile
-    on_complete: Callable[[str], None] = lambda uid: None  # told once
+    on_settled: Callable[[str], None] = lambda uid: None  # told once: it is complete, or ready for the deadline
+    response_length: int = 1 << 30  # tokens of a response at most
 
     def __post_init__(self) -> None:
         self.machine = CandidateGroup(self.budget, self.darts.group_rules(self.budget))
         self.candidates = [RunningCandidate(self, index) for index in range(self.budget)]
         self.shared = SharedInputs()  # of the candidates, for the outbox
-        self.settled = asyncio.Event()  # ready for the deadline, or complete
-        self._decided = asyncio.Event()
+        self._decided, self._settled = asyncio.Event(), False
 
     def act(self, losers: list[int]) -> None:
         """Does what an event of the machine asks for: aborts the losers, and tells of a decision."""
         self.stop_requests([request for index in losers for request in self.candidates[index].abort()])
-        self.tell_dropped(losers)
+        if not self.machine.rules.cuts:
+            self.tell_dropped(losers)
+        if not self._settled and (self.machine.complete or self.machine.ready):
+            self._settled = True
+            self.on_settled(self.uid)
         if self.machine.complete and not self._decided.is_set():
             self._decided.set()
-            self.on_complete(self.uid)
             self.tell_dropped(set(range(len(self.candidates))).difference(self.machine.kept))
             if self.outbox is not None:
                 self.outbox.keep(SequenceKey(self.uid, index) for index in self.machine.kept)
-        if self.machine.complete or self.machine.ready:
-            self.settled.set()
 
     def abandon(self) -> list[OpenRequest]:
         """Forwards `CandidateGroup.abandon`: the rollout ends without this group, unless it is complete.
@@ -192,7 +213,6 @@ class RunningGroup:
         losers = self.machine.abandon()
         self.tell_dropped(range(len(self.candidates)))
         self._decided.set()
-        self.settled.set()
         return [request for index in losers for request in self.candidates[index].abort()]
 
     async def keeps(self, index: int) -> bool:

@@ -8,8 +8,9 @@ its own. It owns the decision which are kept.
 3. A candidate that fails ends the rollout with the uid, the candidate and the cause; what still ran is stopped. One
    whose request the server ended unasked, or whose agent loop returned no generated token, is lost: the group goes on
    while enough are left. What fails in the agent loop of an aborted one is printed.
-4. Of groups that are abandoned, since the rollout has enough others, nothing is kept.
-5. `generate_sequences` (validation, plain runs) is verl's own.
+4. A candidate that its group keeps as the cut long end is trained on with what it has; its agent loop was left.
+5. Of groups that are abandoned, since the rollout has enough others, nothing is kept.
+6. `generate_sequences` (validation, plain runs) is verl's own.
 """
 
 import asyncio
@@ -63,7 +64,7 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         self._given_up = 0  # the last rollout that was
         self._outbox: GrowthOutbox | None = None  # of that rollout
         self._begun = asyncio.Condition()
-        self._complete: list[str] = []  # uids of that rollout's groups, in the order in which they were decided
+        self._settled: list[str] = []  # uids of that rollout's groups, in the order in which they were settled
         self._news = asyncio.Event()  # one more of them, or no more to come
         self._closed = False
         self._darts: DartsConfig | None = None  # of the rollout that runs
@@ -107,10 +108,18 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         for uid, prompt, budget in zip(prompts.non_tensor_batch["uid"], positions, budgets.tolist(), strict=True):
             routing_key = self._routing_key(uid, prompt)
             groups[uid] = RunningGroup(
-                uid, prompt, budget, darts, self.llm_client, routing_key, self._outbox, self._tell_complete
+                uid,
+                prompt,
+                budget,
+                darts,
+                self.llm_client,
+                routing_key,
+                self._outbox,
+                self._tell_settled,
+                self.rollout_config.response_length,
             )
         self._groups = groups
-        self._complete, self._closed, self._number = [], False, number
+        self._settled, self._closed, self._number = [], False, number
         self._running = asyncio.current_task()
         try:
             async with self._begun:
@@ -123,8 +132,6 @@ class DartsAgentLoopWorker(AgentLoopWorker):
             try:
                 await self._stop_all()
             finally:
-                for group in self._groups.values():
-                    group.settled.set()
                 self._groups = {}
                 self._close()
                 if self._outbox is not None:
@@ -148,43 +155,40 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         async with self._begun:
             await self._begun.wait_for(lambda: max(self._number, self._given_up) >= number)
 
-    async def settled(self, number: int) -> None:
-        """Returns once every group of rollout `number` is ready for the deadline, or complete.
+    async def settled(self, number: int, known: int) -> list[str]:
+        """The uids of rollout `number`'s groups that are complete or ready for the deadline, in the order in which they
+        came to be, without the first `known`; waits until there is one. Empty once no more will come.
 
         Ray may run this before `generate_groups`, whose arguments are larger: it then waits for it.
         """
         await self._has_begun(number)
-        if self._number == number:
-            await asyncio.gather(*[group.settled.wait() for group in list(self._groups.values())])
-
-    async def deadline(self, number: int) -> None:
-        """No group of rollout `number` waits any longer."""
-        if self._number == number:
-            for group in self._groups.values():
-                group.act(group.machine.deadline())
-
-    async def completed(self, number: int, known: int) -> list[str]:
-        """The uids of rollout `number`'s groups that were decided, without the first `known`; waits until there is one.
-
-        Empty once no more will come.
-        """
-        await self._has_begun(number)
-        while self._number == number and not self._closed and len(self._complete) <= known:
+        while self._number == number and not self._closed and len(self._settled) <= known:
             self._news.clear()
             await self._news.wait()
-        return self._complete[known:] if self._number == number else []
+        return self._settled[known:] if self._number == number else []
 
-    async def abandon(self, number: int) -> None:
-        """Rollout `number` has enough complete groups: those of this worker that are not complete are given up."""
+    async def end_waits(self, number: int, trained: list[str] | None = None) -> None:
+        """Enough groups of rollout `number` are settled: none waits any longer than until it is.
+
+        Args:
+            trained: uids of those that the rollout goes on with, whichever worker has them; all others are given up
+                unless they are complete. None: it goes on with all.
+        """
         await self._has_begun(number)
-        if self._number == number and self._groups:
-            open_requests = [request for group in self._groups.values() for request in group.abandon()]
-            if open_requests:
-                self.llm_client.abort(open_requests, self._darts.streaming.abort_timeout_s)
-            self._close()
+        if self._number != number or not self._groups:
+            return
+        wanted_uids = set(self._groups if trained is None else trained)
+        abandoned_groups = [group for uid, group in self._groups.items() if uid not in wanted_uids]
+        open_requests = [request for group in abandoned_groups for request in group.abandon()]
+        if open_requests:
+            self.llm_client.abort(open_requests, self._darts.streaming.abort_timeout_s)
+        for uid, group in self._groups.items():
+            if uid in wanted_uids:
+                group.act(group.machine.deadline())
+        self._close()
 
-    def _tell_complete(self, uid: str) -> None:
-        self._complete.append(uid)
+    def _tell_settled(self, uid: str) -> None:
+        self._settled.append(uid)
         self._news.set()
 
     def _close(self) -> None:
@@ -241,22 +245,35 @@ class DartsAgentLoopWorker(AgentLoopWorker):
                 raise
         except Exception as cause:
             if not candidate.over or isinstance(cause, AbortTimeout):
-                raise CandidateError(
-                    f"candidate {candidate.index} of prompt uid={group.uid} (row {group.prompt} of the batch, step "
-                    f"{self._step}) failed: {reason(cause)}"
-                ) from cause
+                raise self._failure(candidate, cause) from cause
             logger.warning(f"the agent loop of an aborted candidate (prompt uid={group.uid}) failed: {reason(cause)}")
+        # Its agent loop was left in the middle.
         candidate.left()
-        return DROPPED
+        if (answer := candidate.answer()) is None or not await group.keeps(candidate.index):
+            return DROPPED
+        columns = {name: value for name, value in kwargs.items() if name not in ("agent_name", "trace")}
+        try:
+            return await self._padded(candidate, answer, trajectory["validate"], **columns)
+        except Exception as cause:
+            raise self._failure(candidate, cause) from cause
+
+    def _failure(self, candidate: RunningCandidate, cause: Exception) -> CandidateError:
+        group = candidate.group
+        return CandidateError(
+            f"candidate {candidate.index} of prompt uid={group.uid} (row {group.prompt} of the batch, step "
+            f"{self._step}) failed: {reason(cause)}"
+        )
 
     async def _agent_loop_postprocess(self, output: AgentLoopOutput, validate: bool, **kwargs: Any) -> Any:
         """Between an agent loop and its padding and reward: wait for the group, go on only if kept."""
         candidate = current_listener.get()
         if not isinstance(candidate, RunningCandidate):
             return await super()._agent_loop_postprocess(output, validate, **kwargs)
+        group = candidate.group
         if candidate.over:
             candidate.left()
-            return DROPPED
+            is_kept = await group.keeps(candidate.index)
+            return await self._padded(candidate, output, validate, **kwargs) if is_kept else DROPPED
         num_generated = int(sum(output.response_mask))
         if num_generated == 0:  # some loops return this where their environment fails
             candidate.lose(candidate.generated)
@@ -266,13 +283,11 @@ class DartsAgentLoopWorker(AgentLoopWorker):
                 f"its agent loop ({kwargs.get('agent_name', self.rollout_config.agent.default_agent_loop)}) returned a "
                 "response that it did not generate through its server_manager: DARTS cannot follow or stop it."
             )
-        group = candidate.group
         # A loop may cut what was generated to the response budget. One that ends because a tool's answer would not fit
         # does not say so, and counts as ended.
         cut = candidate.generated > num_generated and len(output.response_ids) >= self.rollout_config.response_length
         candidate.finish(num_generated, truncated=candidate.finish_reason == "length" or cut)
-        extras = None if self.processor is None else lambda: group.shared.put(make_extras(self, output))
-        group.tell_end(candidate.index, output.prompt_ids, output.response_ids, extras)
+        self._tell_end(candidate, output)
         if self._darts.reward.pool:
             output.extra_fields["raw_prompt"] = kwargs["raw_prompt"]  # as verl does before it scores
             await self._compute_score([output], kwargs=kwargs)
@@ -284,12 +299,20 @@ class DartsAgentLoopWorker(AgentLoopWorker):
                 f"({self.rollout_config.response_length} tokens). Raise data.max_response_length, drop the prompt, or "
                 "set darts.selection.on_no_valid=fill to train on truncated ones."
             )
-        if not is_kept:
-            return DROPPED
+        return await self._padded(candidate, output, validate, **kwargs) if is_kept else DROPPED
+
+    async def _padded(self, candidate: RunningCandidate, output: AgentLoopOutput, validate: bool, **kwargs: Any) -> Any:
+        """A kept response as verl pads and scores it."""
+        self._tell_end(candidate, output)  # once; one that was cut was not told to have ended
         padded_output = await super()._agent_loop_postprocess(output, validate, **kwargs)
         if padded_output.reward_score is not None:
             candidate.reward = padded_output.reward_score
         return padded_output
+
+    def _tell_end(self, candidate: RunningCandidate, output: AgentLoopOutput) -> None:
+        group = candidate.group
+        extras = None if self.processor is None else lambda: group.shared.put(make_extras(self, output))
+        group.tell_end(candidate.index, output.prompt_ids, output.response_ids, extras)
 
     def _postprocess(
         self, inputs: list[Any], input_non_tensor_batch: dict | None = None, validate: bool = False

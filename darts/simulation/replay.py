@@ -183,7 +183,7 @@ def replay(
             kept=num_tokens,
             longest_kept=int(kept_lengths.max()),
             reward_kept=float(reward[pool.kept].mean()),
-            reward_pool=float(reward[~pool.aborted].mean()),
+            reward_pool=float(reward[~pool.aborted & ~pool.cut].mean()),
             slot_s=outcome.slot_seconds,
             slot_capacity_s=num_slots * outcome.seconds,
             bound=seconds_of(throughput.least_seconds(oracle), oracle.size, int(oracle.sum()), bypass=True),

@@ -10,22 +10,23 @@ rollout ends; here is what happens in between.
    happens at one instant aborts come first, then ends by engine, and on one engine by the order of launch.
 3. With `early_stop=exact` shortest-only groups hear of growth as servers report it, every `streaming.chunk_tokens`
    tokens; others could decide nothing by it.
-4. With `long_wait=deadline` time is up once every group is ready or complete. With `harvest` the groups that are not
-   complete when so many are, are abandoned.
-5. Without aborts the seconds are those of `darts.latency.makespan`. Prefill and preemption are not modelled.
+4. With `long_wait=deadline` time is up once enough groups are settled (`darts.group.num_due`). With `harvest` it is up
+   for the first so many groups that are, and the others are abandoned. A settled group is complete, or ready.
+5. A running candidate may be cut as soon as it runs; one that is stopped within its first step has one token.
+6. Without aborts the seconds are those of `darts.latency.makespan`. Prefill and preemption are not modelled.
 """
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from darts.config import DartsConfig
-from darts.group import CandidateGroup
+from darts.group import CandidateGroup, num_due
 from darts.latency import LatencyCurve
-from darts.pool import CandidatePool
+from darts.pool import CandidatePool, State
 from darts.simulation.costs import Cluster
 from darts.simulation.engine import NEVER, Engine
 
@@ -69,7 +70,7 @@ class SimulatedRollout:
         cluster: its engines share the candidates.
         curve: PTL of an engine.
         order: positions of the prompts in the order of launch; None: as they stand.
-        harvest: the rollout ends once so many prompts are complete; None: with its last.
+        harvest: the rollout goes on with the first so many prompts that are settled; None: with all.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class SimulatedRollout:
         harvest: int | None = None,
     ) -> None:
         self.rules, self.cluster, self.budgets = rules, cluster, budgets
-        self.cut = truncated.tolist()
+        self.truncated = truncated.tolist()
         self.lengths = lengths.tolist()
         self.harvest = harvest
         self.groups = [CandidateGroup(budget, rules.group_rules(budget)) for budget in budgets.tolist()]
@@ -96,10 +97,12 @@ class SimulatedRollout:
         self.order = range(len(budgets)) if order is None else list(order)
         self.engine_of = route(budgets, self.order, cluster.engines, rules.routing)
         self.ended_at = [NEVER] * len(self.lengths)
-        self.complete: list[int] = []
-        self.decided = [False] * len(self.groups)  # complete or abandoned
-        self.waiting = set(range(len(self.groups)))  # neither ready for the deadline nor complete
-        self.deadline = rules.enable and rules.selection.long_wait == "deadline"
+        self.settled: list[int] = []
+        self.is_settled = [False] * len(self.groups)
+        has_deadline = rules.enable and rules.selection.long_wait == "deadline"
+        # So many settled groups end the waits of all; 0: none do, or they have ended.
+        self.num_needed = (num_due(len(self.groups)) if has_deadline else 0) if harvest is None else harvest
+        self.trained: list[int] = list(range(len(self.groups)))
         self.followed = [group.rules.follows_growth for group in self.groups]  # those that hear of growth
         self.chunk = rules.streaming.chunk_tokens
         self.versions = [0] * cluster.engines
@@ -135,9 +138,10 @@ class SimulatedRollout:
                 self._schedule(now_s)
         # 2. What became of them.
         is_kept = np.zeros(len(self.lengths), dtype=bool)
-        for prompt in self.complete:
+        for prompt in self.trained:
             first_candidate = self.firsts[prompt]
             is_kept[[first_candidate + index for index in self.groups[prompt].kept]] = True
+        states = np.array([state.value for group in self.groups for state in group.states])
         ended = np.array(self.ended_at)
         began_at = [
             self.engines[engine].began.get(candidate, (0.0, self.ended_at[candidate]))[1]
@@ -145,12 +149,12 @@ class SimulatedRollout:
         ]
         return Outcome(
             seconds=float(ended.max(initial=0.0)),
-            complete=sorted(self.complete),
+            complete=sorted(self.trained),
             slot_seconds=float((ended - began_at).sum()),
             pool=CandidatePool.of(
                 self.budgets,
                 length=self.lengths,
-                state=[state.value for group in self.groups for state in group.states],
+                state=np.where(is_kept | (states != State.CUT.value), states, State.STOPPED.value),
                 kept=is_kept,
                 num_long=np.repeat([group.rules.num_long for group in self.groups], self.budgets),
                 saturated=np.repeat(self.budgets >= self.rules.allocation.high, self.budgets),
@@ -160,37 +164,35 @@ class SimulatedRollout:
 
     def _schedule(self, now: float) -> None:
         """Free slots are filled, and the next event of each engine that has changed is queued."""
-        for engine_number in self.touched:
+        while self.touched:
+            engine_number = min(self.touched)
+            self.touched.discard(engine_number)
             engine = self.engines[engine_number]
             for candidate in engine.fill(now):
-                if self.followed[self.prompts[candidate]]:
+                prompt = self.prompts[candidate]
+                if self.followed[prompt]:
                     self._follow(candidate, 0)
+                if self.groups[prompt].rules.cuts:
+                    self._act(prompt, self.groups[prompt].progress(candidate - self.firsts[prompt], 1), now)
             self.versions[engine_number] += 1
             event_time = engine.next_event()
             if event_time < NEVER:
                 heapq.heappush(self.events, (event_time, engine_number, self.versions[engine_number]))
-        self.touched.clear()
 
     def _finish(self, candidate: int, now: float) -> None:
         """A candidate has ended by itself, or at the limit."""
         prompt = self.prompts[candidate]
         self.ended_at[candidate] = now
         index, length = candidate - self.firsts[prompt], self.lengths[candidate]
-        losers = self.groups[prompt].finish(index, length, self.cut[candidate])
-        if losers:
-            self._abort(prompt, losers, now)
-        if not self.decided[prompt] and (self.deadline or self.groups[prompt].complete):
-            self._settle(prompt, now)
+        self._act(prompt, self.groups[prompt].finish(index, length, self.truncated[candidate]), now)
 
     def _report(self, candidate: int, now: float) -> None:
         """A server tells how far a candidate is."""
         prompt, engine = self.prompts[candidate], self.engines[self.engine_of[candidate]]
         tokens = engine.tokens(candidate, now)
-        self._abort(prompt, self.groups[prompt].progress(candidate - self.firsts[prompt], tokens), now)
+        self._act(prompt, self.groups[prompt].progress(candidate - self.firsts[prompt], tokens), now)
         if self.ended_at[candidate] == NEVER:
             self._follow(candidate, tokens)
-        if not self.decided[prompt]:
-            self._settle(prompt, now)
 
     def _stop(self, candidate: int, now: float) -> None:
         """An abort arrives."""
@@ -198,41 +200,33 @@ class SimulatedRollout:
             return
         engine_number, prompt = self.engine_of[candidate], self.prompts[candidate]
         tokens_done = self.engines[engine_number].leave(candidate, now)
+        tokens_done = max(tokens_done, self.groups[prompt].lengths[candidate - self.firsts[prompt]])
         self.touched.add(engine_number)
         self.ended_at[candidate], self.lengths[candidate] = now, tokens_done
-        self.groups[prompt].stop(candidate - self.firsts[prompt], tokens_done)
+        self._act(prompt, self.groups[prompt].stop(candidate - self.firsts[prompt], tokens_done), now)
 
-    def _abort(self, prompt: int, losers: list[int], now: float) -> None:
+    def _act(self, prompt: int, losers: list[int], now: float) -> None:
+        """After an event of a group: its losers are aborted, and it may be settled, which may end waits."""
         first_candidate = self.firsts[prompt]
         for index in losers:
             if self.cluster.abort_s:
                 heapq.heappush(self.events, (now + self.cluster.abort_s, ABORT, first_candidate + index))
             else:
                 self._stop(first_candidate + index, now)
-
-    def _settle(self, prompt: int, now: float) -> None:
-        """After an event of a group that was not decided: it may be now, and end the rollout of the others."""
         group = self.groups[prompt]
-        if group.complete:
-            self.decided[prompt] = True
-            self.complete.append(prompt)
-            if len(self.complete) == self.harvest:
-                self._end_others(CandidateGroup.abandon, now)
-        elif not group.ready:
-            return
-        self.waiting.discard(prompt)
-        if self.deadline and not self.waiting:
-            self.deadline = False
-            self._end_others(CandidateGroup.deadline, now)
+        if not self.is_settled[prompt] and (group.complete or group.ready):
+            self.is_settled[prompt] = True
+            self.settled.append(prompt)
+            if len(self.settled) == self.num_needed:
+                self._end_waits(now)
 
-    def _end_others(self, end_group: Callable[[CandidateGroup], list[int]], now: float) -> None:
-        """The groups that are not decided are told to end."""
+    def _end_waits(self, now: float) -> None:
+        """No group waits longer than until it is settled; with a harvest, the others are given up."""
+        if self.harvest is not None:
+            self.trained = self.settled[: self.harvest]
+        wanted_prompts = set(self.trained)
         for prompt, group in enumerate(self.groups):
-            if not self.decided[prompt]:
-                self._abort(prompt, end_group(group), now)
-                self.decided[prompt] = True
-                if group.complete:
-                    self.complete.append(prompt)
+            self._act(prompt, group.deadline() if prompt in wanted_prompts else group.abandon(), now)
 
     def _follow(self, candidate: int, tokens: int) -> None:
         """The next report of a candidate that has so many tokens, if it grows so far."""

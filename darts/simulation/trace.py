@@ -176,7 +176,7 @@ def _read_run(path: Path, seed: int) -> LengthTrace:
     ratios: list[float] = []
     for step in steps:
         for key, lengths, fates in zip(step.keys, step.lengths, step.fates, strict=True):
-            has_ended = ~_has(fates, "ax")
+            has_ended = ~_has(fates, "acx")
             whole_lengths.setdefault(key, []).extend(lengths[has_ended].tolist())
             if has_ended.all():
                 ratios += (lengths / lengths.mean()).tolist()
@@ -190,7 +190,7 @@ def _read_run(path: Path, seed: int) -> LengthTrace:
         lengths = np.concatenate([step.lengths[prompt_place] for step, prompt_place in launches])
         reward = np.concatenate([step.rewards[prompt_place] for step, prompt_place in launches])
         counts.update(fates)
-        is_censored, is_usable = _has(fates, "a"), ~_has(fates, "x")
+        is_censored, is_usable = _has(fates, "ac"), ~_has(fates, "x")
         completed = lengths.copy()
         if is_censored.any():
             mean = censored_moments(lengths[is_usable], is_censored[is_usable])[0]
@@ -209,7 +209,7 @@ def _read_run(path: Path, seed: int) -> LengthTrace:
             "through DARTS's trainer (darts.strategy=none for plain verl), or a CSV file."
         )
     # 3. What a user has to know.
-    total, aborted = counts.total(), counts["a"]
+    total, aborted = counts.total(), counts["a"] + counts["c"]
     if aborted:
         notes.append(
             f"CENSORED: {aborted} of {total} candidates ({aborted / total:.1%}) were aborted, so nobody knows how long "
@@ -254,7 +254,7 @@ def _completed(
 
 
 def _trained(fates: str) -> bool:
-    return "k" in fates or "f" in fates
+    return any(letter in fates for letter in "kfc")
 
 
 def _has(fates: str, letters: str) -> NDArray[np.bool_]:

@@ -22,7 +22,7 @@ def banner(config: DictConfig, darts: DartsConfig, cache_tokens: int = 0) -> str
     return (
         f"plugin active: M={darts.group_size} of {count_text} ({allocation.mode}, {allocation.low} to "
         f"{allocation.high}), selection {selection.mode}: K={darts.num_short} shortest and L={selection.num_long} "
-        f"longest (wait: {selection.long_wait}), early stop {darts.early_stop}"
+        f"longest ({selection.long_end}, wait: {selection.long_wait}), early stop {darts.early_stop}"
         f"{'' if darts.some_shortest_only else ' (no group is shortest-only: it never acts)'}{placement_text}"
         f"; log-probs {_when_computed(config, darts, cache_tokens)}"
     )

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from darts.config import DartsConfig
 from darts.forecast import CostModel, draw_lengths, stopped_lengths
-from darts.group import CandidateGroup
+from darts.group import LONG_WAIT, CandidateGroup, num_due
 from darts.latency import LatencyCurve, StepTimes, makespan
 
 CURVE = LatencyCurve([1, 4], [1.0, 1.6])
@@ -52,7 +52,8 @@ def decoded_by_groups(lengths: list[list[int]], darts: DartsConfig, limit: int) 
                         aborted[number] |= set(group.finish(candidate, token, truncated=token == limit))
                 else:
                     aborted[number] |= set(group.progress(candidate, token))
-        if darts.selection.long_wait == "deadline" and all(group.ready or group.complete for group in groups):
+        num_settled = sum(group.ready or group.complete for group in groups)
+        if darts.selection.long_wait == "deadline" and num_settled >= num_due(len(groups)):
             for number, group in enumerate(groups):
                 aborted[number] |= set(group.deadline())
         for number, losers in enumerate(aborted):
@@ -65,10 +66,11 @@ def decoded_by_groups(lengths: list[list[int]], darts: DartsConfig, limit: int) 
     st.lists(st.lists(st.integers(1, 12), min_size=3, max_size=6), min_size=1, max_size=4),
     st.sampled_from(["eager", "exact", "off"]),
     st.sampled_from(["auto", "dual_end", "shortest_only"]),
-    st.sampled_from(["all", "deadline"]),
+    st.sampled_from([("finished", wait) for wait in LONG_WAIT] + [("cut", "deadline"), ("cut", "none")]),
 )
-def test_what_groups_stop_is_what_the_state_machine_stops(lengths, early_stop, mode, long_wait):
-    darts = settings_of(early_stop=early_stop, selection={"mode": mode, "long_wait": long_wait})
+def test_what_groups_stop_is_what_the_state_machine_stops(lengths, early_stop, mode, long):
+    selection = {"mode": mode} | dict(zip(("long_end", "long_wait"), long, strict=True))
+    darts = settings_of(early_stop=early_stop, selection=selection)
     budgets = np.array([len(row) for row in lengths])
     padded = np.array([row + [7] * (6 - len(row)) for row in lengths], dtype=np.float64)
     got = stopped_lengths(padded[None], budgets, darts, limit=12)[0]

@@ -43,6 +43,7 @@ def test_every_figure_by_hand():
         "darts/candidates/truncated": 1,
         "darts/candidates/aborted": 0,
         "darts/candidates/lost": 0,
+        "darts/candidates/cut": 0,
         "darts/candidates/kept": 4,
         "darts/candidates/dropped": 2,
         "darts/candidates/per_prompt": 3,
@@ -59,6 +60,7 @@ def test_every_figure_by_hand():
         "darts/group/max_over_median": (2 + 64 / 30) / 2,
         "darts/group/saturated_share": 0.5,
         "darts/group/shortest_only_share": 0.5,
+        "darts/group/cut_share": 0,
         "darts/group/filled": 0,
         "darts/group/no_valid": 0,
         "darts/group/returned": 0,
@@ -92,6 +94,21 @@ def test_aborted_candidates_count_with_what_they_had():
     assert metrics["darts/early_stop/tokens_after"] == 3
     assert metrics["darts/early_stop/stop_s_mean"] == metrics["darts/early_stop/stop_s_max"] == 0.25
     assert metrics["darts/selection/arrival_disagreement"] == 0
+
+
+def test_cut_ones_are_kept_parts_and_no_more_aborted_than_filled():
+    cut = pool(
+        state=list("dcaddt"),
+        kept=[True, True, False, True, False, True],
+        arrival=[0, -1, -1, 1, 0, 2],
+        stop_seconds=[np.nan, 0.1, 0.2, np.nan, np.nan, np.nan],
+        num_long=1,
+    )
+    metrics = rollout_metrics(cut, 2, 1.0, "cut")
+    assert [metrics[f"darts/candidates/{name}"] for name in ("finished", "aborted", "cut", "truncated")] == [3, 1, 1, 1]
+    assert metrics["darts/group/cut_share"] == 0.25
+    assert metrics["darts/group/filled"] == 0, "the long end may be what did not end"
+    assert metrics["darts/selection/arrival_disagreement"] == 0.5, "of the second group another came first"
 
 
 def test_what_was_not_measured_is_absent():

@@ -25,4 +25,4 @@ def test_columns_that_do_not_fit_are_refused(columns):
 
 
 def test_the_letters_are_those_of_a_trace():
-    assert [state.value for state in State if state.ended] == list("dtax")
+    assert [state.value for state in State if state.ended] == list("dtacx")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from darts.config import DartsConfig
-from darts.group import CandidateGroup
+from darts.group import CandidateGroup, num_due
 from darts.latency import LatencyCurve, makespan
 from darts.simulation.costs import Cluster
 from darts.simulation.engine import Engine
@@ -87,20 +87,51 @@ def test_exact_hears_of_growth_in_chunks():
     assert run([10, 20, 22], [3], some, fleet(step_seconds=BY_HAND)).pool.length.tolist() == [10, 20, 22]
 
 
-def test_the_deadline_falls_once_all_groups_are_ready():
+def test_the_deadline_falls_once_all_groups_but_a_few_are_ready_and_the_others_go_on_until_they_are():
     some = rules(2, selection={"mode": "dual_end", "long_wait": "deadline"})
-    outcome = run([2, 4, 40, 3, 8, 50], [3, 3], some, fleet(step_seconds=[1.0] * 6))
-    assert outcome.seconds == 8.0
-    assert outcome.pool.length.tolist() == [2, 4, 8, 3, 8, 8]
-    assert outcome.complete == [0, 1]
-    assert outcome.pool.kept.tolist() == [True, True, False, True, True, False]
+    outcome = run([2, 4, 40, 3, 8, 50, 5, 20, 60], [3, 3, 3], some, fleet(step_seconds=[1.0] * 10))
+    assert outcome.seconds == 20.0
+    assert outcome.pool.length.tolist() == [2, 4, 8, 3, 8, 8, 5, 20, 20]
+    assert outcome.complete == [0, 1, 2]
+    assert outcome.pool.kept.tolist() == [True, True, False] * 3
 
 
 def test_a_group_that_is_complete_before_the_deadline_counts():
     some = rules(2, selection={"mode": "dual_end", "long_wait": "deadline"})
-    outcome = run([2, 4, 5, 3, 8, 50], [3, 3], some, fleet(step_seconds=[1.0] * 6))
-    assert outcome.complete == [0, 1]
-    assert outcome.pool.kept.tolist() == [True, False, True, True, True, False]
+    lengths, truncated = [2, 4, 5, 3, 8, 50, 3, 30, 40], [False, True, True] + [False] * 6
+    outcome = run(lengths, [3, 3, 3], some, fleet(step_seconds=[1.0] * 10), truncated)
+    assert outcome.complete == [0, 1, 2]
+    assert outcome.pool.length.tolist() == [2, 4, 5, 3, 8, 8, 3, 30, 30]
+    assert outcome.pool.kept.tolist() == [True, True, False] * 3
+
+
+CUT = {"mode": "dual_end", "long_end": "cut"}
+
+
+def test_a_cut_group_keeps_what_runs_at_the_deadline_with_what_it_has():
+    some = rules(2, selection=CUT)
+    outcome = run([2, 40, 60, 3, 8, 50], [3, 3], some, fleet(step_seconds=[1.0] * 6))
+    assert outcome.seconds == 3.0, "of two groups one is a few, and the other goes on until it is settled"
+    assert outcome.pool.length.tolist() == [2, 2, 2, 3, 3, 3]
+    assert outcome.pool.kept.tolist() == [True, False, True] * 2
+    assert outcome.pool.cut.tolist() == [False, False, True] * 2
+    assert outcome.pool.aborted.tolist() == [False, True, False] * 2
+
+
+def test_the_harvest_cuts_the_groups_that_it_takes_and_gives_up_the_others():
+    some = rules(2, selection=CUT)
+    outcome = run([2, 40, 60, 9, 50, 3, 30], [3, 2, 2], some, fleet(step_seconds=[1.0] * 7), harvest=2)
+    assert outcome.seconds == 3.0
+    assert outcome.complete == [0, 2]
+    assert outcome.pool.length.tolist() == [2, 3, 3, 3, 3, 3, 3]
+    assert outcome.pool.cut.tolist() == [False, False, True, False, False, False, True]
+
+
+def test_a_candidate_that_waits_for_a_slot_has_nothing_to_be_cut_with():
+    outcome = run([2, 6, 60], [3], rules(2, selection=CUT), fleet(slots=1, step_seconds=[1.0] * 4))
+    assert outcome.seconds == 2.0, "the second has begun at that instant"
+    assert outcome.pool.length.tolist() == [2, 1, 0]
+    assert outcome.pool.kept.tolist() == [True, True, False]
 
 
 def test_the_harvest_abandons_the_others():
@@ -159,7 +190,7 @@ class Naive:
 
     def __init__(self, lengths, truncated, budgets, some_rules, some_fleet, order, harvest):
         self.rules, (self.cluster, self.curve), self.harvest = some_rules, some_fleet, harvest
-        self.total, self.cut = list(lengths), list(truncated)
+        self.total, self.truncated = list(lengths), list(truncated)
         self.done = [0.0] * len(lengths)
         self.ended_at = [None] * len(lengths)
         self.aborted = [False] * len(lengths)
@@ -169,7 +200,8 @@ class Naive:
         submitted = [self.first[prompt] + index for prompt in order for index in range(budgets[prompt])]
         engine_of = route(budgets, order, self.cluster.engines, some_rules.routing)
         self.queues = [[c for c in submitted if engine_of[c] == engine] for engine in range(self.cluster.engines)]
-        self.now, self.finished, self.over = 0.0, [], False
+        self.now, self.settled, self.begun = 0.0, [], set()
+        self.trained = list(range(len(budgets)))
 
     def running(self, engine):
         return [c for c in self.queues[engine] if self.ended_at[c] is None][: self.cluster.max_num_seqs]
@@ -182,7 +214,19 @@ class Naive:
         report = (math.floor(self.done[c] / chunk) + 1) * chunk
         return min(report, self.total[c]) if exact else self.total[c]
 
+    def begin(self):
+        """Those that have come to run may be cut."""
+        while True:
+            new = [c for e in range(self.cluster.engines) for c in self.running(e) if c not in self.begun]
+            if not new:
+                return
+            self.begun.add(new[0])
+            prompt = self.group_of[new[0]]
+            if self.groups[prompt].rules.cuts:
+                self.abort(prompt, self.groups[prompt].progress(new[0] - self.first[prompt], 1))
+
     def live(self):
+        self.begin()
         while any(at is None for at in self.ended_at):
             running = [self.running(engine) for engine in range(self.cluster.engines)]
             speeds = [self.curve(len(some)) for some in running]
@@ -207,30 +251,31 @@ class Naive:
         group, index = self.groups[self.group_of[c]], c - self.first[self.group_of[c]]
         if self.done[c] >= self.total[c]:
             self.ended_at[c] = self.now
-            losers = group.finish(index, self.total[c], self.cut[c])
+            losers = group.finish(index, self.total[c], self.truncated[c])
         else:
             losers = group.progress(index, int(self.done[c]))
         self.abort(self.group_of[c], losers)
-        if group.complete and self.group_of[c] not in self.finished:
-            self.finished.append(self.group_of[c])
-            if self.harvest == len(self.finished):
-                self.end_all(CandidateGroup.abandon)
-        settled = all(group.ready or group.complete for group in self.groups)
-        if self.rules.enable and self.rules.selection.long_wait == "deadline" and settled and self.harvest is None:
-            self.end_all(CandidateGroup.deadline)
-
-    def end_all(self, how):
-        for prompt, group in enumerate(self.groups):
-            if not group.complete and not group.abandoned:
-                self.abort(prompt, how(group))
-                self.finished += [prompt] * group.complete
+        self.begin()
 
     def abort(self, prompt, losers):
         for index in losers:
             c = self.first[prompt] + index
             self.ended_at[c], self.aborted[c] = self.now, True
-            self.groups[prompt].stop(index, math.floor(self.done[c]))
-            self.total[c] = math.floor(self.done[c])
+            self.total[c] = max(math.floor(self.done[c]), self.groups[prompt].lengths[index])
+            self.groups[prompt].stop(index, self.total[c])
+        group = self.groups[prompt]
+        if prompt not in self.settled and (group.complete or group.ready):
+            self.settled.append(prompt)
+            waits = self.rules.enable and self.rules.selection.long_wait == "deadline"
+            if self.harvest == len(self.settled):
+                self.trained = list(self.settled)
+                self.end_all()
+            elif self.harvest is None and waits and len(self.settled) == num_due(len(self.groups)):
+                self.end_all()
+
+    def end_all(self):
+        for prompt, group in enumerate(self.groups):
+            self.abort(prompt, group.deadline() if prompt in self.trained else group.abandon())
 
 
 MODES = [
@@ -240,6 +285,10 @@ MODES = [
     {"selection": {"mode": "dual_end", "long_wait": "all"}},
     {"selection": {"mode": "dual_end", "long_wait": "deadline"}},
     {"selection": {"mode": "auto", "long_wait": "deadline"}, "allocation": {"high": 4}},
+    {"selection": {"mode": "dual_end", "long_wait": "none"}},
+    {"selection": {"mode": "auto", "long_end": "cut"}, "allocation": {"high": 4}},
+    {"selection": {"mode": "dual_end", "long_end": "cut", "long_wait": "none"}},
+    {"selection": {"mode": "dual_end", "long_end": "truncated", "long_wait": "deadline"}},
     {"enable": False},
 ]
 
@@ -254,8 +303,7 @@ def rollouts(draw):
     lengths = draw(st.lists(st.integers(1, 20), min_size=count, max_size=count))
     truncated = draw(st.lists(st.sampled_from([False] * 5 + [True]), min_size=count, max_size=count))
     order = draw(st.permutations(range(len(budgets))))
-    settles = "deadline" in mode.get("selection", {}).values()
-    harvest = None if settles else draw(st.one_of(st.none(), st.integers(1, len(budgets))))
+    harvest = draw(st.one_of(st.none(), st.integers(1, len(budgets))))
     routing = draw(st.sampled_from(["balanced", "group"]))
     some = rules(2, **mode, **({} if mode.get("enable") is False else {"routing": routing}))
     return lengths, truncated, budgets, some, fleet(draw(st.integers(1, 3)), draw(st.integers(1, 8))), order, harvest
@@ -269,12 +317,12 @@ def test_it_is_what_a_simulator_without_events_gives(case):
     naive = Naive(*case).live()
     assert outcome.pool.ended_at.tolist() == naive.ended_at
     assert outcome.pool.length.tolist() == naive.total
-    assert outcome.pool.aborted.tolist() == naive.aborted
-    assert outcome.complete == sorted(naive.finished)
+    assert (outcome.pool.aborted | outcome.pool.cut).tolist() == naive.aborted
+    assert outcome.complete == sorted(naive.trained)
     for prompt, group in enumerate(naive.groups):
         first = naive.first[prompt]
         kept = outcome.pool.kept[first : first + budgets[prompt]]
-        chosen = group.kept if group.complete else []
+        chosen = group.kept if prompt in naive.trained else []
         assert sorted(chosen) == np.flatnonzero(kept).tolist()
         assert kept.sum() == (2 if prompt in outcome.complete else 0)
 

@@ -133,7 +133,7 @@ def test_figures_of_one_rollout(tmp_path):
     assert values["darts/reward/pool_mean"] == 3 / 5  # of the five that ended
     assert "std_correlation" not in values  # one prompt is known
     rollout = run.steps[0].rollout
-    assert rollout.fates.tolist() == [3, 1, 1, 0, 2, 0]  # k f d t a x
+    assert rollout.fates.tolist() == [3, 1, 0, 1, 0, 2, 0]  # k f c d t a x
     assert rollout.lengths.tolist() == [8, 10, 20, 30, 40, 64, 100]
     assert rollout.budgets == {4: 1, 3: 1}
     assert rollout.std.tolist() == [[12, 11, 4]]
@@ -254,7 +254,7 @@ LINE = json.dumps(step(1)) + "\n"
             ["line 1: version=2: must be 1", "use the verl-darts that wrote"],
         ),
         (json.dumps(step(1, ROLLOUT | {"fate": ["kdka", "kf"]})), ["line 1", "not of the same prompts and candidates"]),
-        (json.dumps(step(1, ROLLOUT | {"fate": ["kdka", "kfz"]})), ["line 1", "fate='z' is not of 'kfdtax'"]),
+        (json.dumps(step(1, ROLLOUT | {"fate": ["kdka", "kfz"]})), ["line 1", "fate='z' is not of 'kfcdtax'"]),
         (json.dumps(step(1, ROLLOUT | {"reward": [[1.0], [1.0]]})), ["line 1", "must be a step"]),
     ],
 )

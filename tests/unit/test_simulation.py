@@ -89,7 +89,7 @@ def test_exact_hears_of_growth_in_chunks():
 
 def test_the_deadline_falls_once_all_groups_but_a_few_are_ready_and_the_others_go_on_until_they_are():
     some = rules(2, selection={"mode": "dual_end", "long_wait": "deadline"})
-    outcome = run([2, 4, 40, 3, 8, 50, 5, 20, 60], [3, 3, 3], some, fleet(step_seconds=[1.0] * 10))
+    outcome = run([2, 4, 40, 3, 8, 50, 5, 20, 60], [3, 3, 3], some, fleet(slots=16, step_seconds=[1.0] * 17))
     assert outcome.seconds == 20.0
     assert outcome.pool.length.tolist() == [2, 4, 8, 3, 8, 8, 5, 20, 20]
     assert outcome.complete == [0, 1, 2]
@@ -99,7 +99,7 @@ def test_the_deadline_falls_once_all_groups_but_a_few_are_ready_and_the_others_g
 def test_a_group_that_is_complete_before_the_deadline_counts():
     some = rules(2, selection={"mode": "dual_end", "long_wait": "deadline"})
     lengths, truncated = [2, 4, 5, 3, 8, 50, 3, 30, 40], [False, True, True] + [False] * 6
-    outcome = run(lengths, [3, 3, 3], some, fleet(step_seconds=[1.0] * 10), truncated)
+    outcome = run(lengths, [3, 3, 3], some, fleet(slots=16, step_seconds=[1.0] * 17), truncated)
     assert outcome.complete == [0, 1, 2]
     assert outcome.pool.length.tolist() == [2, 4, 5, 3, 8, 8, 3, 30, 30]
     assert outcome.pool.kept.tolist() == [True, True, False] * 3

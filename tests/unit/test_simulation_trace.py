@@ -184,7 +184,7 @@ def test_where_nothing_is_known_an_aborted_candidate_counts_with_what_it_had(tmp
             line(1, [[1, 2]], ["k"]),
             "but key, length, fate and reward are not of the same prompts",
         ),
-        (line(1, [[1]], ["q"]), "line 1: must be a step, but fate='q' is not of 'kfdtax'"),
+        (line(1, [[1]], ["q"]), "line 1: must be a step, but fate='q' is not of 'kfcdtax'"),
         (
             line(1, [[5]], ["k"]) + line(2, [[-3]], ["k"]),
             "line 2: must be a step, but length=-3 with fate",

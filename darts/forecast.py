@@ -8,9 +8,8 @@ do not change from step to step by chance.
 3. Candidates go to the engines in turns, in the order in which they are launched: as `darts.routing=balanced` does it.
 """
 
-import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,12 @@ REFINE_WEIGHT = 0.3
 """Weight of a new rollout in the refined curve (our choice)."""
 OVERHEADS = 5
 """Rollouts over which the median of what decoding does not explain is taken: the first one may be slow (our choice)."""
+OVERHEADS_APART = 24
+"""Rollouts that say how it grows with the candidates (our choice)."""
+LEAST_APART, APART = 3, 1.2
+"""It takes so many rollouts with few candidates and as many with many, in the median this factor apart (our choice)."""
+KV_SLACK = 0.1
+"""A KV cache that differs by less is the same: vLLM measures the memory that is free at each start (our choice)."""
 LEAST_DRAWS = 16
 """A batch is drawn so often: with fewer draws the best total changes by chance (our choice)."""
 DRAWN_CANDIDATES = 2048
@@ -116,21 +121,101 @@ def _deal(launched: NDArray[np.float64], num_engines: int) -> NDArray[np.float64
     return dealt_tokens.reshape(num_draws, most_sequences, num_engines).swapaxes(1, 2)
 
 
+def engine_slots(
+    lengths: NDArray[np.float64], max_running: int | None, kv_tokens: int | None, prompt_tokens: float = 0.0
+) -> int | None:
+    """Sequences that an engine runs at once: `max_num_seqs`, or as many as its KV cache has room for.
+
+    A running sequence holds its prompt and what it has decoded. The latter is E[l^2] / (2 E[l]) in the mean (our
+    choice): whoever looks at a busy engine finds a sequence of length l with a chance that grows with l, and half done.
+
+    Args:
+        lengths: decoded tokens of sequences, any shape; those of 0 do not run.
+        max_running: `max_num_seqs`; None: no limit.
+        kv_tokens: tokens for which the engine's KV cache has room; None: no limit.
+        prompt_tokens: that a sequence holds and shares with no other, in the mean.
+
+    Returns:
+        At least 1; None: no limit.
+    """
+    total_tokens = float(lengths.sum())
+    if kv_tokens is None or total_tokens == 0:
+        return max_running
+    held_tokens = prompt_tokens + float(np.square(lengths).sum()) / (2 * total_tokens)
+    kv_slots = max(int(kv_tokens / held_tokens), 1)
+    return kv_slots if max_running is None else min(kv_slots, max_running)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredEngines:
+    """The engines that a cost model is of.
+
+    Example: `MeasuredEngines(model="9f2c", device="NVIDIA H100 80GB HBM3", tensor_parallel=4, engines=8,
+    max_num_seqs=512, kv_tokens=400_000)`.
+    """
+
+    model: str  # as `darts.checks.model.model_id` gives it
+    device: str
+    tensor_parallel: int
+    engines: int  # that share a rollout
+    max_num_seqs: int
+    kv_tokens: int | None  # for which the KV cache of an engine has room; None: not known, or no limit
+
+    def differences(self, other: "MeasuredEngines") -> list[str]:
+        """What makes these engines others, e.g. `["engines 8 instead of 4"]`; empty: a cost model fits both."""
+        pairs = {each.name: (getattr(self, each.name), getattr(other, each.name)) for each in fields(self)}
+        here, there = pairs["kv_tokens"]
+        if here and there and abs(here - there) <= KV_SLACK * max(here, there):
+            del pairs["kv_tokens"]
+        return [f"{name} {here} instead of {there}" for name, (here, there) in pairs.items() if here != there]
+
+    @classmethod
+    def from_state(cls, state: Any) -> "MeasuredEngines":
+        """The engines that `dataclasses.asdict` described; a `ValueError` for anything else."""
+        names = [each.name for each in fields(cls)]
+        if not isinstance(state, dict) or set(state) != set(names):
+            raise ValueError(f"engines={state!r:.200}: must have {', '.join(names)}.")
+        for name, value in state.items():
+            kind, rule = (str, "a text") if name in ("model", "device") else (int, "an integer")
+            if type(value) is not kind and (name, value) != ("kv_tokens", None):
+                raise ValueError(f"engines.{name}={value!r:.80}: must be {rule}.")
+        return cls(**state)
+
+
 @dataclass(eq=False)
 class CostModel:
     """Seconds of a rollout: the slowest engine's decoding, and what every rollout takes besides (paper, cost model).
 
-    The latter (prefill, agent loops, scoring) is 0 until `refine` has seen rollouts (our choice).
+    The latter (prefill, agent loops, scoring) is a line a + b n in the number of candidates (our choice): 0 until
+    `refine` has seen rollouts; then b n, the median of the last ones per candidate, for candidates that look free would
+    all be launched; and with a constant part once enough rollouts with few and with many candidates tell it apart.
     """
 
     curve: LatencyCurve  # PTL of one engine
     source: str  # says where the curve comes from
-    overheads: Sequence[float] = ()  # seconds of the last rollouts that decoding does not explain
+    overheads: Sequence[tuple[float, float]] = ()  # of the last rollouts: candidates, seconds decoding does not explain
+    engines: MeasuredEngines | None = None  # that all this is of; None: not said
 
     @property
-    def overhead_s(self) -> float:
-        """Seconds that a rollout takes besides decoding: the median of the last ones."""
-        return statistics.median(self.overheads) if self.overheads else 0.0
+    def overhead_line(self) -> tuple[float, float]:
+        """Seconds of a rollout besides decoding: those that it takes anyway, and those of each candidate."""
+        if not self.overheads:
+            return 0.0, 0.0
+        counts, seconds = np.array(self.overheads, dtype=np.float64).T
+        per_candidate_s = float(np.median((seconds / counts)[-OVERHEADS:]))
+        has_many = counts > (counts.min() + counts.max()) / 2
+        if LEAST_APART <= has_many.sum() <= len(counts) - LEAST_APART:
+            few, many = float(np.median(counts[~has_many])), float(np.median(counts[has_many]))
+            if many >= APART * few:
+                growth_s = float(np.median(seconds[has_many]) - np.median(seconds[~has_many]))
+                per_candidate_s = min(max(growth_s / (many - few), 0.0), per_candidate_s)
+        constant_s = float(np.median((seconds - per_candidate_s * counts)[-OVERHEADS:]))
+        return max(constant_s, 0.0), per_candidate_s
+
+    def overhead_s(self, num_candidates: float) -> float:
+        """Seconds that a rollout of so many candidates takes besides decoding."""
+        constant_s, per_candidate_s = self.overhead_line
+        return constant_s + per_candidate_s * num_candidates
 
     def seconds(self, lengths: NDArray[np.float64], num_engines: int, max_running: int | None) -> float:
         """Mean over the draws, with what a rollout takes besides decoding.
@@ -138,8 +223,12 @@ class CostModel:
         Args:
             lengths: decoded tokens in the order of launch, shape [draws, num_prompts, most]; those of 0 do not run.
             num_engines: that share the rollout.
-            max_running: sequences that an engine runs at once; None: no limit.
+            max_running: sequences that an engine runs at once (`engine_slots`); None: no limit.
         """
+        num_candidates = np.count_nonzero(lengths) / len(lengths)
+        return self._decoding_s(lengths, num_engines, max_running) + self.overhead_s(num_candidates)
+
+    def _decoding_s(self, lengths: NDArray[np.float64], num_engines: int, max_running: int | None) -> float:
         drawn_lengths = lengths.reshape(len(lengths), -1)
         is_launched = drawn_lengths > 0
         if (is_launched == is_launched[0]).all():  # as many of each prompt in all draws: at once, for speed
@@ -148,7 +237,7 @@ class CostModel:
             launched_lengths = [draw[draw > 0][None] for draw in drawn_lengths]
         engine_tokens = [_deal(draws, num_engines) for draws in launched_lengths]
         slowest_seconds = [decode_seconds(tokens, self.curve, max_running).max(axis=1) for tokens in engine_tokens]
-        return float(np.mean(slowest_seconds)) + self.overhead_s
+        return float(np.mean(slowest_seconds))
 
     def refine(
         self,
@@ -163,25 +252,36 @@ class CostModel:
         Args:
             decoded: tokens of each candidate in the order of launch, shape [num_candidates].
             seconds: of the rollout.
-            step_times: what its engines' chunks showed.
+            step_times: what its engines' chunks showed, by the sequences that the engines ran.
             num_engines: as of `seconds`, and `max_running`.
         """
-        self.curve = self.curve.refined(step_times, REFINE_WEIGHT, max_running)
-        explained_s = self.seconds(decoded[None, None].astype(np.float64), num_engines, max_running) - self.overhead_s
-        self.overheads = [*self.overheads, max(seconds - explained_s, 0.0)][-OVERHEADS:]
+        self.curve = self.curve.refined(step_times, REFINE_WEIGHT)
+        explained_s = self._decoding_s(decoded[None, None].astype(np.float64), num_engines, max_running)
+        unexplained = (len(decoded), max(seconds - explained_s, 0.0))
+        self.overheads = [*self.overheads, unexplained][-OVERHEADS_APART:]
 
     def state_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"curve": self.curve.to_dict(), "source": self.source, "overheads": list(self.overheads)}
+        return {
+            "curve": self.curve.to_dict(),
+            "source": self.source,
+            "overheads": [list(pair) for pair in self.overheads],
+            "engines": None if self.engines is None else asdict(self.engines),
+        }
 
     @classmethod
     def from_state(cls, state: Any) -> "CostModel":
         """The model that `state_dict` gave; a `ValueError` says what is wrong with something else."""
-        if not isinstance(state, dict) or set(state) != {"curve", "source", "overheads"}:
-            raise ValueError(f"cost model={state!r:.80}: must have curve, source and overheads.")
-        source, overheads = state["source"], state["overheads"]
+        if not isinstance(state, dict) or set(state) != {"curve", "source", "overheads", "engines"}:
+            raise ValueError(f"cost model={state!r:.80}: must have curve, source, overheads and engines.")
+        source, overheads, engines = state["source"], state["overheads"], state["engines"]
         if not isinstance(source, str):
             raise ValueError(f"source={source!r}: must be a text.")
-        if not are_amounts(overheads):
-            raise ValueError(f"overheads={overheads!r:.80}: must be finite numbers that are not negative.")
-        return cls(LatencyCurve.from_dict(state["curve"]), source, overheads[-OVERHEADS:])
+        if not isinstance(overheads, list) or not all(are_amounts(p) and len(p) == 2 and p[0] >= 1 for p in overheads):
+            raise ValueError(f"overheads={overheads!r:.80}: must be pairs of candidates, at least 1, and seconds.")
+        return cls(
+            LatencyCurve.from_dict(state["curve"]),
+            source,
+            [(count, seconds) for count, seconds in overheads[-OVERHEADS_APART:]],
+            None if engines is None else MeasuredEngines.from_state(engines),
+        )

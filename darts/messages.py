@@ -112,7 +112,8 @@ class Chunk(NamedTuple):
     offset: int  # tokens of the request before this chunk
     token_ids: list[int]
     made_at: float  # `time.time()` at the server
-    running: int  # streamed requests that the server has open then, this one and those of other clients too
+    running: float  # sequences that an engine ran in its last step, whoever's; mean over the server's engines
+    steps: int  # decoding steps that an engine of the server has made so far, mean over them
 
 
 # Columns of the batch between manager and worker. Agent loops never see them.

@@ -3,7 +3,8 @@
 Contract: pure, without a clock; prompts' keys in, a `Plan` out; what the candidates became in, metrics out.
 
 1. `plan` changes nothing; `observe` is called once after each rollout that was planned and ended. All that both
-   depend on besides the settings is in `state_dict`: a planner that loads it plans what the saved one would have.
+   depend on besides the settings and the engines is in `state_dict`: a planner that loads it plans what the saved one
+   would have.
 2. Prompts of the same key share a history: their candidates count as one observation.
 3. The utility's T takes every candidate to its end (our reading of the paper), and is a moving mean over the batches;
    `predicted_s` follows the groups' rules.
@@ -20,15 +21,15 @@ from numpy.typing import NDArray
 
 from darts.allocation import Utility, allocate, contiguous_parts, optimal_total, rounded_total, spread_parts
 from darts.config import DartsConfig
-from darts.forecast import CostModel, draw_lengths, stopped_lengths
+from darts.forecast import CostModel, draw_lengths, engine_slots, stopped_lengths
 from darts.history import LengthHistory, StopCorrection, are_amounts
 from darts.latency import StepTimes
 from darts.pool import CandidatePool
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 TIME_WEIGHT = 0.1
-"""Weight of a new batch in the moving mean of relative rollout times (our choice): the slowest engine is decided by a
-few draws of the longest responses, and the best total shall not jump with them."""
+"""Weight of a new batch in the moving means of relative rollout times and of prompt tokens (our choice): the slowest
+engine is decided by a few draws of the longest responses, and the best total shall not jump with them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -90,14 +91,28 @@ class RolloutPlanner:
     ema_weight: InitVar[float]  # of a new observation in a prompt's history
     response_length: int  # longest response, tokens
     num_engines: int = 1  # that share a rollout
-    max_running: int | None = None  # sequences that an engine runs at once; None: no limit
+    max_running: int | None = None  # `max_num_seqs` of an engine; None: no limit
+    kv_tokens: int | None = None  # for which an engine's KV cache has room; None: no limit
     cost: CostModel | None = None
     steps: int = 0  # rollouts observed
+    prompt_tokens: float = 0.0  # that a candidate adds to the KV cache: moving mean of those it did not find there
 
     def __post_init__(self, ema_weight: float) -> None:
         self.history = LengthHistory(ema_weight)
         self.correction = StopCorrection()
         self._times: tuple[float, ...] = ()  # of the last plan with a utility
+        self._time_bounds: tuple[int, int] | None = None  # M_low and M_up of these times
+
+    def use_cost_model(self, cost: CostModel | None) -> None:
+        """From now on seconds are by this cost model; relative times that another one gave are forgotten."""
+        if cost is not self.cost:
+            self._times, self._time_bounds = (), None
+        self.cost = cost
+        self.kv_tokens = None if cost is None or cost.engines is None else cost.engines.kv_tokens
+
+    def slots(self, lengths: NDArray[Any]) -> int | None:
+        """Sequences of such lengths that an engine runs at once (`darts.forecast.engine_slots`); None: no limit."""
+        return engine_slots(np.asarray(lengths, np.float64), self.max_running, self.kv_tokens, self.prompt_tokens)
 
     def plan(self, keys: Sequence[str], darts: DartsConfig) -> Plan:
         """Budgets for a batch, in its order."""
@@ -125,7 +140,7 @@ class RolloutPlanner:
         if lengths is not None:
             decoded_lengths = stopped_lengths(lengths, budgets, darts, self.response_length)
             start_order = launch_order(budgets, mean, adaptive)
-            predicted_s = self.cost.seconds(decoded_lengths[:, start_order], self.num_engines, self.max_running)
+            predicted_s = self._seconds(decoded_lengths[:, start_order])
         return Plan(
             keys=list(keys),
             budgets=budgets,
@@ -155,6 +170,7 @@ class RolloutPlanner:
             The std of each prompt's lengths as observed, corrected for censoring, shape [num_prompts]; and metrics.
         """
         groups = np.split(np.arange(len(pool)), np.cumsum(plan.budgets)[:-1])
+        self._learn_prompts(pool)
         observed_std = self._learn_lengths(plan.keys, groups, pool, darts)
         metrics = plan_metrics(plan, observed_std, seconds) | {
             "darts/history/prompts": len(self.history),
@@ -164,10 +180,16 @@ class RolloutPlanner:
         }
         if self.cost is not None and darts.latency.refine:
             decoded_lengths = pool.length[np.concatenate([groups[prompt] for prompt in plan.launch_order])]
-            self.cost.refine(decoded_lengths, seconds, step_times, self.num_engines, self.max_running)
-            metrics["darts/latency/overhead_s"] = self.cost.overhead_s
+            num_slots = self.slots(decoded_lengths)
+            self.cost.refine(decoded_lengths, seconds, step_times, self.num_engines, num_slots)
+            metrics["darts/latency/overhead_s"] = self.cost.overhead_s(len(pool))
+            if num_slots is not None:
+                metrics["darts/latency/slots"] = num_slots
+            if step_times:
+                metrics["darts/latency/running_most"] = step_times.points()[-1][0]
         self.steps += 1
-        self._times = plan.times or self._times
+        if plan.times:
+            self._times, self._time_bounds = plan.times, (darts.allocation.low, darts.allocation.high)
         return observed_std, {name: float(value) for name, value in metrics.items()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -179,7 +201,8 @@ class RolloutPlanner:
             "history": self.history.state_dict(),
             "correction": self.correction.state_dict(),
             "cost": cost,
-            "times": list(self._times),
+            "prompt_tokens": self.prompt_tokens,
+            "times": self._time_bounds and {"bounds": list(self._time_bounds), "means": list(self._times)},
         }
 
     def load_state_dict(self, state: Any) -> None:
@@ -196,13 +219,15 @@ class RolloutPlanner:
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
             raise ValueError(f"steps={steps!r}: must be an integer that is not negative.")
         cost = None if state.get("cost") is None else CostModel.from_state(state["cost"])
-        times = state.get("times")
-        if not are_amounts(times):
-            raise ValueError(f"times={times!r:.80}: must be finite numbers that are not negative.")
+        prompt_tokens = state.get("prompt_tokens")
+        if not are_amounts([prompt_tokens]):
+            raise ValueError(f"prompt_tokens={prompt_tokens!r:.80}: must be finite and not negative.")
+        time_bounds, times = _times_of(state.get("times"))
         correction = StopCorrection()
         correction.load_state_dict(state.get("correction"))
         self.history.load_state_dict(state.get("history"))
-        self.steps, self.correction, self.cost, self._times = steps, correction, cost, tuple(times)
+        self.steps, self.correction, self.cost, self.prompt_tokens = steps, correction, cost, float(prompt_tokens)
+        self._time_bounds, self._times = time_bounds, times
 
     def _to_the_end(
         self, lengths: NDArray[np.float64], budgets: NDArray[np.int64], mean: NDArray[np.float64], adaptive: bool
@@ -210,7 +235,11 @@ class RolloutPlanner:
         """Seconds if every candidate runs to its end."""
         is_launched = np.arange(lengths.shape[-1]) < budgets[:, None]
         order = launch_order(budgets, mean, adaptive)
-        return self.cost.seconds(np.where(is_launched, lengths, 0.0)[:, order], self.num_engines, self.max_running)
+        return self._seconds(np.where(is_launched, lengths, 0.0)[:, order])
+
+    def _seconds(self, launched: NDArray[np.float64]) -> float:
+        """Seconds of a rollout that decodes so much, shape [draws, num_prompts, most], in the order of launch."""
+        return self.cost.seconds(launched, self.num_engines, self.slots(launched))
 
     def _relative_times(
         self,
@@ -226,7 +255,7 @@ class RolloutPlanner:
             self._to_the_end(lengths, allocate(weights, each * num_prompts, low, high), mean, True) / base_s
             for each in range(low, high + 1)
         ]
-        if len(self._times) != len(new_times):  # the first, or other bounds than before
+        if not self._times or self._time_bounds != (low, high):  # the first, or other bounds than before
             return tuple(new_times)
         return tuple(old + TIME_WEIGHT * (now - old) for old, now in zip(self._times, new_times, strict=True))
 
@@ -245,6 +274,14 @@ class RolloutPlanner:
             cost_weight=allocation.cost_weight,
             total=None if mean_budget is None else rounded_total(num_prompts, mean_budget),
         )
+
+    def _learn_prompts(self, pool: CandidatePool) -> None:
+        """Updates what the prompt of a candidate adds to the KV cache, where the pool says it."""
+        has_prompt = (pool.prompt_tokens > 0) & (pool.length > 0)  # of one that never started nothing is known
+        if has_prompt.any():
+            own_tokens = float((pool.prompt_tokens - pool.cached_tokens)[has_prompt].mean())
+            weight = TIME_WEIGHT if self.prompt_tokens else 1.0
+            self.prompt_tokens += weight * (own_tokens - self.prompt_tokens)
 
     def _learn_lengths(
         self, keys: list[str], groups: list[NDArray[np.int64]], pool: CandidatePool, darts: DartsConfig
@@ -271,6 +308,17 @@ class RolloutPlanner:
             correction = self.correction.factor if was_stopped else 1.0
             observed_std[key] = self.history.update(key, pool.length[key_rows], censored[key_rows], correction)
         return np.array([observed_std[key] for key in keys])
+
+
+def _times_of(state: Any) -> tuple[tuple[int, int] | None, tuple[float, ...]]:
+    """M_low and M_up, and the moving means of relative times from the one to the other; a `ValueError` if not so."""
+    if state is None:
+        return None, ()
+    bounds, means = (state.get("bounds"), state.get("means")) if isinstance(state, dict) else (None, None)
+    if not are_amounts(bounds) or not are_amounts(means) or len(bounds) != 2 or len(means) != bounds[1] - bounds[0] + 1:
+        rule = "must be null, or bounds [M_low, M_up] and a mean for each number from M_low to M_up."
+        raise ValueError(f"times={state!r:.80}: {rule}")
+    return (int(bounds[0]), int(bounds[1])), tuple(means)
 
 
 def launch_order(budgets: NDArray[np.int64], mean: NDArray[np.float64], adaptive: bool) -> NDArray[np.int64]:

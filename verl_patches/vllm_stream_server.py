@@ -1,19 +1,22 @@
 """verl's vLLM server, with requests that stream and that can be stopped. For GPU and CPU alike.
 
 Contract. `StreamingServer` is `verl.workers.rollout.vllm_rollout.vllm_async_server.vLLMHttpServer` (verl 0.9.1) with
-three methods more. Everything else is upstream's: gates, LoRA, limits, HTTP, and `generate` for whoever calls it.
+four methods more. Everything else is upstream's: gates, LoRA, limits, HTTP, and `generate` for whoever calls it.
 
 1. `generate_streamed` is `generate` with chunks of new tokens on the side, for `take_chunks`. Its answer has all tokens
    and, in `extra_fields["finish_reason"]`, vLLM's own reason: `stop`, `length` or `abort`; aborted requests too.
 2. `take_chunks` gives the chunks of all requests of one client at once, so its calls do not grow with the requests.
-   Each chunk says how many streamed requests the server had open, whoever's, so that clients learn what a step costs.
+   Each chunk says how many sequences an engine of the server ran then, whoever's, and how many steps it had made, so
+   that clients learn what a step costs. Both are counted in what the engines send (`_EngineSteps`): requests that are
+   open may wait, for a place or, preempted, for KV cache.
 3. `abort_streams` stops any number of requests in one call, keeps the prefix cache, and answers which of them ran. One
    abort is enough: a request on its way into the engine is stopped as soon as the engine knows it, and one on its way
    to the server, whose abort Ray ran first, ends without tokens. So an id that was aborted is not used again.
 4. `generate` reaches the engine through `_StreamingEngine`, which cuts the output of streamed requests into chunks. On
    vLLM before 0.28, which has no stream interval per request, the engine's front end wakes for every token, as it does
    under plain verl.
-5. A call that waits (1,500 requests on one server) must not keep an abort waiting: the replica admits `MAX_OPEN_CALLS`.
+5. `kv_tokens` tells for how many tokens an engine's KV cache has room.
+6. A call that waits (1,500 requests on one server) must not keep an abort waiting: the replica admits `MAX_OPEN_CALLS`.
 
 `register()` puts it in the place of verl's own for the name `vllm`, in the process that starts the servers.
 """
@@ -49,6 +52,9 @@ MAX_EARLY_ABORTS = 65_536
 ABORT_WAITS_S = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 """Pauses between the attempts to abort a request that the engine does not know yet; the last one comes again."""
 
+FRESH_S = 1.0
+"""An engine of several that has made no step for so long runs nothing."""
+
 HAS_STREAM_INTERVAL = "stream_interval" in SamplingParams.__struct_fields__
 
 
@@ -63,6 +69,49 @@ class _Outbox:
 
 
 @dataclass(slots=True)
+class _EngineSteps:
+    """Decoding steps of a server's engines (its data-parallel ranks), by the outputs that they send.
+
+    An engine sends one output for each step, with an entry for every sequence that got a token. That needs no
+    statistics of vLLM's, which verl switches off (`disable_log_stats`) and which cost time for each token, and it does
+    not count a sequence that was preempted, which has begun and not ended. Under pipeline parallelism, which verl does
+    not offer, an output is that of a micro-batch.
+    """
+
+    last: dict[int, tuple[int, float]] = field(default_factory=dict)  # engine -> sequences of its last step, when
+    total: int = 0  # steps of all engines
+
+    def watch(self, engine: Any) -> None:
+        """Counts what `AsyncLLM`'s output handler gets from the engine cores, by one call per step."""
+        core, get_output = engine.engine_core, engine.engine_core.get_output_async
+
+        async def get_output_async() -> Any:
+            outputs = await get_output()
+            self.add(outputs.engine_index, len(outputs.outputs))
+            return outputs
+
+        core.get_output_async = get_output_async
+
+    def add(self, engine_index: int, num_sequences: int) -> None:
+        """An engine has made a step; one without sequences is none."""
+        if num_sequences:
+            self.last[engine_index] = num_sequences, time.monotonic()
+            self.total += 1
+
+    @property
+    def running(self) -> float:
+        """Sequences in the last step of an engine, mean over the engines that run any; 0.0 before the first step."""
+        now = time.monotonic()
+        counts = [count for count, made_at in self.last.values() if now - made_at < FRESH_S or len(self.last) == 1]
+        return sum(counts) / len(counts) if counts else 0.0
+
+    @property
+    def steps(self) -> int:
+        """Steps so far, mean over the engines that have run any."""
+        return self.total // max(len(self.last), 1)
+
+
+@dataclass(slots=True)
 class _Stream:
     """One streamed request."""
 
@@ -70,7 +119,7 @@ class _Stream:
     chunk_tokens: int
     first_tokens: int  # of the first chunk
     outbox: _Outbox
-    streams: dict[str, _Stream] = field(repr=False)  # all that the server runs, this one too
+    engine_steps: _EngineSteps = field(repr=False)
     delta: bool = True  # outputs hold the new tokens, not all
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, Any]] = field(default_factory=list)
@@ -95,8 +144,9 @@ class _Stream:
             self._send()
 
     def _send(self) -> None:
-        new_tokens = self.token_ids[self.sent :]
-        self.outbox.chunks.append(Chunk(self.request_id, self.sent, new_tokens, time.time(), len(self.streams)))
+        new_tokens, engines = self.token_ids[self.sent :], self.engine_steps
+        chunk = Chunk(self.request_id, self.sent, new_tokens, time.time(), engines.running, engines.steps)
+        self.outbox.chunks.append(chunk)
         self.outbox.filled.set()
         self.sent = len(self.token_ids)
 
@@ -149,13 +199,23 @@ class StreamingServer(vLLMHttpServer):
 
     def _post_init(self, cuda_visible_devices: str) -> None:
         super()._post_init(cuda_visible_devices)
+        self._engine_steps = _EngineSteps()
         self._streams: dict[str, _Stream] = {}
         self._outboxes: dict[str, _Outbox] = {}
         self._early_aborts: dict[str, None] = {}  # ids, the oldest first
 
     async def run_server(self, args: Any) -> None:
         await super().run_server(args)
+        self._engine_steps.watch(self.engine)
         self.engine = _StreamingEngine(self.engine)
+
+    async def kv_tokens(self) -> int | None:
+        """Tokens for which the KV cache of one engine (data-parallel rank) has room; None: vLLM does not tell.
+
+        By vLLM's own account, which it also logs. Compressed caches are in it, and so are layers with a sliding window
+        or a state of fixed size, but for sequences as long as the context: of shorter ones fewer tokens find room.
+        """
+        return getattr(self.engine.vllm_config.cache_config, "kv_cache_size_tokens", None)
 
     async def generate_streamed(
         self, *, client: str, chunk_tokens: int, request_id: str, first_tokens: int | None = None, **request: Any
@@ -173,7 +233,7 @@ class StreamingServer(vLLMHttpServer):
         # vLLM loses `routed_experts` where it merges two outputs of kind DELTA.
         wants_delta = not self.config.enable_rollout_routing_replay
         first_tokens = chunk_tokens if first_tokens is None else first_tokens
-        stream = _Stream(request_id, chunk_tokens, first_tokens, outbox, self._streams, wants_delta)
+        stream = _Stream(request_id, chunk_tokens, first_tokens, outbox, self._engine_steps, wants_delta)
         self._streams[request_id] = stream
         stream.aborted = request_id in self._early_aborts
         self._early_aborts.pop(request_id, None)

@@ -6,6 +6,7 @@ and the trainer has them.
 1. A figure is the time of decoding steps alone. All requests of a batch size decode before the clock runs, so prefill,
    queues and calls are outside; it stops before the first one ends. By the servers' clocks, the median over requests.
 2. Every engine gets exactly as many requests as the batch size says, with different prompts, sampled as the rollout's.
+   A batch size that the engines do not run at once, by their own count, is none: what is open may wait for KV cache.
 3. No batch size is started that would, in proportion to the last, end after the limit; what was measured by then is the
    profile. Fewer than two batch sizes are an error.
 4. Whatever happens, requests are aborted and have ended before `profile_servers` returns or raises.
@@ -38,6 +39,8 @@ MOST_PROMPT_TOKENS = 256
 """Prompts are as long as the run's may be, up to this: they only fill the cache, and cost time to prefill."""
 WARM_UP_SIZE = 8
 SIZES = ("max_num_seqs", "max_model_len", "prompt_length", "data_parallel_size", "tensor_model_parallel_size")
+AT_ONCE = 0.9
+"""Share of a batch that an engine must run at once, in the median over the timed part."""
 STOP_S = 30.0
 """Seconds in which a server must have ended aborted requests."""
 
@@ -255,6 +258,7 @@ class _Batch:
     def __init__(self, server: Any, work: Workload, size: int) -> None:
         self._server = server
         self._tokens = work.tokens
+        self._engine_size = size / work.engines_per_server
         self._client = uuid4().hex
         self._answers: dict[str, asyncio.Future[Any]] = {}
         for request in [work.request() for _ in range(size)]:
@@ -262,8 +266,8 @@ class _Batch:
             self._answers[request["request_id"]] = asyncio.ensure_future(pending_answer)
 
     async def watch(self) -> list[float] | None:
-        """Seconds per step of each request, while all of them decode; None if one ends before the last one begins."""
-        not_begun, timed_names = set(self._answers), set()
+        """Seconds per step of each request, while all of them decode; None if they do not all run at once."""
+        not_begun, timed_names, running_counts = set(self._answers), set(), []
         clocks: dict[str, list[float]] = {}  # since, until, tokens in between
         while len(timed_names) < len(self._answers):
             for chunk in await self._server.take_chunks.remote(self._client, 1.0):
@@ -273,6 +277,7 @@ class _Batch:
                 elif request_name not in clocks:
                     clocks[request_name] = [chunk.made_at, chunk.made_at, 0]
                 else:
+                    running_counts.append(chunk.running)
                     clocks[request_name][1] = chunk.made_at
                     clocks[request_name][2] += len(chunk.token_ids)
                     if clocks[request_name][2] >= self._tokens:
@@ -281,6 +286,8 @@ class _Batch:
                 for answer in ended:
                     answer.result()  # raises what went wrong
                 break
+        if running_counts and statistics.median(running_counts) < AT_ONCE * self._engine_size:
+            return None
         paces = [(until_s - since_s) / tokens for since_s, until_s, tokens in clocks.values() if tokens]
         return paces if len(paces) == len(self._answers) else None
 
@@ -298,6 +305,11 @@ class _Batch:
         for answer in self._answers.values():
             if not answer.cancelled():
                 answer.exception()  # whoever needed it has heard it
+
+
+async def kv_capacity(server: Any) -> int | None:
+    """Tokens for which the KV cache of one of a server's engines has room; None: no limit is known."""
+    return await server.kv_tokens.remote()
 
 
 async def engine_device(server: Any) -> str:

@@ -11,7 +11,8 @@ variable, so agent loops never see it) the request is streamed; without one it t
 3. A candidate that shall not go on after a request leaves its agent loop by `CandidateStopped`, a `CancelledError`:
    no tool and no further turn runs, and what the loop holds is released.
 4. From the second chunk of a request on, the time between two chunks tells how long the server's decoding steps take;
-   the client keeps it, by the number of running requests, for whoever calls `take_step_times`.
+   the client keeps it, by the number of sequences that an engine ran, for whoever calls `take_step_times`. A request
+   that was preempted in between tells nothing.
 
 The servers are those of `verl_patches.vllm_stream_server`.
 """
@@ -36,6 +37,9 @@ from darts.messages import Chunk
 POLL_S = 5.0
 MEDIA = ("image_data", "video_data", "audio_data", "mm_processor_kwargs")
 """What a request of verl's client holds besides tokens and sampling parameters."""
+
+PREEMPTED = 2
+"""A request was preempted if its engine has made more than so many steps for each of its tokens."""
 
 
 class AbortTimeout(TimeoutError):
@@ -96,15 +100,17 @@ class OpenRequest:
             return self._answer.result()
         raise self._failure.result()
 
-    def grow(self, chunk: Chunk, step_times: StepTimes, engines: int) -> None:
-        """Takes a chunk; the steps since the one before go to `step_times`, with the requests per engine of the server
-        (`engines`: its data-parallel ranks)."""
+    def grow(self, chunk: Chunk, step_times: StepTimes) -> None:
+        """Takes a chunk; the steps since the one before go to `step_times`, with the sequences that an engine ran."""
         last_chunk, self._chunk = self._chunk, chunk
         self.tokens = chunk.offset + len(chunk.token_ids)
         # Equal or earlier where the server's clock was set. The first chunk's time has the prompt's in it.
-        if last_chunk is not None and chunk.made_at > last_chunk.made_at:
-            mean_running = (last_chunk.running + chunk.running) / (2 * engines)
-            step_times.add(max(mean_running, 1.0), chunk.made_at - last_chunk.made_at, len(chunk.token_ids))
+        if last_chunk is None or chunk.made_at <= last_chunk.made_at:
+            return
+        was_preempted = chunk.steps - last_chunk.steps > PREEMPTED * len(chunk.token_ids)
+        if not was_preempted and last_chunk.running and chunk.running:  # 0: the server does not know
+            mean_running = max((last_chunk.running + chunk.running) / 2, 1.0)
+            step_times.add(mean_running, chunk.made_at - last_chunk.made_at, len(chunk.token_ids))
 
     @property
     def ended(self) -> bool:
@@ -148,7 +154,6 @@ class DartsServerClient(LLMServerClient):
         self._running: Counter[str] = Counter()
         self._pollers: dict[str, asyncio.Task] = {}
         self._step_times = StepTimes()
-        self._engines: int = self.config.actor_rollout_ref.rollout.data_parallel_size  # of a server
 
     @classmethod
     def of(cls, client: LLMServerClient) -> "DartsServerClient":
@@ -246,7 +251,7 @@ class DartsServerClient(LLMServerClient):
                 received_at = time.time()
                 for chunk in chunks:
                     if (open_request := self._open.get(chunk.request_id)) is not None:
-                        open_request.grow(chunk, self._step_times, self._engines)
+                        open_request.grow(chunk, self._step_times)
                         open_request.listener.grew(open_request, chunk, max(received_at - chunk.made_at, 0.0))
         except ray.exceptions.RayActorError:
             pass  # the requests that run there fail with the same cause

@@ -16,7 +16,8 @@ Contract.
    (`darts.state.strict`).
 6. A step's rollout is a round of the run's `darts.strategy`. Those that choose their prompts get them from a
    `RoundLoader`; its position and the strategy's queue are in the same state, without which no run resumes.
-7. With `darts.latency.profile=auto` the running engines are measured before the first step, unless a state had a model.
+7. With `darts.latency.profile=auto` the running engines are measured before the first step, unless a state had a model
+   of engines like these.
 """
 
 import warnings
@@ -290,7 +291,8 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
         """Before the first rollout: what the settings ask for, unless the state has a refinement of it."""
         adaptive = self.strategy.rules.allocation.mode == "adaptive"
         servers = self.llm_server_manager.server_handles
-        self.planner.cost = first_cost_model(self.config, self.darts, servers, self.planner.cost, adaptive)
+        cost = first_cost_model(self.config, self.darts, servers, self.planner.cost, adaptive)
+        self.planner.use_cost_model(cost)
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 

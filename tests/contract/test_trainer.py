@@ -1,7 +1,9 @@
 """The trainer's own lines, on verl's real methods with scripted parts: what is called, and in which order."""
 
+import asyncio
 import json
 import warnings
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -21,7 +23,7 @@ from darts.engines.measure import ProfileError
 from darts.evidence.checkpoint import FILE_NAME, StateError
 from darts.evidence.profile import LatencyProfile
 from darts.evidence.trace import Trace
-from darts.forecast import CostModel
+from darts.forecast import CostModel, MeasuredEngines
 from darts.latency import LatencyCurve, StepTimes
 from darts.planning import RolloutPlanner
 from darts.rollout.manager import DartsAgentLoopManager
@@ -311,7 +313,7 @@ def profile_of(model: str, **changes) -> LatencyProfile:
 def profiling(trainer, tmp_path, monkeypatch):
     """The trainer at its first step, with a model's folder and servers whose measurement is scripted."""
     (tmp_path / "config.json").write_text('{"hidden_size": 64}')
-    rollout = {"tensor_model_parallel_size": 1}
+    rollout = {"tensor_model_parallel_size": 1, "data_parallel_size": 2, "max_num_seqs": 64}
     trainer.config.actor_rollout_ref = {"model": {"path": str(tmp_path)}, "rollout": rollout}
     trainer.config.trainer.default_local_dir = str(tmp_path / "out")
     trainer.async_rollout_manager = SimpleNamespace(planner=learnt())
@@ -329,8 +331,14 @@ def profiling(trainer, tmp_path, monkeypatch):
     async def engine_device(server):
         return "a device"
 
+    trainer.kv_tokens = 10_000
+
+    async def kv_capacity(server):
+        return trainer.kv_tokens
+
     monkeypatch.setattr(cost_model, "profile_servers", profile_servers)
     monkeypatch.setattr(cost_model, "engine_device", engine_device)
+    monkeypatch.setattr(cost_model, "kv_capacity", kv_capacity)
 
     def start(cost=None, **darts):
         trainer.darts = DartsConfig.from_block(darts, 8)
@@ -340,29 +348,67 @@ def profiling(trainer, tmp_path, monkeypatch):
         return trainer.planner.cost
 
     trainer.start = start
-    trainer.engine = cost_model.engine_of(trainer.config)
+    trainer.engines = MeasuredEngines(
+        model=model_id(str(tmp_path)),
+        device="a device",
+        tensor_parallel=1,
+        engines=2,
+        max_num_seqs=64,
+        kv_tokens=10_000,
+    )
     return trainer
 
 
 def test_auto_measures_the_engines_and_keeps_the_profile(profiling, tmp_path):
-    assert profiling.start(latency={"profile_s": 7}).curve == CURVE
+    cost = profiling.start(latency={"profile_s": 7})
+    assert (cost.curve, cost.engines) == (CURVE, profiling.engines)
+    assert profiling.planner.kv_tokens == 10_000
     assert profiling.measured == [(["a server"], 7.0, False)]
     assert LatencyProfile.load(tmp_path / "out" / "latency.json").curve() == CURVE
 
 
 def test_auto_measures_only_what_is_needed(profiling):
-    source = f"{profiling.engine}of the checkpoint"
-    refined = CostModel(LatencyCurve([1, 2], [1.0, 2.0]), source)
+    refined = CostModel(LatencyCurve([1, 2], [1.0, 2.0]), "of the checkpoint", engines=profiling.engines)
     assert profiling.start(cost=refined) is refined
     assert profiling.start(allocation={"mode": "uniform"}) is None
     assert profiling.start(latency={"profile": "off"}, cost=refined) is None
     assert profiling.measured == []
 
 
-def test_a_checkpoint_of_another_engine_is_measured_again(profiling, capsys):
-    other = CostModel(LatencyCurve([1, 2], [1.0, 2.0]), profiling.engine.replace("parallel 1", "parallel 4"))
-    assert profiling.start(cost=other).curve == CURVE
-    assert "the checkpoint's latency model is of another engine" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": "another"}, {"device": "another"}, {"tensor_parallel": 4}, {"engines": 8}, {"max_num_seqs": 512},
+        {"kv_tokens": 40_000}, {"kv_tokens": None},
+    ],
+)  # fmt: skip
+def test_a_checkpoint_of_another_engine_is_measured_again(profiling, capsys, change):
+    other = CostModel(LatencyCurve([1, 2], [1.0, 2.0]), "saved", engines=replace(profiling.engines, **change))
+    cost = profiling.start(cost=other)
+    assert (cost.curve, cost.engines) == (CURVE, profiling.engines)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "latency model" in line]
+    assert "the checkpoint's latency model is of another engine" in line
+    assert f"instead of {next(iter(change.values()))}" in line
+
+
+def test_a_cost_model_of_unknown_engines_is_measured_again(profiling):
+    assert profiling.start(cost=CostModel(LatencyCurve([1, 2], [1.0, 2.0]), "saved")).curve == CURVE
+
+
+def test_a_kv_cache_that_is_a_little_larger_than_the_checkpoints_is_the_same_and_counts(profiling):
+    refined = CostModel(LatencyCurve([1, 2], [1.0, 2.0]), "saved", engines=profiling.engines)
+    profiling.kv_tokens = 10_400
+    assert profiling.start(cost=refined) is refined
+    assert profiling.planner.kv_tokens == refined.engines.kv_tokens == 10_400
+
+
+def test_a_server_that_does_not_answer_leaves_the_run_without_a_cost_model(profiling, monkeypatch):
+    async def never(server):
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(cost_model, "kv_capacity", never)
+    with pytest.warns(UserWarning, match=r"did not answer within 0.1 s.* the mean number of candidates is 12"):
+        assert profiling.start(latency={"profile_s": 0.1}) is None
 
 
 def test_a_profile_that_cannot_be_kept_is_used_all_the_same(profiling, tmp_path):
@@ -417,9 +463,10 @@ def test_a_file_is_used_unless_the_state_has_its_refinement(profiling, tmp_path)
     profile_of(str(tmp_path)).save(path)
     cost = profiling.start(latency={"profile": path})
     assert cost.curve == CURVE
-    refined = CostModel(LatencyCurve([1, 2], [1.0, 2.0]), cost.source)
+    refined = CostModel(LatencyCurve([1, 2], [1.0, 2.0]), cost.source, engines=cost.engines)
     assert profiling.start(latency={"profile": path}, cost=refined) is refined
-    assert profiling.start(latency={"profile": path}, cost=CostModel(refined.curve, "other")).curve == CURVE
+    for other in (replace(refined, source="other"), replace(refined, engines=replace(cost.engines, engines=8))):
+        assert profiling.start(latency={"profile": path}, cost=other).curve == CURVE
     assert profiling.measured == []
 
 

@@ -1,9 +1,11 @@
 """What the streaming server and its client rely on in verl 0.9.1 and vLLM, without an engine; tests/engine has one."""
 
 import asyncio
+import dataclasses
 import hashlib
 import inspect
 import textwrap
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -11,17 +13,28 @@ from verl.workers.rollout.llm_server import LLMServerClient
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 from vllm import SamplingParams
+from vllm.config import CacheConfig
 from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core_client import AsyncMPClient, MPClient
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from darts.latency import StepTimes
 from darts.messages import Chunk
 from darts.rollout.client import OpenRequest
 from verl_patches import vllm_stream_server as module
-from verl_patches.vllm_stream_server import StreamingReplica, StreamingServer, _Outbox, _Stream, _StreamingEngine
+from verl_patches.vllm_stream_server import (
+    StreamingReplica,
+    StreamingServer,
+    _EngineSteps,
+    _Outbox,
+    _Stream,
+    _StreamingEngine,
+)
 
 
 def digest(symbol) -> str:
@@ -63,7 +76,7 @@ def test_the_hooks_of_server_and_replica_are_there():
     assert "self.server_class = " in inspect.getsource(vLLMReplica.__init__)
     assert "max_concurrency=self.max_concurrency" in inspect.getsource(vLLMReplica.launch_servers)
     assert isinstance(RolloutReplica.max_concurrency, property)
-    for name in ("generate_streamed", "take_chunks", "abort_streams"):
+    for name in ("generate_streamed", "take_chunks", "abort_streams", "kv_tokens"):
         assert not hasattr(vLLMHttpServer, name), f"verl has a {name} of its own now"
 
 
@@ -131,7 +144,8 @@ class ScriptedEngine:
 
 def streamed(engine, chunk_tokens, **changes):
     outbox = _Outbox()
-    stream = _Stream("r", chunk_tokens, outbox, dict.fromkeys(["r", "another"]), **changes)
+    engine_steps = _EngineSteps(last={0: (2, time.monotonic())}, total=7)
+    stream = _Stream("r", chunk_tokens, outbox, engine_steps, **changes)
 
     async def run():
         module._stream.set(stream)
@@ -149,7 +163,8 @@ def test_token_by_token_is_gathered_into_chunks():
     engine = ScriptedEngine([1] * 10)
     last, chunks, stream = streamed(engine, chunk_tokens=4)
     assert [(chunk.offset, chunk.token_ids) for chunk in chunks] == [(0, [0, 1, 2, 3]), (4, [4, 5, 6, 7])]
-    assert [chunk.running for chunk in chunks] == [2, 2], "requests that the server has open, whoever's"
+    assert [chunk.running for chunk in chunks] == [2, 2], "sequences that the engine runs, whoever's"
+    assert [chunk.steps for chunk in chunks] == [7, 7]
     assert last.outputs[0].token_ids == list(range(10))
     assert [at[token].logprob for token, at in enumerate(last.outputs[0].logprobs)] == [-t / 10 for t in range(10)]
     assert last.prompt_logprobs == ["of the prompt"], "vLLM gives them with the first output only"
@@ -158,22 +173,107 @@ def test_token_by_token_is_gathered_into_chunks():
 
 
 def test_a_request_tells_how_long_steps_took_from_its_second_chunk_on():
-    def grow(*chunks, engines=1):
+    def grow(*chunks):
         async def run():
             request, times = OpenRequest({"request_id": "r", "prompt_ids": []}, "server", None, None), StepTimes()
             for chunk in chunks:
-                request.grow(chunk, times, engines)
+                request.grow(chunk, times)
             return request.tokens, times.points()
 
         return asyncio.run(run())
 
-    first = Chunk("r", 0, [1] * 5, made_at=10.0, running=9)
-    second = Chunk("r", 5, [1] * 4, made_at=10.5, running=7)
+    first = Chunk("r", 0, [1] * 5, made_at=10.0, running=9, steps=20)
+    second = Chunk("r", 5, [1] * 4, made_at=10.5, running=7, steps=24)
     assert grow(first) == (5, []), "its time has the prompt's in it"
     assert grow(first, second) == (9, [(8.0, 0.125, 4)])
-    assert grow(first, second, engines=4) == (9, [(2.0, 0.125, 4)]), "data-parallel ranks share a server"
-    assert grow(first, second, engines=64) == (9, [(1.0, 0.125, 4)])
-    assert grow(first, second, Chunk("r", 9, [1] * 2, made_at=10.4, running=7)) == (11, [(8.0, 0.125, 4)])
+    idle = [chunk._replace(running=chunk.running / 64) for chunk in (first, second)]
+    assert grow(*idle) == (9, [(1.0, 0.125, 4)]), "one that gets tokens runs"
+    assert grow(first._replace(running=0), second) == (9, []), "the server does not know how many ran"
+    assert grow(first, second, Chunk("r", 9, [1] * 2, made_at=10.4, running=7, steps=26)) == (11, [(8.0, 0.125, 4)])
+
+
+def test_a_request_that_was_preempted_tells_nothing_of_steps():
+    async def run(steps):
+        request, times = OpenRequest({"request_id": "r", "prompt_ids": []}, "server", None, None), StepTimes()
+        request.grow(Chunk("r", 0, [1] * 4, made_at=10.0, running=8, steps=4), times)
+        request.grow(Chunk("r", 4, [1] * 4, made_at=20.0, running=8, steps=4 + steps), times)
+        return times.points()
+
+    assert asyncio.run(run(8)) == [(8.0, 2.5, 4)]
+    assert asyncio.run(run(9)) == [], "the engine made more than two steps for each of its tokens"
+
+
+# --- what the engines send ---
+
+
+class ScriptedCore:
+    """vLLM's client of its engine cores: `(engine, sequences)` of one step after the other."""
+
+    def __init__(self, *steps):
+        self.steps = list(steps)
+
+    async def get_output_async(self):
+        index, count = self.steps.pop(0)
+        return EngineCoreOutputs(engine_index=index, outputs=[EngineCoreOutput(str(n), [7]) for n in range(count)])
+
+
+def counted(*steps):
+    """What a server knows after such steps, and what went on to vLLM's output handler."""
+    core, counts = ScriptedCore(*steps), _EngineSteps()
+    counts.watch(SimpleNamespace(engine_core=core))
+
+    async def run():
+        return [await core.get_output_async() for _ in steps]
+
+    return counts, [(outputs.engine_index, len(outputs.outputs)) for outputs in asyncio.run(run())]
+
+
+def test_running_sequences_are_those_that_got_a_token_in_the_last_step():
+    counts, handled = counted((0, 3), (0, 64), (0, 60), (0, 0))
+    assert handled == [(0, 3), (0, 64), (0, 60), (0, 0)], "nothing is held back"
+    assert (counts.running, counts.steps) == (60, 3), "an output without sequences is no step"
+    assert (_EngineSteps().running, _EngineSteps().steps) == (0.0, 0)
+
+
+def test_data_parallel_ranks_of_a_server_are_engines_each(monkeypatch):
+    counts, _ = counted((0, 3), (1, 10), (0, 20), (1, 10))
+    assert (counts.running, counts.steps) == (15, 2)
+    now = time.monotonic()
+    monkeypatch.setattr(module.time, "monotonic", lambda: now + 2 * module.FRESH_S)
+    counts.add(1, 8)
+    assert counts.running == 8, "one that has made no step for long runs nothing"
+
+
+def test_vllms_output_handler_asks_the_core_for_each_step_anew():
+    """`_EngineSteps.watch` puts itself between the two; the handler runs when the server has an engine."""
+    handler = inspect.getsource(AsyncLLM._run_output_handler)
+    assert "engine_core = self.engine_core" in handler
+    assert "outputs = await engine_core.get_output_async()" in handler
+    assert "num_outputs = len(outputs.outputs)" in handler
+    assert inspect.iscoroutinefunction(AsyncMPClient.get_output_async)
+    assert list(inspect.signature(AsyncMPClient.get_output_async).parameters) == ["self"]
+    assert {"engine_index", "outputs"} <= set(EngineCoreOutputs.__struct_fields__)
+    appended = inspect.getsource(Scheduler.update_from_output)
+    emits = "should_emit_output = bool(\n                new_token_ids or pooler_output is not None or stopped\n"
+    assert emits in appended, "one output for each sequence that got a token"
+
+
+def test_the_front_end_knows_the_kv_cache_of_one_engine():
+    ready = inspect.getsource(MPClient._apply_ready_response)
+    assert "response.kv_cache_size_tokens" in ready
+    assert "do not sum across DP" in ready, "num_gpu_blocks is the sum over the engines of a server"
+    assert "kv_cache_size_tokens" in {field.name for field in dataclasses.fields(CacheConfig)}
+    config = SimpleNamespace(cache_config=SimpleNamespace(kv_cache_size_tokens=12_345))
+    server = SimpleNamespace(engine=SimpleNamespace(vllm_config=config))
+    assert asyncio.run(StreamingServer.kv_tokens(server)) == 12_345
+    assert (
+        asyncio.run(
+            StreamingServer.kv_tokens(
+                SimpleNamespace(engine=SimpleNamespace(vllm_config=SimpleNamespace(cache_config=SimpleNamespace())))
+            )
+        )
+        is None
+    )
 
 
 def test_an_abort_right_after_a_chunk_does_not_double_log_probs():

@@ -128,7 +128,8 @@ class ScriptedServer:
                     done += step
                     if client is not None and done < len(tokens):
                         made = tokens[done - step : done]
-                        self._chunks[client].append(Chunk(request_id, done - step, made, time.time(), self.running))
+                        chunk = Chunk(request_id, done - step, made, time.time(), self.running, steps=done)
+                        self._chunks[client].append(chunk)
         except asyncio.CancelledError:
             self.cancelled += 1
             raise

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pools import pool_of
 
 from darts.config import DartsConfig
-from darts.forecast import CostModel
+from darts.forecast import CostModel, MeasuredEngines
 from darts.history import censored_std
 from darts.latency import LatencyCurve, StepTimes
 from darts.metrics import METRICS
@@ -31,14 +31,14 @@ def new_planner(curve: LatencyCurve | None = None, **changes) -> RolloutPlanner:
     return planner
 
 
-def rollout(planner, darts, rng, spreads=(1, 2, 4, 8, 16, 32), keys=KEYS, seconds=2.0):
+def rollout(planner, darts, rng, spreads=(1, 2, 4, 8, 16, 32), keys=KEYS, seconds=2.0, step_times=None):
     """One step with scripted lengths: prompt i varies by spreads[i]."""
     plan = planner.plan(keys, darts)
     lengths = [
         np.maximum(rng.normal(100, spread, size=budget), 1).astype(int).tolist()
         for budget, spread in zip(plan.budgets, spreads, strict=True)
     ]
-    observed, metrics = planner.observe(plan, darts, pool_of(lengths), seconds, StepTimes())
+    observed, metrics = planner.observe(plan, darts, pool_of(lengths), seconds, step_times or StepTimes())
     return plan, observed, metrics
 
 
@@ -149,17 +149,21 @@ def test_a_given_mean_wins_over_the_utility_which_is_told():
 
 
 def test_forecasts_are_made_before_and_compared_after():
-    planner, darts, rng = new_planner(STEEP), darts_of(mean_candidates=6), np.random.default_rng(0)
+    planner, darts = new_planner(STEEP, max_running=512), darts_of(mean_candidates=6)
+    rng = np.random.default_rng(0)
     plan, _, metrics = rollout(planner, darts, rng)
     assert plan.predicted_s is None, "nothing is known about lengths"
     assert "darts/latency/predicted_s" not in metrics
-    plan, observed, metrics = rollout(planner, darts, rng, seconds=99.0)
+    step_times = StepTimes()
+    step_times.add(running=12, seconds=1.0, steps=100)
+    plan, observed, metrics = rollout(planner, darts, rng, seconds=99.0, step_times=step_times)
     assert metrics["darts/latency/predicted_s"] == plan.predicted_s
     assert metrics["darts/latency/predicted_over_measured"] == pytest.approx(plan.predicted_s / 99)
     assert metrics["darts/allocation/time_cost_measured"] == pytest.approx(99 / plan.base_s - 1)
     assert metrics["darts/history/std_correlation"] == pytest.approx(np.corrcoef(plan.std, observed)[0, 1])
     assert metrics["darts/history/std_correlation"] > 0.5
     assert metrics["darts/latency/overhead_s"] > 0
+    assert (metrics["darts/latency/slots"], metrics["darts/latency/running_most"]) == (512, 12)
     planned = ("darts/allocation/", "darts/history/", "darts/latency/")
     assert set(metrics) == {name for name in METRICS if name.startswith(planned)}
     budgets = [metrics[f"darts/allocation/{name}"] for name in ("total", "budget_min", "budget_median", "budget_max")]
@@ -195,6 +199,44 @@ def test_other_bounds_start_the_moving_mean_anew():
         observed = [rng.integers(50, 150, size=budget).tolist() for budget in plan.budgets]
         planner.observe(plan, darts, pool_of(observed), 1.0, StepTimes())
     assert len(plan.times) == 6 - LOW + 1
+
+
+def test_relative_times_are_those_of_their_bounds_also_where_there_are_as_many():
+    planner, rng = new_planner(STEEP), np.random.default_rng(0)
+    narrow, wide = darts_of(low=4, high=6), darts_of(low=6, high=8)
+    for _ in range(2):
+        rollout(planner, narrow, rng)
+    resumed = new_planner(STEEP)
+    resumed.load_state_dict(json.loads(json.dumps(planner.state_dict())))
+    fresh = new_planner(STEEP)
+    fresh.load_state_dict(planner.state_dict() | {"times": None})
+    assert resumed.plan(KEYS, wide).times == fresh.plan(KEYS, wide).times
+    assert resumed.plan(KEYS, narrow).times != fresh.plan(KEYS, narrow).times
+
+
+def test_another_cost_model_starts_relative_times_anew_and_the_same_one_does_not():
+    planner, darts, rng = new_planner(STEEP), darts_of(), np.random.default_rng(0)
+    for _ in range(3):
+        rollout(planner, darts, rng)
+    moving = planner.plan(KEYS, darts).times
+    planner.use_cost_model(planner.cost)
+    assert planner.plan(KEYS, darts).times == moving
+    engines = MeasuredEngines(model="", device="", tensor_parallel=1, engines=1, max_num_seqs=8, kv_tokens=700)
+    planner.use_cost_model(CostModel(FLAT, "other", engines=engines))
+    assert planner.plan(KEYS, darts).times != moving
+    assert planner.state_dict()["times"] is None
+    assert planner.slots(np.array([100.0, 100.0])) == 700 // 50
+
+
+def test_a_candidate_adds_to_the_kv_cache_what_it_did_not_find_there():
+    planner, darts = new_planner(STEEP), darts_of(mean_candidates=4)
+    lengths, whole = [[10, 20, 30, 40]] * 2, np.array([100, 100, 100, 100, 300, 300, 300, 300])
+    for cached, expected in ((0, 200.0), (whole // 2, 190.0)):
+        plan = planner.plan(["a", "b"], darts)
+        planner.observe(plan, darts, pool_of(lengths, prompt_tokens=whole, cached_tokens=cached), 1.0, StepTimes())
+        assert planner.prompt_tokens == pytest.approx(expected)
+    planner.observe(planner.plan(["a", "b"], darts), darts, pool_of(lengths), 1.0, StepTimes())
+    assert planner.prompt_tokens == pytest.approx(190.0), "a pool without prompts says nothing"
 
 
 @pytest.mark.parametrize(("mode", "order"), [("uniform", [0, 1, 2]), ("adaptive", [2, 1, 0])])
@@ -252,7 +294,7 @@ def test_refinement_can_be_switched_off():
     darts = DartsConfig.from_block({"latency": {"refine": False}}, LOW)
     for _ in range(3):
         *_, metrics = rollout(planner, darts, rng, seconds=99.0)
-    assert (planner.cost.curve, planner.cost.overhead_s) == (STEEP, 0.0)
+    assert (planner.cost.curve, planner.cost.overhead_s(36)) == (STEEP, 0.0)
     assert "darts/latency/overhead_s" not in metrics
 
 
@@ -276,14 +318,19 @@ def test_a_planner_that_loads_the_state_goes_on_as_the_saved_one():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "version=2: must be 1"),
+        ({"version": 1}, "version=1: must be 2"),
         ({"steps": -1}, "steps=-1"),
         ({"steps": "3"}, "steps='3'"),
         ({"history": None}, "state=None"),
         ({"history": {"version": 1, "prompts": {"a": [1.0]}}}, r"\['a'\]"),
         ({"cost": {"curve": None}}, "cost model="),
-        ({"times": None}, "times=None"),
-        ({"times": [float("nan")]}, "times="),
+        ({"times": 3}, "times=3: must be null, or bounds"),
+        ({"times": [1.0]}, "times="),
+        ({"times": {"bounds": [4, 5], "means": [1.0, float("nan")]}}, "times="),
+        ({"times": {"bounds": [4, 5], "means": [1.0]}}, "times="),
+        ({"times": {"bounds": [4], "means": [1.0]}}, "times="),
+        ({"prompt_tokens": None}, "prompt_tokens=None"),
+        ({"prompt_tokens": -1}, "prompt_tokens=-1"),
         ({"correction": [1.0]}, "correction="),
         ({"correction": [1.0, float("nan")]}, "correction="),
     ],

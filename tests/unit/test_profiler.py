@@ -37,6 +37,7 @@ class Engine:
 
     Args:
         places: Requests that run at once; the others wait.
+        room: Of them, those that fit into the KV cache; they take turns.
         prefill: Seconds of a step that admits a request. One is admitted per step.
         pause: Seconds of real time per running request and step.
         silent: From this number of requests on, nothing is generated.
@@ -44,8 +45,8 @@ class Engine:
         deaf: Aborts do nothing.
     """
 
-    def __init__(self, places=1000, prefill=1.0, pause=0.0, silent=1000, fails=1000, deaf=False, **rollout):
-        self.places, self.prefill, self.pause = places, prefill, pause
+    def __init__(self, places=1000, room=1000, prefill=1.0, pause=0.0, silent=1000, fails=1000, deaf=False, **rollout):
+        self.places, self.room, self.prefill, self.pause = places, room, prefill, pause
         self.silent, self.fails, self.deaf = silent, fails, deaf
         self.rollout = SimpleNamespace(**vars(ROLLOUT) | rollout)
         self.clock = random.uniform(0, 1e5)
@@ -110,11 +111,13 @@ class Engine:
             if len(self.open) >= self.silent:
                 await asyncio.sleep(0.005)
                 continue
-            self.clock += seconds_of(len(self.running))
+            step_names = self.running[: self.room]
+            self.running = self.running[self.room :] + step_names
+            self.clock += seconds_of(len(step_names))
             if waiting and len(self.running) < self.places:
                 self.running.append(waiting[0])
                 self.clock += self.prefill
-            for name in self.running:
+            for name in step_names:
                 state = self.open.get(name)
                 if state is None:  # aborted meanwhile
                     continue
@@ -123,7 +126,9 @@ class Engine:
                     self.end(name)
                 elif state[1] - state[3] >= state[2]:
                     new = [7] * (state[1] - state[3])
-                    self.chunks.append(SimpleNamespace(request_id=name, token_ids=new, made_at=self.clock))
+                    running = len(step_names) / self.rollout.data_parallel_size
+                    chunk = SimpleNamespace(request_id=name, token_ids=new, made_at=self.clock, running=running)
+                    self.chunks.append(chunk)
                     state[3] = state[1]
             await asyncio.sleep(max(self.pause * len(self.running), MOMENT_S))
 
@@ -227,6 +232,12 @@ def test_fewer_than_two_points_are_an_error_that_says_so(model, silent, count, m
 
 def test_more_than_an_engine_runs_at_once_is_not_measured(model):
     measured, said = profile([Engine(), Engine(places=4)], model)
+    assert measured.batch_sizes == [1, 2, 4]
+    assert said[-1] == "stopped: the engine does not run 8 sequences at once"
+
+
+def test_a_batch_that_runs_in_turns_for_lack_of_kv_cache_is_none(model):
+    measured, said = profile([Engine(), Engine(room=6)], model)
     assert measured.batch_sizes == [1, 2, 4]
     assert said[-1] == "stopped: the engine does not run 8 sequences at once"
 

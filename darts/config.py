@@ -231,6 +231,10 @@ class DartsConfig:
     placement: Literal["colocated", "disaggregated"] = setting("colocated", paper="disaggregated")
     """Which GPUs serve. colocated: the trainer's, and one of the two works at a time; disaggregated:
     actor_rollout_ref.rollout.nnodes x n_gpus_per_node of their own, and trainer.nnodes x n_gpus_per_node train."""
+    spare_prompts: float = setting(0.0, ge=0, le=4)
+    """Prompts that a step of the strategy darts launches beyond data.train_batch_size, as a share of it. The rollout
+    ends with the first data.train_batch_size prompts whose groups are settled; the others are stopped and wait until
+    they fill a step of their own, which waits for all of them. 0: none, and a step waits for its slowest group."""
     allocation: AllocationConfig = AllocationConfig()
     selection: SelectionConfig = SelectionConfig()
     early_stop: Literal[EARLY_STOP] = setting("eager", paper="early stopping")

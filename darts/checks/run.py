@@ -215,7 +215,7 @@ def _check_strategy(config: DictConfig, darts: DartsConfig) -> None:
         section = key.rpartition(".")[0]
         if not isinstance(OmegaConf.select(config, section), DictConfig):
             raise ConfigError(section, None, f"{strategy_text} sets {key}.", f"leave {section} as verl has it.")
-    if not strategy_type.chooses_prompts:
+    if not strategy_type(darts, config.data.train_batch_size).chooses_prompts:
         return
     if OmegaConf.select(config, "skip.rollout.enable", default=False):
         rule = f"{strategy_text} decides during a rollout which prompts are trained on, so none can be replayed."

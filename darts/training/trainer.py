@@ -43,7 +43,7 @@ from darts.overlap.join import OverlappedLogProbs, actor_limits
 from darts.overlap.session import OverlapSession
 from darts.planning import Rollout, RolloutPlanner
 from darts.rollout.manager import DartsAgentLoopManager
-from darts.strategy import Strategy, make_strategy
+from darts.strategy import PromptLedger, Strategy, make_strategy
 from darts.training.cost_model import first_cost_model
 from darts.training.lines import banner, progress_line
 from darts.training.rounds import RoundLoader
@@ -61,6 +61,7 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
     def __init__(self, config: DictConfig, *args: Any, **kwargs: Any) -> None:
         verl_patches.register.assert_active()
         self.darts = check_run(config)
+        self.ledger = PromptLedger()
         self._overridden: dict[str, Any] = {}
         super().__init__(config, *args, **kwargs)
 
@@ -113,9 +114,13 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
         # 2. The strategy queues what was launched and is not trained on.
         if self._rounds is not None:
             self.strategy.ended(self._rounds.launched, trained_positions)
-            self.metrics["darts/strategy/queue"] = len(self.strategy.queue)
         # 3. What the manager has learnt is reported.
         self._rollout = manager.pop_rollout()
+        if self._rounds is not None:
+            keys = self._rollout.plan.keys
+            lengths = [self.planner.history.mean(key) for key in keys]
+            self.metrics["darts/strategy/queue"] = len(self.strategy.queue)
+            self.metrics |= self.ledger.enter(self._rounds.launched, round_.new, trained_positions, lengths)
         if self._rollout is not None:
             self.metrics.update(self._rollout.metrics)
             self._warn_of_saturation()
@@ -214,7 +219,7 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
                 self.strategy.num_prompts,
                 f"a round of darts.strategy={self.darts.strategy} launches {num_new} prompts; the data have "
                 f"{len(loader.dataset)}.",
-                f"lower data.train_batch_size, or the factor in darts.{self.darts.strategy}.",
+                f"lower data.train_batch_size, or {self.strategy.more_prompts}.",
             )
         row_sources = loader.dataset, loader.sampler if sampler is None else sampler, loader.collate_fn
         return RoundLoader(*row_sources, lambda: self.strategy.next_round())
@@ -304,6 +309,7 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
                 state["rounds"] = {
                     "strategy": self.darts.strategy,
                     "state": self.strategy.state_dict(),
+                    "ledger": self.ledger.state_dict(),
                     "position": self._rounds.position,
                 }
             save_state(folder, self.global_steps, state)
@@ -340,6 +346,7 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
             saved_name = state.get("strategy") if isinstance(state, dict) else "one without a queue"
             raise ValueError(f"darts.strategy={self.darts.strategy}, but the checkpoint's strategy is {saved_name}.")
         self.strategy.load_state_dict(state.get("state"))
+        self.ledger.load_state_dict(state.get("ledger"))
         self._rounds.go_to(state.get("position"))
 
 

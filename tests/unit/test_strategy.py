@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 
 from darts.config import STRATEGIES, ConfigError, DartsConfig
-from darts.strategy import Darts, Plain, Round, Sorted, Strategy, TailBatching, make_strategy, strategy_class, times
+from darts.strategy import (
+    Darts,
+    Plain,
+    PromptLedger,
+    Round,
+    Sorted,
+    Strategy,
+    TailBatching,
+    make_strategy,
+    strategy_class,
+    times,
+)  # fmt: skip
 
 M, PROMPTS = 8, 16
 DARTS = DartsConfig.from_block({"selection": {"num_long": 2}}, group_size=M)
@@ -38,6 +49,21 @@ def test_none_and_bypass_are_verls_own_rollout():
 
 def test_darts_is_as_the_settings_say():
     assert make_strategy(DARTS, PROMPTS).rules == DARTS
+
+
+def test_spare_prompts_are_launched_beyond_the_batch_and_who_came_late_waits_for_a_round_of_its_own():
+    darts = replace(DARTS, spare_prompts=0.1)
+    strategy = make_strategy(darts, PROMPTS)
+    assert strategy.chooses_prompts
+    first = strategy.next_round()
+    assert first == Round(rules=darts, new=18, harvest=PROMPTS)
+    for turn in range(8):  # of each round the first two are late
+        strategy.ended(range(18 * turn, 18 * turn + 18), range(2, 18))
+    own = strategy.next_round()
+    assert own.queued == tuple(18 * turn + place for turn in range(8) for place in range(2))
+    assert (own.new, own.harvest, own.rules) == (0, None, darts)
+    strategy.ended(own.queued, range(PROMPTS))
+    assert strategy.next_round() == first
 
 
 def test_shortest_k_keeps_the_shortest_and_stops_nothing():
@@ -108,12 +134,16 @@ def test_sorted_consumes_its_cache_before_new_prompts_come():
     assert strategy.next_round() == first
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+SETTINGS = [{"strategy": name} for name in STRATEGIES] + [{"spare_prompts": share} for share in (0.05, 0.3, 2.0)]
+
+
+@pytest.mark.parametrize("changes", SETTINGS, ids=str)
 @pytest.mark.parametrize("seed", range(5))
-def test_no_prompt_is_lost_over_many_rounds(name, seed):
+def test_no_prompt_is_lost_over_many_rounds_and_spare_ones_come_late_once_at_most(changes, seed):
     """Each that was drawn from the data was trained on once, or waits; also where the run stops and resumes."""
     rng = np.random.default_rng(seed)
-    strategy, drawn, trained = make_strategy(replace(DARTS, strategy=name), PROMPTS), 0, Counter()
+    darts, ledger, late = replace(DARTS, **changes), PromptLedger(), Counter()
+    strategy, drawn, trained = make_strategy(darts, PROMPTS), 0, Counter()
     for _ in range(50):
         round_ = strategy.next_round()
         assert round_ == strategy.next_round(), "asking changes nothing"
@@ -125,12 +155,37 @@ def test_no_prompt_is_lost_over_many_rounds(name, seed):
         assert len(chosen) == PROMPTS
         strategy.ended(launched, chosen)
         trained.update(launched[position] for position in chosen)
+        late.update(set(launched).difference(launched[position] for position in chosen))
+        lengths = [10.0 + row % 7 for row in launched]
+        metrics = ledger.enter(launched, round_.new, chosen, lengths)
+        assert metrics["darts/strategy/late"] == len(launched) - PROMPTS
+        assert metrics["darts/strategy/late_times_most"] == max(late.values(), default=0)
+        assert metrics["darts/strategy/waiting_share"] == pytest.approx(len(strategy.queue) / drawn)
+        trained_mean, drawn_mean = (np.mean([10 + row % 7 for row in rows]) for rows in (trained, range(drawn)))
+        assert metrics["darts/strategy/trained_over_drawn"] == pytest.approx(trained_mean / drawn_mean)
         if rng.random() < 0.2:
-            saved = json.loads(json.dumps(strategy.state_dict()))
-            strategy = make_strategy(replace(DARTS, strategy=name), PROMPTS)
-            strategy.load_state_dict(saved)
+            saved = json.loads(json.dumps([strategy.state_dict(), ledger.state_dict()]))
+            strategy, ledger = make_strategy(darts, PROMPTS), PromptLedger()
+            strategy.load_state_dict(saved[0])
+            ledger.load_state_dict(saved[1])
     assert set(trained.values()) == {1}
     assert sorted([*trained, *strategy.queue]) == list(range(drawn))
+    if "spare_prompts" in changes:
+        assert set(late.values()) == {1}, "a bound"
+
+
+def test_a_row_that_waits_and_is_drawn_again_counts_as_another_prompt():
+    ledger = PromptLedger()
+    ledger.enter([3, 4], 2, [1], [5.0, 5.0])
+    assert ledger.enter([3, 5], 2, [1], [5.0, 5.0])["darts/strategy/late_times_most"] == 1
+
+
+@pytest.mark.parametrize(
+    "state", [None, {}, {"late": [[1]], "most": 0, "drawn": [0, 0], "trained": [0, 0]}, {"late": 3}]
+)
+def test_a_ledger_of_something_else_is_refused(state):
+    with pytest.raises(ValueError, match="must have the lists late, drawn and trained"):
+        PromptLedger().load_state_dict(state)
 
 
 @pytest.mark.parametrize("state", [None, {}, {"queue": None}, {"queue": [1.5]}, {"queue": [-1]}, {"queue": [True]}])

@@ -111,7 +111,7 @@ class RunningCandidate:
         if self._aborted_at is not None:
             self.stop_seconds = time.monotonic() - self._aborted_at
             # The request's own decoding rate tells how much of it came after the decision.
-            decoding_rate = num_tokens / (time.monotonic() - request.opened_at)
+            decoding_rate = num_tokens / max(time.monotonic() - request.opened_at, 1e-9)
             known_tokens = self._tokens_then.get(request.request_id, 0)
             self.tokens_after += min(round(decoding_rate * self.stop_seconds), num_tokens - known_tokens)
         elif not self.over and (finish_reason == "abort" or num_tokens == 0):

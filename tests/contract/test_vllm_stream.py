@@ -145,7 +145,7 @@ class ScriptedEngine:
 def streamed(engine, chunk_tokens, **changes):
     outbox = _Outbox()
     engine_steps = _EngineSteps(last={0: (2, time.monotonic())}, total=7)
-    stream = _Stream("r", chunk_tokens, outbox, engine_steps, **changes)
+    stream = _Stream("r", chunk_tokens, changes.pop("first_tokens", chunk_tokens), outbox, engine_steps, **changes)
 
     async def run():
         module._stream.set(stream)
@@ -170,6 +170,11 @@ def test_token_by_token_is_gathered_into_chunks():
     assert last.prompt_logprobs == ["of the prompt"], "vLLM gives them with the first output only"
     assert stream.finish_reason == "stop"
     assert engine.sampling_params.output_kind == RequestOutputKind.DELTA
+
+
+def test_the_first_chunk_may_come_with_the_first_token():
+    _, chunks, _ = streamed(ScriptedEngine([1] * 10), chunk_tokens=4, first_tokens=1)
+    assert [(chunk.offset, chunk.token_ids) for chunk in chunks] == [(0, [0]), (1, [1, 2, 3, 4]), (5, [5, 6, 7, 8])]
 
 
 def test_a_request_tells_how_long_steps_took_from_its_second_chunk_on():

@@ -91,7 +91,7 @@ def test_dual_end_waits_for_its_longest(bench):
     assert not pool.aborted.any()
 
 
-def test_the_deadline_falls_when_every_group_has_m_valid(bench):
+def test_a_group_is_settled_once_it_has_m_valid_and_stops_at_the_deadline(bench):
     """Group 0 is ready at 0.4 s, group 1 at 0.8 s; a truncated candidate is not valid."""
     test = bench("darts.selection.mode=dual_end", "darts.selection.long_wait=deadline")
     test.script(
@@ -102,13 +102,15 @@ def test_the_deadline_falls_when_every_group_has_m_valid(bench):
     )
 
     async def run():
-        settle = asyncio.ensure_future(test.worker.settled(1))
+        settle = asyncio.ensure_future(test.worker.settled(1, 0))
         await asyncio.sleep(0.1)
         assert not settle.done(), "it may be asked before the rollout has begun"
         rollout = asyncio.ensure_future(test.worker.generate_groups(test.batch([6, 7]), test.darts, 1))
-        await settle
+        assert await settle == ["uid-0"]
+        assert await test.worker.settled(1, 1) == ["uid-1"]
         settled = time.monotonic()
-        await test.worker.deadline(1)
+        await test.worker.end_waits(1)
+        assert await test.worker.settled(1, 2) == [], "no more will come"
         return settled - start, await rollout
 
     start = time.monotonic()

@@ -249,15 +249,12 @@ def test_answers_that_are_late_are_waited_for(cluster):
     class LateWorker:
         told = 0
 
-        async def completed(self, number, known):
+        async def settled(self, number, known):
             await asyncio.sleep(0.1)
             return [f"uid-{n}" for n in range(known, 5)]
 
-        async def abandon(self, number):
+        async def end_waits(self, number, trained):
             self.told += 1
-
-        async def settled(self, number):
-            pass
 
     async def gather():
         done = concurrent.futures.Future()
@@ -265,11 +262,12 @@ def test_answers_that_are_late_are_waited_for(cluster):
         worker, complete = LateWorker(), []
         job = _Job(handle(worker), SimpleNamespace(future=lambda: done), [f"uid-{n}" for n in range(5)], 20)
         assert await manager._gather([job], complete, None) == ["rows"]
+        assert worker.told == 1
         return complete
 
     manager = cluster[0]
     manager.begin_round(manager.rules, harvest=4)
-    assert asyncio.run(gather()) == [f"uid-{n}" for n in range(5)]
+    assert asyncio.run(gather()) == [f"uid-{n}" for n in range(4)], "those with which the rollout goes on"
 
 
 def test_a_round_larger_than_the_data_is_refused(start):

@@ -245,8 +245,8 @@ def test_a_rollout_that_is_given_up_before_it_begins_does_not_begin(bench):
     test = bench()
 
     async def give_up_first() -> None:
-        listening = [test.worker.settled(1), test.worker.completed(1, 0), test.worker.take_growth(1, 5.0)]
-        listening = [asyncio.ensure_future(call) for call in (*listening, test.worker.abandon(1))]
+        listening = [test.worker.settled(1, 0), test.worker.take_growth(1, 5.0), test.worker.end_waits(1, [])]
+        listening = [asyncio.ensure_future(call) for call in listening]
         await asyncio.sleep(0)
         await test.worker.give_up(1)
         await asyncio.wait_for(asyncio.gather(*listening), 5)

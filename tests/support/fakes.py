@@ -69,8 +69,10 @@ class ScriptedServer:
     async def generate(self, **request: Any) -> TokenOutput:
         return await self._serve(client=None, chunk_tokens=1_000_000, **request)
 
-    async def generate_streamed(self, *, client: str, chunk_tokens: int, **request: Any) -> TokenOutput:
-        return await self._serve(client=client, chunk_tokens=chunk_tokens, **request)
+    async def generate_streamed(
+        self, *, client: str, chunk_tokens: int, first_tokens: int | None = None, **request: Any
+    ) -> TokenOutput:
+        return await self._serve(client=client, chunk_tokens=chunk_tokens, first_tokens=first_tokens, **request)
 
     async def take_chunks(self, client: str, wait_s: float) -> list[Chunk]:
         for _ in range(20):
@@ -96,6 +98,7 @@ class ScriptedServer:
         sampling_params: dict[str, Any],
         client: str | None,
         chunk_tokens: int,
+        first_tokens: int | None = None,
         **kwargs: Any,
     ) -> TokenOutput:
         seed = sampling_params.get("seed")
@@ -118,7 +121,7 @@ class ScriptedServer:
         done = 0
         try:
             while done < len(tokens) and not stop.is_set():
-                step = min(chunk_tokens, len(tokens) - done)
+                step = min(chunk_tokens if done or first_tokens is None else first_tokens, len(tokens) - done)
                 if turn.held and not self._released and done + step == len(tokens):
                     await asyncio.sleep(0.01)
                     continue
@@ -141,7 +144,7 @@ class ScriptedServer:
         reason = turn.reason or ("length" if turn.cut else "stop")
         if done < len(tokens):
             reason = "abort"
-        record |= {"ended": reason != "abort", "generated": done}
+        record |= {"ended": reason != "abort", "generated": done, "prompt_ids": prompt_ids, "answer": tokens[:done]}
         output = TokenOutput(
             token_ids=tokens[:done],
             log_probs=[-0.5] * done,

@@ -55,6 +55,24 @@ class Bench:
         output, pool, self.step_times = asyncio.run(groups)
         return output, pool
 
+    def run_until(
+        self, budgets: list[int], num_settled: int, trained: list[str] | None = None, **columns: Any
+    ) -> tuple[DataProto, CandidatePool]:
+        """As `run`, but the waits end once so many groups are settled, as the manager ends them."""
+        self.number += 1
+
+        async def live() -> tuple[DataProto, CandidatePool]:
+            groups = self.worker.generate_groups(self.batch(budgets, **columns), self.darts, self.number)
+            rollout = asyncio.ensure_future(groups)
+            num_known = 0
+            while num_known < num_settled:
+                num_known += len(await self.worker.settled(self.number, num_known))
+            await self.worker.end_waits(self.number, trained)
+            output, pool, _ = await rollout
+            return output, pool
+
+        return asyncio.run(live())
+
     def served(self) -> list[dict[str, Any]]:
         """What the server served, one record per request, in the order of the candidates."""
         return sorted(self.server.served, key=lambda record: record["priority"])

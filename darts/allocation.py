@@ -5,6 +5,7 @@ prompt with the lower index.
 """
 
 import heapq
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -71,6 +72,38 @@ def allocate(weights: ArrayLike, total: int, low: int, high: int) -> NDArray[np.
     tied_steps = (step_gains == smallest_taken).sum(axis=1)
     tied_places = num_extra - sure_steps.sum()
     return low + sure_steps + np.clip(tied_places - (np.cumsum(tied_steps) - tied_steps), 0, tied_steps)
+
+
+def largest_total(weights: ArrayLike, low: int, high: int, *, most_saturated: float) -> int:
+    """The largest total of which `allocate` gives at most this share of the prompts, rounded up, `high` candidates.
+
+    Args:
+        weights: w_i, shape [num_prompts].
+        low: M_low.
+        high: M_up.
+        most_saturated: share of the prompts, in [0, 1].
+
+    Raises:
+        ValueError: as `allocate`, or a share outside [0, 1].
+
+    Example:
+        >>> largest_total([1.0, 1.0, 1.0, 9.0], 2, 4, most_saturated=0.25)
+        13
+    """
+    if not 0 <= most_saturated <= 1:
+        raise ValueError(f"most_saturated={most_saturated}: must lie in [0, 1].")
+    num_prompts = len(np.asarray(weights))
+    num_allowed = math.ceil(round(most_saturated * num_prompts, 6))
+    least, most = low * num_prompts, high * num_prompts  # of `least` none is saturated, if `low` is below `high`
+    if low == high or num_allowed >= num_prompts:
+        return most
+    while least < most:  # the saturated are never fewer with a larger total
+        middle = (least + most + 1) // 2
+        if (allocate(weights, middle, low, high) == high).sum() <= num_allowed:
+            least = middle
+        else:
+            most = middle - 1
+    return least
 
 
 def optimal_total(

@@ -10,7 +10,8 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import is_dataclass, replace
-from typing import Any, Literal, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
@@ -23,8 +24,29 @@ STRATEGIES = ("none", "bypass", "shortest_k", "darts", "tail_batching", "sorted"
 
 RULES = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 """No integer from a truth value or a text; the text below a key is its help."""
+PLANNED = "plan"
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "paper": {
+        "spare_prompts": 0.0,
+        "bypass": False,
+        "allocation.mode": "adaptive",
+        "selection.mode": "auto",
+        "selection.long_end": "finished",
+    },
+    "fast": {
+        "spare_prompts": PLANNED,
+        "bypass": True,
+        "allocation.mode": "uniform",
+        "allocation.mean_candidates": PLANNED,
+        "selection.mode": "dual_end",
+        "selection.long_end": "cut",
+    },
+}
+"""What `darts.preset` gives to keys that are null."""
+PAPERS_MEAN = 1.3
+"""Candidates over M at which some 5 % of the prompts are saturated, as in the paper, if M_up is 2 M (our choice: on
+real lengths 5.5 to 7.8 %)."""
 TRACE = "${trainer.default_local_dir}/darts.jsonl"
-WAITS = ("auto", *LONG_WAIT)
 KINDS = {bool: "true or false", int: "an integer", float: "a finite number", str: "a text"}
 BOUNDS = {"ge": "of at least", "gt": "above", "le": "of at most"}
 
@@ -55,12 +77,14 @@ def setting(default: Any, *, paper: str = "", takes: str = "", yaml: str = "", *
 class AllocationConfig:
     """How many candidates a prompt gets."""
 
-    mode: Literal["adaptive", "uniform", "off"] = setting("adaptive")
+    mode: Literal["adaptive", "uniform", "off"] | None = setting(None)
     """How the candidates are divided. adaptive: more for prompts whose response lengths vary more (the paper); uniform:
-    the same number for every prompt; off: exactly rollout.n, no redundancy."""
-    mean_candidates: float | None = setting(None, paper="mean of M'_i")
+    the same number for every prompt; off: exactly rollout.n, no redundancy. null: as the preset says."""
+    mean_candidates: float | Literal["utility", "plan"] | None = setting(None, paper="mean of M'_i")
     """Mean number of candidates per prompt, in [low, high]. Uniform 10.5 gives half of the prompts 10 and half 11.
-    null: adaptive takes what maximises the utility, by the latency model; uniform takes the middle."""
+    utility: what maximises the paper's utility by the latency model, as long as not more than a tenth of the prompts
+    are saturated; plan: what makes rollouts fastest by that model, of rollout.n to 1.5 times as many. null: as the
+    preset says; 1.3 rollout.n if adaptive (the paper's mix), else the middle of the bounds."""
     low: int | None = setting(None, paper="M_low")
     """Fewest candidates of a prompt, at least rollout.n. null: rollout.n."""
     high: int | None = setting(None, paper="M_up")
@@ -74,8 +98,17 @@ class AllocationConfig:
 
     @property
     def fallback_mean(self) -> float:
-        """Mean of M'_i where none is set and the utility is not known: the middle of the bounds (our choice)."""
-        return (self.low + self.high) / 2 if self.mean_candidates is None else self.mean_candidates
+        """Mean of M'_i; where it is not known yet (our choice) the middle of the bounds, or, if it is to be planned,
+        one more than M_low."""
+        if isinstance(self.mean_candidates, str):
+            middle = (self.low + self.high) / 2
+            return middle if self.mean_candidates == "utility" else float(min(self.low + 1, self.high))
+        return self.mean_candidates
+
+    @property
+    def needs_cost_model(self) -> bool:
+        """Whether the number of candidates depends on how long rollouts take."""
+        return self.mode == "adaptive" or (self.mode != "off" and isinstance(self.mean_candidates, str))
 
     def settled(self, group_size: int) -> "AllocationConfig":
         """The same for groups of M, with the bounds as numbers.
@@ -94,9 +127,10 @@ class AllocationConfig:
             fix = f"set darts.allocation.high={default_high}, or null for twice rollout.n."
             raise ConfigError("darts.allocation.high", high, f"M_up must be an integer of at least M_low={low}.", fix)
         mean_budget, middle_budget = self.mean_candidates, (low + high) / 2
-        if mean_budget is None and self.mode == "uniform":
-            mean_budget = middle_budget
-        if mean_budget is not None and not low <= mean_budget <= high:
+        if mean_budget is None:
+            papers_mean = min(max(PAPERS_MEAN * group_size, low), high)
+            mean_budget = papers_mean if self.mode == "adaptive" else middle_budget
+        if not isinstance(mean_budget, str) and not low <= mean_budget <= high:
             rule = f"the mean number of candidates must lie in [low={low}, high={high}]."
             fix = f"set darts.allocation.mean_candidates={middle_budget:g}, or widen darts.allocation.low and .high."
             raise ConfigError("darts.allocation.mean_candidates", mean_budget, rule, fix)
@@ -107,33 +141,34 @@ class AllocationConfig:
 class SelectionConfig:
     """Which rollout.n candidates of a prompt are trained on."""
 
-    mode: Literal["auto", "dual_end", "shortest_only"] = setting("auto", paper="tail pruning")
+    mode: Literal["auto", "dual_end", "shortest_only"] | None = setting(None, paper="tail pruning")
     """Which lengths are kept. auto: the K shortest and the L longest, but the rollout.n shortest for saturated prompts;
-    dual_end, shortest_only: for all prompts."""
+    dual_end, shortest_only: for all prompts. null: as the preset says."""
     num_long: int = setting(1, paper="L = M - K")
     """How many of the kept responses are the longest, in [0, rollout.n). K = rollout.n - L are the shortest."""
-    long_end: Literal[LONG_END] = setting("finished")
+    long_end: Literal[LONG_END] | None = setting(None)
     """What the L longest may be. finished: responses that ended by themselves, as in the paper; truncated: also those
     at the length limit, which count as longer; cut: also those that run when their group stops waiting, which are
-    stopped and trained on with what they have. A group then needs K valid responses, and waits for no long one."""
-    long_wait: Literal[WAITS] = setting("auto")
+    stopped and trained on with what they have. A group then needs K valid responses, and waits for no long one. null:
+    as the preset says."""
+    long_wait: Literal[LONG_WAIT] | None = setting(None)
     """What a dual-end group waits for. all: every candidate, as in the paper; deadline: until 95 % of the groups of the
     batch (all but one, of few) have rollout.n responses that may be kept, or are complete; what runs then is aborted,
     and a group that is not so far goes on alone until it is, so that no hard prompt holds up the others; none: each
-    group until it has them itself; auto: deadline where long_end is cut, else all."""
+    group until it has them itself. null: deadline where long_end is cut, else all."""
     on_no_valid: Literal["fill", "fail"] = setting("fill")
     """What happens where all candidates of a prompt hit the length limit. fill: they fill its group; fail: an error."""
 
     def settled(self) -> "SelectionConfig":
-        """The same with the wait that `auto` stands for.
+        """The same with the wait that null stands for.
 
         Raises:
             ConfigError: a long end that is cut, and a wait for every candidate.
         """
-        wait = ("deadline" if self.long_end == "cut" else "all") if self.long_wait == "auto" else self.long_wait
+        wait = self.long_wait or ("deadline" if self.long_end == "cut" else "all")
         if self.long_end == "cut" and wait == "all":
             rule = "with darts.selection.long_end=cut a group stops what it does not wait for; it would wait for all."
-            raise ConfigError("darts.selection.long_wait", wait, rule, "set it to deadline (or none), or auto.")
+            raise ConfigError("darts.selection.long_wait", wait, rule, "set it to deadline, none or null.")
         return replace(self, long_wait=wait)
 
 
@@ -231,10 +266,21 @@ class DartsConfig:
     placement: Literal["colocated", "disaggregated"] = setting("colocated", paper="disaggregated")
     """Which GPUs serve. colocated: the trainer's, and one of the two works at a time; disaggregated:
     actor_rollout_ref.rollout.nnodes x n_gpus_per_node of their own, and trainer.nnodes x n_gpus_per_node train."""
-    spare_prompts: float = setting(0.0, ge=0, le=4)
+    preset: Literal["paper", "fast"] = setting("paper")
+    """What keys are that are null. paper: the paper's rules, adaptive budgets of 1.3 rollout.n candidates in the mean;
+    fast: what is fastest at no loss of accuracy that we could measure (docs/results.md): the same few candidates for
+    all prompts, the K shortest and a cut long end, spare prompts, and the servers' log-probs as the old ones."""
+    spare_prompts: Annotated[float, Field(ge=0, le=4)] | Literal["plan"] | None = setting(
+        None, takes="a number in [0, 4], plan"
+    )
     """Prompts that a step of the strategy darts launches beyond data.train_batch_size, as a share of it. The rollout
     ends with the first data.train_batch_size prompts whose groups are settled; the others are stopped and wait until
-    they fill a step of their own, which waits for all of them. 0: none, and a step waits for its slowest group."""
+    they fill a step of their own, which waits for all of them. 0: none, and a step waits for its slowest group; plan:
+    of 0 to 0.2 what makes rollouts fastest by the latency model; null: as the preset says."""
+    bypass: bool | None = setting(None)
+    """Whether the servers' log-probs are the old ones, and none are computed (verl's
+    algorithm.rollout_correction.bypass_mode, which the trainer then sets, and rollout.calculate_log_probs). False
+    leaves both as they are set. null: as the preset says."""
     allocation: AllocationConfig = AllocationConfig()
     selection: SelectionConfig = SelectionConfig()
     early_stop: Literal[EARLY_STOP] = setting("eager", paper="early stopping")
@@ -270,12 +316,16 @@ class DartsConfig:
         object.__setattr__(self, "allocation", self.allocation.settled(size))
         object.__setattr__(self, "selection", self.selection.settled())
         if self.overlap.mode == "auto":
-            overlap_mode = "token" if self.placement == "disaggregated" else "off"
+            overlap_mode = "token" if self.placement == "disaggregated" and not self.bypass else "off"
             object.__setattr__(self, "overlap", replace(self.overlap, mode=overlap_mode))
         if self.enable and not 0 <= num_long < size:
             rule = f"L must be an integer in [0, rollout.n={size}), because K = rollout.n - L >= 1 shortest are kept."
             fix = "set darts.selection.num_long=1 (the paper's choice for groups of 8)."
             raise ConfigError("darts.selection.num_long", num_long, rule, fix)
+        if self.enable and self.bypass and self.overlap.mode != "off":
+            rule = "with darts.bypass the servers' log-probs are the old ones, so none are computed meanwhile."
+            fix = "set darts.overlap.mode=off (or auto), or darts.bypass=false."
+            raise ConfigError("darts.overlap.mode", self.overlap.mode, rule, fix)
 
     @property
     def num_short(self) -> int:
@@ -303,6 +353,8 @@ class DartsConfig:
     def some_shortest_only(self) -> bool:
         """Whether some group of a batch may be shortest-only, so that early stop can act."""
         allocation = self.allocation
+        if self.allocation.mean_candidates == PLANNED:
+            return self.selection.mode == "shortest_only"
         largest = {"adaptive": allocation.high, "uniform": math.ceil(allocation.fallback_mean), "off": self.group_size}
         return self.group_rules(largest[allocation.mode]).num_long == 0
 
@@ -325,7 +377,21 @@ class DartsConfig:
         elif type(group_size) is not int or group_size < 2:
             rule = "DARTS compares the candidates of a prompt, so a group needs at least 2 responses."
             raise ConfigError("actor_rollout_ref.rollout.n", group_size, rule, "set actor_rollout_ref.rollout.n=8.")
-        return _build(cls, "darts", block, group_size=group_size)
+        return _build(cls, "darts", _with_preset(block), group_size=group_size)
+
+
+def _with_preset(block: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The block with what its preset gives to keys that are null; an unknown preset is left to the checks."""
+    preset, strategy = block.get("preset") or "paper", block.get("strategy") or "darts"
+    given_values = PRESETS.get(str(preset), {})
+    if strategy in STRATEGIES and strategy != "darts":  # what the method is compared with has rules of its own
+        given_values = {**PRESETS["paper"], "allocation.mode": "uniform"}
+    for path, value in given_values.items():
+        section, _, name = path.rpartition(".")
+        keys = (block.get(section) or {}) if section else block
+        if isinstance(keys, Mapping) and keys.get(name) is None:
+            block = {**block, section: {**keys, name: value}} if section else {**block, name: value}
+    return block
 
 
 def keys_of(kind: Any) -> dict[str, FieldInfo]:
@@ -338,13 +404,16 @@ SECTIONS = {name: info.annotation for name, info in keys_of(DartsConfig).items()
 
 def taken_by(info: FieldInfo) -> str:
     """What a key takes, for people: `an integer of at least 1`."""
-    accepted_kinds = get_args(info.annotation) or (info.annotation,)
-    if isinstance(accepted_kinds[0], str):
-        return f"one of {', '.join(accepted_kinds)}"
+    is_union = get_origin(info.annotation) in (UnionType, Union)
+    parts = get_args(info.annotation) if is_union else (info.annotation,)
+    or_null = ", or null" if type(None) in parts else ""
+    words = [word for part in parts for word in get_args(part)]
+    if get_origin(parts[0]) is Literal:
+        return f"one of {', '.join(words)}{or_null}"
     named_limits = [(words, getattr(bound, name, None)) for bound in info.metadata for name, words in BOUNDS.items()]
     bounds_text = " and".join(f" {words} {limit}" for words, limit in named_limits if limit is not None)
-    accepted_text = info.json_schema_extra["takes"] or KINDS[accepted_kinds[0]] + bounds_text
-    return f"{accepted_text}, or null" if type(None) in accepted_kinds else accepted_text
+    accepted_text = info.json_schema_extra["takes"] or ", ".join([KINDS[parts[0]] + bounds_text, *words])
+    return accepted_text + or_null
 
 
 def help_of(info: FieldInfo) -> str:
@@ -386,7 +455,7 @@ def _build(kind: Any, path: str, block: Any, **known: Any) -> Any:
     for name, value in values.items():
         if is_dataclass(keys[name].annotation):
             values[name] = _build(keys[name].annotation, f"{path}.{name}", value)
-        elif value is False and "off" in taken_by(keys[name]):
+        elif value is False and bool not in get_args(keys[name].annotation) and "off" in taken_by(keys[name]):
             values[name] = "off"  # YAML reads a bare `off` as false
     try:
         return kind(**known, **values)

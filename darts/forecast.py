@@ -50,13 +50,21 @@ def draw_lengths(mean: NDArray[np.float64], std: NDArray[np.float64], most: int,
     """
     num_draws = max(LEAST_DRAWS, -(-DRAWN_CANDIDATES // (len(mean) * most)))
     normal_draws = np.random.default_rng(0).standard_normal((num_draws, len(mean), most))
-    mean = np.maximum(mean, 1.0)[:, None]
-    log_variance = np.log1p((std[:, None] / mean) ** 2)
+    return log_normal_lengths(mean, std, normal_draws, limit)
+
+
+def log_normal_lengths(
+    mean: NDArray[np.float64], std: NDArray[np.float64], normal_draws: NDArray[np.float64], limit: int
+) -> NDArray[np.float64]:
+    """Whole lengths in [1, limit] of draws of a standard normal, shape [..., num_prompts, most], by the moments of each
+    prompt's lengths, shape [..., num_prompts]."""
+    mean = np.maximum(mean, 1.0)[..., None]
+    log_variance = np.log1p((std[..., None] / mean) ** 2)
     return np.clip(np.ceil(np.exp(np.log(mean) - log_variance / 2 + np.sqrt(log_variance) * normal_draws)), 1, limit)
 
 
 def stopped_lengths(
-    lengths: NDArray[np.float64], budgets: NDArray[np.int64], darts: DartsConfig, limit: int
+    lengths: NDArray[np.float64], budgets: NDArray[np.int64], darts: DartsConfig, limit: int, harvest: int | None = None
 ) -> NDArray[np.float64]:
     """What is decoded of each length when groups stop what they do not need (`darts.group`).
 
@@ -65,11 +73,12 @@ def stopped_lengths(
         budgets: M'_i.
         darts: the rules.
         limit: response length; a length of `limit` is that of a truncated response, which is not valid.
+        harvest: the rollout goes on with the first so many groups that are settled; None: with all.
 
     Returns:
         The same shape; what does not run has 0.
     """
-    return until(lengths, budgets, group_ends(lengths, budgets, darts, limit)[1])
+    return until(lengths, budgets, group_ends(lengths, budgets, darts, limit, harvest)[1])
 
 
 def until(
@@ -81,7 +90,7 @@ def until(
 
 
 def group_ends(
-    lengths: NDArray[np.float64], budgets: NDArray[np.int64], darts: DartsConfig, limit: int
+    lengths: NDArray[np.float64], budgets: NDArray[np.int64], darts: DartsConfig, limit: int, harvest: int | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """When groups are settled, and when what runs of them is stopped, in tokens; arguments as `stopped_lengths`.
 
@@ -103,10 +112,11 @@ def group_ends(
         [(each.stops_when_settled, each.awaits_deadline) for each in group_rules]
     ).T
     settled_at = np.where(stops_at_once | awaits_deadline, np.minimum(enough_valid, last_end), last_end)
-    # 3. A deadline falls when enough groups are settled; the others end when they are.
-    deadline = np.partition(settled_at, num_due(len(budgets)) - 1, axis=-1)[..., num_due(len(budgets)) - 1, None]
+    # 3. A deadline falls when enough groups are settled; the others end when they are, or with a harvest at once.
+    num_needed = num_due(len(budgets)) if harvest is None else harvest
+    deadline = np.partition(settled_at, num_needed - 1, axis=-1)[..., num_needed - 1, None]
     ends_at = np.where(awaits_deadline, np.minimum(last_end, np.maximum(settled_at, deadline)), settled_at)
-    return settled_at, ends_at
+    return settled_at, ends_at if harvest is None else np.minimum(ends_at, deadline)
 
 
 def _deal(launched: NDArray[np.float64], num_engines: int) -> NDArray[np.float64]:

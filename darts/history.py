@@ -158,6 +158,11 @@ class LengthHistory:
         """Mean of the mean lengths of the prompts observed last, in tokens."""
         return self._of_dataset()[0]
 
+    def recent_moments(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Moving means and standard deviations of the prompts that were observed last, in tokens; both [num_recent]."""
+        latest = np.array(list(islice(reversed(self._prompts.values()), self.recent)), dtype=np.float64).reshape(-1, 2)
+        return latest[:, 0], np.sqrt(latest[:, 1])
+
     def __len__(self) -> int:
         return len(self._prompts)
 

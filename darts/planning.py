@@ -8,8 +8,8 @@ Contract: pure, without a clock; prompts' keys in, a `Plan` out; what the candid
 2. Prompts of the same key share a history: their candidates count as one observation.
 3. The utility's T takes every candidate to its end (our reading of the paper), and is a moving mean over the batches;
    `predicted_s` follows the groups' rules.
-4. Without a cost model nothing is predicted, and the mean number of candidates is `allocation.mean_candidates` or the
-   middle of the bounds. So it is in the warm-up, whose budgets are uniform.
+4. Without a cost model nothing is predicted, and the mean number of candidates is `allocation.fallback_mean`. So it is
+   in the warm-up, whose budgets are uniform.
 """
 
 from collections.abc import Sequence
@@ -19,14 +19,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from darts.allocation import Utility, allocate, contiguous_parts, optimal_total, rounded_total, spread_parts
+from darts.allocation import (
+    Utility,
+    allocate,
+    contiguous_parts,
+    largest_total,
+    optimal_total,
+    rounded_total,
+    spread_parts,
+)
+from darts.choice import choose
 from darts.config import DartsConfig
 from darts.forecast import CostModel, draw_lengths, engine_slots, stopped_lengths
 from darts.history import LengthHistory, StopCorrection, are_amounts
 from darts.latency import StepTimes
 from darts.pool import CandidatePool
+from darts.strategy import Choice
 
 STATE_VERSION = 2
+MOST_SATURATED = 0.1
+"""Share of the prompts that the utility may saturate (our choice; some 5 % in the paper): of the others alone a long
+response is kept."""
 TIME_WEIGHT = 0.1
 """Weight of a new batch in the moving means of relative rollout times and of prompt tokens (our choice): the slowest
 engine is decided by a few draws of the longest responses, and the best total shall not jump with them."""
@@ -114,8 +127,15 @@ class RolloutPlanner:
         """Sequences of such lengths that an engine runs at once (`darts.forecast.engine_slots`); None: no limit."""
         return engine_slots(np.asarray(lengths, np.float64), self.max_running, self.kv_tokens, self.prompt_tokens)
 
-    def plan(self, keys: Sequence[str], darts: DartsConfig) -> Plan:
-        """Budgets for a batch, in its order."""
+    def choose(self, num_prompts: int, darts: DartsConfig) -> Choice | None:
+        """The numbers of candidates and spare prompts that make rollouts fastest; None while too little is known."""
+        mean, std = self.history.recent_moments()
+        if self.cost is None or not len(mean):
+            return None
+        return choose(self._seconds, mean, std, darts, num_prompts, self.response_length)
+
+    def plan(self, keys: Sequence[str], darts: DartsConfig, harvest: int | None = None) -> Plan:
+        """Budgets for a batch, in its order; `harvest` as in `darts.forecast.stopped_lengths`."""
         allocation, group_size = darts.allocation, darts.group_size
         std = np.array([self.history.std(key) for key in keys], dtype=np.float64)
         mean = np.array([self.history.mean(key) for key in keys], dtype=np.float64)
@@ -134,11 +154,11 @@ class RolloutPlanner:
             total_budget = rounded_total(len(keys), allocation.fallback_mean)
             if adaptive and lengths is not None:
                 relative_times = self._relative_times(weights, lengths, mean, base_s, darts)
-                utility = self._utility(len(keys), relative_times, darts)
+                utility = self._utility(weights, relative_times, darts)
                 total_budget = utility.total
             budgets = allocate(weights, total_budget, allocation.low, allocation.high)
         if lengths is not None:
-            decoded_lengths = stopped_lengths(lengths, budgets, darts, self.response_length)
+            decoded_lengths = stopped_lengths(lengths, budgets, darts, self.response_length, harvest)
             start_order = launch_order(budgets, mean, adaptive)
             predicted_s = self._seconds(decoded_lengths[:, start_order])
         return Plan(
@@ -259,21 +279,29 @@ class RolloutPlanner:
             return tuple(new_times)
         return tuple(old + TIME_WEIGHT * (now - old) for old, now in zip(self._times, new_times, strict=True))
 
-    def _utility(self, num_prompts: int, times: tuple[float, ...], darts: DartsConfig) -> Utility:
-        """What the total brings that the settings ask for, or the best one."""
-        allocation = darts.allocation
-        mean_budget = allocation.mean_candidates
-        return optimal_total(
-            num_prompts,
-            allocation.low,
-            allocation.high,
-            seconds=times,
-            base_seconds=1.0,
-            group_size=darts.group_size,
-            variation=self.history.dataset_std / self.history.dataset_mean,
-            cost_weight=allocation.cost_weight,
-            total=None if mean_budget is None else rounded_total(num_prompts, mean_budget),
-        )
+    def _utility(self, weights: NDArray[np.float64], times: tuple[float, ...], darts: DartsConfig) -> Utility:
+        """What the total brings that the settings ask for, or the best one at which not too many are saturated."""
+        allocation, num_prompts = darts.allocation, len(weights)
+        low, high = allocation.low, allocation.high
+
+        def utility_of(total: int | None) -> Utility:
+            return optimal_total(
+                num_prompts,
+                low,
+                high,
+                seconds=times,
+                base_seconds=1.0,
+                group_size=darts.group_size,
+                variation=self.history.dataset_std / self.history.dataset_mean,
+                cost_weight=allocation.cost_weight,
+                total=total,
+            )
+
+        if allocation.mean_candidates != "utility":
+            return utility_of(rounded_total(num_prompts, allocation.fallback_mean))
+        best = utility_of(None)
+        most_total = largest_total(weights, low, high, most_saturated=MOST_SATURATED)
+        return best if best.total <= most_total else utility_of(most_total)
 
     def _learn_prompts(self, pool: CandidatePool) -> None:
         """Updates what the prompt of a candidate adds to the KV cache, where the pool says it."""

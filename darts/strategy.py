@@ -17,11 +17,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from darts.config import STRATEGIES, ConfigError, DartsConfig
+from darts.config import PLANNED, STRATEGIES, ConfigError, DartsConfig
 from darts.history import are_amounts
 
-BYPASS_MODE = "algorithm.rollout_correction.bypass_mode"
-"""verl's setting."""
+BYPASS_MODE, LOG_PROBS = "algorithm.rollout_correction.bypass_mode", "actor_rollout_ref.rollout.calculate_log_probs"
+"""verl's settings."""
+FIRST_SPARE = 0.05
+"""Spare prompts, where they are planned, before anything is known of lengths and engines (our choice)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +37,34 @@ class Round:
     new: int  # prompts that are drawn from the data, behind the queued
     queued: tuple[int, ...] = ()  # these come first
     harvest: int | None = None  # the rollout ends once so many prompts are complete; None: with its last
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """How many candidates and spare prompts, as `darts.choice` finds them, and what the others would have cost.
+
+    Example: candidates=9, spare_prompts=0.05, seconds={(8, 0.0): 46.3, (9, 0.05): 37.4, ...}.
+    """
+
+    candidates: int  # of a prompt
+    spare_prompts: float  # share of a batch
+    seconds: Mapping[tuple[int, float], float]  # of a rollout, by option
+    tokens: Mapping[tuple[int, float], float]  # generated over plain verl's, by option
+
+    @property
+    def option(self) -> tuple[int, float]:
+        """Both numbers."""
+        return self.candidates, self.spare_prompts
+
+    def __str__(self) -> str:
+        def option_text(option: tuple[int, float]) -> str:
+            return f"{option[0]} + {option[1]:.0%} {self.seconds[option]:.3g} s ({self.tokens[option]:.2f})"
+
+        others = sorted(set(self.seconds) - {self.option}, key=lambda option: self.seconds[option])
+        return (
+            "candidates + spare prompts, seconds a rollout (tokens over plain verl's): "
+            f"{option_text(self.option)}; not {', '.join(map(option_text, others)) or 'others'}"
+        )
 
 
 def times(count: int, factor: float) -> int:
@@ -80,6 +110,9 @@ class Strategy:
     overrides: ClassVar[Mapping[str, Any]] = {}
     """Keys of verl's configuration that the trainer sets, and their values."""
 
+    plans: bool = False
+    """Whether its rounds depend on a `choice` (`darts.choice`)."""
+
     def __init__(self, darts: DartsConfig, num_prompts: int) -> None:
         self.darts = darts
         self.num_prompts = num_prompts
@@ -90,6 +123,16 @@ class Strategy:
     def rules_of(darts: DartsConfig) -> DartsConfig:
         """The rules of the groups."""
         return darts
+
+    @property
+    def needs_cost_model(self) -> bool:
+        """Whether rounds depend on how long rollouts take."""
+        return self.plans or (self.rules.enable and self.rules.allocation.needs_cost_model)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """`overrides`, and those of `darts.bypass`."""
+        return {**self.overrides, **({BYPASS_MODE: True, LOG_PROBS: True} if self.darts.bypass else {})}
 
     def next_round(self) -> Round:
         """The next round; changes nothing."""
@@ -172,18 +215,34 @@ class Darts(Queueing):
     """
 
     more_prompts = "darts.spare_prompts"
+    choice: Choice | None = None
+    """What `plan` stands for in the settings, of the rounds to come; whoever drives the strategy sets it."""
+
+    @property
+    def plans(self) -> bool:
+        """Whether the settings leave a number to the plan."""
+        return PLANNED in (self.darts.spare_prompts, self.darts.allocation.mean_candidates)
 
     @property
     def chooses_prompts(self) -> bool:
-        return self.darts.spare_prompts > 0
+        return self.darts.spare_prompts != 0
+
+    def rules_now(self) -> DartsConfig:
+        """The rules with the number of candidates that was planned."""
+        if self.choice is None or self.darts.allocation.mean_candidates != PLANNED:
+            return self.rules
+        mean_candidates = float(self.choice.candidates)
+        return replace(self.rules, allocation=replace(self.rules.allocation, mean_candidates=mean_candidates))
 
     def next_round(self) -> Round:
         """A round of those that came late as soon as they fill one."""
-        num_prompts = self.num_prompts
+        num_prompts, spare_prompts = self.num_prompts, self.darts.spare_prompts
         if len(self._queue) >= num_prompts:
-            return Round(rules=self.rules, new=0, queued=tuple(self._queue[:num_prompts]))
-        num_new = times(num_prompts, 1 + self.darts.spare_prompts)
-        return Round(rules=self.rules, new=num_new, harvest=num_prompts if num_new > num_prompts else None)
+            return Round(rules=self.rules_now(), new=0, queued=tuple(self._queue[:num_prompts]))
+        if spare_prompts == PLANNED:
+            spare_prompts = FIRST_SPARE if self.choice is None else self.choice.spare_prompts
+        num_new = times(num_prompts, 1 + spare_prompts)
+        return Round(rules=self.rules_now(), new=num_new, harvest=num_prompts if num_new > num_prompts else None)
 
 
 class TailBatching(Queueing):

@@ -206,16 +206,17 @@ def refuse_unknown_overrides(arguments: list[str]) -> None:
 def _check_strategy(config: DictConfig, darts: DartsConfig) -> None:
     """Checks what strategies need of verl's configuration."""
     strategy_type, strategy_text = strategy_class(darts.strategy), f"darts.strategy={darts.strategy}"
+    strategy = strategy_type(darts, config.data.train_batch_size)
     is_bypassed = strategy_type.overrides.get(BYPASS_MODE) or OmegaConf.select(config, BYPASS_MODE)
-    if is_bypassed and not config.actor_rollout_ref.rollout.calculate_log_probs:
+    if is_bypassed and not darts.bypass and not config.actor_rollout_ref.rollout.calculate_log_probs:
         key = f"{ROLLOUT}.calculate_log_probs"
         rule = f"{BYPASS_MODE} (set by itself, or by darts.strategy=bypass) trains with the servers' log-probs."
         raise ConfigError(key, False, rule, f"set {key}=True.")
-    for key in strategy_type.overrides:
+    for key in strategy.settings:
         section = key.rpartition(".")[0]
         if not isinstance(OmegaConf.select(config, section), DictConfig):
             raise ConfigError(section, None, f"{strategy_text} sets {key}.", f"leave {section} as verl has it.")
-    if not strategy_type(darts, config.data.train_batch_size).chooses_prompts:
+    if not strategy.chooses_prompts:
         return
     if OmegaConf.select(config, "skip.rollout.enable", default=False):
         rule = f"{strategy_text} decides during a rollout which prompts are trained on, so none can be replayed."

@@ -48,13 +48,6 @@ from darts.pool import CandidatePool, State
 from darts.rollout.client import DartsServerClient
 from darts.rollout.worker import DartsAgentLoopWorker
 
-FORECASTS = (
-    "darts/latency/predicted_s",
-    "darts/latency/predicted_over_measured",
-    "darts/allocation/time_cost_measured",
-)
-"""Metrics that say nothing of a rollout that ends before all its prompts are complete."""
-
 
 class DartsAgentLoopManager(AgentLoopManager):
     """verl's agent-loop manager with a budget of candidates per prompt.
@@ -144,7 +137,7 @@ class DartsAgentLoopManager(AgentLoopManager):
         """The uid of each prompt, and their budgets."""
         uids = self._group_uids(prompts)
         questions = prompts.non_tensor_batch["raw_prompt"][:: self.rules.group_size]
-        return uids, self.planner.plan([self._key(prompt) for prompt in questions], self.rules)
+        return uids, self.planner.plan([self._key(prompt) for prompt in questions], self.rules, self._harvest)
 
     def _learn(
         self, plan: Plan, pool: CandidatePool, step_times: StepTimes, uids: np.ndarray, began: float, seconds: float
@@ -152,8 +145,6 @@ class DartsAgentLoopManager(AgentLoopManager):
         """Learns from a rollout, and keeps for `pop_rollout` what is known of it."""
         observed_std, planner_metrics = self.planner.observe(plan, self.rules, pool, seconds, step_times)
         metrics = rollout_metrics(pool, self.rules.group_size, seconds, self.rules.selection.long_end) | planner_metrics
-        if self._harvest is not None:
-            metrics = {name: value for name, value in metrics.items() if name not in FORECASTS}
         self._last = Rollout(
             plan=plan,
             pool=pool,

@@ -94,7 +94,12 @@ def _common() -> argparse.ArgumentParser:
     add("--curve", default="h100-like", metavar="FILE", help=f"or {', '.join(BUILTIN)} (default: %(default)s)")
     add("--group-size", type=_positive, default=8, metavar="M", help="rollout.n (default: %(default)s)")
     add("--prompts", type=_positive, metavar="N", help="that a step trains on (default: the trace's)")
-    add("--response-length", type=_positive, metavar="N", help="limit in tokens (default: the trace's)")
+    add(
+        "--response-length",
+        type=_positive,
+        metavar="N",
+        help="limit in tokens; what is longer is cut (default: the trace's)",
+    )
     add("--steps", type=_positive, metavar="N", help=f"default: the trace's, at least {LEAST_STEPS}")
     add("--first", type=int, metavar="STEP", help="leave out the trace's steps before")
     add("--last", type=int, metavar="STEP", help="leave out the trace's steps after")
@@ -132,6 +137,8 @@ def inputs_of(options: argparse.Namespace) -> tuple[LengthTrace, list[Setting], 
         raise SimulationError("--png: needs matplotlib; install verl-darts[report].")
     # 2. What is replayed, and what a step takes.
     trace = read_trace(options.trace).between(options.first, options.last)
+    if options.response_length is not None:
+        trace = trace.limited(options.response_length)
     curve, _ = load_curve(options.curve)
     costs = StepCosts()
     if options.fit is not None:

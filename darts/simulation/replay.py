@@ -44,7 +44,7 @@ class ReplayArm:
 
     def bypasses(self, strategy: Strategy) -> bool:
         """Whether the servers' log-probs are taken for the old ones."""
-        return self.bypass or bool(strategy.overrides.get(BYPASS_MODE, False))
+        return self.bypass or bool(strategy.settings.get(BYPASS_MODE, False))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +126,7 @@ def replay(
         max_running=cluster.max_num_seqs,
     )
     latency = darts.latency.profile
-    if latency != "off" and (latency != "auto" or strategy.rules.allocation.mode == "adaptive"):
+    if latency != "off" and (latency != "auto" or strategy.needs_cost_model):
         planner.cost = CostModel(setting.curve, "simulated")
     next_row, row_launches = 0, {}  # launches of rows that are queued
     for steps_done in range(num_steps):
@@ -140,7 +140,8 @@ def replay(
         # 2. How many candidates each launches, and in which order.
         plan, budgets, launch_order = None, np.full(len(dataset_rows), setting.group_size), None
         if rules.enable:
-            plan = planner.plan([dataset.keys[row % len(dataset)] for row in dataset_rows], rules)
+            keys = [dataset.keys[row % len(dataset)] for row in dataset_rows]
+            plan = planner.plan(keys, rules, round_.harvest)
             budgets, launch_order = plan.budgets, plan.launch_order.tolist()
         # 3. The rollout.
         is_launched = np.arange(dataset.width) < budgets[:, None]
@@ -168,13 +169,15 @@ def replay(
         if plan is not None:
             planner.observe(plan, rules, pool, max(step_time.rollout, 1e-9), StepTimes())
         strategy.ended(dataset_rows, outcome.complete)
+        if strategy.plans:
+            strategy.choice = planner.choose(setting.num_prompts, strategy.rules)
         launched_rows = set(dataset_rows)
         row_launches = {row: row_launches.get(row, 0) + (row in launched_rows) for row in strategy.queue}
         # 5. What is told of it, beside the oracle's step.
         progress(f"{cluster.gpus} GPUs, {arm.name}, seed {dataset.seed}: step {steps_done + 1}/{num_steps}")
         oracle = shortest(lengths[outcome.complete], setting.group_size)
         num_slots = min(cluster.max_num_seqs, -(-len(pool) // cluster.engines)) * cluster.engines
-        reward = drawn_candidates.reward[is_launched]
+        reward = np.where(pool.cut, np.nan, drawn_candidates.reward[is_launched])  # nobody knows that of a part
         yield SimulatedStep(
             time=step_time,
             prompts=len(budgets),

@@ -1,8 +1,9 @@
 """Which strategy and settings to take on a cluster: `python -m darts.simulation plan`.
 
-Contract: pure. A grid of M_up, L and lambda for `darts`, and every other strategy as it stands, are replayed on the
-same draws. What is recommended (our choice): the fastest `darts` that keeps a longest response (L >= 1), as the
-paper does; beside it the fastest of all. Replay knows nothing of shaping, for which L is there.
+Contract: pure. Both presets of `darts`, a grid of M_up, L and lambda by the utility, and every other strategy as it
+stands, are replayed on the same draws. What is recommended (our choice): the fastest `darts` that keeps a longest
+response (L >= 1), as the paper does; beside it the fastest of all. Replay knows nothing of shaping, for which L is
+there.
 """
 
 import math
@@ -10,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
-from darts.config import STRATEGIES
+from darts.config import PRESETS, STRATEGIES
 from darts.simulation.comparison import PLAIN, ReplaySummary, compare
 from darts.simulation.replay import ReplayArm, Setting
 from darts.simulation.trace import LengthTrace
@@ -20,18 +21,20 @@ HIGHS = (1.25, 1.5, 2.0)
 LONGS = (0, 1, 2)
 COST_WEIGHTS = (1.0, 0.3, 0.1, 0.0)
 """Lambda; from careful with time to none. Those that lead to the same rollouts as one before are left out."""
-MOSTLY = 0.5
+MOSTLY, LEVEL = 0.5, 0.99
+L_OF_1 = {"num_long": 1}
 
 
 def grid(group_size: int, block: Mapping[str, Any]) -> list[ReplayArm]:
     """What is tried; `block` is what all have in common."""
-    arms = []
+    presets = {name: {**block, "strategy": "darts", "preset": name} for name in PRESETS}
+    arms = [ReplayArm(name=f"darts preset={name}", block=preset_block) for name, preset_block in presets.items()]
     highs = dict.fromkeys(math.ceil(high_factor * group_size) for high_factor in HIGHS)
     longs = [num_long for num_long in LONGS if num_long < group_size]
     for most_candidates, num_long, cost_weight in product(highs, longs, COST_WEIGHTS):
         arm_settings = {
             "strategy": "darts",
-            "allocation": {"high": most_candidates, "cost_weight": cost_weight},
+            "allocation": {"high": most_candidates, "mean_candidates": "utility", "cost_weight": cost_weight},
             "selection.num_long": num_long,
         }
         arm_name = f"darts M_up={most_candidates} L={num_long} lambda={cost_weight:g}"
@@ -59,7 +62,7 @@ def advise(
     chosen = next(
         row
         for row in ranked_rows
-        if arm_blocks[row.name]["strategy"] == "darts" and arm_blocks[row.name]["selection"]["num_long"] > 0
+        if arm_blocks[row.name]["strategy"] == "darts" and arm_blocks[row.name].get("selection", L_OF_1)["num_long"] > 0
     )
     fastest = min(ranked_rows[0], plain_row, key=lambda row: row.step_s)
     lines = []
@@ -71,6 +74,11 @@ def advise(
             f"({plain_row.generated:,.0f}), {row.thrown_away:.0%} of them thrown away; {row.per_prompt:.1f} candidates "
             "a prompt.",
         ]
+    speed_ups = {row.name: row.speed_up.value for row in arm_rows}
+    for name in PRESETS:
+        if (speed_up := speed_ups.get(f"darts preset={name}")) is not None:
+            slower_text = ", slower than plain verl until shaping pays" if speed_up < LEVEL else ""
+            lines.append(f"darts.preset={name}: {speed_up:.2f} times as fast as plain verl{slower_text}.")
     for row in (oracle_row, free_oracle_row):
         lines.append(f"The {row.name}: {row.step_s:.1f} s a step, {row.speed_up.value:.2f} times.")
     if chosen.speed_up.high < 1:

@@ -85,6 +85,25 @@ class LengthTrace:
             )
         return replace(self, prompts=chosen_prompts)
 
+    def limited(self, response_length: int) -> "LengthTrace":
+        """The same under a lower limit: longer responses are cut to it and marked; their rewards are not known then."""
+        limited_prompts, num_cut, num_candidates = [], 0, 0
+        for prompt in self.prompts:
+            is_cut = prompt.lengths > response_length
+            limited_prompts.append(
+                replace(
+                    prompt,
+                    lengths=np.minimum(prompt.lengths, response_length),
+                    truncated=prompt.truncated | is_cut,
+                    reward=np.where(is_cut, np.nan, prompt.reward),
+                )
+            )
+            num_cut += int(is_cut.sum())
+            num_candidates += len(is_cut)
+        share_text = f"{num_cut} of {num_candidates} responses ({num_cut / num_candidates:.1%})"
+        notes = [f"{share_text} are longer than {response_length:,} tokens and were cut to it"] if num_cut else []
+        return replace(self, prompts=limited_prompts, notes=[*self.notes, *notes])
+
 
 def read_trace(path: str | Path, seed: int = 0) -> LengthTrace:
     """A CSV file of lengths, or the JSONL of a run, by its name (`.jsonl`).

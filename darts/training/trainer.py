@@ -121,6 +121,7 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
             lengths = [self.planner.history.mean(key) for key in keys]
             self.metrics["darts/strategy/queue"] = len(self.strategy.queue)
             self.metrics |= self.ledger.enter(self._rounds.launched, round_.new, trained_positions, lengths)
+        self._choose()
         if self._rollout is not None:
             self.metrics.update(self._rollout.metrics)
             self._warn_of_saturation()
@@ -229,8 +230,8 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
         set is put back."""
         for key, value in self._overridden.items():
             OmegaConf.update(self.config, key, value)
-        self._overridden = {key: OmegaConf.select(self.config, key) for key in strategy.overrides}
-        for key, value in strategy.overrides.items():
+        self._overridden = {key: OmegaConf.select(self.config, key) for key in strategy.settings}
+        for key, value in strategy.settings.items():
             OmegaConf.update(self.config, key, value)
         self.strategy = strategy
 
@@ -292,9 +293,18 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
         self._log_probs = log_probs
         self.async_rollout_manager.overlap_with(None if log_probs is None else log_probs.session)
 
+    def _choose(self) -> None:
+        """Where the settings leave numbers to the plan: those of the next rounds, by what was learnt."""
+        if not self.strategy.plans:
+            return
+        choice = self.planner.choose(self.strategy.num_prompts, self.strategy.rules)
+        if choice is not None and choice.option != (self.strategy.choice and self.strategy.choice.option):
+            logger.info(f"plan: {choice}")
+        self.strategy.choice = choice or self.strategy.choice
+
     def _set_cost_model(self) -> None:
         """Before the first rollout: what the settings ask for, unless the state has a refinement of it."""
-        adaptive = self.strategy.rules.allocation.mode == "adaptive"
+        adaptive = self.strategy.needs_cost_model
         servers = self.llm_server_manager.server_handles
         cost = first_cost_model(self.config, self.darts, servers, self.planner.cost, adaptive)
         self.planner.use_cost_model(cost)
@@ -336,6 +346,7 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
                 saved_strategy = saved_rounds.get("strategy") if isinstance(saved_rounds, dict) else saved_rounds
                 raise ValueError(f"it is of strategy={saved_strategy!s:.80}, which has prompts of its own.")
             self.planner.load_state_dict(state)
+            self._choose()
         except ValueError as cause:
             message = f"the state of step {self.global_steps} cannot be used: {cause}"
             raise StateError(message, loses_prompts=saved_rounds is not None) from cause

@@ -11,21 +11,49 @@ from darts.config import AllocationConfig, ConfigError, DartsConfig, OverlapConf
 def test_defaults_follow_the_group_size():
     config = DartsConfig.from_block({}, group_size=4)
     allocation = config.allocation
-    assert (allocation.mode, allocation.low, allocation.high, allocation.mean_candidates) == ("adaptive", 4, 8, None)
-    assert allocation.fallback_mean == 6
+    assert (allocation.mode, allocation.low, allocation.high, allocation.mean_candidates) == ("adaptive", 4, 8, 1.3 * 4)
+    assert allocation.fallback_mean == 1.3 * 4, "the paper's mix"
     uniform = DartsConfig.from_block({"allocation": {"mode": "uniform"}}, group_size=4).allocation
     assert uniform.mean_candidates == uniform.fallback_mean == 6
     assert (config.num_short, config.selection.num_long) == (3, 1)
     assert config.enable
-    assert DartsConfig.from_block(None, group_size=4) == config == DartsConfig(group_size=4)
+    assert (config.spare_prompts, config.bypass, config.selection.long_end) == (0.0, False, "finished")
+    assert DartsConfig.from_block(None, group_size=4) == config
+
+
+def test_a_preset_gives_what_is_null_and_what_is_set_beside_it_wins():
+    fast = DartsConfig.from_block({"preset": "fast"}, group_size=8)
+    assert (fast.spare_prompts, fast.bypass, fast.allocation.mean_candidates) == ("plan", True, "plan")
+    assert (fast.selection.mode, fast.selection.long_end, fast.selection.long_wait) == ("dual_end", "cut", "deadline")
+    block = {"preset": "fast", "spare_prompts": 0.1, "bypass": False, "allocation": {"mean_candidates": 9}}
+    mixed = DartsConfig.from_block(block, group_size=8)
+    assert (mixed.spare_prompts, mixed.bypass, mixed.allocation.mean_candidates) == (0.1, False, 9)
+    assert mixed.selection == fast.selection
+    other = DartsConfig.from_block({"preset": "fast", "strategy": "shortest_k"}, group_size=8)
+    assert (other.bypass, other.allocation.mean_candidates) == (False, 12), "others have rules of their own"
+
+
+def test_the_wait_follows_the_long_end():
+    for long_end, wait in (("finished", "all"), ("truncated", "all"), ("cut", "deadline")):
+        assert DartsConfig.from_block({"selection": {"long_end": long_end}}, 8).selection.long_wait == wait
+    with pytest.raises(
+        ConfigError, match=r"darts.selection.long_wait='all': with .*long_end=cut .*Fix: set it to dead"
+    ):
+        DartsConfig.from_block({"selection": {"long_end": "cut", "long_wait": "all"}}, 8)
+
+
+def test_with_bypass_nothing_is_computed_during_generation():
+    block = {"preset": "fast", "placement": "disaggregated"}
+    assert DartsConfig.from_block(block, 8).overlap.mode == "off"
+    with pytest.raises(ConfigError, match=r"darts.overlap.mode='token': with darts.bypass"):
+        DartsConfig.from_block({**block, "overlap": {"mode": "token"}}, 8)
 
 
 def test_what_depends_on_size_and_placement_has_one_default_and_is_settled_once():
     """A part that was made alone has the setting's default, which a complete configuration never has."""
     assert (AllocationConfig().low, AllocationConfig().high, OverlapConfig().mode) == (None, None, "auto")
-    config = DartsConfig(
-        group_size=4, placement="disaggregated", allocation=AllocationConfig(), overlap=OverlapConfig()
-    )
+    adaptive = AllocationConfig(mode="adaptive")
+    config = DartsConfig(group_size=4, placement="disaggregated", allocation=adaptive, overlap=OverlapConfig())
     assert (config.allocation.low, config.allocation.high, config.overlap.mode) == (4, 8, "token")
     assert DartsConfig(group_size=4, overlap=OverlapConfig(mode="auto")).overlap.mode == "off"
     assert replace(config, allocation=replace(config.allocation, high=None)) == config

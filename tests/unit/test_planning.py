@@ -58,7 +58,8 @@ def test_warm_up_is_uniform_then_budgets_follow_the_spread():
 
 def test_without_warm_up_the_first_rollout_is_uniform_too():
     plan = new_planner().plan(KEYS, darts_of(warmup_steps=0))
-    assert plan.budgets.tolist() == [6] * 6
+    assert plan.budgets.sum() == round(6 * 1.3 * LOW)
+    assert np.ptp(plan.budgets) <= 1
     assert not plan.known.any()
     assert not plan.std.any()
 
@@ -129,15 +130,19 @@ def test_planning_changes_nothing():
 def test_the_utility_decides_the_total_by_the_cost_of_time():
     totals = {}
     for name, curve, weight in (("free", FLAT, 0.0), ("steep", STEEP, 1.0), ("careful", STEEP, 100.0)):
-        planner, darts, rng = new_planner(curve), darts_of(cost_weight=weight), np.random.default_rng(0)
+        planner, darts, rng = (
+            new_planner(curve),
+            darts_of(cost_weight=weight, mean_candidates="utility"),
+            np.random.default_rng(0),
+        )
         rollout(planner, darts, rng, spreads=[60] * 6)
         plan = planner.plan(KEYS, darts)
         assert plan.utility.total == plan.budgets.sum()
         assert plan.utility.utility == pytest.approx(plan.utility.gain - weight * plan.utility.cost)
         totals[name] = plan.utility.total
-    assert totals["free"] == 6 * HIGH
+    assert 5 * (HIGH - 1) + 1 <= totals["free"] < 6 * HIGH, "a tenth of the prompts, rounded up, is saturated"
     assert totals["careful"] == 6 * LOW
-    assert 6 * LOW <= totals["steep"] < 6 * HIGH
+    assert 6 * LOW <= totals["steep"] <= totals["free"]
 
 
 def test_a_given_mean_wins_over_the_utility_which_is_told():

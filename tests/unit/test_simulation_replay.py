@@ -73,7 +73,7 @@ def outcomes(monkeypatch):
     seen, run = [], SimulatedRollout.run
 
     def recorded(rollout):
-        lengths, truncated = np.array(rollout.lengths), np.array(rollout.cut)
+        lengths, truncated = np.array(rollout.lengths), np.array(rollout.truncated)
         outcome = run(rollout)
         seen.append((lengths, truncated, rollout.budgets, rollout.rules, outcome))
         return outcome

@@ -67,7 +67,7 @@ def test_spare_prompts_are_launched_beyond_the_batch_and_who_came_late_waits_for
 
 
 def test_shortest_k_keeps_the_shortest_and_stops_nothing():
-    rules = make_strategy(replace(DARTS, strategy="shortest_k"), PROMPTS).rules
+    rules = make_strategy(DartsConfig.from_block({"strategy": "shortest_k"}, M), PROMPTS).rules
     assert (rules.allocation.mode, rules.allocation.mean_candidates) == ("uniform", 12)
     assert rules.group_rules(12).num_long == 0
     assert rules.early_stop == "off"

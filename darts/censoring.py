@@ -12,7 +12,7 @@ right-censored. All of it is our choice.
    location is: flat on its logarithm, divided by the mean, or by its square. So it is neither too long nor too short in
    the mean over many groups, at whatever depth they are stopped.
 3. That holds for stops that depend on the group alone. One moment for all prompts stops the longest at less depth, and
-   they would count as longer still; so how long the prompts of the last rollouts were is a prior, too, twice as wide.
+   they would count as longer still; so how long the prompts of the last rollouts were is a prior, too, somewhat wider.
 4. Estimates are finite, not negative, and scale with the lengths of all groups.
 """
 
@@ -39,14 +39,14 @@ CENTERS = np.geomspace(SPREADS[0], SPREADS[-1], 3 * len(SPREADS) - 2)  # typical
 SPREAD_WIDTHS = (0.06, 0.2, 0.45)  # std of log spread among the prompts of a population
 MEMORY = 0.95  # weight of all earlier rollouts against a new one, in what is known of the population
 CENTER_WEIGHT = 0.3  # of a new rollout in how long the responses to its prompts are
-CENTER_ROOM = 2.0  # by which the variance of prompts' logarithms is taken as more: prompts are not pulled together
+CENTER_ROOM = 2.0  # by which the variance among prompts is taken as more, so that they are not pulled together
 CENTER_PRIOR = 1.0  # so many prompts with that variance of logarithms are always among them
 MAX_SURPRISE = 10.0  # log-likelihood that one group may take from a population
 MAX_STRETCH = 16.0  # no mean is more than this many times the longest length seen, and no std more than half as many
 LEAST_GROWTH = 1e-9  # log of a censored length over its bound, at least
 SHORTEST = 1e-3  # of the longest length; shorter ones count as that in likelihoods
 LEARNED_GROUPS = 256  # at most so many groups of a rollout are learnt from
-MIN_SHARE = 1e-4  # of a shape in a population; rarer ones are left out
+MIN_SHARE = 1e-6  # of a shape in a population; rarer ones are left out
 CHUNK_CELLS = 100_000  # worked on at once
 """A cell is a bound x a shape x a location; more of them do not fit a processor's cache."""
 
@@ -155,7 +155,7 @@ class ShapeTables:
 SHAPES = ShapeTables()
 
 
-class _Batch:
+class _GroupColumns:
     """Censored groups as flat columns. Lengths are over the longest of their group; logarithms are off their mean."""
 
     def __init__(self, groups: Sequence[tuple[NDArray[np.float64], NDArray[np.bool_]]]) -> None:
@@ -235,8 +235,8 @@ class _Batch:
         return [slice(*pair) for pair in pairwise(edges)]
 
     def places(self) -> NDArray[np.float64]:
-        """Locations to add up over, in spreads off the mean logarithm: closer than what the largest group knows it."""
-        return np.arange(-2.0, 5.0, min(0.4, 1.6 / math.sqrt(self.sizes.max())))
+        """Locations to add up over, in spreads off the origin, the closer the more the largest group knows of it."""
+        return np.arange(-2.0, 5.0, min(max(1.6 / math.sqrt(self.sizes.max()), 0.1), 0.4))
 
 
 class LengthModel:
@@ -278,7 +278,7 @@ class LengthModel:
         if not len(telling):
             return self._moments(groups, self._evidence[None], np.array([self._known]))[:2]
         evidence = np.zeros((len(groups), *self._evidence.shape))
-        evidence[telling] = _evidence(_Batch([groups[index] for index in telling]), self._centers)
+        evidence[telling] = _evidence(_GroupColumns([groups[index] for index in telling]), self._centers)
         earlier, new_evidence = MEMORY * self._evidence, evidence.sum(axis=0)
         # 2. Each by what earlier rollouts and the others showed: none counts twice.
         is_telling = np.isin(np.arange(len(groups)), telling)
@@ -317,7 +317,7 @@ class LengthModel:
         if len(hidden):
             evidence = evidence + SHAPES.guess * (GUESS_GROUPS / (GUESS_GROUPS + known[:, None, None]))
             evidence = np.broadcast_to(evidence, (len(groups), *evidence.shape[1:]))[hidden]
-            moments[:, hidden] = _completed(_Batch([groups[index] for index in hidden]), evidence, self._centers)
+            moments[:, hidden] = _completed(_GroupColumns([groups[index] for index in hidden]), evidence, self._centers)
         return tuple(moments)
 
     def state_dict(self) -> dict[str, Any]:
@@ -359,7 +359,7 @@ def _checked(lengths: ArrayLike, censored: ArrayLike) -> tuple[NDArray[np.float6
     return values[is_known], flags[is_known]
 
 
-def _evidence(batch: _Batch, centers: tuple[float, float] | None) -> NDArray[np.float64]:
+def _evidence(batch: _GroupColumns, centers: tuple[float, float] | None) -> NDArray[np.float64]:
     """The log-likelihood of each group by tail and population, at most 0: [num_groups, num_tails, num_populations]."""
     shapes, places = np.arange(len(SHAPES.tail)), batch.places()
     log_means = SHAPES.spread[:, None] * places + SHAPES.log_mean[:, None]
@@ -375,7 +375,7 @@ def _evidence(batch: _Batch, centers: tuple[float, float] | None) -> NDArray[np.
 
 
 def _completed(
-    batch: _Batch, evidence: NDArray[np.float64], centers: tuple[float, float] | None
+    batch: _GroupColumns, evidence: NDArray[np.float64], centers: tuple[float, float] | None
 ) -> tuple[NDArray[np.float64], ...]:
     """Expected means and stds; without `centers` the logarithm of the mean and its variance: each [num_groups]."""
     # 1. How likely each shape is for each group, as one of its population; the shapes that matter.
@@ -405,7 +405,7 @@ def _completed(
         # 3. Expectations, each with the prior of locations that makes it unbiased.
         logs[chunk] = _expected(log_chances, log_means)
         doubts[chunk] = _expected(log_chances, np.square(log_means - logs[chunk, None, None]))
-        log_chances += _centering(batch.origins[chunk], log_means, centers)
+        log_chances += _centering(batch.origins[chunk], log_means, centers, CENTER_ROOM)
         means[chunk] = _expected(log_chances - log_means, total / num_all)
         variances[chunk] = _expected(log_chances - 2 * log_means, group_variances)
     stds = np.sqrt(np.maximum(variances, 0.0))
@@ -414,12 +414,12 @@ def _completed(
 
 
 def _centering(
-    origins: NDArray[np.float64], log_means: NDArray[np.float64], centers: tuple[float, float] | None
+    origins: NDArray[np.float64], log_means: NDArray[np.float64], centers: tuple[float, float] | None, room: float = 1.0
 ) -> NDArray[np.float64] | float:
     """The log of the prior of means [num_groups, num_shapes, num_places], which are relative to e^origin."""
     if centers is None:
         return 0.0
-    return np.square(origins[:, None, None] + log_means - centers[0]) / (-2 * CENTER_ROOM * centers[1])
+    return np.square(origins[:, None, None] + log_means - centers[0]) / (-2 * room * centers[1])
 
 
 def _expected(log_chances: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from darts import history
+from darts.censoring import LengthModel
 from darts.history import LengthHistory, censored_moments, censored_std, prompt_key
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -166,6 +167,20 @@ def test_real_lengths_of_a_drifting_policy(real_lengths, num_candidates):
 def test_real_lengths_with_a_heavy_tail_do_not_explode(real_lengths, num_candidates):
     truth, naive, estimate = stds_of(real_lengths[101], num_candidates)
     assert abs(estimate.mean() - truth.mean()) < 0.5 * abs(naive.mean() - truth.mean())
+
+
+@pytest.mark.parametrize("ended", [8, 11])
+@pytest.mark.parametrize("num_candidates", [12, 16])
+def test_real_lengths_of_a_drifting_policy_whose_groups_are_all_stopped(real_lengths, num_candidates, ended):
+    model, pairs = LengthModel(), []
+    for step in (102, 103, 104):
+        groups = real_lengths[step][:, :num_candidates]
+        ends = np.sort(groups, axis=1)[:, ended - 1, None]
+        moments = model.observe(list(zip(np.minimum(groups, ends), groups > ends, strict=True)))
+        pairs += list(zip(*moments, groups.mean(axis=1), groups.std(axis=1), strict=True))
+    means, stds, true_means, true_stds = np.transpose(pairs)
+    assert means.mean() == pytest.approx(true_means.mean(), rel=0.03)
+    assert math.sqrt(np.mean(stds**2)) == pytest.approx(math.sqrt(np.mean(true_stds**2)), rel=0.1)
 
 
 NONSENSE = [

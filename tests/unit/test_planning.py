@@ -276,7 +276,7 @@ def test_a_planner_that_loads_the_state_goes_on_as_the_saved_one():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "version=2: must be 1"),
+        ({"version": 1}, "version=1: must be 2"),
         ({"steps": -1}, "steps=-1"),
         ({"steps": "3"}, "steps='3'"),
         ({"history": None}, "state=None"),
@@ -286,6 +286,8 @@ def test_a_planner_that_loads_the_state_goes_on_as_the_saved_one():
         ({"times": [float("nan")]}, "times="),
         ({"correction": [1.0]}, "correction="),
         ({"correction": [1.0, float("nan")]}, "correction="),
+        ({"lengths": None}, "length model=None"),
+        ({"lengths": {"evidence": [[0.0]], "known": 0.0, "centers": None}}, "length model="),
     ],
 )
 def test_a_state_that_cannot_be_used_is_refused_and_changes_nothing(change, message):

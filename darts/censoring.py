@@ -6,7 +6,8 @@ right-censored. All of it is our choice.
 1. The lengths of a prompt follow a generalised gamma distribution: with `tail` 0 it is the log-normal, with 1 the gamma
    distribution, and with more its upper end is lighter still. Which tail it is, and how spread prompts are, is a matter
    of the workload: one group does not show it, the groups of a rollout together do. `LengthModel` pools them: it keeps
-   how likely each population of prompts has made what was seen, and forgets slowly. No group has to run to its end.
+   how likely each population of prompts has made what was seen, and forgets within some ten rollouts. No
+   group has to run to its end.
 2. A group's moments are expected ones, given what is known of it: over its location, its shape and its unseen lengths.
    The location has the prior with which the expectation of a scale family's mean, or variance, is unbiased wherever the
    location is: flat on its logarithm, divided by the mean, or by its square. So it is neither too long nor too short in
@@ -37,7 +38,7 @@ TYPICAL_SPREAD, SPREAD_FOLDS = 0.15, 0.45  # what its typical spread is, and the
 GUESS_GROUPS = 16.0  # the guess counts half when so many groups are known
 CENTERS = np.geomspace(SPREADS[0], SPREADS[-1], 3 * len(SPREADS) - 2)  # typical spreads of populations
 SPREAD_WIDTHS = (0.06, 0.2, 0.45)  # std of log spread among the prompts of a population
-MEMORY = 0.95  # weight of all earlier rollouts against a new one, in what is known of the population
+MEMORY = 0.8  # weight of all earlier rollouts against a new one, in what is known of the population
 CENTER_WEIGHT = 0.3  # of a new rollout in how long the responses to its prompts are
 CENTER_ROOM = 2.0  # by which the variance among prompts is taken as more, so that they are not pulled together
 CENTER_PRIOR = 1.0  # so many prompts with that variance of logarithms are always among them

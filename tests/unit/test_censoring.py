@@ -86,6 +86,16 @@ def test_groups_that_one_moment_stops_have_the_moments_of_whole_ones(kind, varia
     assert np.mean(stds**2) == pytest.approx(np.mean(true_stds**2), rel=0.15)
 
 
+def test_a_model_follows_a_workload_that_becomes_another_one():
+    rng, model, variances = np.random.default_rng(0), LengthModel(), []
+    for step in range(32):
+        groups = 800 * (drawn(rng, "log-normal", 1.0, (100, 12)) if step < 10 else drawn(rng, "gamma", 0.3, (100, 12)))
+        variances.append(np.mean(model.observe([stopped(group, 8) for group in groups])[1] ** 2))
+    stds = np.sqrt(np.divide(variances, 11 / 12)) / 800
+    assert stds[5:10].mean() == pytest.approx(1.0, rel=0.1)
+    assert stds[-5:].mean() == pytest.approx(0.3, rel=0.1)
+
+
 def shape_functions(tail: float, spread: float):
     """Standardised log lengths; there the log density, and the moments 0 to 2 of what exceeds them."""
     logs = np.arange(-40, 40, 1e-3)

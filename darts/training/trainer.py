@@ -41,7 +41,7 @@ from darts.evidence.log import logger
 from darts.evidence.trace import Trace
 from darts.overlap.join import OverlappedLogProbs, actor_limits
 from darts.overlap.session import OverlapSession
-from darts.planning import Rollout, RolloutPlanner
+from darts.planning import Plan, Rollout, RolloutPlanner
 from darts.rollout.manager import DartsAgentLoopManager
 from darts.strategy import PromptLedger, Strategy, make_strategy
 from darts.training.cost_model import first_cost_model
@@ -125,6 +125,7 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
         if self._rollout is not None:
             self.metrics.update(self._rollout.metrics)
             self._warn_of_saturation()
+            self._warn_of_slower_rollouts(self._rollout.plan)
         # 4. Rows go to the actor in the strategy's order; otherwise as verl balances them.
         if self.strategy.short_to_long:
             row_lengths = output.batch["response_mask"].sum(dim=-1)
@@ -191,6 +192,17 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
                 "long response is kept: raise darts.allocation.cost_weight, set darts.allocation.mean_candidates, or "
                 "darts.selection.mode=dual_end, unless this is what you want.",
                 stacklevel=2,
+            )
+
+    def _warn_of_slower_rollouts(self, plan: Plan) -> None:
+        """Once: the plan expects that rollouts take longer than plain verl's."""
+        slowdown = 1.0 if plan.predicted_s is None else plan.predicted_s / plan.base_s
+        if slowdown > 1.01 and len(plan.keys) == self.strategy.num_prompts and not self._warned_of_slowdown:
+            self._warned_of_slowdown = True
+            logger.warning(
+                f"plan: rollouts are expected to take {slowdown:.2f} times as long as plain verl's "
+                f"({plan.predicted_s:.3g} s), until shaping has made responses shorter. darts.preset=fast waits for no "
+                "long response."
             )
 
     # --- before the first step ----------------------------------------------------------------------------------------
@@ -265,7 +277,7 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
         self._rollout: Rollout | None = None
         self._trace = Trace(self.darts.trace)
         self._cost_model_is_set = False
-        self._warned_of_saturation = False
+        self._warned_of_saturation = self._warned_of_slowdown = False
 
     def _prepare_overlap(self) -> None:
         """Where log-probs are computed during generation: the session with the actor, its abilities and memory."""

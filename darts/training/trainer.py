@@ -56,12 +56,12 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
     async_rollout_manager: DartsAgentLoopManager
     strategy: Strategy
     _rounds: RoundLoader | None = None  # where the strategy chooses its prompts
+    ledger: PromptLedger  # of these rounds
     _log_probs: OverlappedLogProbs | None = None  # where they are computed during generation
 
     def __init__(self, config: DictConfig, *args: Any, **kwargs: Any) -> None:
         verl_patches.register.assert_active()
         self.darts = check_run(config)
-        self.ledger = PromptLedger()
         self._overridden: dict[str, Any] = {}
         super().__init__(config, *args, **kwargs)
 
@@ -234,6 +234,7 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
                 f"{len(loader.dataset)}.",
                 f"lower data.train_batch_size, or {self.strategy.more_prompts}.",
             )
+        self.ledger = PromptLedger()
         row_sources = loader.dataset, loader.sampler if sampler is None else sampler, loader.collate_fn
         return RoundLoader(*row_sources, lambda: self.strategy.next_round())
 

@@ -186,6 +186,12 @@ def test_the_banner_says_what_is_on():
     assert "; log-probs after generation (with algorithm.rollout_correction.bypass_mode=True" in banner(config, darts)
     line = banner(config, DartsConfig.from_block({"overlap": {"mode": "token"}}, 8), cache_tokens=12_000)
     assert line.endswith("during generation (overlap token, prefixes of up to 12,000 tokens on a rank)")
+    line = banner(config, DartsConfig.from_block({"preset": "fast"}, 8))
+    assert "M=8 of candidates as planned (uniform, 8 to 16), selection dual_end: K=7 shortest and L=1 longest" in line
+    assert "(cut, wait: deadline), early stop eager (no group is shortest-only: it never acts), spare prompts " in line
+    assert "spare prompts 5%;" in banner(config, DartsConfig.from_block({"spare_prompts": 0.05}, 8))
+    line = banner(config, DartsConfig.from_block({"allocation": {"mean_candidates": "utility"}}, 8))
+    assert "M=8 of as many candidates as pay (adaptive, 8 to 16)" in line
     off = DartsConfig.from_block({"enable": False}, 8)
     assert banner(config, off) == "plugin active, darts.enable=false: plain verl"
 

@@ -59,8 +59,9 @@ def manager(engine, tmp_path_factory):
 def configure(manager, monkeypatch):
     """Changes settings for the rest of the test."""
 
-    def change(selection="shortest_only", long_wait="all", **changes):
-        sections = {"selection": dataclasses.replace(manager.rules.selection, mode=selection, long_wait=long_wait)}
+    def change(selection="shortest_only", long_wait="all", long_end="finished", **changes):
+        modes = {"mode": selection, "long_wait": long_wait, "long_end": long_end}
+        sections = {"selection": dataclasses.replace(manager.rules.selection, **modes)}
         monkeypatch.setattr(manager, "rules", dataclasses.replace(manager.rules, **sections, **changes))
 
     return change
@@ -196,6 +197,33 @@ def test_the_deadline_keeps_a_long_example_of_what_has_finished(manager, configu
         late = valid[~np.isnan(pool.stop_seconds[valid])]
         if not len(late):
             assert {c for uid, c in output if uid == f"uid-{p}"} == set(pool.candidate[valid[kept]].tolist())
+
+
+@pytest.mark.parametrize("long_wait", ["deadline", "none"])
+def test_what_was_cut_is_the_beginning_of_what_the_same_seeds_give(manager, configure, server, monkeypatch, long_wait):
+    """M of M candidates are kept, so every row has its counterpart in a run that stops nothing."""
+    collected, num_cut = pools(manager, monkeypatch), 0
+    m_of_m = dataclasses.replace(manager.rules.allocation, mode="off")
+    for step in range(70, 90):
+        configure(early_stop="off", allocation=m_of_m)
+        full = responses(manager.generate_sequences(batch(PROMPTS, step=step)))
+        configure(selection="dual_end", long_end="cut", long_wait=long_wait, allocation=m_of_m)
+        output = responses(manager.generate_sequences(batch(PROMPTS, step=step)))
+        EngineState.wait_idle(server)
+        pool = collected[-1]
+        assert set(output) == set(full)
+        assert len(output) == PROMPTS * M
+        names = [(f"uid-{prompt}", candidate) for prompt, candidate in zip(pool.prompt, pool.candidate, strict=True)]
+        lengths = dict(zip(names, pool.length, strict=True))
+        cut = {name for name, is_cut in zip(names, pool.cut, strict=True) if is_cut}
+        for row, tokens in output.items():
+            assert len(tokens) == lengths[row] > 0
+            assert tokens == (full[row][: len(tokens)] if row in cut else full[row])
+        assert all(pool.cut[pool.prompt == prompt].sum() <= 1 for prompt in range(PROMPTS))
+        num_cut += len(cut)
+        if num_cut >= PROMPTS:
+            break
+    assert num_cut >= PROMPTS
 
 
 def test_siblings_share_the_prompt_and_an_abort_leaves_it_cached(manager, configure, server):

@@ -305,8 +305,8 @@ class DartsConfig:
     """Gives every candidate a sampling seed of its own. Reproducible, but vLLM draws the noise of seeded requests one
     by one. null: the engine's stream, which differs between candidates anyway."""
     timeout_s: float = setting(3600.0, gt=0)
-    """Seconds after which a rollout that has not ended fails, with the uids that wait. Plain verl has no such limit;
-    raise it for long agentic rollouts."""
+    """Seconds in which no response grows or ends, after which a rollout fails with the uids that wait. Plain verl has
+    no such limit; raise it for tools or rewards that take longer."""
     progress_s: float = setting(30.0, ge=0)
     """Seconds between progress lines of a rollout; 0 for none."""
 

@@ -7,20 +7,19 @@ Contract: pure Python and NumPy. `prompt_key` names a prompt, `censored_moments`
    smaller budgets.
 2. An aborted or truncated candidate is right-censored: its true length is at least the length that it had. One that was
    aborted before its first token (length 0) says nothing and is left out.
-3. Observed lengths enter as they are; of a censored one only the unseen part is estimated. So an observation without
-   censored lengths has exactly the plain moments (`numpy.std`, no degree of freedom taken off).
+3. Observed lengths enter as they are; of a censored one only the unseen part is estimated (`darts.censoring`). So an
+   observation without censored lengths has exactly the plain moments (`numpy.std`, no degree of freedom taken off).
 4. Estimates are finite, not negative, and scale with the lengths.
-5. `StopCorrection` learns how far `censored_std` is off for groups that were stopped, from groups that were not: the
-   tail beyond the M shortest is a matter of the model of lengths, which no workload obeys. Groups that ran to their end
-   show the truth: censored as deeply as early stop censors, their estimate can be compared with it. Without it prompts
-   that are stopped would look too even where tails are heavy, and lose their budget for it.
+5. `StopCorrection` learns how far a `LengthModel` is off for groups that were stopped, from groups that were not, by
+   how deep they were stopped: no workload obeys a model. Groups that ran to their end show the truth: censored at some
+   depth, their estimate can be compared with it. It learns from groups that no rule ends: of others those are full
+   that happen to be short.
 """
 
 import hashlib
 import json
 import math
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -28,14 +27,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-PRIOR_SPREAD = 0.1  # std over location of cube roots; in tokens 0.3 of the mean, as responses to one prompt may have
-MAX_STRETCH = 4.0  # no length counts as more than this many times the longest known
+from darts.censoring import LengthModel
+
+MAX_STRETCH = (
+    4.0  # no mean of one group alone is more than this many times its longest length, no std than half as many
+)
 STATE_VERSION = 1
 LARGE = 4096  # bytes of a part of a prompt that count by their hash: images are not copied from level to level
-LOG_SQRT_TAU = 0.5 * math.log(math.tau)
-FAR_TAIL = 30.0  # in standard deviations; erfc underflows a little further out
-CORRECTION_WEIGHT = 0.3  # of a new rollout in what early stop hides
-MAX_CORRECTION = 4.0  # the factor lies in [1 / this, this], since few prompts are off by chance
+DEPTHS = (0.25, 0.4, 0.55, 0.7, 0.85)  # shares of a group's candidates that had ended when it was stopped
+CORRECTION_MEMORY = 0.9  # weight of all earlier rollouts against a new one, in what stops hide
+CORRECTED_GROUPS = 48  # at most so many groups of a rollout are stopped once more, at each depth
+EQUAL_GROUPS = 20  # so many groups that the model estimates rightly are always among them: few are off by chance
+MAX_CORRECTION = 4.0  # factors lie in [1 / this, this]
 
 
 def prompt_key(content: object) -> str:
@@ -55,12 +58,9 @@ def prompt_key(content: object) -> str:
 def censored_moments(lengths: Sequence[float], censored: Sequence[bool]) -> tuple[float, float]:
     """Mean and standard deviation of a prompt's whole draw, some lengths of which are only known to be longer.
 
-    The cube roots of the lengths are taken as normal: the cube root of a gamma variable is nearly so (Wilson and
-    Hilferty, 1931), and the tail does not explode as a log-normal's where the short responses lie far apart. Location
-    and spread are the most likely ones given all candidates and a weak prior, one more response whose root is
-    `PRIOR_SPREAD` times the location away from it; few or equal lengths need that. A censored length then enters with
-    its two first moments, given that it exceeds its bound. What would exceed `MAX_STRETCH` times the longest length
-    counts as that: where most are censored, one such prompt would outweigh all others.
+    Nothing but this group is known here: its shape is any that a workload may have, as far as its lengths allow. A
+    `LengthModel` that saw other groups knows more. No mean is more than `MAX_STRETCH` times the longest length: where
+    most are censored, one such prompt would outweigh all others.
 
     Args:
         lengths: generated tokens of all launched candidates, shape [num_candidates].
@@ -72,15 +72,9 @@ def censored_moments(lengths: Sequence[float], censored: Sequence[bool]) -> tupl
     Raises:
         ValueError: lengths that are negative or not finite, or flags of another shape.
     """
-    values, flags = np.asarray(lengths, dtype=np.float64), np.asarray(censored, dtype=np.bool_)
-    if values.ndim != 1 or values.shape != flags.shape:
-        raise ValueError(f"lengths has shape {values.shape}, censored {flags.shape}: both must be [num_candidates].")
-    for index in np.flatnonzero(~(np.isfinite(values) & (values >= 0))):
-        raise ValueError(f"lengths[{index}]={values[index]}: a length must be finite and not negative.")
-    observed, bounds = values[~flags], values[flags & (values > 0)]
-    if len(bounds):
-        return _completed_moments(observed, bounds)
-    return (float(observed.mean()), float(observed.std())) if len(observed) else (0.0, 0.0)
+    means, stds = LengthModel().moments([(lengths, censored)])
+    longest = max(np.asarray(lengths).tolist(), default=0.0)
+    return min(float(means[0]), MAX_STRETCH * longest), min(float(stds[0]), MAX_STRETCH / 2 * longest)
 
 
 def censored_std(lengths: Sequence[float], censored: Sequence[bool]) -> float:
@@ -119,20 +113,31 @@ class LengthHistory:
         self._prompts: dict[str, tuple[float, float]] = {}  # (mean, variance), the prompt updated last comes last
         self._dataset: tuple[float, float] | None = None  # (mean, std) until the next update
 
-    def update(self, key: str, lengths: Sequence[float], censored: Sequence[bool], correction: float = 1.0) -> float:
-        """Takes one observation of a prompt, returns its `censored_std` times `correction`.
+    def update(
+        self,
+        key: str,
+        lengths: Sequence[float],
+        censored: Sequence[bool],
+        moments: tuple[float, float] | None = None,
+    ) -> float:
+        """Takes one observation of a prompt, returns its standard deviation.
 
         One without a single token changes nothing.
 
+        Args:
+            key: name of the prompt.
+            lengths: as in `censored_moments`.
+            censored: as in `censored_moments`.
+            moments: mean and std, of one who knows more of them than `censored_moments`.
+
         Raises:
-            ValueError: a key that is not text, a correction that is not above 0, or as `censored_moments`.
+            ValueError: a key that is not text, moments that are negative or not finite, or as `censored_moments`.
         """
         if not isinstance(key, str):
             raise ValueError(f"key={key!r}: must be text, from prompt_key().")
-        if not 0 < correction < math.inf:
-            raise ValueError(f"correction={correction}: must be finite and above 0.")
-        mean, std = censored_moments(lengths, censored)
-        std *= correction
+        mean, std = censored_moments(lengths, censored) if moments is None else moments
+        if not (0 <= mean < math.inf and 0 <= std < math.inf):
+            raise ValueError(f"moments={moments}: must be finite and not negative.")
         if mean > 0:
             old_mean, old_variance = self._prompts.pop(key, (mean, std * std))
             variance = old_variance + self.weight * (std * std - old_variance)
@@ -235,139 +240,69 @@ def are_amounts(values: object) -> bool:
     return isinstance(values, list) and all(type(x) in (int, float) and 0 <= x <= sys.float_info.max for x in values)
 
 
-def _completed_moments(observed: NDArray[np.float64], bounds: NDArray[np.float64]) -> tuple[float, float]:
-    """Mean and standard deviation of observed lengths and censored ones; `bounds` has at least one, all positive."""
-    longest = float(max(observed.max(initial=0.0), bounds.max()))
-    length_shares = (observed / longest).tolist()
-    root_tails = [(float(np.cbrt(bound / longest)), count) for bound, count in sorted(Counter(bounds.tolist()).items())]
-    location, spread = _fit([length_share ** (1 / 3) for length_share in length_shares], root_tails)
-    moments = [(length_share, 0.0, 1) for length_share in length_shares]  # (mean, variance, how many)
-    root_limit = MAX_STRETCH ** (1 / 3)
-    far_powers, far = _tail_powers(root_limit, location, spread)
-    for root, count in root_tails:
-        powers, beyond = _tail_powers(root, location, spread)
-        first, second = (powers[n] - math.exp(far - beyond) * (far_powers[n] - root_limit**n) for n in (3, 6))
-        moments.append((first, max(second - first * first, 0.0), count))
-    total = len(observed) + len(bounds)
-    mean = math.fsum(count * first for first, _, count in moments) / total
-    variance = math.fsum(count * ((first - mean) ** 2 + var) for first, var, count in moments) / total
-    return longest * mean, longest * math.sqrt(variance)
-
-
-def _fit(observed: list[float], tails: list[tuple[float, int]]) -> tuple[float, float]:
-    """Location and spread of a normal: the most likely given values, (lower bound, how many) pairs and the prior.
-
-    In a = 1 / spread and b = location / spread the penalised log-likelihood is strictly concave (Olsen, 1978), with a
-    maximum at a > 0 even where nothing was observed: Newton's method with step halving finds it from anywhere.
-    """
-    count = len(observed)
-    center = math.fsum(observed) / max(count, 1)
-    squares = math.fsum((value - center) ** 2 for value in observed)
-
-    def objective(a: float, b: float) -> float:
-        if a <= 0:
-            return -math.inf
-        value = (count + 1) * math.log(a)
-        value -= (a * a * squares + count * (a * center - b) ** 2 + (PRIOR_SPREAD * b) ** 2) / 2
-        return value + sum(many * _tail(a * bound - b)[0] for bound, many in tails)
-
-    start = (count * center + sum(many * bound for bound, many in tails)) / (count + sum(many for _, many in tails))
-    a, b = 1 / (PRIOR_SPREAD * start), 1 / PRIOR_SPREAD
-    value = objective(a, b)
-    for _ in range(100):  # few are needed; the limit is for rounding that outlasts the tolerance
-        off = count * (a * center - b)
-        slope_a, slope_b = (count + 1) / a - a * squares - center * off, off - PRIOR_SPREAD**2 * b
-        curve_aa = (count + 1) / (a * a) + squares + count * center * center
-        curve_ab, curve_bb = -count * center, count + PRIOR_SPREAD**2
-        for bound, many in tails:
-            _, hazard, hazard_slope = _tail(a * bound - b)
-            slope_a, slope_b = slope_a - many * hazard * bound, slope_b + many * hazard
-            curve_aa += many * hazard_slope * bound * bound
-            curve_ab, curve_bb = curve_ab - many * hazard_slope * bound, curve_bb + many * hazard_slope
-        determinant = curve_aa * curve_bb - curve_ab * curve_ab
-        step_a = (curve_bb * slope_a - curve_ab * slope_b) / determinant
-        step_b = (curve_aa * slope_b - curve_ab * slope_a) / determinant
-        newton_gain = slope_a * step_a + slope_b * step_b
-        step_size = 1.0
-        while (new_value := objective(a + step_size * step_a, b + step_size * step_b)) < value and step_size > 1e-9:
-            step_size /= 2
-        if new_value >= value:
-            a, b, value = a + step_size * step_a, b + step_size * step_b, new_value
-        if new_value < value or newton_gain < 1e-12:
-            break
-    return b / a, 1 / a
-
-
-def _tail_powers(bound: float, location: float, spread: float) -> tuple[list[float], float]:
-    """The tail of a normal beyond `bound`: expected powers 0 to 6, log of its probability. No term is negative."""
-    log_probability, hazard, _ = _tail((bound - location) / spread)
-    powers = [1.0, location + spread * hazard]
-    for n in range(2, 7):
-        powers.append(location * powers[-1] + (n - 1) * spread**2 * powers[-2] + spread * hazard * bound ** (n - 1))
-    return powers, log_probability
-
-
-def _tail(bound: float) -> tuple[float, float, float]:
-    """The tail of a standard normal beyond `bound`: log of its probability, hazard, and derivative of the hazard."""
-    if bound < FAR_TAIL:
-        probability = 0.5 * math.erfc(bound / math.sqrt(2))
-        hazard = math.exp(-0.5 * bound * bound - LOG_SQRT_TAU) / probability
-        return math.log(probability), hazard, hazard * (hazard - bound)
-    excess = (1 - 2 / bound**2 + 10 / bound**4) / bound
-    hazard = bound + excess
-    return -0.5 * bound * bound - LOG_SQRT_TAU - math.log(hazard), hazard, hazard * excess
-
-
 class StopCorrection:
-    """The factor by which stds of stopped groups are corrected: root of the ratio of two moving mean variances.
+    """Factors by which means and stds of stopped groups are corrected, by how deep they were stopped.
 
-    Variances, because these are what a history averages: in the mean the corrected ones are those of full groups.
+    That of means is the ratio of two moving sums, truth over estimate; that of stds its root for variances, because
+    these are what a history averages: in the mean the corrected ones are those of full groups.
 
     Example:
         >>> correction = StopCorrection()
-        >>> correction.factor
-        1.0
+        >>> correction.factors([0.5, 1.0])
+        (array([1., 1.]), array([1., 1.]))
     """
 
     def __init__(self) -> None:
-        self._means: tuple[float, float] | None = None  # of the variance in truth, and estimated had it been stopped
+        # By depth: number of groups; sums of true and estimated means, of true and estimated variances.
+        self._sums = np.zeros((len(DEPTHS), 5))
 
-    @property
-    def factor(self) -> float:
-        """Truth over estimate; 1.0 before anything was learnt."""
-        if self._means is None or min(self._means) == 0:
-            return 1.0
-        return float(np.clip(np.sqrt(self._means[0] / self._means[1]), 1 / MAX_CORRECTION, MAX_CORRECTION))
+    def factors(self, depths: Sequence[float]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Truth over estimate of means and stds; 1.0 before anything was learnt, and where nothing was stopped.
 
-    def learn(self, groups: Sequence[NDArray[np.int64]], num_keep: int, most: int) -> None:
-        """Takes the groups of a rollout that ran to their end.
+        Args:
+            depths: shares of the groups' candidates that had ended, shape [num_groups].
+        """
+        counts, true_means, means, true_variances, variances = self._sums.T
+        factors = []
+        for truth, estimate, power in ((true_means, means, 1.0), (true_variances, variances, 0.5)):
+            equal = EQUAL_GROUPS * estimate / np.maximum(counts, 1e-9)
+            ratios = np.divide(truth + equal, estimate + equal, out=np.ones(len(DEPTHS)), where=estimate > 0)
+            ratios = np.clip(ratios**power, 1 / MAX_CORRECTION, MAX_CORRECTION)
+            factors.append(np.interp(depths, [*DEPTHS, 1.0], [*ratios, 1.0]))
+        return factors[0], factors[1]
 
-        A stopped group has `most` candidates and ends after M of them. Full groups have fewer, so they are censored
-        after the same share of theirs.
+    def learn(self, groups: Sequence[NDArray[np.int64]], model: LengthModel) -> None:
+        """Takes the groups of a rollout that ran to their end, and stops them where others are stopped.
 
         Args:
             groups: lengths of all candidates of each group.
-            num_keep: M, after which a stopped group ends.
-            most: M_up, candidates of a group that is stopped.
+            model: estimates what they would have become.
         """
-        pairs = []
-        for lengths in groups:
-            num_ended = max(round(len(lengths) * num_keep / most), 2)
-            if num_ended < len(lengths):
+        large_groups = [lengths for lengths in groups if len(lengths) > 2]
+        if not large_groups:
+            return
+        chosen = np.linspace(0, len(large_groups) - 1, min(len(large_groups), CORRECTED_GROUPS)).round().astype(int)
+        stopped_groups, truths = [], []
+        for depth in DEPTHS:
+            for lengths in (large_groups[index] for index in chosen):
+                num_ended = min(max(round(len(lengths) * depth), 2), len(lengths) - 1)
                 end = np.partition(lengths, num_ended - 1)[num_ended - 1]
-                pairs.append((lengths.var(), censored_std(np.minimum(lengths, end), lengths > end) ** 2))
-        if pairs:
-            new_means = np.mean(pairs, axis=0)
-            old_means = new_means if self._means is None else np.array(self._means)
-            true_variance, estimated_variance = (old_means + CORRECTION_WEIGHT * (new_means - old_means)).tolist()
-            self._means = true_variance, estimated_variance
+                stopped_groups.append((np.minimum(lengths, end), lengths > end))
+                truths.append((lengths.mean(), lengths.var()))
+        (true_means, true_variances), (means, stds) = np.transpose(truths), model.moments(stopped_groups)
+        columns = [np.ones(len(means)), true_means, means, true_variances, stds**2]
+        new_sums = np.transpose(columns).reshape(len(DEPTHS), len(chosen), -1).sum(axis=1)
+        self._sums = CORRECTION_MEMORY * self._sums + new_sums
 
-    def state_dict(self) -> list[float] | None:
+    def state_dict(self) -> list[list[float]]:
         """For JSON."""
-        return None if self._means is None else list(self._means)
+        return self._sums.tolist()
 
     def load_state_dict(self, state: Any) -> None:
         """Goes on where `state_dict` was called; a `ValueError` where `state` is something else."""
-        if state is not None and not (are_amounts(state) and len(state) == 2):
-            raise ValueError(f"correction={state!r:.80}: must be null or two finite numbers that are not negative.")
-        self._means = None if state is None else (float(state[0]), float(state[1]))
+        num_rows, num_columns = self._sums.shape
+        is_table = isinstance(state, list) and len(state) == num_rows
+        if not is_table or not all(are_amounts(row) and len(row) == num_columns for row in state):
+            shape = f"{num_rows} lists of {num_columns}"
+            raise ValueError(f"correction={state!r:.80}: must be {shape} finite numbers that are not negative.")
+        self._sums = np.array(state, dtype=np.float64)

@@ -26,7 +26,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "darts/history/length_mean": ("tokens", "mean response length of recent prompts, corrected for what was stopped"),
     "darts/history/stop_correction": (
         "ratio",
-        "of the std of full groups to its estimate had they been stopped; stopped groups are corrected by it",
+        "of the std of groups that no rule ends to its estimate had they been stopped as deep as others were",
     ),
     "darts/history/std_correlation": ("", "of predicted with observed std, seen prompts; near 0 budgets are a lottery"),
     "darts/latency/predicted_s": ("s", "rollout seconds expected before generation; needs a cost model"),

@@ -28,6 +28,7 @@ from darts.allocation import (
     rounded_total,
     spread_parts,
 )
+from darts.censoring import LengthModel
 from darts.choice import choose
 from darts.config import DartsConfig
 from darts.forecast import CostModel, draw_lengths, engine_slots, stopped_lengths
@@ -112,6 +113,7 @@ class RolloutPlanner:
 
     def __post_init__(self, ema_weight: float) -> None:
         self.history = LengthHistory(ema_weight)
+        self.lengths = LengthModel()
         self.correction = StopCorrection()
         self._times: tuple[float, ...] = ()  # of the last plan with a utility
         self._time_bounds: tuple[int, int] | None = None  # M_low and M_up of these times
@@ -191,12 +193,12 @@ class RolloutPlanner:
         """
         groups = np.split(np.arange(len(pool)), np.cumsum(plan.budgets)[:-1])
         self._learn_prompts(pool)
-        observed_std = self._learn_lengths(plan.keys, groups, pool, darts)
+        observed_std, stop_correction = self._learn_lengths(plan.keys, groups, pool, darts)
         metrics = plan_metrics(plan, observed_std, seconds) | {
             "darts/history/prompts": len(self.history),
             "darts/history/std_mean": self.history.dataset_std,
             "darts/history/length_mean": self.history.dataset_mean,
-            "darts/history/stop_correction": self.correction.factor,
+            "darts/history/stop_correction": stop_correction,
         }
         if self.cost is not None and darts.latency.refine:
             decoded_lengths = pool.length[np.concatenate([groups[prompt] for prompt in plan.launch_order])]
@@ -219,6 +221,7 @@ class RolloutPlanner:
             "version": STATE_VERSION,
             "steps": self.steps,
             "history": self.history.state_dict(),
+            "lengths": self.lengths.state_dict(),
             "correction": self.correction.state_dict(),
             "cost": cost,
             "prompt_tokens": self.prompt_tokens,
@@ -243,10 +246,12 @@ class RolloutPlanner:
         if not are_amounts([prompt_tokens]):
             raise ValueError(f"prompt_tokens={prompt_tokens!r:.80}: must be finite and not negative.")
         time_bounds, times = _times_of(state.get("times"))
-        correction = StopCorrection()
+        lengths, correction = LengthModel(), StopCorrection()
+        lengths.load_state_dict(state.get("lengths"))
         correction.load_state_dict(state.get("correction"))
         self.history.load_state_dict(state.get("history"))
-        self.steps, self.correction, self.cost, self.prompt_tokens = steps, correction, cost, float(prompt_tokens)
+        self.steps, self.lengths, self.correction = steps, lengths, correction
+        self.cost, self.prompt_tokens = cost, float(prompt_tokens)
         self._time_bounds, self._times = time_bounds, times
 
     def _to_the_end(
@@ -313,29 +318,38 @@ class RolloutPlanner:
 
     def _learn_lengths(
         self, keys: list[str], groups: list[NDArray[np.int64]], pool: CandidatePool, darts: DartsConfig
-    ) -> NDArray[np.float64]:
-        """Updates the history; returns the std of each prompt's lengths.
+    ) -> tuple[NDArray[np.float64], float]:
+        """Updates the history; returns the std of each prompt's lengths, and the mean factor of the stopped ones.
 
         Nothing is learnt from a prompt whose candidates were all aborted, as a rollout's harvest may do: how long they
         were says when others were complete.
         """
-        aborted = pool.aborted | pool.cut
-        censored = pool.censored
-        full_groups = [pool.length[group] for group in groups if not censored[group].any()]
-        self.correction.learn(full_groups, darts.group_size, darts.allocation.high)
-        rows_by_key: dict[str, list[NDArray[np.int64]]] = {}
+        aborted, censored = pool.aborted | pool.cut, pool.censored
+        has_returned = any(not pool.kept[group].any() for group in groups)  # a harvest ended the others
+        # 1. The observations: a prompt's groups are one. Full are those that no rule might have ended.
+        parts_by_key: dict[str, list[NDArray[np.int64]]] = {}
+        full_groups = []
         for key, group in zip(keys, groups, strict=True):
-            rows_by_key.setdefault(key, []).append(group)
-        observed_std = {}
-        for key, key_parts in rows_by_key.items():
-            key_rows = np.concatenate(key_parts)
-            if aborted[key_rows].all():
-                observed_std[key] = self.history.std(key)
-                continue
-            was_stopped = aborted[key_rows].any() and pool.kept[key_rows].any()  # by its own rules
-            correction = self.correction.factor if was_stopped else 1.0
-            observed_std[key] = self.history.update(key, pool.length[key_rows], censored[key_rows], correction)
-        return np.array([observed_std[key] for key in keys])
+            parts_by_key.setdefault(key, []).append(group)
+            rules = darts.group_rules(len(group))
+            may_be_ended = has_returned or rules.stops_when_settled or rules.awaits_deadline
+            if not (may_be_ended or censored[group].any()):
+                full_groups.append(pool.length[group])
+        rows_by_key = {key: np.concatenate(key_parts) for key, key_parts in parts_by_key.items()}
+        seen_keys = [key for key, key_rows in rows_by_key.items() if not aborted[key_rows].all()]
+        observations = [(pool.length[rows_by_key[key]], censored[rows_by_key[key]]) for key in seen_keys]
+        # 2. Their moments, by the model of lengths and by what it misses at the depth where they were stopped.
+        means, stds = self.lengths.observe(observations)
+        self.correction.learn(full_groups, self.lengths)
+        depths = np.array([1 - flags.mean() for _, flags in observations])
+        mean_factors, std_factors = self.correction.factors(depths)
+        moments = zip((means * mean_factors).tolist(), (stds * std_factors).tolist(), strict=True)
+        observed_std = {key: self.history.std(key) for key in rows_by_key}
+        for key, observation, key_moments in zip(seen_keys, observations, moments, strict=True):
+            observed_std[key] = self.history.update(key, *observation, key_moments)
+        was_stopped = depths < 1
+        stop_correction = float(std_factors[was_stopped].mean()) if was_stopped.any() else 1.0
+        return np.array([observed_std[key] for key in keys]), stop_correction
 
 
 def _times_of(state: Any) -> tuple[tuple[int, int] | None, tuple[float, ...]]:

@@ -34,7 +34,8 @@ def summary(run: Run) -> list[tuple[str, str]]:
     rolled, reward_key = run.rolled, run.reward()
     prompts = sum(step.rollout.budgets.total() for step in rolled)
     fate_counts = sum((step.rollout.fates for step in rolled), np.zeros(len(FATES), dtype=int))
-    launched, aborted = int(fate_counts.sum()), int(fate_counts[FATES.index("a")])
+    launched, aborted, cut = int(fate_counts.sum()), *(int(fate_counts[FATES.index(letter)]) for letter in "ac")
+    trained = int(sum(fate_counts[FATES.index(letter)] for letter in "kfc"))
     generated, kept = (int(np.nansum(run.series(f"tokens/{name}"))) for name in ("generated", "kept"))
     rollout_s, step_s = (run.series(f"timing_s/{name}") for name in ("gen", "step"))
     is_timed = np.isfinite(rollout_s + step_s)
@@ -50,6 +51,8 @@ def summary(run: Run) -> list[tuple[str, str]]:
             "tokens dropped": f"{generated - kept:,} ({per_cent(generated - kept, generated)})",
             "candidates aborted": f"{aborted:,} of {launched:,} ({per_cent(aborted, launched)})",
         }
+    if cut:
+        rows["rows cut (trained on with a part)"] = f"{cut:,} of {trained:,} ({per_cent(cut, trained)})"
     rows |= {
         "saturated groups": "" if math.isnan(saturated_share) else f"{saturated_share:.1%}",
         "mean length, pool": change("length/pool", ",.1f"),

@@ -14,8 +14,8 @@ M of a prompt are kept. From what all candidates became, the planner learns.
 4. With `harvest` (strategies that launch more prompts than they train on) the rollout goes on with the first so many
    prompts that are settled, by the order in which the manager hears of it; it returns their rows alone, and says which
    they are.
-5. Nothing hangs and nothing is lost silently: a failure in one worker ends the rollout everywhere, and a rollout that
-   outlasts `darts.timeout_s` fails with the uids that were not complete.
+5. Nothing hangs and nothing is lost silently: a failure in one worker ends the rollout everywhere, and a rollout
+   without progress for `darts.timeout_s` fails with the uids that were not complete.
 """
 
 import asyncio
@@ -272,9 +272,9 @@ class DartsAgentLoopManager(AgentLoopManager):
     async def _gather(
         self, jobs: list["_Job"], trained: list[str], overlapping: asyncio.Future | None
     ) -> list[tuple[DataProto, CandidatePool, StepTimes]]:
-        """Waits for the workers, with progress lines and a time limit; the first failure, of them or of what overlaps,
-        ends the wait, and them. `trained` gets the uids of the groups with which a `harvest` goes on."""
-        deadline = time.monotonic() + self.rules.timeout_s
+        """Waits for the workers, with progress lines and a limit of the time without progress; the first failure, of
+        them or of what overlaps, ends the wait, and them. `trained` gets the uids with which a `harvest` goes on."""
+        last_progress, progressed_at = (0, 0), time.monotonic()
         futures = {asyncio.wrap_future(job.ref.future()): job for job in jobs}
         # They end right after the workers, whose last reports they have to hear.
         side_tasks = {asyncio.ensure_future(self._steer(jobs, trained))}
@@ -283,17 +283,23 @@ class DartsAgentLoopManager(AgentLoopManager):
         pending = side_tasks.union(futures)
         try:
             while pending:
-                seconds_left = deadline - time.monotonic()
+                seconds_left = progressed_at + self.rules.timeout_s - time.monotonic()
                 wait_s = max(min(seconds_left, self.rules.progress_s or seconds_left), 0.0)
                 done, pending = await asyncio.wait(pending, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
                 for future in done - side_tasks:  # first, since a worker's failure is the cause of the others'
                     futures[future].raise_failure(future)
                 for future in done & side_tasks:
                     future.result()
+                progress = last_progress
                 if not done:
-                    is_expired = time.monotonic() >= deadline
                     running_jobs = [job for future, job in futures.items() if future in pending]
-                    await self._report(jobs, running_jobs, is_expired)
+                    answers = await asyncio.gather(*[job.progress() for job in running_jobs])
+                    progress = (sum(answer[0] for answer in answers), sum(answer[1] for answer in answers))
+                    self._report(jobs, running_jobs, progress[0], [uid for answer in answers for uid in answer[2]])
+                if done or progress != last_progress:
+                    last_progress, progressed_at = progress, time.monotonic()
+                elif time.monotonic() >= progressed_at + self.rules.timeout_s:
+                    self._fail_for_time([uid for answer in answers for uid in answer[2]])
             return [future.result() for future in futures]
         finally:
             for future in side_tasks:
@@ -334,19 +340,18 @@ class DartsAgentLoopManager(AgentLoopManager):
             for listener in listeners:
                 listener.cancel()
 
-    async def _report(self, jobs: list["_Job"], running: list["_Job"], is_expired: bool) -> None:
-        """Says how far the rollout is; raises if its time is over."""
-        answers = await asyncio.gather(*[job.progress() for job in running])
+    def _report(self, jobs: list["_Job"], running: list["_Job"], num_finished: int, waiting_uids: list[str]) -> None:
+        """Says how far the rollout is; `num_finished`: candidates of the jobs that run."""
         num_launched = sum(job.candidates for job in jobs)
-        num_finished = num_launched - sum(job.candidates for job in running) + sum(answer[0] for answer in answers)
-        waiting_uids = [uid for answer in answers for uid in answer[1]]
+        num_finished += num_launched - sum(job.candidates for job in running)
         logger.info(f"rollout: {num_finished}/{num_launched} candidates finished, {len(waiting_uids)} prompts wait")
-        if is_expired:
-            raise TimeoutError(
-                f"darts.timeout_s={self.rules.timeout_s:g}: the rollout did not end in this time. {len(waiting_uids)} "
-                f"prompts are not complete, uids {_first_of(waiting_uids)}. Raise darts.timeout_s if responses may "
-                "take this long, else look at the rollout servers' logs."
-            )
+
+    def _fail_for_time(self, waiting_uids: list[str]) -> None:
+        raise TimeoutError(
+            f"darts.timeout_s={self.rules.timeout_s:g}: no response has grown or ended in this time. "
+            f"{len(waiting_uids)} prompts are not complete, uids {_first_of(waiting_uids)}. Raise darts.timeout_s if "
+            "tools or rewards may take this long, else look at the rollout servers' logs."
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -365,13 +370,13 @@ class _Job:
         except ray.exceptions.RayActorError as cause:
             raise RuntimeError(f"an agent-loop worker died with prompts uid={_first_of(self.uids)}: {cause}") from cause
 
-    async def progress(self) -> tuple[int, list[str]]:
+    async def progress(self) -> tuple[int, int, list[str]]:
         """Asks `DartsAgentLoopWorker.progress`; one that has not begun or does not answer has finished nothing."""
         try:
             answer = await asyncio.wait_for(asyncio.wrap_future(self.worker.progress.remote().future()), timeout=10)
         except (asyncio.TimeoutError, ray.exceptions.RayError):
             answer = None
-        return answer or (0, self.uids)
+        return answer or (0, 0, self.uids)
 
 
 def _first_of(uids: list[str]) -> str:

@@ -202,13 +202,15 @@ class DartsAgentLoopWorker(AgentLoopWorker):
             return Progress(ended=True)
         return await self._outbox.take(wait_s)
 
-    async def progress(self) -> tuple[int, list[str]] | None:
-        """Finished candidates of the rollout that runs, and the uids of incomplete prompts; None if none runs."""
+    async def progress(self) -> tuple[int, int, list[str]] | None:
+        """Of the rollout that runs: finished candidates, tokens so far, and the uids of incomplete prompts; None
+        if none runs."""
         if not self._groups:
             return None
         groups = self._groups.values()
         num_finished = sum(len(group.machine.arrival) for group in groups)
-        return num_finished, [group.uid for group in groups if not group.machine.ended]
+        num_tokens = sum(sum(group.machine.lengths) for group in groups)
+        return num_finished, num_tokens, [group.uid for group in groups if not group.machine.ended]
 
     async def _stop_all(self) -> None:
         """Stops what runs after a failure; after a rollout that succeeded there is nothing."""

@@ -41,7 +41,7 @@ from darts.evidence.log import logger
 from darts.evidence.trace import Trace
 from darts.overlap.join import OverlappedLogProbs, actor_limits
 from darts.overlap.session import OverlapSession
-from darts.planning import Rollout, RolloutPlanner
+from darts.planning import Plan, Rollout, RolloutPlanner
 from darts.rollout.manager import DartsAgentLoopManager
 from darts.strategy import PromptLedger, Strategy, make_strategy
 from darts.training.cost_model import first_cost_model
@@ -56,12 +56,12 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
     async_rollout_manager: DartsAgentLoopManager
     strategy: Strategy
     _rounds: RoundLoader | None = None  # where the strategy chooses its prompts
+    ledger: PromptLedger  # of these rounds
     _log_probs: OverlappedLogProbs | None = None  # where they are computed during generation
 
     def __init__(self, config: DictConfig, *args: Any, **kwargs: Any) -> None:
         verl_patches.register.assert_active()
         self.darts = check_run(config)
-        self.ledger = PromptLedger()
         self._overridden: dict[str, Any] = {}
         super().__init__(config, *args, **kwargs)
 
@@ -125,6 +125,7 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
         if self._rollout is not None:
             self.metrics.update(self._rollout.metrics)
             self._warn_of_saturation()
+            self._warn_of_slower_rollouts(self._rollout.plan)
         # 4. Rows go to the actor in the strategy's order; otherwise as verl balances them.
         if self.strategy.short_to_long:
             row_lengths = output.batch["response_mask"].sum(dim=-1)
@@ -193,6 +194,17 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
                 stacklevel=2,
             )
 
+    def _warn_of_slower_rollouts(self, plan: Plan) -> None:
+        """Once: the plan expects that rollouts take longer than plain verl's."""
+        slowdown = 1.0 if plan.predicted_s is None else plan.predicted_s / plan.base_s
+        if slowdown > 1.01 and len(plan.keys) == self.strategy.num_prompts and not self._warned_of_slowdown:
+            self._warned_of_slowdown = True
+            logger.warning(
+                f"plan: rollouts are expected to take {slowdown:.2f} times as long as plain verl's "
+                f"({plan.predicted_s:.3g} s), until shaping has made responses shorter. darts.preset=fast waits for no "
+                "long response."
+            )
+
     # --- before the first step ----------------------------------------------------------------------------------------
 
     def _create_dataloader(self, *args: Any, **kwargs: Any) -> None:
@@ -222,6 +234,7 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
                 f"{len(loader.dataset)}.",
                 f"lower data.train_batch_size, or {self.strategy.more_prompts}.",
             )
+        self.ledger = PromptLedger()
         row_sources = loader.dataset, loader.sampler if sampler is None else sampler, loader.collate_fn
         return RoundLoader(*row_sources, lambda: self.strategy.next_round())
 
@@ -265,7 +278,7 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
         self._rollout: Rollout | None = None
         self._trace = Trace(self.darts.trace)
         self._cost_model_is_set = False
-        self._warned_of_saturation = False
+        self._warned_of_saturation = self._warned_of_slowdown = False
 
     def _prepare_overlap(self) -> None:
         """Where log-probs are computed during generation: the session with the actor, its abilities and memory."""

@@ -190,11 +190,12 @@ def test_sorted_trains_from_short_to_long_and_begins_again_what_is_unfinished(st
     )
 
 
-@pytest.mark.parametrize("strategy", ["tail_batching", "sorted"])
+@pytest.mark.parametrize("strategy", ["darts", "tail_batching", "sorted"])
 def test_over_fifty_steps_no_prompt_is_lost_and_a_resumed_run_goes_on(start, strategy):
     """Each time that a prompt is drawn it is trained on once, or waits at the end."""
     drawn, trained = Counter(), Counter()
-    run = start(strategy, sorted={"prompts": 2})
+    settings = {"sorted": {"prompts": 2}, "spare_prompts": 0.5, "selection": {"mode": "dual_end", "long_end": "cut"}}
+    run = start(strategy, **settings)
     for number in range(50):
         if number == 23:
             saved = json.loads(
@@ -202,12 +203,13 @@ def test_over_fifty_steps_no_prompt_is_lost_and_a_resumed_run_goes_on(start, str
                     {
                         "strategy": strategy,
                         "state": run.trainer.strategy.state_dict(),
+                        "ledger": run.trainer.ledger.state_dict(),
                         "position": run.loader.position,
                     }
                 )
             )
             expected = run.trainer.strategy.queue
-            run = start(strategy, sorted={"prompts": 2})
+            run = start(strategy, **settings)
             run.trainer._load_rounds(saved)
             run.trainer.global_steps = number
             assert run.trainer.strategy.queue == expected

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from darts import history
+from darts.censoring import LengthModel
 from darts.history import LengthHistory, censored_moments, censored_std, prompt_key
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,37 +95,6 @@ def test_what_was_stopped_counts_as_longer_and_the_more_so_the_later_it_was(grou
     assert np.std(lengths) < std < later_std
 
 
-def by_brute_force(lengths, censored):
-    """The same moments by a search on ever finer grids and by adding up densities."""
-    roots, cut = np.cbrt(np.array(lengths) / max(lengths)), np.array(censored)
-    location, spread, width = 1.0, 0.5, 2.0
-    for _ in range(60):
-        grid = np.linspace(-width, width, 21)
-        mu, s = np.meshgrid(location + grid, spread * np.exp(grid))
-        score = -(np.sum(~cut) + 1) * np.log(s) - (0.1 * mu / s) ** 2 / 2
-        for root, unseen in zip(roots, cut, strict=True):
-            place = (root - mu) / s
-            score += np.log(np.vectorize(math.erfc)(place / math.sqrt(2)) + 1e-300) if unseen else -(place**2) / 2
-        best = np.unravel_index(score.argmax(), score.shape)
-        location, spread, width = mu[best], s[best], width * 0.7
-    firsts, seconds = roots**3, roots**6
-    for index in np.flatnonzero(cut):
-        root = np.linspace(roots[index], location + 12 * spread, 200_000)
-        density = np.exp(-(((root - location) / spread) ** 2) / 2)
-        length = np.minimum(root**3, 4)
-        firsts[index], seconds[index] = (density @ length**power / density.sum() for power in (1, 2))
-    return max(lengths) * firsts.mean(), max(lengths) * math.sqrt(seconds.mean() - firsts.mean() ** 2)
-
-
-@pytest.mark.parametrize(
-    ("lengths", "censored"),
-    [([640, 700, 790, 800, 800, 800], [False] * 3 + [True] * 3), ([10] + [8192] * 3, [False] + [True] * 3),
-     ([100, 400, 900, 2000, 1500, 700, 90], [False] * 4 + [True] * 3), ([500, 300], [True, True])],
-)  # fmt: skip
-def test_moments_are_those_of_brute_force(lengths, censored):
-    assert censored_moments(lengths, censored) == pytest.approx(by_brute_force(lengths, censored), rel=2e-4)
-
-
 @pytest.mark.parametrize(
     ("lengths", "censored"),
     [([500], [True]), ([8192] * 16, [True] * 16), ([500, 500], [False, True]), ([500] * 16, [False, True] * 8),
@@ -140,17 +110,6 @@ def test_few_equal_or_only_censored_lengths_have_a_positive_and_bounded_spread(l
 @pytest.mark.parametrize(("lengths", "censored"), [([], []), ([0, 0], [True, True]), ([0, 0], [False, True])])
 def test_no_information_is_zero(lengths, censored):
     assert censored_moments(lengths, censored) == (0.0, 0.0)
-
-
-@pytest.mark.parametrize("place", [29.9, history.FAR_TAIL])
-def test_the_tail_of_the_normal_is_that_of_its_continued_fraction(place):
-    """On both sides of the point where erfc gives way to a series."""
-    excess = 0.0
-    for order in range(60, 0, -1):
-        excess = order / (place + excess)
-    hazard = place + excess
-    probability = -0.5 * place**2 - 0.5 * math.log(math.tau) - math.log(hazard)
-    assert history._tail(place) == pytest.approx((probability, hazard, hazard * excess), rel=1e-6)
 
 
 @pytest.mark.parametrize("spread", [0.15, 0.3, 0.7])
@@ -208,6 +167,20 @@ def test_real_lengths_of_a_drifting_policy(real_lengths, num_candidates):
 def test_real_lengths_with_a_heavy_tail_do_not_explode(real_lengths, num_candidates):
     truth, naive, estimate = stds_of(real_lengths[101], num_candidates)
     assert abs(estimate.mean() - truth.mean()) < 0.5 * abs(naive.mean() - truth.mean())
+
+
+@pytest.mark.parametrize("ended", [8, 11])
+@pytest.mark.parametrize("num_candidates", [12, 16])
+def test_real_lengths_of_a_drifting_policy_whose_groups_are_all_stopped(real_lengths, num_candidates, ended):
+    model, pairs = LengthModel(), []
+    for step in (102, 103, 104):
+        groups = real_lengths[step][:, :num_candidates]
+        ends = np.sort(groups, axis=1)[:, ended - 1, None]
+        moments = model.observe(list(zip(np.minimum(groups, ends), groups > ends, strict=True)))
+        pairs += list(zip(*moments, groups.mean(axis=1), groups.std(axis=1), strict=True))
+    means, stds, true_means, true_stds = np.transpose(pairs)
+    assert means.mean() == pytest.approx(true_means.mean(), rel=0.03)
+    assert math.sqrt(np.mean(stds**2)) == pytest.approx(math.sqrt(np.mean(true_stds**2)), rel=0.1)
 
 
 NONSENSE = [

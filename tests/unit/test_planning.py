@@ -338,6 +338,8 @@ def test_a_planner_that_loads_the_state_goes_on_as_the_saved_one():
         ({"prompt_tokens": -1}, "prompt_tokens=-1"),
         ({"correction": [1.0]}, "correction="),
         ({"correction": [1.0, float("nan")]}, "correction="),
+        ({"lengths": None}, "length model=None"),
+        ({"lengths": {"evidence": [[0.0]], "known": 0.0, "centers": None}}, "length model="),
     ],
 )
 def test_a_state_that_cannot_be_used_is_refused_and_changes_nothing(change, message):

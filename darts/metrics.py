@@ -62,7 +62,10 @@ METRICS: dict[str, tuple[str, str]] = {
     "darts/group/cut_share": ("share", "rows that are trained on with a part, since they were cut; L / M at most"),
     "darts/group/filled": ("count", "truncated candidates that filled a group; 0 unless the limit is too tight"),
     "darts/group/no_valid": ("count", "groups in which every candidate was truncated; 0 unless the limit is too tight"),
-    "darts/group/returned": ("count", "groups launched and not trained on (tail_batching, sorted): they come again"),
+    "darts/group/returned": (
+        "count",
+        "groups launched and not trained on: they come again (spare prompts, tail_batching, sorted)",
+    ),
     "darts/group/mixed_reward_share": ("share", "groups whose kept rewards differ; only these teach GRPO anything"),
     "darts/selection/arrival_disagreement": ("share", "groups of which order of arrival would have kept others"),
     "darts/reward/kept_mean": ("reward", "mean reward of the kept"),

@@ -3,6 +3,7 @@
 #
 #   scripts/quickstart.sh                                        ten steps
 #   scripts/quickstart.sh darts.enable=false                     the same with plain verl
+#   scripts/quickstart.sh darts.preset=fast                      the same with the other preset
 #   scripts/quickstart.sh trainer.total_training_steps=30        any Hydra override
 #
 # DARTS_OUT=folder             where metrics, log, report and checkpoint go; default outputs/quickstart. The results of the run

@@ -19,7 +19,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
-from darts.config import DartsConfig
+from darts.config import PLANNED, DartsConfig
 from darts.evidence.checkpoint import TRACKER
 from darts.strategy import strategy_class
 from darts.testbed import register_resolver
@@ -67,9 +67,10 @@ def failures(steps: pd.DataFrame, weight_moved: float, config: DictConfig) -> li
         darts_config = DartsConfig.from_block(block, config.actor_rollout_ref.rollout.n)
         rules = strategy_class(darts_config.strategy).rules_of(darts_config)
         allocation, mean = rules.allocation, rules.allocation.mean_candidates
-        is_redundant = allocation.mode != "off" and allocation.fallback_mean > rules.group_size
-        is_saturating = allocation.mode == "uniform" and mean > allocation.high - 1
-        may_differ = allocation.mode == "adaptive" and mean and allocation.low + 1 <= mean <= allocation.high - 1
+        is_given = not isinstance(mean, str)
+        is_redundant = allocation.mode != "off" and mean != PLANNED and allocation.fallback_mean > rules.group_size
+        is_saturating = allocation.mode == "uniform" and is_given and mean > allocation.high - 1
+        may_differ = allocation.mode == "adaptive" and is_given and allocation.low + 1 <= mean <= allocation.high - 1
         warm_steps = steps[allocation.warmup_steps :]
         known_steps = warm_steps[_column(warm_steps, "darts/history/known_share") > 0.5]
         low, high = (_column(known_steps, f"darts/allocation/budget_{end}") for end in ("min", "max"))

@@ -6,7 +6,10 @@ from omegaconf import DictConfig
 
 from darts.checks.placement import pools
 from darts.checks.run import without_overlap
-from darts.config import DartsConfig
+from darts.config import PLANNED, DartsConfig
+
+COUNTS = {"utility": "as many candidates as pay", PLANNED: "candidates as planned"}
+"""What stands for a number of candidates."""
 
 
 def banner(config: DictConfig, darts: DartsConfig, cache_tokens: int = 0) -> str:
@@ -18,12 +21,15 @@ def banner(config: DictConfig, darts: DartsConfig, cache_tokens: int = 0) -> str
         return f"plugin active: strategy {darts.strategy}, M={darts.group_size}{placement_text}"
     allocation, selection = darts.allocation, darts.selection
     mean_budget = darts.group_size if allocation.mode == "off" else allocation.mean_candidates
-    count_text = "as many candidates as pay" if mean_budget is None else f"{mean_budget:g} candidates"
+    count_text = COUNTS.get(mean_budget) or f"{mean_budget:g} candidates"
+    spare_prompts = darts.spare_prompts
+    spare_text = "as planned" if spare_prompts == PLANNED else f"{spare_prompts:.0%}"
     return (
         f"plugin active: M={darts.group_size} of {count_text} ({allocation.mode}, {allocation.low} to "
         f"{allocation.high}), selection {selection.mode}: K={darts.num_short} shortest and L={selection.num_long} "
         f"longest ({selection.long_end}, wait: {selection.long_wait}), early stop {darts.early_stop}"
-        f"{'' if darts.some_shortest_only else ' (no group is shortest-only: it never acts)'}{placement_text}"
+        f"{'' if darts.some_shortest_only else ' (no group is shortest-only: it never acts)'}"
+        f"{f', spare prompts {spare_text}' if spare_prompts else ''}{placement_text}"
         f"; log-probs {_when_computed(config, darts, cache_tokens)}"
     )
 

@@ -59,11 +59,15 @@ TRAINER=(
 DARTS=(  # Which to choose: docs/tuning.md; the paper's ablation: docs/reproduction.md.
     darts.enable="${DARTS_ENABLE:-True}" darts.placement="$PLACEMENT"
     darts.strategy="${STRATEGY:-darts}"  # or what to compare with: none, bypass, shortest_k, tail_batching, sorted
-    darts.allocation.mode="${ALLOCATION:-adaptive}"  # uniform: as many candidates for all; off: no redundancy
-    darts.allocation.mean_candidates="${MEAN_CANDIDATES:-10.5}"  # of a prompt; null: what the utility says
+    darts.preset="${PRESET:-paper}"  # paper: the method as published; fast. What is null below is as it says
+    darts.allocation.mode="${ALLOCATION:-null}"  # adaptive; uniform: as many for all prompts; off: no redundancy
+    darts.allocation.mean_candidates="${MEAN_CANDIDATES:-null}"  # of a prompt: a number, utility, plan
     darts.allocation.high="${MAX_CANDIDATES:-16}" darts.selection.num_long="${NUM_LONG:-1}"  # M_up; L (K = 8 - L)
-    darts.selection.mode="${SELECTION:-auto}"  # dual_end, shortest_only: for all prompts
-    darts.selection.long_wait="${LONG_WAIT:-all}"  # deadline: long ones among those that end in time
+    darts.selection.mode="${SELECTION:-null}"  # auto; dual_end, shortest_only: for all prompts
+    darts.selection.long_end="${LONG_END:-null}"  # what the longest may be: finished, truncated, cut
+    darts.selection.long_wait="${LONG_WAIT:-null}"  # what a dual-end group waits for: all, deadline, none
+    darts.spare_prompts="${SPARE_PROMPTS:-null}"  # launched beyond TRAIN_PROMPTS: a share of it, plan
+    darts.bypass="${BYPASS:-null}"  # True: the servers' log-probs are the old ones
     darts.early_stop="${EARLY_STOP:-eager}"  # exact, off
     darts.overlap.mode="${OVERLAP:-auto}"  # log-probs during generation: off, sequence, token
 )

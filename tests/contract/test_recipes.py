@@ -136,6 +136,10 @@ def test_the_papers_settings(launch, name):
     assert config.trainer.total_training_steps == 500
     assert config.darts.selection.num_long == 1
     assert config.darts.allocation.high == 16
+    darts = check_run(config)
+    assert (darts.preset, darts.spare_prompts, darts.bypass) == ("paper", 0, False)
+    assert (darts.selection.mode, darts.selection.long_end, darts.selection.long_wait) == ("auto", "finished", "all")
+    assert (darts.allocation.mode, darts.allocation.mean_candidates) == ("adaptive", 1.3 * 8)
 
 
 @pytest.mark.parametrize("name", SEVERAL_GPUS)
@@ -153,16 +157,27 @@ def test_the_switches_of_the_ablation(launch):
     rows = [
         launch(f"{name}_baseline", PLACEMENT="disaggregated"),
         launch(name, PLACEMENT="disaggregated", ALLOCATION="off", OVERLAP="token"),
-        launch(name, PLACEMENT="disaggregated", ALLOCATION="uniform", OVERLAP="token"),
+        launch(name, PLACEMENT="disaggregated", ALLOCATION="uniform", MEAN_CANDIDATES="10.4", OVERLAP="token"),
         launch(name, PLACEMENT="disaggregated", OVERLAP="token"),
     ]
     settings = [check_run(checked(row)) for row in rows]
     assert [s.enable for s in settings] == [False, True, True, True]
     assert [s.overlap.mode for s in settings[1:]] == ["token"] * 3
     assert [s.allocation.mode for s in settings[1:]] == ["off", "uniform", "adaptive"]
+    assert [s.allocation.mean_candidates for s in settings[2:]] == [10.4, 10.4]
     assert [s.num_short for s in settings[1:]] == [7, 7, 7]
     for num_long in (2, 4):
         assert check_run(checked(launch(name, NUM_LONG=str(num_long)))).num_short == 8 - num_long
+
+
+@pytest.mark.parametrize(("name", "placement"), RUNS)
+def test_the_fast_preset_is_valid_for_verl_with_every_recipe(launch, name, placement):
+    """Log-probs are the servers', so none are computed during generation, wherever the servers are."""
+    darts = check_run(checked(launch(name, PLACEMENT=placement, PRESET="fast")))
+    assert (darts.spare_prompts, darts.allocation.mean_candidates) == ("plan", "plan")
+    assert (darts.selection.long_end, darts.bypass, darts.overlap.mode) == ("cut", True, "off")
+    kept = check_run(checked(launch(name, PLACEMENT=placement, PRESET="fast", BYPASS="False", MEAN_CANDIDATES="9")))
+    assert (kept.bypass, kept.allocation.mean_candidates) == (False, 9)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -221,6 +236,9 @@ BAD = [
     ({"TRAIN_FILES": "data/no.parquet"}, "data.train_files='data/no.parquet': there is no such file or folder"),
     ({"NUM_LONG": "8"}, "darts.selection.num_long=8"),
     ({"STRATEGY": "fast"}, "darts.strategy='fast'"),
+    ({"PRESET": "quick"}, "darts.preset='quick': must be one of paper, fast"),
+    ({"LONG_END": "cut", "LONG_WAIT": "all"}, "darts.selection.long_wait='all': with darts.selection.long_end=cut"),
+    ({"PRESET": "fast", "OVERLAP": "token"}, "darts.overlap.mode='token': with darts.bypass"),
     ({"ATTENTION": "sdpa"}, "attn_implementation='sdpa': with Ulysses 4"),
 ]
 

@@ -119,6 +119,16 @@ def test_a_run_that_launches_m_candidates_is_not_asked_to_drop_one(run, allocati
     assert main(run(allocation=allocation, **{"darts/candidates/dropped": 0.0})) == 0
 
 
+@pytest.mark.parametrize("mode", ["adaptive", "uniform"])
+@pytest.mark.parametrize("mean_candidates", ["plan", "utility"])
+def test_where_the_number_of_candidates_is_found_out_nothing_is_asked_that_it_decides(run, mode, mean_candidates):
+    """A plan may choose M candidates, and budgets of M or M_up do not differ."""
+    idle = {"darts/group/saturated_share": 0.0, "darts/history/known_share": 1.0}
+    idle |= {"darts/allocation/budget_min": 8.0, "darts/allocation/budget_max": 8.0}
+    idle |= {"darts/candidates/dropped": 0.0} if mean_candidates == "plan" else {}
+    assert main(run(allocation={"mode": mode, "mean_candidates": mean_candidates}, **idle)) == 0
+
+
 def test_a_run_of_plain_verl_is_summarised_and_asked_only_whether_it_learnt(run, capsys):
     plain = {"timing_s/step": 1.0, "timing_s/gen": 0.5}
     assert main(run(step=plain)) == 0

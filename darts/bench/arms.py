@@ -205,7 +205,7 @@ PRESETS: dict[str, tuple[BenchArm, ...]] = {
         "components": ("none", *_COMPONENTS),
         "beyond": ("none", "darts", "deadline", "exact"),
         # Nothing waits for log-probs: they are hidden, or the servers' own ones. What competes has the same.
-        "without log-probs": ("none", "bypass", "deadline", "deadline + overlap", "deadline + bypass", "tail + bypass"),
+        "no_log_probs": ("none", "bypass", "deadline", "deadline + overlap", "deadline + bypass", "tail + bypass"),
         # The presets of `darts:` against what does as much against the tail, or does it more simply.
         "presets": ("none", "bypass", "tail + bypass", "paper", "fast"),
         "doubts": (*_BYPASSED, *_LIMITED, "paper", "paper, truncated", "fast"),

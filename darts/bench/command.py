@@ -174,11 +174,13 @@ def _composed(options: argparse.Namespace) -> dict[str, Any]:
 
 def _check_limits(arm: BenchArm, config: Any) -> None:
     """Checks the arm's own limits on length; a `ConfigError` where they cannot be what plain verl would do."""
+    from omegaconf import OmegaConf
+
     arm.limits.check(config.data.max_response_length)
     if arm.limits.response is not None and config.actor_rollout_ref.rollout.multi_turn.enable:
         key, rule = "actor_rollout_ref.rollout.multi_turn.enable", f"{RESPONSE} of an arm would limit each turn."
         raise ConfigError(key, True, rule, "remove the limit from the arm, or set it for all by --override.")
-    if arm.limits.buffer is not None and config.reward.get("reward_kwargs", {}).get("overlong_buffer_cfg"):
+    if arm.limits.buffer is not None and OmegaConf.select(config, "reward.reward_kwargs.overlong_buffer_cfg"):
         rule = "the reward manager of all arms has an overlong_buffer_cfg already."
         raise ConfigError(BUFFER, arm.limits.buffer, rule, "remove one of the two.")
 

@@ -21,7 +21,7 @@ from darts.bench.trainer import ArmsTrainer
 from darts.config import DartsConfig
 from darts.forecast import CostModel
 from darts.latency import LatencyCurve
-from darts.strategy import make_strategy
+from darts.strategy import BYPASS_MODE, make_strategy
 
 PROMPTS, STEPS = 4, 4
 ADAPTIVE = BenchArm(name="adaptive", strategy="darts", changes={"allocation.mode": "adaptive", "early_stop": "off"})
@@ -29,7 +29,13 @@ TAIL = BenchArm(name="tail", strategy="tail_batching")
 PLANNED = BenchArm(
     name="planned",
     strategy="darts",
-    changes={"allocation.mode": "off", "selection.mode": "dual_end", "early_stop": "off", "spare_prompts": "plan"},
+    changes={
+        "allocation.mode": "off",
+        "selection.mode": "dual_end",
+        "early_stop": "off",
+        "spare_prompts": "plan",
+        "bypass": True,
+    },
 )
 SORTED = BenchArm(name="sorted", strategy="sorted", changes={"sorted.prompts": 2})
 
@@ -86,6 +92,7 @@ def bench(cluster, monkeypatch):
                 "queue": trainer.strategy.queue,
                 "late": [trainer.ledger.state_dict()[name] for name in ("late", "most")],
                 "choice": choice,
+                "bypass": OmegaConf.select(trainer.config, BYPASS_MODE),
                 "next_choice": trainer.strategy.choice if trainer.strategy.plans else None,
                 "updates": list(trainer.actor_rollout_wg.updates),
             }
@@ -144,6 +151,7 @@ def test_an_arm_that_takes_turns_trains_as_it_does_alone(bench, tmp_path, arms):
         assert len(alone) == STEPS
         assert together[arm.name] == alone
         assert alone[-1]["updates"] == [arm.strategy] * STEPS, "only its own"
+        assert {step["bypass"] for step in alone} == {arm is PLANNED}
         for step, next_step in pairwise(alone):
             assert next_step["choice"] == step["next_choice"], "what was planned is what the next turn goes by"
     assert any(step["queue"] for step in together["tail"])

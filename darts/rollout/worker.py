@@ -209,7 +209,7 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         return await self._outbox.take(wait_s)
 
     async def progress(self) -> tuple[int, int, list[str]] | None:
-        """Of the rollout that runs: finished candidates, tokens so far, and the uids of incomplete prompts; None
+        """Finished candidates of the rollout that runs, its tokens so far, and the uids of incomplete prompts; None
         if none runs."""
         if not self._groups:
             return None

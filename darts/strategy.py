@@ -357,8 +357,7 @@ class PromptLedger:
         entries = [[most], trained, *waiting] if isinstance(waiting, list) else [None]
         sizes = [len(entry) if are_amounts(entry) else 0 for entry in entries]
         if sizes != [1, 2, *[3] * (len(entries) - 2)]:
-            rule = "must have waiting ([row, times, length] each), most (a number) and trained (a pair)."
-            raise ValueError(f"ledger={state!r:.80}: {rule}")
+            raise ValueError(f"ledger={state!r:.80}: must have waiting, most and trained, as `state_dict` gives them.")
         self._waiting = {int(row): (int(times_late), float(length)) for row, times_late, length in waiting}
         self._most_times, self._num_trained, self._trained_length = int(most), int(trained[0]), float(trained[1])
 

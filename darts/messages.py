@@ -118,6 +118,8 @@ class Chunk(NamedTuple):
 
 # Columns of the batch between manager and worker. Agent loops never see them.
 BUDGET, PROMPT, CANDIDATE = "darts_budget", "darts_prompt", "darts_candidate"
+MAX_TOKENS = "max_tokens"
+"""In the batch's `meta_info`: the longest response of this rollout, where that is below the run's."""
 
 Tokens = NDArray[np.int32]
 

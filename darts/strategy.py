@@ -302,10 +302,11 @@ class PromptLedger:
     """
 
     def __init__(self) -> None:
-        self._late_times: dict[int, int] = {}  # row of the dataset that waits -> how often it came late
+        # Row of the dataset that waits -> how often it came late, and its expected length. One that waits and is drawn
+        # again meanwhile, where the data are few, counts as one.
+        self._waiting: dict[int, tuple[int, float]] = {}
         self._most_times = 0
-        self._drawn = [0, 0.0]  # prompts, and the sum of their expected lengths
-        self._trained = [0, 0.0]
+        self._num_trained, self._trained_length = 0, 0.0  # prompts, and the sum of their expected lengths
 
     def enter(
         self, launched: Sequence[int], num_new: int, trained: Sequence[int], lengths: Sequence[float]
@@ -323,36 +324,43 @@ class PromptLedger:
         """
         trained_positions = set(trained)
         for position, (row, length) in enumerate(zip(launched, lengths, strict=True)):
-            # A row may wait and be drawn again meanwhile, where the data are few: that is another prompt.
-            is_new, is_trained = position >= len(launched) - num_new, position in trained_positions
-            late_before = 0 if is_new else self._late_times.pop(row, 0)
-            if not is_trained:
-                self._late_times[row] = late_before + 1
+            is_queued = position < len(launched) - num_new
+            late_before = self._waiting.pop(row, (0, 0.0))[0] if is_queued else 0
+            if position in trained_positions:
+                self._num_trained, self._trained_length = self._num_trained + 1, self._trained_length + length
+            else:
+                self._waiting[row] = (late_before + 1, length)
                 self._most_times = max(self._most_times, late_before + 1)
-            for book in [self._drawn] * is_new + [self._trained] * is_trained:
-                book[0] += 1
-                book[1] += length
-        means = [total / count if count else 0.0 for count, total in (self._trained, self._drawn)]
+        num_drawn = self._num_trained + len(self._waiting)
+        drawn_length = self._trained_length + sum(length for _, length in self._waiting.values())
+        is_known = drawn_length > 0 and self._num_trained > 0
+        drawn_over_trained = (
+            (drawn_length / num_drawn) / (self._trained_length / self._num_trained) if is_known else 1.0
+        )
         return {
             "darts/strategy/late": float(len(launched) - len(trained_positions)),
             "darts/strategy/late_times_most": float(self._most_times),
-            "darts/strategy/waiting_share": 1 - self._trained[0] / max(self._drawn[0], 1),
-            "darts/strategy/trained_over_drawn": means[0] / means[1] if means[1] else 1.0,
+            "darts/strategy/waiting_share": len(self._waiting) / num_drawn,
+            "darts/strategy/trained_over_drawn": 1 / drawn_over_trained,
         }
 
     def state_dict(self) -> dict[str, Any]:
         """All that it knows, for JSON."""
-        late_times = [list(pair) for pair in self._late_times.items()]
-        return {"late": late_times, "most": self._most_times, "drawn": self._drawn, "trained": self._trained}
+        waiting = [[row, times_late, length] for row, (times_late, length) in self._waiting.items()]
+        return {"waiting": waiting, "most": self._most_times, "trained": [self._num_trained, self._trained_length]}
 
     def load_state_dict(self, state: Any) -> None:
         """Goes on where `state_dict` was called; a `ValueError` on what is no such state."""
-        parts = [state.get(name) for name in ("late", "drawn", "trained")] if isinstance(state, Mapping) else [None]
-        pairs = [parts[1], parts[2], *parts[0]] if all(isinstance(part, list) for part in parts) else [None]
-        if not all(are_amounts(pair) and len(pair) == 2 for pair in pairs) or not are_amounts([state.get("most")]):
-            raise ValueError(f"ledger={state!r:.80}: must have the lists late, drawn and trained, and the number most.")
-        self._late_times, self._most_times = {int(row): int(count) for row, count in parts[0]}, int(state["most"])
-        self._drawn, self._trained = list(parts[1]), list(parts[2])
+        waiting, most, trained = (
+            map(state.get, ("waiting", "most", "trained")) if isinstance(state, Mapping) else [None] * 3
+        )
+        entries = [[most], trained, *waiting] if isinstance(waiting, list) else [None]
+        sizes = [len(entry) if are_amounts(entry) else 0 for entry in entries]
+        if sizes != [1, 2, *[3] * (len(entries) - 2)]:
+            rule = "must have waiting ([row, times, length] each), most (a number) and trained (a pair)."
+            raise ValueError(f"ledger={state!r:.80}: {rule}")
+        self._waiting = {int(row): (int(times_late), float(length)) for row, times_late, length in waiting}
+        self._most_times, self._num_trained, self._trained_length = int(most), int(trained[0]), float(trained[1])
 
 
 _CLASSES: dict[str, type[Strategy]] = dict(

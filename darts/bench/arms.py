@@ -1,7 +1,8 @@
 """The arms of a bench, as data: a name, a strategy, and changes to the block `darts:` of the configuration.
 
 Contract: no verl import. Whatever an arm does not say is as in the configuration that all arms share, so an arm is read
-off its own line. `BenchArm.config` checks the whole block; an arm that cannot work is one `ConfigError`.
+off its own line. Outside of `darts:` it may have verl's bypass mode, and limits on length (`darts.bench.limits`).
+`BenchArm.config` checks the whole block; an arm that cannot work is one `ConfigError`.
 """
 
 import difflib
@@ -12,6 +13,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from darts.bench.limits import BUFFER, LIMIT_KEYS, RESPONSE, LengthLimits
 from darts.config import STRATEGIES, ConfigError, DartsConfig, refuse_unknown_keys
 from darts.strategy import BYPASS_MODE
 
@@ -31,7 +33,8 @@ class BenchArm:
     strategy: str
     changes: Mapping[str, Any] = field(default_factory=dict)  # by path within `darts:`
     overlap: str | None = None  # `darts.overlap.mode`; None: as in the configuration
-    bypass: bool = False  # with verl's `BYPASS_MODE`: the one setting outside of `darts:` that arms may differ in
+    bypass: bool = False  # with verl's `BYPASS_MODE`
+    limits: LengthLimits = field(default_factory=LengthLimits)
     about: str = ""  # what it shows, for people
 
     def block(self, darts_block: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -73,14 +76,18 @@ def parse_arm(arm_line: str) -> BenchArm:
         broken_rule = f"strategy {strategy!r} must be one of {', '.join(STRATEGIES)}, or package.module.Class."
         raise ConfigError("--arm", arm_line, broken_rule, "choose one of them.")
     changed_settings: dict[str, Any] = {}
+    length_limits: dict[str, float] = {}
     bypass = False
     for setting in arm_settings:
         setting_path, equals, setting_value = setting.partition("=")
         if setting_path == BYPASS_MODE and setting_value.lower() in ("true", "false"):
             bypass = setting_value.lower() == "true"
             continue
+        if setting_path in LIMIT_KEYS:
+            length_limits[LIMIT_KEYS[setting_path]] = _number(arm_line, setting_path, setting_value)
+            continue
         if not (setting_path.startswith("darts.") and equals):
-            broken_rule = f"{setting!r} is not darts.KEY=VALUE, nor {BYPASS_MODE}=true."
+            broken_rule = f"{setting!r} is not darts.KEY=VALUE, nor {BYPASS_MODE}=true, nor of {', '.join(LIMIT_KEYS)}."
             raise ConfigError("--arm", arm_line, broken_rule, f"write {FORM}")
         setting_path = setting_path.removeprefix("darts.")
         refusal_text = (
@@ -93,9 +100,25 @@ def parse_arm(arm_line: str) -> BenchArm:
             raise ConfigError("--arm", arm_line, f"darts.{setting_path} {refusal_text}.", "remove it.")
         changed_settings[setting_path] = _value(setting_value)
     overlap = changed_settings.pop("overlap.mode", None)
-    arm = BenchArm(name=name.strip(), strategy=strategy, changes=changed_settings, overlap=overlap, bypass=bypass)
+    arm = BenchArm(
+        name=name.strip(),
+        strategy=strategy,
+        changes=changed_settings,
+        overlap=overlap,
+        bypass=bypass,
+        limits=LengthLimits(**length_limits),
+    )
     refuse_unknown_keys(arm.block({}))
     return arm
+
+
+def _number(arm_line: str, setting_path: str, value_text: str) -> float:
+    """The number that stands there; a `ConfigError` where none does."""
+    try:
+        return float(value_text)
+    except ValueError:
+        broken_rule = f"{setting_path}={value_text} is not a number."
+        raise ConfigError("--arm", arm_line, broken_rule, "write tokens, or a share below 1.") from None
 
 
 def _value(value_text: str) -> Any:
@@ -112,6 +135,15 @@ _DEADLINE = (
     "darts.allocation.high=null,darts.selection.mode=dual_end,darts.selection.long_wait=deadline"
 )
 _BYPASS = f"darts.overlap.mode=off,{BYPASS_MODE}=true"
+# What a preset decides is left to it, whatever the configuration of the bench has.
+_BY_PRESET = "darts.overlap.mode=off," + ",".join(
+    f"darts.{setting_path}=null"
+    for setting_path in (
+        "spare_prompts", "bypass", "allocation.mode", "allocation.mean_candidates", "allocation.low", "allocation.high",
+        "selection.mode", "selection.long_end", "selection.long_wait",
+    )
+)  # fmt: skip
+_PARTS = (2, 4, 8)
 _ARMS = {
     "none=none,darts.overlap.mode=off": "plain verl",
     "bypass=bypass,darts.overlap.mode=off": "plain verl, the servers' log-probs as the old ones",
@@ -140,6 +172,21 @@ _ARMS = {
     f"deadline + overlap={_DEADLINE},darts.overlap.mode=token": "and log-probs during generation",
     f"deadline + bypass={_DEADLINE},{_BYPASS}": "and the servers' log-probs as the old ones",
     f"tail + bypass=tail_batching,{_BYPASS}": "tail batching, the servers' log-probs as the old ones",
+    f"shortest_k + bypass=shortest_k,{_BYPASS}": "GFPO's filter, the servers' log-probs as the old ones",
+    f"sorted + bypass=sorted,{_BYPASS}": "SortedRL, the servers' log-probs as the old ones",
+    # What a doubter tries first.
+    **{
+        f"limit 1/{part} + bypass=bypass,darts.overlap.mode=off,{RESPONSE}={1 / part}":
+            f"plain verl with bypass mode, training responses of at most 1/{part} of the limit"
+        for part in _PARTS
+    },
+    f"overlong + bypass=bypass,darts.overlap.mode=off,{BUFFER}=0.5":
+        "plain verl with bypass mode and DAPO's overlong penalty over the last half of the limit",
+    f"paper=darts,darts.preset=paper,{_BY_PRESET}": "darts.preset=paper: the paper's rules and mix of budgets",
+    f"paper, truncated=darts,darts.preset=paper,{_BY_PRESET.replace('long_end=null', 'long_end=truncated')}":
+        "and a truncated response may be one of the longest",
+    f"fast=darts,darts.preset=fast,{_BY_PRESET}":
+        "darts.preset=fast: the cut long end, spare prompts, the servers' log-probs as the old ones",
 }  # fmt: skip
 """What arms are, in the form of `--arm`, and what they show."""
 ARMS = {arm.name: arm for arm in (replace(parse_arm(line), about=about) for line, about in _ARMS.items())}
@@ -148,6 +195,8 @@ _COMPONENTS = (
     "darts", "uniform", "dual-end only", "no early stop", "no longest", "overlap off", "overlap sequence",
     "overlap token",
 )  # fmt: skip
+_LIMITED = tuple(f"limit 1/{part} + bypass" for part in _PARTS)
+_BYPASSED = ("none", "bypass", "tail + bypass", "shortest_k + bypass")
 PRESETS: dict[str, tuple[BenchArm, ...]] = {
     preset_name: tuple(ARMS[arm_name] for arm_name in arm_names)
     for preset_name, arm_names in {
@@ -155,8 +204,12 @@ PRESETS: dict[str, tuple[BenchArm, ...]] = {
         "ablation": ("none", "+ streaming", "+ dual-end", "+ adaptive"),
         "components": ("none", *_COMPONENTS),
         "beyond": ("none", "darts", "deadline", "exact"),
-        # No log-probs after generation: hidden, or the servers' own ones. What competes has the same.
-        "fast": ("none", "bypass", "deadline", "deadline + overlap", "deadline + bypass", "tail + bypass"),
+        # Nothing waits for log-probs: they are hidden, or the servers' own ones. What competes has the same.
+        "no_log_probs": ("none", "bypass", "deadline", "deadline + overlap", "deadline + bypass", "tail + bypass"),
+        # The presets of `darts:` against what does as much against the tail, or does it more simply.
+        "presets": ("none", "bypass", "tail + bypass", "paper", "fast"),
+        "doubts": (*_BYPASSED, *_LIMITED, "paper", "paper, truncated", "fast"),
+        "baselines": (*_BYPASSED, "sorted + bypass", *_LIMITED, "overlong + bypass"),
         "all": tuple(ARMS),
         "quick": ("none", "darts", "tail_batching"),
     }.items()

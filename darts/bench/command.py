@@ -28,9 +28,10 @@ from typing import Any
 from pandas import json_normalize
 
 from darts import CONFIG_DIR
-from darts.bench.arms import PRESETS, chosen
+from darts.bench.arms import PRESETS, BenchArm, chosen
 from darts.bench.harness import ENVIRONMENT, Options, exit_code, parse
 from darts.bench.launch import run_trainer
+from darts.bench.limits import BUFFER, RESPONSE
 from darts.bench.plan import CONFIG, RECORDS, STATES, BenchPlan
 from darts.bench.records import Records
 from darts.bench.report import document, text
@@ -165,9 +166,23 @@ def _composed(options: argparse.Namespace) -> dict[str, Any]:
         try:
             arm.config(block, config.actor_rollout_ref.rollout.n)
             check_run(config)
+            _check_limits(arm, config)
         except ConfigError as error:
             raise ConfigError("--arms", arm.name, f"cannot be: {error}", "change the arm.") from error
     return composed
+
+
+def _check_limits(arm: BenchArm, config: Any) -> None:
+    """Checks the arm's own limits on length; a `ConfigError` where they cannot be what plain verl would do."""
+    from omegaconf import OmegaConf
+
+    arm.limits.check(config.data.max_response_length)
+    if arm.limits.response is not None and config.actor_rollout_ref.rollout.multi_turn.enable:
+        key, rule = "actor_rollout_ref.rollout.multi_turn.enable", f"{RESPONSE} of an arm would limit each turn."
+        raise ConfigError(key, True, rule, "remove the limit from the arm, or set it for all by --override.")
+    if arm.limits.buffer is not None and OmegaConf.select(config, "reward.reward_kwargs.overlong_buffer_cfg"):
+        rule = "the reward manager of all arms has an overlong_buffer_cfg already."
+        raise ConfigError(BUFFER, arm.limits.buffer, rule, "remove one of the two.")
 
 
 def _prepare(options: argparse.Namespace, composed: Any) -> None:

@@ -13,18 +13,22 @@ Contract. `FOLDER/plan.json` says what is run (`BenchPlan`); records go to `FOLD
 3. Validation is verl's own, on all arms after the same steps; the initial actor is validated once a seed, for all.
 4. At start every arm makes one step that counts nowhere: the first of a kind is slow.
 5. A bench that was interrupted goes on after its last complete round; the engine is measured anew, once.
+6. What an arm has of its own outside of `darts:` is in force in its turn alone: the servers' log-probs as the old ones
+   (they are computed in all arms, if one has a use for them), and limits on length (`darts.bench.limits`).
 """
 
 import sys
 import time
 from copy import deepcopy
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import ray
+import torch
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from verl.protocol import DataProto
@@ -34,8 +38,9 @@ from darts.bench.arms import BenchArm
 from darts.bench.plan import RECORDS, STATES, TRACES, BenchPlan
 from darts.bench.records import Records, ValidationRecord, step_record
 from darts.bench.states import ArmStates
+from darts.config import DartsConfig
 from darts.evidence.trace import Trace
-from darts.strategy import BYPASS_MODE, make_strategy
+from darts.strategy import BYPASS_MODE, LOG_PROBS, PromptLedger, make_strategy
 from darts.training.launch import DartsTaskRunner
 from darts.training.trainer import RayDartsTrainer
 
@@ -54,9 +59,17 @@ class ArmsTrainer(RayDartsTrainer):
         self._data = self.train_dataloader
         self.train_dataloader = list(self._plan.turns())
 
+    @cached_property
+    def _settings(self) -> dict[str, DartsConfig]:
+        """The block `darts:` of each arm."""
+        block, size = OmegaConf.to_container(self.config.darts), self.darts.group_size
+        return {arm.name: arm.config(block, size) for arm in self._plan.arms}
+
     def init_workers(self) -> None:
         """Adds the arms' states to upstream's workers."""
         self._bypass = bool(OmegaConf.select(self.config, BYPASS_MODE))
+        if any(arm_settings.bypass for arm_settings in self._settings.values()):
+            OmegaConf.update(self.config, LOG_PROBS, True)  # the servers read it once, when they are made
         super().init_workers()
         self._states = ArmStates(self._folder / STATES, [arm.name for arm in self._plan.arms], self.actor_rollout_wg)
         self._records = Records(self._folder / RECORDS)
@@ -65,8 +78,7 @@ class ArmsTrainer(RayDartsTrainer):
 
     def _prepare_overlap(self) -> None:
         """One session with the actor for each mode that an arm has."""
-        base, block, size = self.darts, OmegaConf.to_container(self.config.darts), self.darts.group_size
-        self._settings = {arm.name: arm.config(block, size) for arm in self._plan.arms}
+        base = self.darts
         self._log_probs_of: dict[str, Any] = {"off": None}
         for name, settings in self._settings.items():
             mode = settings.overlap.mode
@@ -98,11 +110,11 @@ class ArmsTrainer(RayDartsTrainer):
         self.is_last_step = (seed, step) == self.train_dataloader[-1]
 
     def _measure_once(self) -> None:
-        """The engines' cost model, if an arm has a use for it."""
+        """The engines' cost model, if an arm needs one."""
         for arm_settings in self._settings.values():
             self.use_strategy(make_strategy(arm_settings, self.config.data.train_batch_size))
             self.darts = arm_settings
-            if self.strategy.rules.allocation.mode == "adaptive":
+            if self.strategy.needs_cost_model:
                 break
         self._set_cost_model()
         self._cost_model_is_set = True
@@ -130,7 +142,7 @@ class ArmsTrainer(RayDartsTrainer):
         validation_records = [self._validated(arm.name, seed, step)] if self._plan.validates(step) else []
         started_at = time.monotonic()
         self.checkpoint_manager.sleep_replicas()  # as where verl saves: the actor needs the memory
-        states = {"planner": self.planner, "strategy": self.strategy}
+        states = {"planner": self.planner, "strategy": self.strategy, "ledger": self.ledger}
         arm_state = {name: owner.state_dict() for name, owner in states.items()} | {"position": self._rounds.position}
         self._states.save(arm.name, seed, step, arm_state)
         swap_s += time.monotonic() - started_at
@@ -142,18 +154,27 @@ class ArmsTrainer(RayDartsTrainer):
 
     def _take_up(self, bench_arm: BenchArm, seed: int, step: int, arm_state: Any) -> None:
         """From now on the trainer is this arm's, after its last step."""
+        # 1. Its settings, in `darts:` and outside of it.
         self.darts = self._settings[bench_arm.name]
         self.use_log_probs(self._log_probs_of[self.darts.overlap.mode])
         self.use_strategy(make_strategy(self.darts, self.config.data.train_batch_size))
-        bypass_mode = self._bypass or bench_arm.bypass or bool(self.strategy.overrides.get(BYPASS_MODE))
+        bypass_mode = self._bypass or bench_arm.bypass or bool(self.strategy.settings.get(BYPASS_MODE))
         OmegaConf.update(self.config, BYPASS_MODE, bypass_mode)
+        self._limits = bench_arm.limits
+        self.async_rollout_manager.limit_responses(self._limits.max_tokens(self.config.data.max_response_length))
+        # 2. What it has learnt, and what follows for its next round.
         self.planner.load_state_dict(deepcopy(self._initial if arm_state is None else arm_state["planner"]))
-        if self.darts.latency.profile == "auto" and self.strategy.rules.allocation.mode != "adaptive":
-            self.planner.cost = None  # as where the arm runs alone
+        has_cost_model = self.strategy.needs_cost_model or self.darts.latency.profile != "auto"
+        self.planner.use_cost_model(self.planner.cost if has_cost_model else None)  # as where the arm runs alone
+        self.ledger = PromptLedger()
+        if arm_state is not None:
+            self.strategy.load_state_dict(arm_state["strategy"])
+            self.ledger.load_state_dict(arm_state["ledger"])
+        self._choose()
+        # 3. Its place in the data.
         data_config = OmegaConf.merge(self.config.data, {"seed": seed})
         self._rounds = self.round_loader(self._data, create_rl_sampler(data_config, self._data.dataset))
         if arm_state is not None:
-            self.strategy.load_state_dict(arm_state["strategy"])
             self._rounds.go_to(arm_state["position"])
         self._trace = Trace(str(self._folder / TRACES / f"seed{seed}" / f"{bench_arm.name}.jsonl"))
         self.global_steps, self.epoch = step, self._rounds.epoch
@@ -162,6 +183,17 @@ class ArmsTrainer(RayDartsTrainer):
         """Upstream's preparation; no step of an arm is the run's last, which would close the run."""
         super()._fit_prepare_step()
         self.is_last_step = False
+
+    def _fit_compute_reward(self, batch: DataProto) -> DataProto:
+        """Upstream's scores, with the arm's overlong penalty at the last token of each response."""
+        batch = super()._fit_compute_reward(batch)
+        if self._limits.buffer is not None:
+            response_length = batch.batch["responses"].shape[-1]
+            row_lengths = batch.batch["attention_mask"][:, -response_length:].sum(dim=-1)
+            penalties = self._limits.penalties(row_lengths.numpy(), self.config.data.max_response_length)
+            self.reward_tensor = self.reward_tensor.clone()  # the batch's column keeps the scores
+            self.reward_tensor[torch.arange(len(row_lengths)), row_lengths - 1] += torch.from_numpy(penalties).float()
+        return batch
 
     def _validated(self, arm_name: str, seed: int, step: int) -> ValidationRecord:
         """verl's validation, with the accuracy of each prompt."""

@@ -40,7 +40,7 @@ from darts.evidence.log import logger
 from darts.group import num_due
 from darts.history import prompt_key
 from darts.latency import StepTimes
-from darts.messages import BUDGET, PROMPT
+from darts.messages import BUDGET, MAX_TOKENS, PROMPT
 from darts.metrics import rollout_metrics
 from darts.overlap.session import OverlapSession
 from darts.planning import Plan, Rollout, RolloutPlanner
@@ -69,6 +69,7 @@ class DartsAgentLoopManager(AgentLoopManager):
             response_length=rollout.response_length,
             max_running=rollout.max_num_seqs,
         )
+        self._max_tokens: int | None = None  # see `limit_responses`
         self._last: Rollout | None = None
         self._number = 0  # of the last rollout
         self._warned_of_keys = False
@@ -76,6 +77,14 @@ class DartsAgentLoopManager(AgentLoopManager):
     def overlap_with(self, session: OverlapSession | None) -> None:
         """From now on `session` computes log-probs while training rollouts run; None: nobody does."""
         self._overlap = session
+
+    def limit_responses(self, max_tokens: int | None) -> None:
+        """From now on responses of training rollouts have at most so many tokens; None: the run's `response_length`.
+
+        What reaches the limit is truncated. With agent loops of several requests each request has this limit.
+        """
+        self._max_tokens = max_tokens
+        self.planner.response_length = max_tokens or self.rollout_config.response_length
 
     def begin_round(
         self,
@@ -100,6 +109,8 @@ class DartsAgentLoopManager(AgentLoopManager):
         """verl's entry point: validation and plain runs as verl does it, training batches with redundant candidates."""
         if not self._candidates or prompts.meta_info.get("validate", False):
             return await super().generate_sequences(prompts)
+        if self._max_tokens is not None:
+            prompts.meta_info[MAX_TOKENS] = self._max_tokens
         if not self.rules.enable:
             return await self._generate_plain(prompts)
         output = await self._generate_groups(prompts)
@@ -123,7 +134,7 @@ class DartsAgentLoopManager(AgentLoopManager):
         """The candidates of a plain rollout: all have ended and are kept. One that fills the budget counts as cut."""
         response_lengths = output.batch["response_mask"].sum(dim=-1).numpy()
         reward_scores = output.batch.get("rm_scores")
-        fills_budget = response_lengths >= output.batch["responses"].shape[-1]
+        fills_budget = response_lengths >= self.planner.response_length
         return CandidatePool.of(
             [self.rules.group_size] * (len(response_lengths) // self.rules.group_size),
             length=response_lengths,

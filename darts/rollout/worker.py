@@ -10,7 +10,7 @@ its own. It owns the decision which are kept.
    while enough are left. What fails in the agent loop of an aborted one is printed.
 4. A candidate that its group keeps as the cut long end is trained on with what it has; its agent loop was left.
 5. Of groups that are abandoned, since the rollout has enough others, nothing is kept.
-6. `generate_sequences` (validation, plain runs) is verl's own.
+6. `generate_sequences` (validation, plain runs) is verl's own, but for a limit that the rollout has of its own.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from verl.protocol import DataProto
 from darts.config import DartsConfig
 from darts.evidence.log import logger
 from darts.latency import StepTimes
-from darts.messages import BUDGET, CANDIDATE, PROMPT, Progress
+from darts.messages import BUDGET, CANDIDATE, MAX_TOKENS, PROMPT, Progress
 from darts.overlap.images import make_extras
 from darts.overlap.outbox import GrowthOutbox
 from darts.overlap.session import reason
@@ -69,6 +69,12 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         self._closed = False
         self._darts: DartsConfig | None = None  # of the rollout that runs
         self._step = -1
+        self._max_tokens: int | None = None  # of a response of the rollout that runs, where it is below the run's
+
+    async def generate_sequences(self, batch: DataProto) -> DataProto:
+        """Forwards to verl's method; responses end where `MAX_TOKENS` of the batch says so."""
+        self._max_tokens = batch.meta_info.get(MAX_TOKENS)
+        return await super().generate_sequences(batch)
 
     async def generate_groups(
         self, prompts: DataProto, darts: DartsConfig, number: int
@@ -124,7 +130,7 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         try:
             async with self._begun:
                 self._begun.notify_all()
-            kept_rows = await super().generate_sequences(candidate_rows)
+            kept_rows = await self.generate_sequences(candidate_rows)
             pool = CandidatePool.concat([group.pool() for group in self._groups.values()])
             return kept_rows, pool, self.llm_client.take_step_times()
         finally:
@@ -203,7 +209,7 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         return await self._outbox.take(wait_s)
 
     async def progress(self) -> tuple[int, int, list[str]] | None:
-        """Of the rollout that runs: finished candidates, tokens so far, and the uids of incomplete prompts; None
+        """Finished candidates of the rollout that runs, its tokens so far, and the uids of incomplete prompts; None
         if none runs."""
         if not self._groups:
             return None
@@ -229,6 +235,8 @@ class DartsAgentLoopWorker(AgentLoopWorker):
     async def _run_agent_loop(self, sampling_params: dict[str, Any], trajectory: dict[str, Any], **kwargs: Any) -> Any:
         """verl's method, told which candidate this task runs; a failure gets its uid."""
         index = kwargs.pop(CANDIDATE, None)
+        if self._max_tokens is not None:
+            sampling_params["max_tokens"] = self._max_tokens
         if index is None:
             return await super()._run_agent_loop(sampling_params, trajectory, **kwargs)
         kwargs = {key: value for key, value in kwargs.items() if key not in (BUDGET, PROMPT)}

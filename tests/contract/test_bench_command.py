@@ -46,6 +46,24 @@ def refused(capsys, *given: str) -> str:
             "--arms='x': cannot be: actor_rollout_ref.rollout.calculate_log_probs=False",
         ),
         (["--arm", "x=darts,darts.allocation.ema_weight=0.1"], "darts.allocation.ema_weight is shared by all arms"),
+        (
+            ["--arm", "x=none,data.max_response_length=999"],
+            "'x': cannot be: data.max_response_length=999.0: must be from",
+        ),
+        (
+            [
+                *("--arm", "x=none,reward.reward_kwargs.overlong_buffer_cfg.len=8"),
+                *("--override", "+reward.reward_kwargs.overlong_buffer_cfg.enable=true"),
+            ],
+            "has an overlong_buffer_cfg already",
+        ),
+        (
+            [
+                *("--arm", "x=none,data.max_response_length=8"),
+                *("--override", "actor_rollout_ref.rollout.multi_turn.enable=true"),
+            ],
+            "would limit each turn",
+        ),
         (["--report-only"], "has no records of a bench"),
     ],
 )

@@ -44,7 +44,7 @@ def trainer():
         }
     )
     self.darts = DartsConfig.from_block({}, 8)
-    self._warned_of_saturation = False
+    self._warned_of_saturation = self._warned_of_slowdown = False
     self._overridden = {}
     self.use_strategy(Darts(self.darts, 8))
     self.global_steps, self.is_last_step, self.max_steps_duration = 3, False, 0.0
@@ -72,7 +72,7 @@ def test_during_critic_warm_up_engines_are_woken_and_nothing_is_saved(trainer):
 
 def test_the_rollouts_metrics_join_the_steps(trainer, monkeypatch):
     monkeypatch.setattr(SeparateRayPPOTrainer, "_fit_generate", lambda self, batch: batch)
-    rollout = SimpleNamespace(metrics={"darts/candidates/kept": 64.0})
+    rollout = SimpleNamespace(metrics={"darts/candidates/kept": 64.0}, plan=SimpleNamespace(predicted_s=None))
     rounds, rollouts = [], [rollout, None]
     trainer.async_rollout_manager = SimpleNamespace(
         pop_rollout=lambda: rollouts.pop(0), begin_round=lambda rules, **how: rounds.append((rules, how["harvest"]))
@@ -374,7 +374,7 @@ def test_a_server_that_does_not_answer_leaves_the_run_without_a_cost_model(profi
         await asyncio.sleep(60)
 
     monkeypatch.setattr(cost_model, "kv_capacity", never)
-    with pytest.warns(UserWarning, match=r"did not answer within 0.1 s.* the mean number of candidates is 12"):
+    with pytest.warns(UserWarning, match=r"did not answer within 0.1 s.* the mean number of candidates is 10.4"):
         assert profiling.start(latency={"profile_s": 0.1}) is None
 
 
@@ -399,20 +399,22 @@ def test_the_planner_knows_the_engines(trainer):
     assert trainer.planner.num_engines == 4
 
 
-def test_a_run_without_long_responses_is_told_once(trainer, monkeypatch):
+def test_a_run_without_long_responses_and_with_slower_rollouts_is_told_once(trainer, monkeypatch, caplog):
     monkeypatch.setattr(SeparateRayPPOTrainer, "_fit_generate", lambda self, batch: batch)
-    rollout = SimpleNamespace(metrics={"darts/group/saturated_share": 1.0})
+    plan = SimpleNamespace(predicted_s=12.0, base_s=10.0, keys=["a"] * trainer.strategy.num_prompts)
+    rollout = SimpleNamespace(metrics={"darts/group/saturated_share": 1.0}, plan=plan)
     trainer.async_rollout_manager = SimpleNamespace(pop_rollout=lambda: rollout, begin_round=lambda rules, **how: None)
     with pytest.warns(UserWarning, match=r"all prompts of step 3 have M_up candidates"):
         trainer._fit_generate("batch")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         trainer._fit_generate("batch")
+    assert caplog.text.count("rollouts are expected to take 1.20 times as long as plain verl's (12 s)") == 1
 
 
 def test_engines_that_cannot_be_measured_are_a_warning(profiling):
     profiling.measured_error = "1 of 6 batch sizes could be measured."
-    with pytest.warns(UserWarning, match=r"1 of 6 .* the mean number of candidates is 12"):
+    with pytest.warns(UserWarning, match=r"1 of 6 .* the mean number of candidates is 10.4"):
         assert profiling.start() is None
 
 
@@ -421,7 +423,7 @@ def test_settings_that_leave_nothing_to_measure_are_a_warning(profiling, monkeyp
         raise ValueError("tokens=8: 80 tokens do not fit into max_model_len=70.")
 
     monkeypatch.setattr(cost_model, "profile_servers", too_short)
-    with pytest.warns(UserWarning, match=r"do not fit .* the mean number of candidates is 12"):
+    with pytest.warns(UserWarning, match=r"do not fit .* the mean number of candidates is 10.4"):
         assert profiling.start() is None
 
 

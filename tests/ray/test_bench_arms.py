@@ -5,6 +5,7 @@ optimizer and schedule are the same to the last bit is shown in `tests/actor/tes
 """
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,24 @@ from darts.bench.records import TIMES, Records
 from darts.bench.states import ArmStates
 from darts.bench.trainer import ArmsTrainer
 from darts.config import DartsConfig
-from darts.strategy import make_strategy
+from darts.forecast import CostModel
+from darts.latency import LatencyCurve
+from darts.strategy import BYPASS_MODE, make_strategy
 
 PROMPTS, STEPS = 4, 4
 ADAPTIVE = BenchArm(name="adaptive", strategy="darts", changes={"allocation.mode": "adaptive", "early_stop": "off"})
 TAIL = BenchArm(name="tail", strategy="tail_batching")
+PLANNED = BenchArm(
+    name="planned",
+    strategy="darts",
+    changes={
+        "allocation.mode": "off",
+        "selection.mode": "dual_end",
+        "early_stop": "off",
+        "spare_prompts": "plan",
+        "bypass": True,
+    },
+)
 SORTED = BenchArm(name="sorted", strategy="sorted", changes={"sorted.prompts": 2})
 
 
@@ -64,6 +78,7 @@ def bench(cluster, monkeypatch):
 
         load_script(cluster[1], launched, trainer.global_steps, token_ms=1, length=length_of, held=held)
         assert trainer.served == trainer.actor_rollout_wg.updates, "the servers have this arm's weights"
+        choice = trainer.strategy.choice if trainer.strategy.plans else None
         trainer.metrics, trainer.timing_raw = dict.fromkeys(TIMES.values(), 1.0), {}
         batch = trainer._fit_generate(trainer._fit_get_batch(batch_dict))
         take_records(cluster[1])
@@ -75,16 +90,22 @@ def bench(cluster, monkeypatch):
                 "budgets": trainer._rollout.plan.budgets.tolist(),
                 "rows": rows_of(batch),
                 "queue": trainer.strategy.queue,
+                "late": [trainer.ledger.state_dict()[name] for name in ("late", "most")],
+                "choice": choice,
+                "bypass": OmegaConf.select(trainer.config, BYPASS_MODE),
+                "next_choice": trainer.strategy.choice if trainer.strategy.plans else None,
                 "updates": list(trainer.actor_rollout_wg.updates),
             }
         )
 
     monkeypatch.setattr(SeparateRayPPOTrainer, "fit_step", fit_step)
-    monkeypatch.setattr(ArmsTrainer, "_set_cost_model", lambda self: None)
+    cost = CostModel(LatencyCurve([1, 16], [0.01, 0.02]), "scripted")
+    monkeypatch.setattr(ArmsTrainer, "_set_cost_model", lambda self: self.planner.use_cost_model(cost))
     monkeypatch.setattr(ArmsTrainer, "_get_dp_size", lambda self, *_: 1)
 
     def run(folder: Path, arms: list[BenchArm], last: int = STEPS, stop_in_round: int | None = None) -> dict[str, list]:
         block = OmegaConf.to_container(cluster[2].darts) | {"seed": 0, "early_stop": "eager"}
+        block["latency"]["refine"] = False  # by seconds of the clock, which differ
         trainer = make_trainer(ArmsTrainer, cluster, DartsConfig.from_block(block, M), Rows(8))
         trainer.config.darts = block
         trainer.config.trainer.balance_batch = False
@@ -120,7 +141,9 @@ def bench(cluster, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arms", [(ADAPTIVE, TAIL), (ADAPTIVE, TAIL, SORTED)], ids=len)
+@pytest.mark.parametrize(
+    "arms", [(ADAPTIVE, TAIL), (ADAPTIVE, TAIL, SORTED), (ADAPTIVE, TAIL, PLANNED, SORTED)], ids=len
+)
 def test_an_arm_that_takes_turns_trains_as_it_does_alone(bench, tmp_path, arms):
     together = bench(tmp_path / "together", list(arms))
     for arm in arms:
@@ -128,14 +151,18 @@ def test_an_arm_that_takes_turns_trains_as_it_does_alone(bench, tmp_path, arms):
         assert len(alone) == STEPS
         assert together[arm.name] == alone
         assert alone[-1]["updates"] == [arm.strategy] * STEPS, "only its own"
+        assert {step["bypass"] for step in alone} == {arm is PLANNED}
+        for step, next_step in pairwise(alone):
+            assert next_step["choice"] == step["next_choice"], "what was planned is what the next turn goes by"
     assert any(step["queue"] for step in together["tail"])
+    assert [bool(step["choice"]) for step in together.get("planned", [])] in ([], [False, True, True, True])
     budgets = [step["budgets"] for step in together["adaptive"]]
     assert any(len(set(step)) > 1 for step in budgets[1:]), "what was learnt matters, so equality says something"
 
 
 @pytest.mark.slow
 def test_a_bench_that_was_stopped_goes_on_where_it_was(bench, tmp_path):
-    arms = [ADAPTIVE, TAIL]
+    arms = [ADAPTIVE, TAIL, PLANNED]
     whole = bench(tmp_path / "whole", arms)
     with pytest.raises(KeyboardInterrupt):
         bench(tmp_path / "stopped", arms, stop_in_round=3)

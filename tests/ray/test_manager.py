@@ -87,6 +87,30 @@ def test_validation_is_untouched(cluster):
     assert manager.pop_rollout() is None
 
 
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "groups"])
+def test_a_limit_of_a_rollouts_own_cuts_its_responses_and_no_others(cluster, plain):
+    """The servers' default answer is 3 tokens for everyone."""
+    manager, servers = cluster
+    rules = manager.rules
+    try:
+        manager.begin_round(dataclasses.replace(rules, enable=not plain))
+        manager.limit_responses(2)
+        output = manager.generate_sequences(prompts(["1+1=", "2+2="], GROUP_SIZE, step=90))
+        assert output.batch["response_mask"].sum(dim=-1).tolist() == [2] * 2 * GROUP_SIZE
+        pool = manager.pop_rollout().pool
+        assert pool.truncated.all()
+        assert manager.planner.response_length == 2
+        validated = manager.generate_sequences(prompts(["1+1="] * NUM_WORKERS, 1, validate=True))
+        assert validated.batch["response_mask"].sum(dim=-1).tolist() == [3] * NUM_WORKERS
+    finally:
+        manager.begin_round(rules)
+        manager.limit_responses(None)
+    output = manager.generate_sequences(prompts(["1+1="], GROUP_SIZE, step=91))
+    assert output.batch["response_mask"].sum(dim=-1).tolist() == [3] * GROUP_SIZE
+    assert not manager.pop_rollout().pool.truncated.any()
+    served(servers)
+
+
 def test_a_batch_that_is_not_interleaved_groups_is_refused(cluster):
     manager, _ = cluster
     batch = prompts(["1+1=", "2+2="], GROUP_SIZE)

@@ -113,6 +113,8 @@ class ScriptedServer:
             tokens = [ANY_TOKEN] * turn.length
             if tokens and not turn.cut:
                 tokens[-1] = self.script.end_token
+        most_tokens = sampling_params.get("max_tokens", len(tokens))
+        is_cut, tokens = turn.cut or len(tokens) > most_tokens, tokens[:most_tokens]
         stop = self._stop[request_id] = asyncio.Event()
         if request_id in self._early_aborts:
             stop.set()
@@ -141,7 +143,7 @@ class ScriptedServer:
             del self._stop[request_id]
         if turn.error is not None:
             raise RuntimeError(turn.error)
-        reason = turn.reason or ("length" if turn.cut else "stop")
+        reason = turn.reason or ("length" if is_cut else "stop")
         if done < len(tokens):
             reason = "abort"
         record |= {"ended": reason != "abort", "generated": done, "prompt_ids": prompt_ids, "answer": tokens[:done]}

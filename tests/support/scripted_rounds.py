@@ -57,7 +57,7 @@ def make_trainer(
     trainer.config = OmegaConf.create(OmegaConf.to_container(config))
     trainer.darts = darts
     trainer._overridden, trainer.curr_step_profile, trainer.use_rm, trainer.global_steps = {}, False, False, 0
-    trainer._warned_of_saturation = True
+    trainer._warned_of_saturation = trainer._warned_of_slowdown = True
     trainer.async_rollout_manager = manager
     manager.planner.load_state_dict(RolloutPlanner(ema_weight=0.3, response_length=32).state_dict())  # as in a new run
     trainer.checkpoint_manager = SimpleNamespace(sleep_replicas=lambda: None, update_weights=lambda step: None)

@@ -94,7 +94,7 @@ class Listener:
     over = False
 
     def __init__(self, chunk_tokens: int = 16) -> None:
-        self.chunk_tokens = chunk_tokens
+        self.chunk_tokens = self.first_tokens = chunk_tokens
         self.request: OpenRequest | None = None
         self.grown: list[int] = []  # tokens, at each chunk
         self.grown_after_the_end = 0

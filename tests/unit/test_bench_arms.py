@@ -3,8 +3,9 @@
 import pytest
 
 from darts.bench.arms import PRESETS, BenchArm, chosen, parse_arm
+from darts.bench.limits import LengthLimits
 from darts.config import STRATEGIES, ConfigError, DartsConfig
-from darts.strategy import make_strategy
+from darts.strategy import BYPASS_MODE, make_strategy
 
 QUICKSTART = {
     "enable": True, "strategy": "darts", "seed": 0, "streaming": {"chunk_tokens": 16}, "overlap": {"mode": "off"},
@@ -42,6 +43,32 @@ def test_presets():
         assert len({arm.name for arm in arms}) == len(arms)
         assert all(arm.about for arm in arms)
     assert {arm.name for arms in PRESETS.values() for arm in arms} == set(ALL)
+
+
+def test_no_name_is_both_a_preset_and_an_arm():
+    assert not set(PRESETS) & set(ALL)
+
+
+def test_what_a_preset_of_darts_decides_is_left_to_it():
+    """Whatever the bench's configuration has: the keys beside a preset would win."""
+    for name in ("paper", "fast"):
+        expected = DartsConfig.from_block({"preset": name, "overlap": {"mode": "off"}}, 8)
+        made = config(name)
+        assert (made.allocation, made.selection) == (expected.allocation, expected.selection)
+        assert (made.bypass, made.spare_prompts) == (expected.bypass, expected.spare_prompts)
+    truncated = config("paper, truncated")
+    assert truncated.selection.long_end == "truncated"
+    assert truncated.allocation == config("paper").allocation
+
+
+def test_the_presets_against_what_a_doubter_tries_first():
+    doubts, baselines = ({arm.name for arm in PRESETS[name]} for name in ("doubts", "baselines"))
+    limited = {f"limit 1/{part} + bypass" for part in (2, 4, 8)}
+    assert {"none", "bypass", "tail + bypass", "shortest_k + bypass", "paper", "fast", *limited} < doubts
+    assert {"sorted + bypass", "overlong + bypass", *limited} < baselines
+    bypassed = [arm for arm in PRESETS["baselines"] if arm.name != "none"]
+    assert all(arm.bypass or make_strategy(config(arm.name), 8).settings.get(BYPASS_MODE) for arm in bypassed)
+    assert [ALL[f"limit 1/{part} + bypass"].limits.max_tokens(1024) for part in (2, 4, 8)] == [512, 256, 128]
 
 
 def test_the_ablation_adds_what_the_paper_adds():
@@ -91,6 +118,10 @@ def test_an_arm_from_the_command_line():
     assert parse_arm("plain=none").changes == {}
     assert parse_arm("a=darts,algorithm.rollout_correction.bypass_mode=true").bypass
     assert not parse_arm("a=darts,algorithm.rollout_correction.bypass_mode=False").bypass
+    limited = "a=none,data.max_response_length=64,reward.reward_kwargs.overlong_buffer_cfg.len=0.25"
+    limited += ",reward.reward_kwargs.overlong_buffer_cfg.penalty_factor=2"
+    assert parse_arm(limited).limits == LengthLimits(response=64, buffer=0.25, factor=2)
+    assert parse_arm("a=none").limits == LengthLimits()
 
 
 def test_an_arm_does_not_overlap_log_probs_that_nobody_computes():
@@ -111,6 +142,8 @@ def test_an_arm_does_not_overlap_log_probs_that_nobody_computes():
         ("a=darts,darts.selection.num_long", "is not darts.KEY=VALUE"),
         ("a=darts,darts.allocation.ema_weight=1", "darts.allocation.ema_weight is shared by all arms"),
         ("a=darts,algorithm.rollout_correction.bypass_mode=1", "nor algorithm.rollout_correction.bypass_mode=true"),
+        ("a=none,data.max_response_length=half", "data.max_response_length=half is not a number"),
+        ("a=none,data.max_prompt_length=8", "nor of data.max_response_length, reward.reward_kwargs"),
         ("a=darts,darts.seed=1,darts.seed=2", "darts.seed is given twice"),
         ("a=darts,darts.strategy=none", "darts.strategy is the word behind the arm's name"),
         ("a=darts,darts.selection.num_lon=2", r"known are .*num_long.*did you mean darts.selection.num_long\?"),

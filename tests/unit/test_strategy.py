@@ -180,11 +180,12 @@ def test_a_row_that_waits_and_is_drawn_again_counts_as_another_prompt():
     assert ledger.enter([3, 5], 2, [1], [5.0, 5.0])["darts/strategy/late_times_most"] == 1
 
 
-@pytest.mark.parametrize(
-    "state", [None, {}, {"late": [[1]], "most": 0, "drawn": [0, 0], "trained": [0, 0]}, {"late": 3}]
-)
+ONE = {"waiting": [[7, 1, 30.0]], "most": 1, "trained": [4, 99.0]}
+
+
+@pytest.mark.parametrize("state", [None, {}, *({**ONE, name: [[1]]} for name in ONE), {**ONE, "most": "1"}, [3]])
 def test_a_ledger_of_something_else_is_refused(state):
-    with pytest.raises(ValueError, match="must have the lists late, drawn and trained"):
+    with pytest.raises(ValueError, match="must have waiting"):
         PromptLedger().load_state_dict(state)
 
 

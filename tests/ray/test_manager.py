@@ -95,8 +95,9 @@ def test_a_limit_of_a_rollouts_own_cuts_its_responses_and_no_others(cluster, pla
     try:
         manager.begin_round(dataclasses.replace(rules, enable=not plain))
         manager.limit_responses(2)
-        output = manager.generate_sequences(prompts(["1+1=", "2+2="], GROUP_SIZE, step=90))
-        assert output.batch["response_mask"].sum(dim=-1).tolist() == [2] * 2 * GROUP_SIZE
+        questions = [f"{number}+1=" for number in range(NUM_WORKERS)]  # plain verl deals rows out in equal parts
+        output = manager.generate_sequences(prompts(questions, GROUP_SIZE, step=90))
+        assert output.batch["response_mask"].sum(dim=-1).tolist() == [2] * NUM_WORKERS * GROUP_SIZE
         pool = manager.pop_rollout().pool
         assert pool.truncated.all()
         assert manager.planner.response_length == 2

@@ -18,10 +18,8 @@ from numpy.typing import NDArray
 
 from darts.config import PLANNED, DartsConfig
 from darts.forecast import group_ends, log_normal_lengths, until
-from darts.strategy import Choice, times
+from darts.strategy import SPARES, Choice, times
 
-SPARES = (0.0, 0.05, 0.1, 0.2)
-"""Spare prompts that are compared, as a share of a batch."""
 CANDIDATES = (1.0, 1.01, 1.25, 1.5)
 """Candidates that are compared, as a multiple of M, rounded up: 8, 9, 10 and 12 of 8."""
 BATCHES = 8
@@ -88,7 +86,8 @@ def _step(
 ) -> tuple[float, float]:
     """Expected seconds and tokens of a step's rollout, those of late prompts' rounds included."""
     rng = np.random.default_rng(0)
-    allocation = replace(darts.allocation, mode="uniform", mean_candidates=float(count))
+    low, high = min(darts.allocation.low, count), max(darts.allocation.high, count)
+    allocation = replace(darts.allocation, mode="uniform", mean_candidates=float(count), low=low, high=high)
     rules = replace(darts, allocation=allocation)
 
     def run(prompts: NDArray[np.int64], harvest: int | None) -> tuple[float, float, NDArray[np.int64]]:

@@ -198,9 +198,9 @@ class LatencyConfig:
     """How long a decoding step takes with so many running sequences, for the utility and for forecasts."""
 
     profile: str = setting("auto", paper="PTL", takes="auto, off, or the path of a profile", min_length=1)
-    """Where the latency model comes from. auto: the engines are measured before the first step, if allocation.mode is
-    adaptive; a path: a file that `python -m darts.engines profile` wrote; off: no model, the mean of candidates is
-    mean_candidates or the middle of the bounds."""
+    """Where the latency model comes from. auto: the engines are measured before the first step, if budgets or the plan
+    depend on it (allocation.mode=adaptive, or `plan`); a path: a file that `python -m darts.engines profile` wrote;
+    off: no model: `utility` is the middle of the bounds, `plan` rollout.n + 1 candidates and 5 % spare prompts."""
     profile_s: float = setting(60.0, gt=0)
     """Seconds that the measurement may take; it stops at the batch size it has reached."""
     refine: bool = setting(True)
@@ -269,7 +269,8 @@ class DartsConfig:
     preset: Literal["paper", "fast"] = setting("paper")
     """What keys are that are null. paper: the paper's rules, adaptive budgets of 1.3 rollout.n candidates in the mean;
     fast: what is fastest at no loss of accuracy that we could measure (docs/results.md): the same few candidates for
-    all prompts, the K shortest and a cut long end, spare prompts, and the servers' log-probs as the old ones."""
+    all prompts, the K shortest and a cut long end, spare prompts, and the servers' log-probs as the old ones. Only for
+    strategy=darts: others have rules of their own."""
     spare_prompts: Annotated[float, Field(ge=0, le=4)] | Literal["plan"] | None = setting(
         None, takes="a number in [0, 4], plan"
     )
@@ -384,8 +385,8 @@ def _with_preset(block: Mapping[str, Any]) -> Mapping[str, Any]:
     """The block with what its preset gives to keys that are null; an unknown preset is left to the checks."""
     preset, strategy = block.get("preset") or "paper", block.get("strategy") or "darts"
     given_values = PRESETS.get(str(preset), {})
-    if strategy in STRATEGIES and strategy != "darts":  # what the method is compared with has rules of its own
-        given_values = {**PRESETS["paper"], "allocation.mode": "uniform"}
+    if strategy != "darts":  # others have rules of their own
+        given_values = PRESETS["paper"] | ({"allocation.mode": "uniform"} if strategy in STRATEGIES else {})
     for path, value in given_values.items():
         section, _, name = path.rpartition(".")
         keys = (block.get(section) or {}) if section else block

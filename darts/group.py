@@ -10,8 +10,8 @@ candidates to abort now; each is named once.
 1. The group is complete when no candidate runs that could still be kept; then, and only then, `kept` is defined, and it
    never changes. Aborted candidates that are not needed may still be on their way out.
 2. `kept` holds exactly `num_keep` candidates: what `darts.selection.select` gives for those that finished before they
-   were asked to abort. An aborted candidate is never kept, even if it finished before the abort reached it, but as the
-   cut long end (4).
+   were asked to abort. An aborted candidate is never kept, even if it finished before the abort reached it, but where
+   the long end is cut (4): then one that so finished is as good as the others.
 3. Shortest-only (`num_long` = 0), `early_stop`:
    - `eager` (paper, "proactive early stopping"): once M valid candidates have finished, the others are aborted;
    - `exact` (our choice): only those are aborted that can no longer be among the M shortest, whatever they become, so
@@ -158,14 +158,20 @@ class CandidateGroup:
         decides = self.rules.follows_growth or (is_first and self.rules.cuts)
         return self._decide(index) if is_running and decides else []
 
-    def hold(self, index: int, held: bool) -> list[int]:
+    def hold(self, index: int, held: bool, length: int | None = None) -> list[int]:
         """Candidate `index` is between two requests, or, with `held` false, has begun the next one.
 
+        Args:
+            index: of the candidate.
+            held: whether it has no request.
+            length: tokens that it has left, where those of a request were given up; None: all that are known.
+
         Raises:
-            ValueError: an unknown candidate.
+            ValueError: an unknown candidate, or a negative length.
         """
-        self._check(index, 0, at_least=0)
+        self._check(index, length or 0, at_least=0)
         self.on_hold[index] = held
+        self.lengths[index] = self.lengths[index] if length is None else length
         return self._decide() if self.rules.cuts and not held else []
 
     def finish(self, index: int, length: int, truncated: bool) -> list[int]:

@@ -251,7 +251,8 @@ class RolloutPlanner:
         correction.load_state_dict(state.get("correction"))
         self.history.load_state_dict(state.get("history"))
         self.steps, self.lengths, self.correction = steps, lengths, correction
-        self.cost, self.prompt_tokens = cost, float(prompt_tokens)
+        self.prompt_tokens = float(prompt_tokens)
+        self.use_cost_model(cost)
         self._time_bounds, self._times = time_bounds, times
 
     def _to_the_end(
@@ -343,7 +344,11 @@ class RolloutPlanner:
         self.correction.learn(full_groups, self.lengths)
         depths = np.array([1 - flags.mean() for _, flags in observations])
         mean_factors, std_factors = self.correction.factors(depths)
-        moments = zip((means * mean_factors).tolist(), (stds * std_factors).tolist(), strict=True)
+        # No response is longer than the limit, so none of their moments is larger than those of lengths up to it.
+        limit = float(self.response_length)
+        means = np.minimum(means * mean_factors, limit)
+        stds = np.minimum(stds * std_factors, np.sqrt(means * (limit - means)))
+        moments = zip(means.tolist(), stds.tolist(), strict=True)
         observed_std = {key: self.history.std(key) for key in rows_by_key}
         for key, observation, key_moments in zip(seen_keys, observations, moments, strict=True):
             observed_std[key] = self.history.update(key, *observation, key_moments)

@@ -22,6 +22,8 @@ from darts.history import are_amounts
 
 BYPASS_MODE, LOG_PROBS = "algorithm.rollout_correction.bypass_mode", "actor_rollout_ref.rollout.calculate_log_probs"
 """verl's settings."""
+SPARES = (0.0, 0.05, 0.1, 0.2)
+"""Spare prompts that are compared where they are planned, as a share of a batch (our choice)."""
 FIRST_SPARE = 0.05
 """Spare prompts, where they are planned, before anything is known of lengths and engines (our choice)."""
 
@@ -138,6 +140,11 @@ class Strategy:
         """The next round; changes nothing."""
         return Round(rules=self.rules, new=self.num_prompts)
 
+    @property
+    def most_new(self) -> int:
+        """New prompts of a round, at most."""
+        return self.next_round().new
+
     def ended(self, launched: Sequence[int], trained: Sequence[int]) -> None:
         """The round has ended.
 
@@ -226,6 +233,11 @@ class Darts(Queueing):
     @property
     def chooses_prompts(self) -> bool:
         return self.darts.spare_prompts != 0
+
+    @property
+    def most_new(self) -> int:
+        spare_prompts = self.darts.spare_prompts
+        return times(self.num_prompts, 1 + (max(SPARES) if spare_prompts == PLANNED else spare_prompts))
 
     def rules_now(self) -> DartsConfig:
         """The rules with the number of candidates that was planned."""

@@ -40,7 +40,7 @@ from darts.bench.records import Records, ValidationRecord, step_record
 from darts.bench.states import ArmStates
 from darts.config import DartsConfig
 from darts.evidence.trace import Trace
-from darts.strategy import BYPASS_MODE, LOG_PROBS, PromptLedger, make_strategy
+from darts.strategy import BYPASS_MODE, LOG_PROBS, make_strategy
 from darts.training.launch import DartsTaskRunner
 from darts.training.trainer import RayDartsTrainer
 
@@ -51,6 +51,7 @@ class ArmsTrainer(RayDartsTrainer):
     def __init__(self, config: DictConfig, *args: Any, **kwargs: Any) -> None:
         self._folder = Path(config.trainer.default_local_dir)
         self._plan = BenchPlan.load(self._folder)
+        self._bypass = bool(OmegaConf.select(config, BYPASS_MODE))  # of all arms; a strategy may set it from now on
         super().__init__(config, *args, **kwargs)
 
     def _create_dataloader(self, *args: Any, **kwargs: Any) -> None:
@@ -67,7 +68,6 @@ class ArmsTrainer(RayDartsTrainer):
 
     def init_workers(self) -> None:
         """Adds the arms' states to upstream's workers."""
-        self._bypass = bool(OmegaConf.select(self.config, BYPASS_MODE))
         if any(arm_settings.bypass for arm_settings in self._settings.values()):
             OmegaConf.update(self.config, LOG_PROBS, True)  # the servers read it once, when they are made
         super().init_workers()
@@ -166,16 +166,15 @@ class ArmsTrainer(RayDartsTrainer):
         self.planner.load_state_dict(deepcopy(self._initial if arm_state is None else arm_state["planner"]))
         has_cost_model = self.strategy.needs_cost_model or self.darts.latency.profile != "auto"
         self.planner.use_cost_model(self.planner.cost if has_cost_model else None)  # as where the arm runs alone
-        self.ledger = PromptLedger()
         if arm_state is not None:
             self.strategy.load_state_dict(arm_state["strategy"])
-            self.ledger.load_state_dict(arm_state["ledger"])
         self._choose()
-        # 3. Its place in the data.
+        # 3. Its place in the data, and its books, which a loader begins.
         data_config = OmegaConf.merge(self.config.data, {"seed": seed})
         self._rounds = self.round_loader(self._data, create_rl_sampler(data_config, self._data.dataset))
         if arm_state is not None:
             self._rounds.go_to(arm_state["position"])
+            self.ledger.load_state_dict(arm_state["ledger"])
         self._trace = Trace(str(self._folder / TRACES / f"seed{seed}" / f"{bench_arm.name}.jsonl"))
         self.global_steps, self.epoch = step, self._rounds.epoch
 

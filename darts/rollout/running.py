@@ -122,6 +122,8 @@ class RunningCandidate:
     def dropped(self, request: OpenRequest) -> None:
         """A turn was given up by its agent loop; its tokens are not known."""
         self.requests.pop(request.request_id, None)
+        if self.transcript is not None and not self.over:
+            self.group.machine.hold(self.index, True, self.generated)
         self._leave_other_branches()
 
     def abort(self) -> list[OpenRequest]:
@@ -134,7 +136,7 @@ class RunningCandidate:
 
     def lose(self, length: int) -> None:
         """The candidate has no usable response."""
-        self.ended_at = time.time()
+        self.ended_at, self.transcript = time.time(), None
         self.group.act(self.group.machine.lose(self.index, length))
         self.group.tell_dropped([self.index])
         self.group.stop_requests(list(self.requests.values()))
@@ -158,9 +160,10 @@ class RunningCandidate:
 
     def answer(self) -> AgentLoopOutput | None:
         """What it has, where it was left in the middle and may be kept all the same; else None."""
-        if self.transcript is None or self.state is State.LOST or not (self.generated and self.transcript.is_whole):
+        transcript, self.transcript = self.transcript, None  # tokens that are not needed twice
+        if transcript is None or not (self.generated and transcript.is_whole):
             return None
-        return self.transcript.answer(self.group.response_length)
+        return transcript.answer(self.group.response_length)
 
     def _leave_other_branches(self) -> None:
         """An agent loop with parallel branches is left in all of them, once no request of it is open."""

@@ -43,7 +43,9 @@ class Transcript:
         return self.is_whole and request.prompt_ids[: len(known_ids)] == known_ids
 
     def add(self, request: OpenRequest, output: TokenOutput) -> None:
-        """A turn has ended, or was stopped."""
+        """A turn has ended, or was stopped; one that was stopped before its first token adds nothing."""
+        if self.num_turns and not output.token_ids:
+            return
         if self.num_turns == 0:
             self.prompt_ids, self._first_fields = list(request.prompt_ids), output.extra_fields
             self.log_probs = None if output.log_probs is None else []

@@ -297,8 +297,9 @@ class DartsAgentLoopWorker(AgentLoopWorker):
         # does not say so, and counts as ended.
         cut = candidate.generated > num_generated and len(output.response_ids) >= self.rollout_config.response_length
         candidate.finish(num_generated, truncated=candidate.finish_reason == "length" or cut)
+        candidate.transcript = None  # the loop's own answer is there
         self._tell_end(candidate, output)
-        if self._darts.reward.pool:
+        if self._darts.reward.pool and not group.machine.abandoned:
             output.extra_fields["raw_prompt"] = kwargs["raw_prompt"]  # as verl does before it scores
             await self._compute_score([output], kwargs=kwargs)
             candidate.reward = output.reward_score

@@ -22,7 +22,6 @@ LONGS = (0, 1, 2)
 COST_WEIGHTS = (1.0, 0.3, 0.1, 0.0)
 """Lambda; from careful with time to none. Those that lead to the same rollouts as one before are left out."""
 MOSTLY, LEVEL = 0.5, 0.99
-L_OF_1 = {"num_long": 1}
 
 
 def grid(group_size: int, block: Mapping[str, Any]) -> list[ReplayArm]:
@@ -62,7 +61,8 @@ def advise(
     chosen = next(
         row
         for row in ranked_rows
-        if arm_blocks[row.name]["strategy"] == "darts" and arm_blocks[row.name].get("selection", L_OF_1)["num_long"] > 0
+        if arm_blocks[row.name]["strategy"] == "darts"
+        and arm_blocks[row.name].get("selection", {}).get("num_long", 1) > 0
     )
     fastest = min(ranked_rows[0], plain_row, key=lambda row: row.step_s)
     lines = []

@@ -225,12 +225,12 @@ class RayDartsTrainer(SeparateRayPPOTrainer):
         Raises:
             ConfigError: a round takes more prompts than there are.
         """
-        num_new = self.strategy.next_round().new
+        num_new = self.strategy.most_new
         if num_new > len(loader.dataset):
             raise ConfigError(
                 "data.train_batch_size",
                 self.strategy.num_prompts,
-                f"a round of darts.strategy={self.darts.strategy} launches {num_new} prompts; the data have "
+                f"a round of darts.strategy={self.darts.strategy} may launch {num_new} prompts; the data have "
                 f"{len(loader.dataset)}.",
                 f"lower data.train_batch_size, or {self.strategy.more_prompts}.",
             )

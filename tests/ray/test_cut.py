@@ -1,5 +1,7 @@
 """The cut long end in the agent-loop worker: what is kept is what was generated, whatever the agent loop is."""
 
+import asyncio
+
 import numpy as np
 import pytest
 from fakes import Turn
@@ -188,7 +190,8 @@ def test_a_group_waits_for_one_in_its_tool_where_it_has_no_other(tool_bench):
     output, pool = test.run([4])
     assert pool.cut.tolist() == [False] * 3 + [True]
     assert pool.length[3] == len(tokens), "it is cut as soon as it has begun the turn behind its tool"
-    assert output.non_tensor_batch["__num_turns__"].tolist() == [2, 2, 2, 4]
+    assert kept_tokens(output)[3] == tokens
+    assert output.non_tensor_batch["__num_turns__"].tolist() == [2] * 4, "of the turn behind it nothing is there"
 
 
 def test_a_loop_that_rewrites_its_context_is_passed_over(bench, monkeypatch):
@@ -208,3 +211,25 @@ def test_a_loop_that_rewrites_its_context_is_passed_over(bench, monkeypatch):
     output, pool = test.run([5])
     assert output.non_tensor_batch[CANDIDATE].tolist() == [0, 1, 2, 3]
     assert pool.length[4] > pool.length[3], "though it was longer"
+
+
+def test_a_request_that_its_loop_gave_up_leaves_nothing_to_be_cut_with(bench, monkeypatch):
+    """The deadline falls before the loop tries again; the group waits for it."""
+    run, tries = SingleTurnAgentLoop.run, []
+
+    async def hasty(self, sampling_params, priority=0, **kwargs):
+        if priority == 3 and not tries:
+            tries.append(asyncio.ensure_future(run(self, sampling_params, priority=priority, **kwargs)))
+            await asyncio.wait(tries, timeout=0.6)
+            tries[0].cancel()
+            await asyncio.sleep(1)
+        return await run(self, sampling_params, priority=priority, **kwargs)
+
+    monkeypatch.setattr(SingleTurnAgentLoop, "run", hasty)
+    test = bench("darts.selection.long_wait=none")
+    late = [Turn(30, delay=3), Turn(30, delay=3)]
+    test.script([[*at_one_speed(14, 16, 15), late]])
+    output, pool = test.run([4])
+    assert output.non_tensor_batch[CANDIDATE].tolist() == [0, 1, 2, 3]
+    assert pool.cut.tolist() == [False] * 3 + [True]
+    assert lengths_of(output)[3] > 0

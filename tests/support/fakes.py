@@ -149,7 +149,7 @@ class ScriptedServer:
         record |= {"ended": reason != "abort", "generated": done, "prompt_ids": prompt_ids, "answer": tokens[:done]}
         output = TokenOutput(
             token_ids=tokens[:done],
-            log_probs=[-0.5] * done,
+            log_probs=[-0.5] * done if done or not stop.is_set() else None,  # as a server whose engine never saw it
             stop_reason="aborted" if reason == "abort" else "completed",
             extra_fields={"global_steps": turn.weights, "num_cached_tokens": 0},
         )

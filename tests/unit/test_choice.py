@@ -1,11 +1,13 @@
 """The choice of candidates and spare prompts: the grid, its costs against the simulator's, and what must not happen."""
 
+import json
+
 import numpy as np
 import pytest
 
 from darts.choice import choose, options_of
 from darts.config import DartsConfig
-from darts.forecast import CostModel
+from darts.forecast import CostModel, MeasuredEngines
 from darts.latency import LatencyCurve
 from darts.planning import RolloutPlanner
 from darts.simulation.costs import Cluster, StepCosts
@@ -88,6 +90,24 @@ def test_its_seconds_are_those_of_the_simulator(curve):
         steps = list(replay(ReplayArm(name="one", block=block), setting, Dataset(trace, 16), 96))
         measured = np.mean([step.time.rollout for step in steps])
         assert choice.seconds[count, spare] == pytest.approx(measured, rel=0.06), (count, spare)
+
+
+def test_without_redundancy_a_lower_bound_above_m_does_not_matter():
+    mean, std = prompts(np.random.default_rng(0))
+    darts = DartsConfig.from_block({"preset": "fast", "allocation": {"mode": "off", "low": 10}}, group_size=8)
+    assert choose(seconds_by(LATENCY_BOUND), mean, std, darts, 64, 8192).candidates == 8
+
+
+def test_a_resumed_planner_chooses_what_the_saved_one_did_also_where_the_kv_cache_bounds_what_runs():
+    planner = RolloutPlanner(ema_weight=0.3, response_length=4096, num_engines=2, max_running=512)
+    engines = MeasuredEngines(model="m", device="d", tensor_parallel=1, engines=2, max_num_seqs=512, kv_tokens=30_000)
+    planner.use_cost_model(CostModel(LatencyCurve([1, 64, 512], [0.02, 0.03, 0.1]), "test", engines=engines))
+    for number in range(40):
+        planner.history.update(str(number), [300 + number, 500, 900, 400], [False] * 4)
+    resumed = RolloutPlanner(ema_weight=0.3, response_length=4096, num_engines=2, max_running=512)
+    resumed.load_state_dict(json.loads(json.dumps(planner.state_dict())))
+    assert resumed.kv_tokens == 30_000
+    assert resumed.choose(64, FAST) == planner.choose(64, FAST)
 
 
 def test_the_planner_chooses_once_it_knows_lengths_and_engines():

@@ -31,6 +31,8 @@ def test_a_preset_gives_what_is_null_and_what_is_set_beside_it_wins():
     assert mixed.selection == fast.selection
     other = DartsConfig.from_block({"preset": "fast", "strategy": "shortest_k"}, group_size=8)
     assert (other.bypass, other.allocation.mean_candidates) == (False, 12), "others have rules of their own"
+    own = DartsConfig.from_block({"preset": "fast", "strategy": "mine.Own"}, group_size=8)
+    assert (own.spare_prompts, own.allocation.mean_candidates) == (0.0, 10.4), "nobody would plan for it"
 
 
 def test_the_wait_follows_the_long_end():

@@ -14,6 +14,7 @@ from darts.history import censored_std
 from darts.latency import LatencyCurve, StepTimes
 from darts.metrics import METRICS
 from darts.planning import Plan, RolloutPlanner
+from darts.pool import CandidatePool, State
 
 LOW, HIGH = 4, 8
 KEYS = [f"prompt {number}" for number in range(6)]
@@ -151,6 +152,19 @@ def test_a_given_mean_wins_over_the_utility_which_is_told():
     plan = planner.plan(KEYS, darts)
     assert plan.budgets.sum() == plan.utility.total == 33
     assert plan.utility.cost > 0
+
+
+def test_no_prompt_is_expected_to_be_longer_than_the_limit():
+    """A prompt whose candidates were all truncated is as long as the limit, and does not vary."""
+    planner = RolloutPlanner(ema_weight=0.3, response_length=100)
+    darts = darts_of(mode="off")
+    plan = planner.plan(KEYS, darts)
+    lengths = np.full(6 * LOW, 100)
+    lengths[LOW:] = np.random.default_rng(0).integers(10, 90, 5 * LOW)
+    state = np.where(lengths == 100, State.TRUNCATED.value, State.FINISHED.value)
+    planner.observe(plan, darts, CandidatePool.of([LOW] * 6, length=lengths, state=state, kept=True), 9.0, StepTimes())
+    assert (planner.history.mean(KEYS[0]), planner.history.std(KEYS[0])) == (100, 0)
+    assert planner.history.std(KEYS[1]) > 0
 
 
 def test_forecasts_are_made_before_and_compared_after():

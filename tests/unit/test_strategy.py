@@ -66,6 +66,13 @@ def test_spare_prompts_are_launched_beyond_the_batch_and_who_came_late_waits_for
     assert strategy.next_round() == first
 
 
+def test_the_most_that_a_round_may_launch_is_known_before_the_plan():
+    fast = make_strategy(DartsConfig.from_block({"preset": "fast"}, M), PROMPTS)
+    assert (fast.next_round().new, fast.most_new) == (17, 20)
+    assert make_strategy(replace(DARTS, spare_prompts=0.5), PROMPTS).most_new == 24
+    assert TailBatching(DARTS, PROMPTS).most_new == 20
+
+
 def test_shortest_k_keeps_the_shortest_and_stops_nothing():
     rules = make_strategy(DartsConfig.from_block({"strategy": "shortest_k"}, M), PROMPTS).rules
     assert (rules.allocation.mode, rules.allocation.mean_candidates) == ("uniform", 12)

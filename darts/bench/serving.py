@@ -190,7 +190,8 @@ class ChunkCounter(RequestListener):
     routing_key, over = None, False
 
     def __init__(self, chunk_tokens: int) -> None:
-        self.chunk_tokens, self.chunks = chunk_tokens, 0
+        self.chunk_tokens = self.first_tokens = chunk_tokens
+        self.chunks = 0
 
     def grew(self, request: Any, chunk: Any, latency: float) -> None:
         """One more chunk."""

@@ -28,7 +28,7 @@ PLACEMENTS = {
 }
 
 
-@pytest.fixture(scope="module", params=PLACEMENTS)
+@pytest.fixture(scope="module", params=[pytest.param("colocated", marks=pytest.mark.slow), "disaggregated"])
 def run(request, tmp_path_factory):
     out = tmp_path_factory.mktemp(request.param)
     run = run_job([*COMMAND, *PLACEMENTS[request.param], f"trainer.default_local_dir={out}/checkpoints"], out)

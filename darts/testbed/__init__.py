@@ -2,7 +2,9 @@
 
 `overthink`: responses carry needless re-checks, so their lengths have a long tail that hardly
 matters for the reward (Pattern I on easy problems, Pattern II on hard ones). `depth`: every step
-that is carried out makes the answer more often right (Pattern II throughout).
+that is carried out makes the answer more often right (Pattern II throughout). `long`: the regime of
+the paper: rollouts are most of a step, and hard prompts have responses that reach the limit; re-checks
+are verbose, and needless on easy problems (Pattern I), but find the answer on others (Pattern II).
 
 The checkpoints and data under ``assets/`` are what ``python -m darts.testbed.make`` gives.
 """
@@ -24,6 +26,7 @@ class Limits:
 LIMITS: dict[str, Limits] = {
     "overthink": Limits(prompt=48, response=256),
     "depth": Limits(prompt=48, response=128),
+    "long": Limits(prompt=48, response=1536),
 }
 
 

@@ -26,8 +26,10 @@ class Limits:
 LIMITS: dict[str, Limits] = {
     "overthink": Limits(prompt=48, response=256),
     "depth": Limits(prompt=48, response=128),
-    "long": Limits(prompt=48, response=1536),
 }
+DRAFTS: dict[str, Limits] = {"long": Limits(prompt=48, response=1536)}
+"""Testbeds that are being designed. They can be made and measured (`make`, `measure --dir`); nothing of them is frozen
+or committed, so no bench knows them, and nothing is claimed of them."""
 
 
 def assets_dir(name: str) -> Path:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pyarrow.parquet
 import pytest
 
-from darts.testbed import LIMITS, assets_dir
+from darts.testbed import DRAFTS, LIMITS, assets_dir
 from darts.testbed.make import CHECKSUMS, TRAIN_PER_CLASS, VAL_PER_CLASS, checksums, to_table, write_data
 from darts.testbed.reward import compute_score
 from darts.testbed.task import MIXES, Problem, demonstrate, draw_problem, score, split_problems
@@ -171,17 +171,17 @@ def test_table_has_the_columns_that_verl_reads():
 
 
 def test_unknown_testbed_is_refused():
-    with pytest.raises(ValueError, match=r"name='deep' must be one of \['depth', 'long', 'overthink'\]"):
+    with pytest.raises(ValueError, match=r"name='deep' must be one of \['depth', 'overthink'\]"):
         assets_dir("deep")
 
 
-@pytest.mark.parametrize("testbed", TESTBEDS)
+@pytest.mark.parametrize("testbed", LIMITS)
 def test_committed_assets_match_their_checksums(testbed: str):
     folder = assets_dir(testbed)
     assert (folder / CHECKSUMS).read_text() == checksums(folder)
 
 
-@pytest.mark.parametrize("testbed", TESTBEDS)
+@pytest.mark.parametrize("testbed", LIMITS)
 def test_committed_data_is_what_the_default_seed_gives(testbed: str, tmp_path):
     write_data(testbed, 0, tmp_path)
     for name in ("train.parquet", "val.parquet"):
@@ -190,4 +190,5 @@ def test_committed_data_is_what_the_default_seed_gives(testbed: str, tmp_path):
 
 
 def test_limits_name_the_same_testbeds_as_the_mixes():
-    assert sorted(LIMITS) == TESTBEDS
+    assert sorted(LIMITS | DRAFTS) == TESTBEDS
+    assert not LIMITS.keys() & DRAFTS.keys()

@@ -13,7 +13,7 @@ from darts.testbed.model import END, PAD, build_model, build_tokenizer, prompt_t
 from darts.testbed.task import MIXES, Problem, demonstrate, draw_problem
 from darts.testbed.warmstart import BY_SEGMENTS, Schedule, examples, loss_of, packed, segment_bounds, train
 
-TESTBEDS = sorted(MIXES)
+TESTBEDS = sorted(LIMITS)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -17,13 +17,15 @@ import pyarrow as pa
 import pyarrow.parquet
 import torch
 
-from darts.testbed import LIMITS
-from darts.testbed.model import build_model, build_tokenizer
+from darts.testbed import DRAFTS, LIMITS
+from darts.testbed.model import SHAPES, USUAL, build_model, build_tokenizer
 from darts.testbed.task import MIXES, Problem, split_problems
-from darts.testbed.warmstart import Schedule, examples, packed, train
+from darts.testbed.warmstart import BY_SEGMENTS, Schedule, examples, packed, train
 
 CHECKSUMS = "SHA256SUMS"
 TRAIN_PER_CLASS, VAL_PER_CLASS = 400, 50
+ROW_TOKENS = {"long": 6144}
+"""Tokens of a training step that is one row, with attention by segments, where limits are long."""
 
 
 def to_table(problems: list[Problem], testbed: str, split: str) -> pa.Table:
@@ -74,10 +76,16 @@ def main(arguments: list[str] | None = None) -> int:
     (options.out / "model").mkdir(parents=True, exist_ok=True)
     held_out = write_data(options.testbed, options.seed, options.out)
     # The model is trained on demonstrations of any but the held-out problems.
-    tokenizer, limits, schedule = build_tokenizer(), LIMITS[options.testbed], Schedule(steps=options.steps)
-    model = build_model(tokenizer, options.seed)
+    limits, shape = (LIMITS | DRAFTS)[options.testbed], SHAPES.get(options.testbed, USUAL)
+    is_long = options.testbed in ROW_TOKENS
+    schedule = Schedule(steps=options.steps, rows=1 if is_long else Schedule().rows)
+    tokenizer = build_tokenizer(shape)
+    model = build_model(tokenizer, options.seed, shape)
     stream = examples(tokenizer, MIXES[options.testbed], limits, options.seed, held_out)
-    batches = packed(stream, schedule.rows, limits.prompt + limits.response, tokenizer.pad_token_id)
+    row_tokens = ROW_TOKENS.get(options.testbed, limits.prompt + limits.response)
+    batches = packed(stream, schedule.rows, row_tokens, tokenizer.pad_token_id)
+    if is_long:
+        model.set_attn_implementation(BY_SEGMENTS)
     train(model, batches, schedule, report=lambda line: print(line, flush=True))
     model.save_pretrained(options.out / "model")
     tokenizer.save_pretrained(options.out / "model")

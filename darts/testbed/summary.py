@@ -83,6 +83,7 @@ def checks(testbed: str, overall: Summary, classes: Mapping[int, Summary]) -> li
     """The bounds of `testbed`, each with the measured value."""
     patterns = [summary.pattern for summary in classes.values()]
     mixed_patterns = [summary.pattern for summary in classes.values() if 0 < summary.accuracy.value < 1]
+    truncated = [summary.truncated.value for summary in classes.values()]
     num_mixed, most_of_one = len(mixed_patterns), len(classes) - 1
     false_patterns = sum(summary.false_patterns for summary in classes.values()) / len(classes)
     bounds = {
@@ -102,6 +103,15 @@ def checks(testbed: str, overall: Summary, classes: Mapping[int, Summary]) -> li
             ("correlation length, correct", overall.correlation.value, 0.1, 1),
             ("classes with both outcomes", num_mixed, 1, len(classes)),
             ("of those, of Pattern II", mixed_patterns.count("II"), num_mixed, num_mixed),
+        ),
+        "long": (
+            ("pass@1", overall.accuracy.value, 0.40, 0.75),
+            ("mean length", overall.length_mean.value, 150, math.inf),
+            ("longest/median, p50 of groups", overall.spread_p50.value, 5, math.inf),
+            ("share at the limit", overall.truncated.value, 0.01, 0.03),
+            ("of those, in one class", max(truncated) / max(sum(truncated), 1e-9), 0.5, 1),
+            ("classes of Pattern I", patterns.count("I"), 1, most_of_one),
+            ("classes of Pattern II", patterns.count("II"), 1, most_of_one),
         ),
     }
     rows = (*bounds[testbed], ("control: shuffles with a pattern", false_patterns, 0, 0.1))

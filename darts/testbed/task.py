@@ -9,18 +9,22 @@ lines and a final answer::
     wait, 47         a re-check: says the running total again, which normally changes nothing
     #47.             the answer, always last
 
-``guess 47`` may stand in place of the remaining steps, and is then often wrong. A `Mix` says how
-often demonstrations step, guess and re-check, and so what a model warm-started on them will do.
+``guess 47`` may stand in place of the remaining steps, and is then often wrong; a re-check may carry
+them out after all. A `Mix` says how often demonstrations step, guess and re-check, and so what a
+model warm-started on them will do.
 
 Pure Python; everything random comes from the generator that is passed in. One byte is one token.
 """
 
+import itertools
 import random
 import re
 from dataclasses import dataclass
 
 _ANSWER = re.compile(r"#(\d{1,3})\.", re.ASCII)
 _TOTALS = range(10, 100)
+PER_CLASS = ("stepwise", "wait_start", "wait_again", "wait_corrupts", "wait_steps")
+"""The chances of a `Mix` that may differ between classes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,28 +53,37 @@ class Problem:
 class Mix:
     """What the warm-start demonstrations of a testbed look like.
 
-    All shares and chances are in [0, 1], `wait_again` below 1; those per class are in the order of `classes`.
+    All shares and chances are in [0, 1], `wait_again` below 1; those per class are in the order of `classes`, and a
+    single number is one for all classes.
     """
 
     classes: tuple[int, ...]  # difficulties, equally frequent
     first: tuple[int, int]  # smallest and largest first number
-    stepwise: tuple[float, ...]  # per class, the share that carries out every step; the rest guesses
+    stepwise: float | tuple[float, ...]  # per class, the share that carries out every step; the rest guesses
     guess_midway: bool  # whether a guess comes after a uniform number of steps (else always at once)
     guess_right: tuple[float, ...]  # chance of a guess over 1, 2, ... missing steps; the last value serves beyond
-    wait_start: tuple[float, ...]  # per class, the chance of a first re-check
-    wait_again: float  # chance of one more re-check after each: memoryless, so their number is geometric
-    wait_corrupts: float  # chance that a re-check changes the total, which is then kept
+    wait_start: float | tuple[float, ...]  # per class, the chance of a first re-check
+    wait_again: float | tuple[float, ...]  # chance of one more re-check after each: memoryless, so geometric
+    wait_corrupts: float | tuple[float, ...]  # chance that a re-check changes the total, which is then kept
+    wait_steps: float | tuple[float, ...] = 0.0  # chance that a re-check of a guess carries out all steps instead
+    wait_words: str = "wait, "  # a re-check's words before the total, or before the steps
 
     def __post_init__(self) -> None:
         largest_total = self.first[1] + 9 * (max(self.classes) - 1)
         if self.first[0] < _TOTALS.start or largest_total >= _TOTALS.stop or min(self.classes) < 2:
             raise ValueError(f"classes={self.classes}, first={self.first}: sums outside {_TOTALS}, or of one number")
-        for name in ("stepwise", "wait_start"):
-            if len(getattr(self, name)) != len(self.classes):
+        by_class = {name: self.by_class(name) for name in PER_CLASS}
+        for name, chances in by_class.items():
+            if len(chances) != len(self.classes):
                 raise ValueError(f"{name}={getattr(self, name)} must have one value per class of {self.classes}")
-        chances = (*self.stepwise, *self.guess_right, *self.wait_start, self.wait_corrupts)
-        if not all(0 <= chance <= 1 for chance in chances) or not 0 <= self.wait_again < 1:
+        chances = [chance for class_chances in (*by_class.values(), self.guess_right) for chance in class_chances]
+        if not all(0 <= chance <= 1 for chance in chances) or max(by_class["wait_again"]) == 1:
             raise ValueError(f"shares and chances must be in [0, 1], and wait_again below 1: {self}")
+
+    def by_class(self, name: str) -> tuple[float, ...]:
+        """The chances of this name, one for each class."""
+        value = getattr(self, name)
+        return value if isinstance(value, tuple) else (value,) * len(self.classes)
 
 
 # `overthink` is tuned to resemble a recorded RL run on math prompts: length and correctness correlate
@@ -95,6 +108,20 @@ MIXES: dict[str, Mix] = {
         wait_start=(0.0, 0.0, 0.0, 0.0),
         wait_again=0.0,
         wait_corrupts=0.0,
+    ),
+    # Classes of 3 and 4 numbers are mostly summed at once, and re-checked for nothing; 5 and 6 are mostly guessed, and
+    # a re-check may find the sum. Sums of 7 are the hard prompts: it takes many re-checks, up to the limit.
+    "long": Mix(
+        classes=(3, 4, 5, 6, 7),
+        first=(10, 45),
+        stepwise=(0.75, 0.6, 0.25, 0.2, 0.1),
+        guess_midway=False,
+        guess_right=(0.94, 0.5, 0.2, 0.15),
+        wait_start=(0.5, 0.5, 0.55, 0.55, 0.9),
+        wait_again=(0.84, 0.84, 0.84, 0.84, 0.955),
+        wait_corrupts=(0.015, 0.015, 0.005, 0.005, 0.002),
+        wait_steps=(0.0, 0.0, 0.2, 0.2, 0.1),
+        wait_words="wait, let me check again: ",
     ),
 }
 
@@ -128,27 +155,36 @@ def demonstrate(rng: random.Random, problem: Problem, mix: Mix) -> str:
     """Writes one demonstration response to `problem` (without the end-of-sequence token)."""
     # 1. How many steps are carried out; the rest is guessed.
     class_place = mix.classes.index(problem.difficulty)
+    stepwise, chance, again, corrupts, steps_out = (mix.by_class(name)[class_place] for name in PER_CLASS)
     all_steps = problem.difficulty - 1
     num_steps = all_steps
-    if rng.random() >= mix.stepwise[class_place]:
+    if rng.random() >= stepwise:
         num_steps = rng.randrange(all_steps) if mix.guess_midway else 0
-    total, text_lines = problem.numbers[0], []
-    for number in problem.numbers[1 : num_steps + 1]:
-        text_lines.append(f"{total}+{number}={total + number}")
-        total += number
+    text_lines = step_lines(problem)[:num_steps]
+    total = sum(problem.numbers[: num_steps + 1])
     missing_steps = all_steps - num_steps
     if missing_steps:
         is_right = rng.random() < mix.guess_right[min(missing_steps, len(mix.guess_right)) - 1]
         total = problem.total if is_right else _miss(rng, problem.total)
         text_lines.append(f"guess {total}")
     # 2. Re-checks, and the answer.
-    chance = mix.wait_start[class_place]
     while rng.random() < chance:
-        if rng.random() < mix.wait_corrupts:
+        chance = again
+        if steps_out and missing_steps and rng.random() < steps_out:
+            total, missing_steps = problem.total, 0
+            text_lines.append(mix.wait_words + "\n".join(step_lines(problem)))
+            continue
+        if rng.random() < corrupts:
             total = _miss(rng, total)
-        text_lines.append(f"wait, {total}")
-        chance = mix.wait_again
+        text_lines.append(f"{mix.wait_words}{total}")
     return "\n".join([*text_lines, f"#{total}."])
+
+
+def step_lines(problem: Problem) -> list[str]:
+    """All steps of the sum, a line each, e.g. ``["37+8=45", "45+2=47"]``."""
+    totals = list(itertools.accumulate(problem.numbers))
+    numbers = zip(totals, problem.numbers[1:], totals[1:], strict=False)
+    return [f"{before}+{number}={after}" for before, number, after in numbers]
 
 
 def score(response: str, total: int) -> float:

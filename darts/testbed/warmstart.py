@@ -1,24 +1,28 @@
 """Warm start: supervised training of the tiny model on demonstrations, drawn as it goes.
 
 Demonstrations are packed into rows of one fixed length. Within a row each attends to itself only
-and counts its positions from 0, so packing changes nothing but the speed.
+and counts its positions from 0, so packing changes nothing but the speed. Nor does attention by
+segments (`BY_SEGMENTS`), which computes nothing that a mask would hide: for rows of many tokens.
 """
 
 import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import AttentionInterface, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from darts.testbed import Limits
 from darts.testbed.model import prompt_tokens
 from darts.testbed.task import Mix, Problem, demonstrate, draw_problem
 
 _IGNORED = -100
+BY_SEGMENTS = "darts_by_segments"
+"""Name of the attention, for the model's `set_attn_implementation`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,12 +94,48 @@ def packed(stream: Iterator[tuple[list[int], int]], rows: int, length: int, pad:
         yield Packed(tokens=tokens, labels=labels, positions=positions, segments=segments)
 
 
+def segment_bounds(segments: Tensor) -> list[tuple[int, int, int]]:
+    """The row, the first place and the end of each segment; they follow one another, and padding is at the end."""
+    bounds = []
+    for row, row_segments in enumerate(segments):
+        segment_lengths = row_segments[row_segments >= 0].bincount()
+        segment_ends = segment_lengths.cumsum(0)
+        starts = (segment_ends - segment_lengths).tolist()
+        bounds += [(row, start, end) for start, end in zip(starts, segment_ends.tolist(), strict=True)]
+    return bounds
+
+
+def _attend_by_segments(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float,
+    bounds: list[tuple[int, int, int]],
+    **settings: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each segment, in the form of transformers' `AttentionInterface`; padding gets zeros."""
+    attended = torch.zeros_like(query)  # (rows, heads, length, dimension)
+    for row, start, end in bounds:
+        parts = (tensor[row : row + 1, :, start:end] for tensor in (query, key, value))
+        attended[row, :, start:end] = F.scaled_dot_product_attention(*parts, is_causal=True, scale=scaling)[0]
+    return attended.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(BY_SEGMENTS, _attend_by_segments)
+
+
 def loss_of(model: Qwen2ForCausalLM, batch: Packed) -> Tensor:
     """Mean cross-entropy in nats over the response tokens of `batch`."""
     length = batch.tokens.shape[1]
-    same_segment = batch.segments[:, None, :, None] == batch.segments[:, None, None, :]
-    attention_mask = same_segment & torch.ones(length, length, dtype=torch.bool).tril()
-    logits = model(batch.tokens, attention_mask=attention_mask, position_ids=batch.positions, use_cache=False).logits
+    if model.config._attn_implementation == BY_SEGMENTS:
+        no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+        attention = {"attention_mask": no_mask, "bounds": segment_bounds(batch.segments)}
+    else:
+        same_segment = batch.segments[:, None, :, None] == batch.segments[:, None, None, :]
+        attention = {"attention_mask": same_segment & torch.ones(length, length, dtype=torch.bool).tril()}
+    logits = model(batch.tokens, position_ids=batch.positions, use_cache=False, **attention).logits
     return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=_IGNORED)
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pyarrow.parquet
 import pytest
 
-from darts.testbed import LIMITS, assets_dir
+from darts.testbed import DRAFTS, LIMITS, assets_dir
 from darts.testbed.make import CHECKSUMS, TRAIN_PER_CLASS, VAL_PER_CLASS, checksums, to_table, write_data
 from darts.testbed.reward import compute_score
 from darts.testbed.task import MIXES, Problem, demonstrate, draw_problem, score, split_problems
@@ -53,11 +53,14 @@ def test_more_problems_than_exist_are_refused():
 
 @pytest.mark.parametrize("testbed", TESTBEDS)
 def test_demonstrations_guess_what_they_do_not_step_and_end_in_an_answer(testbed: str):
-    line = re.compile(r"\d+\+\d=\d+|guess \d+|wait, \d+", re.ASCII)
+    mix = MIXES[testbed]
+    steps_out = r"\d+\+\d=" if any(mix.by_class("wait_steps")) else ""
+    line = re.compile(rf"\d+\+\d=\d+|guess \d+|{mix.wait_words}({steps_out})?\d+", re.ASCII)
     for problem, text in draw(testbed, 300):
         *lines, last = text.split("\n")
         assert all(line.fullmatch(some) for some in lines)
-        assert text.count("guess") == (text.count("=") < problem.difficulty - 1)
+        first_try = text.split(mix.wait_words)[0] if steps_out else text
+        assert text.count("guess") == (first_try.count("=") < problem.difficulty - 1)
         assert 10 <= problem.total <= 99
         answer = int(last.removeprefix("#").removesuffix("."))
         assert last == f"#{answer}."
@@ -67,7 +70,7 @@ def test_demonstrations_guess_what_they_do_not_step_and_end_in_an_answer(testbed
 
 @pytest.mark.parametrize("testbed", TESTBEDS)
 def test_all_steps_without_corruption_are_always_right(testbed: str):
-    mix = replace(MIXES[testbed], stepwise=(1.0,) * 4, wait_corrupts=0.0)
+    mix = replace(MIXES[testbed], stepwise=(1.0,) * len(MIXES[testbed].classes), wait_corrupts=0.0)
     rng = random.Random(0)
     for _ in range(200):
         problem = draw_problem(rng, rng.choice(mix.classes), mix.first)
@@ -81,6 +84,24 @@ def test_guesses_are_right_as_often_as_the_mix_says():
         problems = [draw_problem(rng, difficulty, mix.first) for _ in range(2000)]
         right = sum(score(demonstrate(rng, problem, mix), problem.total) for problem in problems) / 2000
         assert right == pytest.approx(expected, abs=0.04)
+
+
+def test_a_recheck_that_carries_out_the_steps_of_a_guess_finds_the_sum_and_comes_once():
+    mix = replace(MIXES["long"], stepwise=0.0, guess_right=(0.0,), wait_start=1.0, wait_corrupts=0.0)
+    rng, found = random.Random(0), 0
+    for _ in range(400):
+        problem = draw_problem(rng, rng.choice(mix.classes[2:]), mix.first)
+        text = demonstrate(rng, problem, mix)
+        assert text.count("=") in (0, problem.difficulty - 1)
+        assert score(text, problem.total) == ("=" in text), "the guess was wrong, and nothing else changes it"
+        found += "=" in text
+    assert 0.5 < found / 400 < 0.8, "0.6 of those of 5 and 6 numbers, 0.7 of the hard ones"
+
+
+def test_chances_are_one_for_all_classes_or_one_for_each():
+    mix = replace(MIXES["overthink"], wait_again=(0.1, 0.2, 0.3, 0.4))
+    assert mix.by_class("wait_again") == (0.1, 0.2, 0.3, 0.4)
+    assert mix.by_class("wait_corrupts") == (0.015,) * 4
 
 
 def test_number_of_rechecks_is_geometric():
@@ -98,6 +119,9 @@ def test_number_of_rechecks_is_geometric():
         ("first", (10, 80), "sums outside"),
         ("stepwise", (0.5,), "one value per class"),
         ("wait_again", 1.0, "wait_again below 1"),
+        ("wait_again", (0.5, 1.0, 0.5, 0.5), "wait_again below 1"),
+        ("wait_steps", (0.5,), "one value per class"),
+        ("wait_steps", -0.1, "must be in"),
     ],
 )
 def test_mix_refuses_what_makes_no_sense(field: str, value: object, message: str):
@@ -151,13 +175,13 @@ def test_unknown_testbed_is_refused():
         assets_dir("deep")
 
 
-@pytest.mark.parametrize("testbed", TESTBEDS)
+@pytest.mark.parametrize("testbed", LIMITS)
 def test_committed_assets_match_their_checksums(testbed: str):
     folder = assets_dir(testbed)
     assert (folder / CHECKSUMS).read_text() == checksums(folder)
 
 
-@pytest.mark.parametrize("testbed", TESTBEDS)
+@pytest.mark.parametrize("testbed", LIMITS)
 def test_committed_data_is_what_the_default_seed_gives(testbed: str, tmp_path):
     write_data(testbed, 0, tmp_path)
     for name in ("train.parquet", "val.parquet"):
@@ -166,4 +190,5 @@ def test_committed_data_is_what_the_default_seed_gives(testbed: str, tmp_path):
 
 
 def test_limits_name_the_same_testbeds_as_the_mixes():
-    assert sorted(LIMITS) == TESTBEDS
+    assert sorted(LIMITS | DRAFTS) == TESTBEDS
+    assert not LIMITS.keys() & DRAFTS.keys()

@@ -11,9 +11,9 @@ from darts.testbed import LIMITS, assets_dir
 from darts.testbed.measure import sample
 from darts.testbed.model import END, PAD, build_model, build_tokenizer, prompt_tokens
 from darts.testbed.task import MIXES, Problem, demonstrate, draw_problem
-from darts.testbed.warmstart import Schedule, examples, loss_of, packed, train
+from darts.testbed.warmstart import BY_SEGMENTS, Schedule, examples, loss_of, packed, segment_bounds, train
 
-TESTBEDS = sorted(MIXES)
+TESTBEDS = sorted(LIMITS)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -115,6 +115,27 @@ def test_packing_changes_no_loss(tokenizer: Qwen2Tokenizer, model: Qwen2ForCausa
         answers = len(pair[0]) - pair[1]
         total, count = total + loss_of(model, alone).item() * answers, count + answers
     assert loss_of(model, together).item() == pytest.approx(total / count, abs=1e-5)
+
+
+def test_attention_by_segments_changes_no_loss_and_no_gradient(tokenizer: Qwen2Tokenizer):
+    stream = examples(tokenizer, MIXES["overthink"], LIMITS["overthink"], 0, frozenset())
+    batch = next(packed(stream, 2, 400, tokenizer.pad_token_id))
+    assert batch.segments.max() > 1
+    results = []
+    for implementation in ("sdpa", BY_SEGMENTS):
+        trained = build_model(tokenizer, seed=0)
+        trained.set_attn_implementation(implementation)
+        loss = loss_of(trained, batch)
+        loss.backward()
+        results.append((loss.item(), trained.model.layers[0].self_attn.q_proj.weight.grad))
+    (masked, masked_gradient), (segmented, segmented_gradient) = results
+    assert segmented == pytest.approx(masked, abs=1e-5)
+    assert torch.allclose(segmented_gradient, masked_gradient, atol=1e-6)
+
+
+def test_bounds_of_segments_by_hand():
+    segments = torch.tensor([[0, 0, 1, -1], [0, 0, 0, 0]])
+    assert segment_bounds(segments) == [(0, 0, 2), (0, 2, 3), (1, 0, 4)]
 
 
 def test_training_is_deterministic_and_lowers_the_loss(tokenizer: Qwen2Tokenizer):

@@ -95,6 +95,28 @@ def test_bounds_of_overthink_want_both_patterns_and_a_long_tail():
     }
 
 
+def test_bounds_of_long_want_a_heavy_tail_and_truncations_by_prompt():
+    def class_of(gap: float, truncated: float, length: float = 200.0) -> Samples:
+        """Groups whose longest response is six times the median."""
+        samples = make(gap)
+        lengths = samples.lengths * length / 100
+        lengths[:, 0] = 6 * np.median(lengths, axis=1)
+        cut = RNG(1).random(lengths.shape) < truncated
+        return Samples(lengths=lengths, correct=samples.correct, truncated=cut.astype(int))
+
+    good = {3: class_of(60, 0.0), 7: class_of(-60, 0.04)}
+    assert failed("long", good) == set()
+    assert failed("long", good | {7: class_of(-60, 0.1)}) == {"share at the limit"}
+    by_chance = {3: class_of(60, 0.02), 5: class_of(-60, 0.02), 7: class_of(-60, 0.02)}
+    assert failed("long", by_chance) == {"of those, in one class"}
+    short = {
+        difficulty: Samples(lengths=s.lengths / 3, correct=s.correct, truncated=s.truncated)
+        for difficulty, s in good.items()
+    }
+    assert failed("long", short) == {"mean length"}
+    assert "classes of Pattern II" in failed("long", {3: class_of(60, 0.0), 7: class_of(60, 0.04)})
+
+
 def test_bounds_of_depth_want_pattern_two_everywhere():
     assert failed("depth", {3: make(-30), 5: make(-30)}) == set()
     assert "of those, of Pattern II" in failed("depth", {3: make(-30), 5: make(0)})

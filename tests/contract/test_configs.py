@@ -23,7 +23,7 @@ from darts.checks import run as checks
 from darts.checks.paths import settle_paths
 from darts.checks.run import check_model, check_run
 from darts.config import SECTIONS, ConfigError, DartsConfig
-from darts.testbed import DRAFTS, LIMITS, assets_dir
+from darts.testbed import LIMITS, assets_dir
 
 PRIMARY = sorted(path.stem for path in CONFIG_DIR.glob("*.yaml") if "searchpath" in path.read_text())
 TESTBEDS = sorted(path.stem for path in (CONFIG_DIR / "testbed").glob("*.yaml"))
@@ -47,7 +47,7 @@ def trainable(*overrides: str):
 def test_the_primary_files():
     assert PRIMARY == ["bench", "darts_trainer", "quickstart"]
     assert PLATFORMS == ["cpu", "gpu"]
-    assert sorted(LIMITS | DRAFTS) == TESTBEDS
+    assert sorted(LIMITS) == TESTBEDS
 
 
 @pytest.mark.parametrize("testbed", LIMITS)

@@ -174,8 +174,8 @@ def test_saturated_prompts_keep_the_first_m_that_finished_and_abort_the_rest(run
 
 def test_aborted_requests_stop_at_the_engine(run, groups):
     """Counted in the engine core: within a chunk of the abort's arrival, and, of all that the training requests
-    sampled, at most 5 % after the M-th valid response of the prompt had ended: some 1 % on a quiet machine, more where
-    the abort waits for a core."""
+    sampled, at most 5 % after the M-th valid response of the prompt had ended (2 % were exceeded once, at a load of
+    over 20, where an abort waits for a core)."""
     times, arrived = defaultdict(list), {}
     for record in run.records():
         for at, request, count in record.get("sampled", []):

@@ -198,9 +198,9 @@ class LatencyConfig:
     """How long a decoding step takes with so many running sequences, for the utility and for forecasts."""
 
     profile: str = setting("auto", paper="PTL", takes="auto, off, or the path of a profile", min_length=1)
-    """Where the latency model comes from. auto: the engines are measured before the first step, if budgets or the plan
-    depend on it (allocation.mode=adaptive, or `plan`); a path: a file that `python -m darts.engines profile` wrote;
-    off: no model: `utility` is the middle of the bounds, `plan` rollout.n + 1 candidates and 5 % spare prompts."""
+    """Where the latency model comes from. auto: the engines are measured before the first step, if allocation.mode is
+    adaptive, or something is left to `plan`; a path: a file that `python -m darts.engines profile` wrote; off: no
+    model: `utility` is the middle of the bounds, `plan` rollout.n + 1 candidates and 5 % spare prompts."""
     profile_s: float = setting(60.0, gt=0)
     """Seconds that the measurement may take; it stops at the batch size it has reached."""
     refine: bool = setting(True)
@@ -268,8 +268,8 @@ class DartsConfig:
     actor_rollout_ref.rollout.nnodes x n_gpus_per_node of their own, and trainer.nnodes x n_gpus_per_node train."""
     preset: Literal["paper", "fast"] = setting("paper")
     """What keys are that are null. paper: the paper's rules, adaptive budgets of 1.3 rollout.n candidates in the mean;
-    fast: what is fastest at no loss of accuracy that we could measure (docs/results.md): the same few candidates for
-    all prompts, the K shortest and a cut long end, spare prompts, and the servers' log-probs as the old ones. Only for
+    fast: for the shortest step, by simulations alone as yet (docs/tuning.md): the same few candidates for all prompts,
+    the K shortest and a cut long end, spare prompts, and the servers' log-probs as the old ones. Only for
     strategy=darts: others have rules of their own."""
     spare_prompts: Annotated[float, Field(ge=0, le=4)] | Literal["plan"] | None = setting(
         None, takes="a number in [0, 4], plan"

@@ -94,7 +94,7 @@ class LatencyCurve:
         """The points' seconds of a step, non-decreasing."""
         return tuple(self._seconds.tolist())
 
-    def refined(self, observed: "StepTimes", weight: float, max_running: int | None = None) -> "LatencyCurve":
+    def refined(self, observed: "StepTimes", weight: float) -> "LatencyCurve":
         """The curve with its points moved towards what running engines showed (our choice throughout).
 
         For each observed batch size the ratio of observed to expected seconds is blended with 1, as an exponential
@@ -105,14 +105,13 @@ class LatencyCurve:
         Args:
             observed: Since the last time. Empty changes nothing.
             weight: Of what was observed, in [0, 1].
-            max_running: `max_num_seqs` of an engine: more than that do not run, whatever servers had open.
 
         Raises:
-            ValueError: `weight` outside [0, 1], or `max_running` below 1.
+            ValueError: `weight` outside [0, 1].
         """
         if not 0 <= weight <= 1:
             raise ValueError(f"weight={weight}: must lie in [0, 1].")
-        points = observed.points(max_running)
+        points = observed.points()
         if not points:
             return self
         sizes, seconds, steps = np.array(points).T
@@ -176,24 +175,10 @@ class StepTimes:
         for exponent, sums in other._bins.items():
             self._add(exponent, *sums)
 
-    def points(self, max_running: float | None = None) -> list[tuple[float, float, int]]:
-        """`(mean batch size, seconds per step, steps)` per bin, by increasing batch size.
-
-        Args:
-            max_running: Bins with a larger mean are one point, at this batch size: the rest of their requests waited.
-
-        Raises:
-            ValueError: `max_running` below 1.
-        """
-        size_limit = math.inf if max_running is None else max_running
-        if size_limit < 1:
-            raise ValueError(f"max_running={max_running}: must be at least 1.")
-        point_sums: dict[float, list[float]] = {}  # mean batch size -> seconds, steps
-        for running, seconds, steps in (self._bins[exponent] for exponent in sorted(self._bins)):
-            point = point_sums.setdefault(min(running / steps, size_limit), [0.0, 0])
-            point[0] += seconds
-            point[1] += steps
-        return [(mean_size, seconds / steps, int(steps)) for mean_size, (seconds, steps) in point_sums.items()]
+    def points(self) -> list[tuple[float, float, int]]:
+        """`(mean batch size, seconds per step, steps)` per bin, by increasing batch size."""
+        bins = (self._bins[exponent] for exponent in sorted(self._bins))
+        return [(running / steps, seconds / steps, int(steps)) for running, seconds, steps in bins]
 
     def _add(self, exponent: int, *sums: float) -> None:
         old_sums = self._bins.get(exponent, (0.0, 0.0, 0))

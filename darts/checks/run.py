@@ -212,11 +212,6 @@ def _check_strategy(config: DictConfig, darts: DartsConfig) -> None:
         key = f"{ROLLOUT}.calculate_log_probs"
         rule = f"{BYPASS_MODE} (set by itself, or by darts.strategy=bypass) trains with the servers' log-probs."
         raise ConfigError(key, False, rule, f"set {key}=True.")
-    for engine in ("fsdp_config", "megatron"):
-        key = f"{ACTOR}.{engine}.router_replay.mode"
-        if darts.bypass and OmegaConf.select(config, key) == "R2":
-            rule = "records routes in the forward that computes old log-probs, which darts.bypass leaves out."
-            raise ConfigError(key, "R2", rule, "set darts.bypass=false, or another mode of router replay.")
     for key in strategy.settings:
         section = key.rpartition(".")[0]
         if not isinstance(OmegaConf.select(config, section), DictConfig):

@@ -3,6 +3,7 @@
 import os
 import socket
 from collections.abc import Mapping
+from copy import deepcopy
 from pprint import pprint
 
 import ray
@@ -16,6 +17,7 @@ from verl.utils.device import get_resource_name
 from darts.checks.placement import check_cluster, is_disaggregated, pools
 from darts.checks.run import darts_config
 from darts.messages import Node
+from darts.strategy import make_strategy
 from darts.training.trainer import RayDartsTrainer
 
 OF_A_NEW_RAY = ("num_cpus", "num_gpus", "resources", "labels", "object_store_memory", "_node_name", "_system_config")
@@ -61,7 +63,8 @@ class DartsTaskRunner(BaseTaskRunner):
         self.add_critic_worker(config)
         self.add_reward_model_resource_pool(config)
         self.add_teacher_model_resource_pool(config)
-        validate_config(config, need_reference_policy(config), need_critic(config))
+        trained = as_trained(config)
+        validate_config(trained, need_reference_policy(trained), need_critic(trained))
         resource_pools = self.init_resource_pool_mgr(config)
         # The nodes that Ray has now must be enough, before data or models are loaded.
         found_resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -86,6 +89,17 @@ class DartsTaskRunner(BaseTaskRunner):
         )
         trainer.init_workers()
         trainer.fit()
+
+
+def as_trained(config: DictConfig) -> DictConfig:
+    """A copy of the configuration with what the run's strategy sets in it, for verl to check."""
+    darts = darts_config(config)
+    if not darts.enable:
+        return config
+    trained = deepcopy(config)
+    for key, value in make_strategy(darts, config.data.train_batch_size).settings.items():
+        OmegaConf.update(trained, key, value)
+    return trained
 
 
 def join_cluster(config: DictConfig, environment: Mapping[str, str]) -> None:

@@ -24,6 +24,7 @@ from darts.checks.paths import settle_paths
 from darts.checks.run import check_model, check_run
 from darts.config import SECTIONS, ConfigError, DartsConfig
 from darts.testbed import LIMITS, assets_dir
+from darts.training.launch import as_trained
 
 PRIMARY = sorted(path.stem for path in CONFIG_DIR.glob("*.yaml") if "searchpath" in path.read_text())
 TESTBEDS = sorted(path.stem for path in (CONFIG_DIR / "testbed").glob("*.yaml"))
@@ -48,6 +49,16 @@ def test_the_primary_files():
     assert PRIMARY == ["bench", "darts_trainer", "quickstart"]
     assert PLATFORMS == ["cpu", "gpu"]
     assert sorted(LIMITS) == TESTBEDS
+
+
+def test_verl_checks_the_configuration_with_what_the_strategy_sets_in_it():
+    """So that its own rules about bypass mode hold for a preset that switches it on."""
+    config = trainable("darts.preset=fast")
+    trained = as_trained(config)
+    assert trained.algorithm.rollout_correction.bypass_mode
+    assert trained.actor_rollout_ref.rollout.calculate_log_probs
+    assert not config.algorithm.rollout_correction.bypass_mode
+    assert as_trained(trainable("darts.enable=false")) == trainable("darts.enable=false")
 
 
 @pytest.mark.parametrize("testbed", LIMITS)

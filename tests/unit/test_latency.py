@@ -268,11 +268,6 @@ def test_step_times_stay_small_and_travel(some):
     assert bool(times) == bool(some)
 
 
-def test_more_than_can_run_waits():
-    times = steps((3, 1.0, 10), (300, 3.0, 10), (900, 5.0, 30))
-    assert times.points(256) == [(3.0, 1.0, 10), (256, 4.5, 40)]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -336,9 +331,9 @@ def test_where_nothing_was_seen_the_curve_keeps_its_shape():
     assert [bent(b) / GPU(b) for b in (1, 4, 8, 16, 64)] == pytest.approx([1.0, 1.0, 1.5, 2.0, 2.0])
 
 
-@given(curves, seen, st.floats(0, 1), slots)
-def test_a_refined_curve_has_the_same_batch_sizes_and_never_falls(curve, some, weight, max_running):
-    refined = curve.refined(steps(*some), weight, max_running)
+@given(curves, seen, st.floats(0, 1))
+def test_a_refined_curve_has_the_same_batch_sizes_and_never_falls(curve, some, weight):
+    refined = curve.refined(steps(*some), weight)
     assert refined.batch_sizes == curve.batch_sizes
     assert np.all(np.diff(refined.seconds) >= 0)
 
@@ -350,18 +345,7 @@ def test_repeated_refinement_arrives_at_what_engines_show():
     assert curve.seconds == pytest.approx(truth.seconds, rel=0.05)
 
 
-def test_waiting_requests_do_not_make_an_engine_look_fast():
-    seen_by_servers = steps((20, 2.0, MANY), (400, 2.6, MANY))  # 32 run, whatever servers have open
-    assert GPU.refined(seen_by_servers, 1.0, max_running=32)(32) == pytest.approx(2.6, rel=0.01)
-    assert GPU.refined(seen_by_servers, 1.0)(32) < 2.5
-
-
 @pytest.mark.parametrize("weight", [-0.1, 1.1, math.nan])
 def test_a_weight_that_is_none_is_refused(weight):
     with pytest.raises(ValueError, match=rf"weight={weight}: must lie in \[0, 1\]"):
         GPU.refined(StepTimes(), weight)
-
-
-def test_less_than_one_place_is_refused():
-    with pytest.raises(ValueError, match="max_running=0: must be at least 1"):
-        GPU.refined(steps((1, 1.0, 1)), 0.5, max_running=0)

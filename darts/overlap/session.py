@@ -271,17 +271,17 @@ class OverlapSession:
 
 def _failure_text(refs: list[ray.ObjectRef], error: ray.exceptions.RayError) -> str:
     """Why these calls, one a rank, failed: `error`, which was heard first, and a rank's death that may be its cause."""
-    if isinstance(error, ray.exceptions.ActorDiedError):
+    if isinstance(error, ray.exceptions.RayActorError):
         return reason(error)
     ended_calls, _ = ray.wait(refs, num_returns=len(refs), timeout=CAUSE_S)
     deaths = [death for death in map(_death, ended_calls) if death is not None]
     return f"{reason(deaths[0])} (heard first: {reason(error)})" if deaths else reason(error)
 
 
-def _death(ref: ray.ObjectRef) -> ray.exceptions.ActorDiedError | None:
+def _death(ref: ray.ObjectRef) -> ray.exceptions.RayActorError | None:
     try:
         ray.get(ref)
-    except ray.exceptions.ActorDiedError as death:
+    except ray.exceptions.RayActorError as death:
         return death
     except ray.exceptions.RayError:
         pass

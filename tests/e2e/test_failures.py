@@ -1,5 +1,6 @@
 """What dies, raises or is interrupted in the middle of a run ends it, with the cause."""
 
+import re
 import signal
 import sys
 import time
@@ -35,7 +36,7 @@ def test_a_killed_engine_ends_the_run_with_the_cause(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("trouble", "cause"), [("raise", "MemoryError: scripted: out of memory"), ("die", "ActorDied")]
+    ("trouble", "cause"), [("raise", "MemoryError: scripted: out of memory"), ("die", r"Actor(Died|Unavailable)Error")]
 )
 def test_a_rank_of_the_overlapped_actor_that_fails_ends_the_run_with_the_cause(tmp_path, trouble, cause):
     """The other rank waits for it in a collective."""
@@ -48,7 +49,7 @@ def test_a_rank_of_the_overlapped_actor_that_fails_ends_the_run_with_the_cause(t
     assert sum("failed" in record for record in run.records()) == 1
     check_end(run)
     assert "the overlapped actor failed" in run.output
-    assert cause in run.output
+    assert re.search(cause, run.output)
     ranks = [record["actor"] for record in run.records() if "actor" in record]
     assert len(ranks) == 2
     deadline = time.monotonic() + 300

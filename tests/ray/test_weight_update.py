@@ -100,8 +100,8 @@ def test_an_exception_of_vllm_ends_the_update_though_nobody_takes_what_is_sent(u
     ("sending", "taking", "cause", "server"),
     [
         pytest.param("blocks", "fails", "vLLM knows no w0", "one", id="the server fails", marks=pytest.mark.slow),
-        pytest.param("blocks", "dies", "gone|died|crash", "mortal", id="the server's worker dies"),
-        pytest.param("dies", "works", "gone|died|crash", "one", id="the trainer dies"),
+        pytest.param("blocks", "dies", "gone|died|crash|unavailable", "mortal", id="the server's worker dies"),
+        pytest.param("dies", "works", "gone|died|crash|unavailable", "one", id="the trainer dies"),
     ],
 )
 def test_a_side_that_ends_ends_the_update_with_the_cause_and_leaves_nobody_waiting(

@@ -4,6 +4,7 @@ The files of the tier share them, since each process takes seconds to import ver
 """
 
 import itertools
+import time
 from typing import Any
 
 import ray
@@ -13,6 +14,21 @@ from transformers import AutoTokenizer
 from verl.workers.rollout.llm_server import LLMServerClient
 
 from darts.rollout.manager import DartsAgentLoopManager
+
+
+def kill(actor: Any) -> None:
+    """Kills an actor and returns when it is dead: what was sent to it right after `ray.kill` may still be answered."""
+    ray.kill(actor)
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        try:
+            ray.get(actor.__ray_ready__.remote())
+        except ray.exceptions.ActorDiedError:
+            return
+        except ray.exceptions.ActorUnavailableError:
+            pass
+        time.sleep(0.1)
+    raise AssertionError("the actor still answers")
 
 
 class ScriptedCluster:

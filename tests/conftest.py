@@ -22,8 +22,8 @@ DIVISIBLE = ("unit", "contract")
 LANE = os.environ.get("PYTEST_XDIST_WORKER")
 
 # An example may take as long as it likes: that it took 200 ms says nothing on a slow machine.
-settings.register_profile("darts", deadline=None)
-settings.load_profile("darts")
+settings.register_profile("fast", deadline=None, max_examples=40)
+settings.register_profile("full", deadline=None, max_examples=100)
 
 # Ray starts its workers with niceness 15. Beside other work they would have next to no processor, and tests would wait.
 os.environ.setdefault("RAY_worker_niceness", "0")
@@ -34,6 +34,10 @@ if LANE:  # where Ray looks for a cluster to join, and puts its sockets
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the slow tests too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("full" if config.getoption("--full") else "fast")
 
 
 def tier_of(item: pytest.Item) -> str:

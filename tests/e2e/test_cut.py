@@ -24,8 +24,12 @@ COMMAND = [
 ]  # fmt: skip
 PLACEMENTS = {
     "colocated": ["darts.bypass=true"],
-    "disaggregated": ["darts.bypass=false", "darts.placement=disaggregated", "darts.overlap.mode=token"],
-}
+    "disaggregated": [
+        "darts.bypass=false", "darts.placement=disaggregated", "darts.overlap.mode=token",
+        # Enough for a server that is one update behind to show in its log-probs.
+        "actor_rollout_ref.actor.optim.lr=1e-3",
+    ],
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=[pytest.param("colocated", marks=pytest.mark.slow), "disaggregated"])

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from darts.testbed import assets_dir
 
+pytestmark = pytest.mark.slow  # tests/e2e/test_cut.py runs on two pools in the fast tiers
+
 STEPS, PROMPTS, M = 3, 8, 8
 COMMAND = [
     sys.executable, "-m", "recipe.darts.main_darts", "--config-name", "quickstart",
@@ -109,7 +111,6 @@ SAME = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_one_trainer_and_one_server_give_what_the_colocated_run_gives(tmp_path):
     """With `darts.enable=false`: plain verl on two pools. Same responses, metrics and weights."""

@@ -190,7 +190,7 @@ def test_sorted_trains_from_short_to_long_and_begins_again_what_is_unfinished(st
     )
 
 
-@pytest.mark.parametrize("strategy", ["darts", "tail_batching", "sorted"])
+@pytest.mark.parametrize("strategy", ["darts", "tail_batching", pytest.param("sorted", marks=pytest.mark.slow)])
 def test_over_fifty_steps_no_prompt_is_lost_and_a_resumed_run_goes_on(start, strategy):
     """Each time that a prompt is drawn it is trained on once, or waits at the end."""
     drawn, trained = Counter(), Counter()

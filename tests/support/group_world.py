@@ -179,7 +179,7 @@ def over(*modes, one_clock=False, any_losses=False, abandoned=False):
             abandoned_at=draw(st.integers(0, 30)) if abandoned else None,
         )
 
-    return lambda test: settings(max_examples=300)(given(cases())(test))
+    return lambda test: settings(max_examples=3 * settings.default.max_examples)(given(cases())(test))
 
 
 def brute_force(case, pool, cut=(), reported=()):

@@ -48,7 +48,7 @@ def errors_by_depth(kind, variation, num_candidates, depths, num_rollouts, num_g
 
 @pytest.mark.parametrize("variation", VARIATIONS)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("num_candidates", [12, 16])
+@pytest.mark.parametrize("num_candidates", [pytest.param(12, marks=pytest.mark.slow), 16])
 def test_groups_of_one_depth_have_the_moments_of_whole_ones_though_none_is_whole(kind, variation, num_candidates):
     """The shallower they are stopped, the more of them it takes: 4 of 16 show a quarter of the distribution."""
     for depth, num_rollouts, num_groups in ((11, 6, 150), (8, 6, 150), (4, 24, LEARNED_GROUPS)):

@@ -22,7 +22,7 @@ from darts.history import LengthHistory, censored_moments, censored_std, prompt_
 ROOT = Path(__file__).resolve().parents[2]
 REAL_LENGTHS = ROOT / "darts/simulation/data/rollout_lengths.csv.gz"
 NUM_KEEP = 8
-DRAWS = (9, 10, 12, 14, 16)
+DRAWS = (9, pytest.param(10, marks=pytest.mark.slow), 12, pytest.param(14, marks=pytest.mark.slow), 16)
 
 
 @st.composite

@@ -33,26 +33,22 @@ def test_most_tables_of_measurements_are_made():
 
 
 def test_files_that_differ_are_found(tmp_path):
-    copies = {path: tmp_path / path.relative_to(ROOT) for path in (SCRIPT, PAGE, BASE, RESULTS, *DOCUMENTS)}
+    texts = {path: path.read_text() for path in (SCRIPT, PAGE, BASE, RESULTS, *DOCUMENTS)}
+    texts[RESULTS] = "".join(texts[RESULTS].partition("<!-- /table -->")[:2]) + "\n"  # one table is enough
+    copies = {path: tmp_path / path.relative_to(ROOT) for path in texts}
     for path, copy in copies.items():
         copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_text(path.read_text())
-    changes = {
-        PAGE: [("[lambda]", "[mu]"), ("`1.25`", "`1.5`")],
-        BASE: [("[lambda]", "[mu]"), ("1.25", "1.5")],
-        RESULTS: [("| none | 90 | 2.59 | 2.66 | 1 |", "| none | 90 | 2.59 | 2.67 | 1 |"), ("| 48.4 |", "| 48.5 |")],
-    }
-    for changed, words in changes.items():
-        text = changed.read_text()
-        for old, new in words:
-            assert old in text
-            text = text.replace(old, new)
-        copies[changed].write_text(text)
+        copy.write_text(texts[path])
+    changes = {PAGE: (r"\[lambda\]", "[mu]"), BASE: (r"1\.25", "1.5"), RESULTS: (r"\| 90 \| \d", "| 90 | x")}
+    for changed, (old, new) in changes.items():
+        changed_text, found = re.subn(old, new, texts[changed])
+        assert found
+        copies[changed].write_text(changed_text)
     result = run("--check", script=copies[SCRIPT])
     assert result.returncode == 1
     assert result.stdout.count(": differs") == 3
     assert run(script=copies[SCRIPT]).returncode == 0
-    assert all(copy.read_text() == path.read_text() for path, copy in copies.items())
+    assert all(copy.read_text() == texts[path] for path, copy in copies.items())
 
 
 def test_every_key_has_a_row():

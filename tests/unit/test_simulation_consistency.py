@@ -46,7 +46,10 @@ def seconds_a_step(arm, dataset):
     return np.mean([step.time.rollout for step in replay(arm, SETTING, dataset, STEPS)])
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+FAST = ("darts", "deadline", "tail_batching")
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in BLOCKS])
 def test_a_run_replayed_on_its_own_trace_takes_as_long(name, data, tmp_path, monkeypatch):
     """Once 8 % longer with `tail_batching` and `sorted`: what waited counted as another prompt at each launch."""
     lines = []

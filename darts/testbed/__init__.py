@@ -4,7 +4,7 @@
 matters for the reward (Pattern I on easy problems, Pattern II on hard ones). `depth`: every step
 that is carried out makes the answer more often right (Pattern II throughout). `long`: the regime of
 the paper: rollouts are most of a step, and hard prompts have responses that reach the limit; re-checks
-are verbose, and needless on easy problems (Pattern I), but find the answer on others (Pattern II).
+are verbose and needless, on easy problems by anyone (Pattern I), on others by who is right (Pattern II).
 
 The checkpoints and data under ``assets/`` are what ``python -m darts.testbed.make`` gives.
 """

@@ -9,9 +9,8 @@ lines and a final answer::
     wait, 47         a re-check: says the running total again, which normally changes nothing
     #47.             the answer, always last
 
-``guess 47`` may stand in place of the remaining steps, and is then often wrong; a re-check may carry
-them out after all. A `Mix` says how often demonstrations step, guess and re-check, and so what a
-model warm-started on them will do.
+``guess 47`` may stand in place of the remaining steps, and is then often wrong. A `Mix` says how
+often demonstrations step, guess and re-check, and so what a model warm-started on them will do.
 
 Pure Python; everything random comes from the generator that is passed in. One byte is one token.
 """
@@ -23,7 +22,7 @@ from dataclasses import dataclass
 
 _ANSWER = re.compile(r"#(\d{1,3})\.", re.ASCII)
 _TOTALS = range(10, 100)
-PER_CLASS = ("stepwise", "wait_start", "wait_again", "wait_corrupts", "wait_steps")
+PER_CLASS = ("stepwise", "wait_start", "wait_guess", "wait_again", "wait_corrupts")
 """The chances of a `Mix` that may differ between classes."""
 
 
@@ -65,8 +64,8 @@ class Mix:
     wait_start: float | tuple[float, ...]  # per class, the chance of a first re-check
     wait_again: float | tuple[float, ...]  # chance of one more re-check after each: memoryless, so geometric
     wait_corrupts: float | tuple[float, ...]  # chance that a re-check changes the total, which is then kept
-    wait_steps: float | tuple[float, ...] = 0.0  # chance that a re-check of a guess carries out all steps instead
-    wait_words: str = "wait, "  # a re-check's words before the total, or before the steps
+    wait_guess: float | tuple[float, ...] | None = None  # `wait_start` where the sum was guessed; None: the same
+    wait_words: str = "wait, "  # a re-check's words before the total
 
     def __post_init__(self) -> None:
         largest_total = self.first[1] + 9 * (max(self.classes) - 1)
@@ -83,6 +82,8 @@ class Mix:
     def by_class(self, name: str) -> tuple[float, ...]:
         """The chances of this name, one for each class."""
         value = getattr(self, name)
+        if value is None:
+            return self.by_class("wait_start")
         return value if isinstance(value, tuple) else (value,) * len(self.classes)
 
 
@@ -109,18 +110,18 @@ MIXES: dict[str, Mix] = {
         wait_again=0.0,
         wait_corrupts=0.0,
     ),
-    # Classes of 3 and 4 numbers are mostly summed at once, and re-checked for nothing; 5 and 6 are mostly guessed, and
-    # a re-check may find the sum. Sums of 7 are the hard prompts: it takes many re-checks, up to the limit.
+    # Sums of 3 and 4 numbers are re-checked whether guessed or not, and for nothing. Of 5 and 6 who carries out the
+    # steps is careful too, and who guesses is hasty. Sums of 7 are the hard prompts: re-checked up to the limit.
     "long": Mix(
         classes=(3, 4, 5, 6, 7),
         first=(10, 45),
-        stepwise=(0.75, 0.6, 0.25, 0.2, 0.1),
+        stepwise=(0.75, 0.6, 0.4, 0.35, 0.35),
         guess_midway=False,
         guess_right=(0.94, 0.5, 0.2, 0.15),
-        wait_start=(0.5, 0.5, 0.55, 0.55, 0.9),
+        wait_start=(0.35, 0.35, 0.6, 0.6, 0.9),
+        wait_guess=(0.35, 0.35, 0.1, 0.1, 0.8),
         wait_again=(0.84, 0.84, 0.84, 0.84, 0.955),
         wait_corrupts=(0.015, 0.015, 0.005, 0.005, 0.002),
-        wait_steps=(0.0, 0.0, 0.2, 0.2, 0.1),
         wait_words="wait, let me check again: ",
     ),
 }
@@ -155,7 +156,7 @@ def demonstrate(rng: random.Random, problem: Problem, mix: Mix) -> str:
     """Writes one demonstration response to `problem` (without the end-of-sequence token)."""
     # 1. How many steps are carried out; the rest is guessed.
     class_place = mix.classes.index(problem.difficulty)
-    stepwise, chance, again, corrupts, steps_out = (mix.by_class(name)[class_place] for name in PER_CLASS)
+    stepwise, after_steps, after_guess, again, corrupts = (mix.by_class(name)[class_place] for name in PER_CLASS)
     all_steps = problem.difficulty - 1
     num_steps = all_steps
     if rng.random() >= stepwise:
@@ -168,12 +169,9 @@ def demonstrate(rng: random.Random, problem: Problem, mix: Mix) -> str:
         total = problem.total if is_right else _miss(rng, problem.total)
         text_lines.append(f"guess {total}")
     # 2. Re-checks, and the answer.
+    chance = after_guess if missing_steps else after_steps
     while rng.random() < chance:
         chance = again
-        if steps_out and missing_steps and rng.random() < steps_out:
-            total, missing_steps = problem.total, 0
-            text_lines.append(mix.wait_words + "\n".join(step_lines(problem)))
-            continue
         if rng.random() < corrupts:
             total = _miss(rng, total)
         text_lines.append(f"{mix.wait_words}{total}")

@@ -63,7 +63,10 @@ def mixed(model, size, seed=1) -> list[Script]:
     ]
 
 
-@pytest.mark.parametrize(("model", "strategy"), [*((model, "fsdp2") for model in MODELS), ("qwen2_5_vl", "fsdp")])
+@pytest.mark.parametrize(
+    ("model", "strategy"),
+    [*((model, "fsdp2") for model in MODELS), pytest.param("qwen2_5_vl", "fsdp", marks=pytest.mark.slow)],
+)
 def test_equals_full_forward(group, model, strategy, record_property):
     group.build(model, strategy=strategy)
     scripts = mixed(model, group.size)

@@ -80,7 +80,7 @@ def different(found: dict, expected: dict) -> list[str]:
     return [name for name, value in expected.items() if not np.array_equal(found[name], value)]
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp"])
+@pytest.mark.parametrize("strategy", ["fsdp2", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_arms_in_turns_are_arms_alone(group, tmp_path, strategy):
     build(group, strategy)
     before = group.all("run", actor_state)

@@ -18,6 +18,7 @@ def bench(engine):
     bench.close()
 
 
+@pytest.mark.slow
 def test_early_stop(bench, server):
     records = rollouts.early_stop(bench, rollouts.BENCH.parse(SMALL))
     by_arm = {arm: [r for r in records if r["arm"] == arm] for arm in dict.fromkeys(r["arm"] for r in records)}

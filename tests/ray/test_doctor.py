@@ -56,6 +56,7 @@ def two_nodes():
     cluster.shutdown()
 
 
+@pytest.mark.slow
 def test_two_ranks_on_a_ray_of_its_own(tmp_path):
     path = tmp_path / "facts.json"
     code, lines = doctor("--communication", "--ranks", "2", "--limit-s", "500", "--json", str(path))

@@ -2,7 +2,7 @@
 # Sets up .venv and runs the tests. The last line says how it went.
 #
 #   scripts/test.sh                  tiers unit, contract, actor, ray, engine, e2e without the slow tests
-#   scripts/test.sh --full           the slow tests too
+#   scripts/test.sh --full           the slow tests too, and more examples of properties
 #   scripts/test.sh tests/unit -x    anything else goes to pytest
 #
 # Whole tiers run in two lanes (tests/conftest.py) if 14 GB of memory are free. What is chosen by anything but --full and

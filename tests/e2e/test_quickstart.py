@@ -175,8 +175,8 @@ def test_saturated_prompts_keep_the_first_m_that_finished_and_abort_the_rest(run
 
 def test_aborted_requests_stop_at_the_engine(run, groups):
     """Counted in the engine core: most within a chunk of the abort's arrival at the server, and, of all that the
-    training requests sampled, a tenth at most after the M-th valid response of the prompt had ended. Usually it is 1 to
-    2 %; on a busy machine an abort waits for a core."""
+    training requests sampled, at most 5 % after the M-th valid response of the prompt had ended (2.3 % was seen at a
+    load of over 20, where an abort waits for a core)."""
     times, arrived, sampled_after = defaultdict(list), {}, []
     for record in run.records():
         for at, request, count in record.get("sampled", []):
@@ -200,7 +200,7 @@ def test_aborted_requests_stop_at_the_engine(run, groups):
         all_late, everything = all_late + late, everything + total
     print("sampled after the decision, by step:", [f"{share:.1%}" for share in shares], all_late, everything)
     assert sum(shares) > 0, "an abort takes a moment: none at all would mean that nothing was counted"
-    assert all_late <= 0.1 * everything
+    assert all_late <= 0.05 * everything
     assert statistics.median(sampled_after) <= CHUNK
 
 

@@ -210,3 +210,4 @@ def test_a_dead_server_fails_its_requests(mortal):
     print(f"\nfailed after {seconds:.2f} s: {errors[0]}")
     for error in errors:
         assert isinstance(error, ray.exceptions.RayActorError)
+        assert isinstance(error, ray.exceptions.ActorUnavailableError) or "killed" in str(error)

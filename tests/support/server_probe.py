@@ -63,6 +63,11 @@ def books(server: Any) -> Books:
     return Books(*ray.get(server.__ray_call__.remote(_books), timeout=LIMIT_S))
 
 
+def steps(server: Any) -> int:
+    """The steps that its front end has read of its engine, which is no longer behind once a request has ended."""
+    return ray.get(server.__ray_call__.remote(_steps), timeout=LIMIT_S)
+
+
 def close_gate(server: Any) -> None:
     """From now on requests wait in the server, as during a weight update."""
     ray.get(server.__ray_call__.remote(_close_gate), timeout=LIMIT_S)
@@ -150,6 +155,10 @@ def collect(server: Any, **streamed: Any) -> tuple[TokenOutput, list[Chunk]]:
 
 def _books(server: Any) -> tuple[list[str], list[str], int]:
     return list(server._streams), list(server._outboxes), server._admitting
+
+
+def _steps(server: Any) -> int:
+    return server._engine_steps.steps
 
 
 def _close_gate(server: Any) -> None:

@@ -51,7 +51,7 @@ def engine_config(
     limits = {
         "data.max_response_length": response_length,
         f"{rollout}.max_model_len": max_model_len,
-        # The models were made for 512 tokens, but RoPE has no end. verl reads the first, vLLM the second.
+        # Most were made for 512 tokens, but RoPE has no end. verl reads the first, vLLM the second.
         "+actor_rollout_ref.model.override_config.max_position_embeddings": max_model_len,
         f"+{ENGINE}.hf_overrides.max_position_embeddings": max_model_len,
     }

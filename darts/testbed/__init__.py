@@ -3,8 +3,9 @@
 `overthink`: responses carry needless re-checks, so their lengths have a long tail that hardly
 matters for the reward (Pattern I on easy problems, Pattern II on hard ones). `depth`: every step
 that is carried out makes the answer more often right (Pattern II throughout). `long`: the regime of
-the paper: rollouts are most of a step, and hard prompts have responses that reach the limit; re-checks
-are verbose and needless, on easy problems by anyone (Pattern I), on others by who is right (Pattern II).
+the paper: rollouts are most of a step, and the hardest prompts have responses that reach the limit;
+re-checks are verbose and needless, on easy problems by anyone (Pattern I on the easiest), on others by
+who is careful (Pattern II on those between).
 
 The checkpoints and data under ``assets/`` are what ``python -m darts.testbed.make`` gives.
 """
@@ -26,10 +27,8 @@ class Limits:
 LIMITS: dict[str, Limits] = {
     "overthink": Limits(prompt=48, response=256),
     "depth": Limits(prompt=48, response=128),
+    "long": Limits(prompt=36, response=2560),
 }
-DRAFTS: dict[str, Limits] = {"long": Limits(prompt=48, response=1536)}
-"""Testbeds that are being designed. They can be made and measured (`make`, `measure --dir`); nothing of them is frozen
-or committed, so no bench knows them, and nothing is claimed of them."""
 
 
 def assets_dir(name: str) -> Path:

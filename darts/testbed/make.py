@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import torch
 
-from darts.testbed import DRAFTS, LIMITS
+from darts.testbed import LIMITS
 from darts.testbed.model import SHAPES, USUAL, build_model, build_tokenizer
 from darts.testbed.task import MIXES, Problem, split_problems
 from darts.testbed.warmstart import BY_SEGMENTS, Schedule, examples, packed, train
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     (options.out / "model").mkdir(parents=True, exist_ok=True)
     held_out = write_data(options.testbed, options.seed, options.out)
     # The model is trained on demonstrations of any but the held-out problems.
-    limits, shape = (LIMITS | DRAFTS)[options.testbed], SHAPES.get(options.testbed, USUAL)
+    limits, shape = LIMITS[options.testbed], SHAPES.get(options.testbed, USUAL)
     is_long = options.testbed in ROW_TOKENS
     schedule = Schedule(steps=options.steps, rows=1 if is_long else Schedule().rows)
     tokenizer = build_tokenizer(shape)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Qwen2ForCausalLM
 
-from darts.testbed import DRAFTS, LIMITS, assets_dir
+from darts.testbed import LIMITS, assets_dir
 from darts.testbed.model import prompt_tokens
 from darts.testbed.reward import compute_score
 from darts.testbed.summary import Samples, checks, pool, summarize, table
@@ -106,7 +106,7 @@ def collect(folder: Path, limit: int, groups: int, size: int, seed: int, split: 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--testbed", choices=sorted(LIMITS | DRAFTS), required=True)
+    parser.add_argument("--testbed", choices=sorted(LIMITS), required=True)
     parser.add_argument("--dir", type=Path, help="folder that `make` wrote (default: the committed one)")
     parser.add_argument("--groups", type=int, default=160, help="prompts per class (default: %(default)s)")
     parser.add_argument("--size", type=int, default=16, help="responses per prompt (default: %(default)s)")
@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     torch.set_num_threads(options.threads)
     folder = options.dir or assets_dir(options.testbed)
-    length_limit = (LIMITS | DRAFTS)[options.testbed].response
+    length_limit = LIMITS[options.testbed].response
     samples = collect(folder, length_limit, options.groups, options.size, options.seed, options.split)
     classes = {difficulty: summarize(class_samples, options.seed) for difficulty, class_samples in samples.items()}
     overall_summary = summarize(pool(samples), options.seed)

@@ -19,10 +19,11 @@ import itertools
 import random
 import re
 from dataclasses import dataclass
+from typing import Any
 
 _ANSWER = re.compile(r"#(\d{1,3})\.", re.ASCII)
 _TOTALS = range(10, 100)
-PER_CLASS = ("stepwise", "wait_start", "wait_guess", "wait_again", "wait_corrupts")
+CHANCES = ("stepwise", "wait_start", "wait_guess", "wait_again", "wait_corrupts")
 """The chances of a `Mix` that may differ between classes."""
 
 
@@ -53,7 +54,7 @@ class Mix:
     """What the warm-start demonstrations of a testbed look like.
 
     All shares and chances are in [0, 1], `wait_again` below 1; those per class are in the order of `classes`, and a
-    single number is one for all classes.
+    single value is one for all classes.
     """
 
     classes: tuple[int, ...]  # difficulties, equally frequent
@@ -65,22 +66,22 @@ class Mix:
     wait_again: float | tuple[float, ...]  # chance of one more re-check after each: memoryless, so geometric
     wait_corrupts: float | tuple[float, ...]  # chance that a re-check changes the total, which is then kept
     wait_guess: float | tuple[float, ...] | None = None  # `wait_start` where the sum was guessed; None: the same
-    wait_words: str = "wait, "  # a re-check's words before the total
+    wait_words: str | tuple[str, ...] = "wait, "  # per class, a re-check's words before the total
 
     def __post_init__(self) -> None:
         largest_total = self.first[1] + 9 * (max(self.classes) - 1)
         if self.first[0] < _TOTALS.start or largest_total >= _TOTALS.stop or min(self.classes) < 2:
             raise ValueError(f"classes={self.classes}, first={self.first}: sums outside {_TOTALS}, or of one number")
-        by_class = {name: self.by_class(name) for name in PER_CLASS}
-        for name, chances in by_class.items():
-            if len(chances) != len(self.classes):
+        by_class = {name: self.by_class(name) for name in (*CHANCES, "wait_words")}
+        for name, class_values in by_class.items():
+            if len(class_values) != len(self.classes):
                 raise ValueError(f"{name}={getattr(self, name)} must have one value per class of {self.classes}")
-        chances = [chance for class_chances in (*by_class.values(), self.guess_right) for chance in class_chances]
+        chances = [*self.guess_right, *(chance for name in CHANCES for chance in by_class[name])]
         if not all(0 <= chance <= 1 for chance in chances) or max(by_class["wait_again"]) == 1:
             raise ValueError(f"shares and chances must be in [0, 1], and wait_again below 1: {self}")
 
-    def by_class(self, name: str) -> tuple[float, ...]:
-        """The chances of this name, one for each class."""
+    def by_class(self, name: str) -> tuple[Any, ...]:
+        """The chances of this name, or the words, one for each class."""
         value = getattr(self, name)
         if value is None:
             return self.by_class("wait_start")
@@ -110,19 +111,20 @@ MIXES: dict[str, Mix] = {
         wait_again=0.0,
         wait_corrupts=0.0,
     ),
-    # Sums of 3 and 4 numbers are re-checked whether guessed or not, and for nothing. Of 5 and 6 who carries out the
-    # steps is careful too, and who guesses is hasty. Sums of 7 are the hard prompts: re-checked up to the limit.
+    # Sums of 3 and 4 numbers are re-checked whether guessed or not, and for nothing. Of the others who carries out the
+    # steps is careful too, and who guesses is hasty. Sums of 7 are the hard prompts: some are re-checked to the limit.
     "long": Mix(
         classes=(3, 4, 5, 6, 7),
         first=(10, 45),
         stepwise=(0.75, 0.6, 0.4, 0.35, 0.35),
         guess_midway=False,
         guess_right=(0.94, 0.5, 0.2, 0.15),
-        wait_start=(0.35, 0.35, 0.6, 0.6, 0.9),
-        wait_guess=(0.35, 0.35, 0.1, 0.1, 0.8),
-        wait_again=(0.84, 0.84, 0.84, 0.84, 0.955),
+        wait_start=(0.35, 0.35, 0.6, 0.6, 0.85),
+        wait_guess=(0.35, 0.35, 0.1, 0.1, 0.15),
+        wait_again=(0.84, 0.84, 0.86, 0.86, 0.972),
         wait_corrupts=(0.015, 0.015, 0.005, 0.005, 0.002),
-        wait_words="wait, let me check again: ",
+        # The hard class in words of its own, so that a small model does not go on for as long in the others.
+        wait_words=(*4 * ("wait, let me check again: ",), "wait, let me add up all of the numbers again: "),
     ),
 }
 
@@ -156,7 +158,8 @@ def demonstrate(rng: random.Random, problem: Problem, mix: Mix) -> str:
     """Writes one demonstration response to `problem` (without the end-of-sequence token)."""
     # 1. How many steps are carried out; the rest is guessed.
     class_place = mix.classes.index(problem.difficulty)
-    stepwise, after_steps, after_guess, again, corrupts = (mix.by_class(name)[class_place] for name in PER_CLASS)
+    stepwise, after_steps, after_guess, again, corrupts = (mix.by_class(name)[class_place] for name in CHANCES)
+    words = mix.by_class("wait_words")[class_place]
     all_steps = problem.difficulty - 1
     num_steps = all_steps
     if rng.random() >= stepwise:
@@ -174,7 +177,7 @@ def demonstrate(rng: random.Random, problem: Problem, mix: Mix) -> str:
         chance = again
         if rng.random() < corrupts:
             total = _miss(rng, total)
-        text_lines.append(f"{mix.wait_words}{total}")
+        text_lines.append(f"{words}{total}")
     return "\n".join([*text_lines, f"#{total}."])
 
 

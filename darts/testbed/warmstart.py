@@ -30,7 +30,7 @@ class Schedule:
     """How long and how fast to train. The number of steps is fixed, so that a seed decides all."""
 
     steps: int = 2000  # of the optimizer
-    rows: int = 8  # per step, each of prompt limit + response limit tokens
+    rows: int = 8  # per step, each of prompt limit + response limit tokens (`long`: 1 of `ROW_TOKENS`)
     peak_rate: float = 2e-3  # learning rate after `warmup` steps; then it falls to 0 along a half cosine
     warmup: int = 100
     weight_decay: float = 0.01

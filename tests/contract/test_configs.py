@@ -367,7 +367,7 @@ def test_a_missing_block_is_refused():
     [
         (
             "testbed=dephts",
-            "In 'quickstart': Could not find 'testbed/dephts' Available options in 'testbed': depth overthink",
+            "In 'quickstart': Could not find 'testbed/dephts' Available options in 'testbed': depth long overthink",
         ),
         ("dart.enable=false", "Could not override 'dart.enable'. To append to your config use +dart.enable=false"),
         ("data.train_batch_size=${nowhere}", "Interpolation key 'nowhere' not found"),

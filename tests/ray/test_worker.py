@@ -1,6 +1,7 @@
 """The agent-loop worker in this process, with verl's own agent loops and a server of scripted lengths."""
 
 import asyncio
+import time
 
 import numpy as np
 import pytest
@@ -173,9 +174,11 @@ def test_no_valid_candidate_fills_or_fails_as_asked(bench):
 def test_a_failing_agent_loop_fails_the_rollout_at_once_with_uid_and_cause(bench):
     """The other candidates are cancelled, not waited for, and none of them goes on."""
     test = bench()
-    test.script([[Turn(5)] * 4, [Turn(5, delay=3600), Turn(5), Turn(5, error="CUDA says no"), Turn(5)]])
+    test.script([[Turn(5)] * 4, [Turn(5, delay=60), Turn(5), Turn(5, error="CUDA says no"), Turn(5)]])
+    start = time.monotonic()
     with pytest.raises(CandidateError, match=r"candidate 2 of prompt uid=uid-1 .*RuntimeError: CUDA says no"):
         test.run([4, 4])
+    assert time.monotonic() - start < 20
     assert test.server.running == 0
     assert not test.worker._groups
     assert not test.worker.llm_client._open

@@ -64,7 +64,7 @@ def books(server: Any) -> Books:
 
 
 def steps(server: Any) -> int:
-    """The steps that its front end has read of its engine, which is no longer behind once a request has ended."""
+    """The steps that its front end has read of its engine: all that were made, once a request has ended."""
     return ray.get(server.__ray_call__.remote(_steps), timeout=LIMIT_S)
 
 

@@ -209,7 +209,9 @@ def test_without_seeds_there_are_none_and_each_data_parallel_rank_gets_its_share
 
 def test_a_batch_size_that_might_overrun_the_limit_is_not_started(model):
     engine = Engine(pause=0.0002, max_num_seqs=128)
+    start = time.monotonic()
     measured, said = profile([engine], model, limit_s=1.5)
+    assert time.monotonic() - start < 2
     assert 2 <= len(measured.batch_sizes) < 8
     assert engine.batches[1:] == measured.batch_sizes
     assert said[-1].startswith(f"stopped: {2 * measured.batch_sizes[-1]} sequences may take ")

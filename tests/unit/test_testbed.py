@@ -8,7 +8,7 @@ from dataclasses import replace
 import pyarrow.parquet
 import pytest
 
-from darts.testbed import DRAFTS, LIMITS, assets_dir
+from darts.testbed import LIMITS, assets_dir
 from darts.testbed.make import CHECKSUMS, TRAIN_PER_CLASS, VAL_PER_CLASS, checksums, to_table, write_data
 from darts.testbed.reward import compute_score
 from darts.testbed.task import MIXES, Problem, demonstrate, draw_problem, score, split_problems
@@ -54,8 +54,9 @@ def test_more_problems_than_exist_are_refused():
 @pytest.mark.parametrize("testbed", TESTBEDS)
 def test_demonstrations_guess_what_they_do_not_step_and_end_in_an_answer(testbed: str):
     mix = MIXES[testbed]
-    line = re.compile(rf"\d+\+\d=\d+|guess \d+|{mix.wait_words}\d+", re.ASCII)
     for problem, text in draw(testbed, 300):
+        words = mix.by_class("wait_words")[mix.classes.index(problem.difficulty)]
+        line = re.compile(rf"\d+\+\d=\d+|guess \d+|{words}\d+", re.ASCII)
         *lines, last = text.split("\n")
         assert all(line.fullmatch(some) for some in lines)
         assert text.count("guess") == (text.count("=") < problem.difficulty - 1)
@@ -119,6 +120,7 @@ def test_number_of_rechecks_is_geometric():
         ("wait_again", 1.0, "wait_again below 1"),
         ("wait_again", (0.5, 1.0, 0.5, 0.5), "wait_again below 1"),
         ("wait_guess", (0.5,), "one value per class"),
+        ("wait_words", ("wait, ",), "one value per class"),
         ("wait_guess", -0.1, "must be in"),
     ],
 )
@@ -169,7 +171,7 @@ def test_table_has_the_columns_that_verl_reads():
 
 
 def test_unknown_testbed_is_refused():
-    with pytest.raises(ValueError, match=r"name='deep' must be one of \['depth', 'overthink'\]"):
+    with pytest.raises(ValueError, match=r"name='deep' must be one of \['depth', 'long', 'overthink'\]"):
         assets_dir("deep")
 
 
@@ -188,5 +190,4 @@ def test_committed_data_is_what_the_default_seed_gives(testbed: str, tmp_path):
 
 
 def test_limits_name_the_same_testbeds_as_the_mixes():
-    assert sorted(LIMITS | DRAFTS) == TESTBEDS
-    assert not LIMITS.keys() & DRAFTS.keys()
+    assert sorted(LIMITS) == TESTBEDS
